@@ -1,0 +1,127 @@
+"""Sparsity patterns: which of the lowest scores go.
+
+    unstructured     per output row (or over the whole matrix), the floor(n * sparsity) lowest scores
+    N:M              of every M consecutive input columns the N highest stay
+
+In a mask, True means pruned.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Group = Literal["row", "layer"]
+
+
+class Pattern(ABC):
+    """Turns scores into a mask, and knows how many zeros that makes."""
+
+    @abstractmethod
+    def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
+        """Which weights go.
+
+        Args:
+            score: Importance, float32 of shape (C_out, C_in); low scores go, ties by lowest column index.
+            sparsity: Share of weights to prune, in [0, 1).
+            group: What is compared: the weights of one output `row`, or of the whole `layer`.
+
+        Returns:
+            Bool of shape (C_out, C_in), True where the weight is pruned.
+        """
+
+    @abstractmethod
+    def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
+        """Number of weights that `mask` prunes in each comparison group of a matrix of this shape."""
+
+    @abstractmethod
+    def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
+        """The matrix viewed as (number of comparison groups, group size)."""
+
+
+class Unstructured(Pattern):
+    """The `floor(n * sparsity)` lowest scores of each comparison group.
+
+    Example:
+        >>> Unstructured().mask(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), sparsity=0.5)
+        tensor([[False,  True, False,  True]])
+    """
+
+    def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
+        """See `Pattern.mask`."""
+        grouped = self.groups(score, group)
+        count = self.pruned_per_group((score.shape[0], score.shape[1]), sparsity, group)
+        lowest = grouped.sort(dim=1, stable=True).indices[:, :count]
+        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, lowest, True).view_as(score)
+
+    def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
+        """`floor(n * sparsity)` for groups of n weights."""
+        size = shape[1] if group == "row" else shape[0] * shape[1]
+        return int(size * sparsity)
+
+    def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
+        """Rows, or the whole matrix as one group."""
+        return matrix if group == "row" else matrix.reshape(1, -1)
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+class SemiStructured(Pattern):
+    """N:M, of every M consecutive input columns the N highest scores stay.
+
+    Args:
+        keep: N, the number of weights that stay in each group.
+        group_size: M, the number of consecutive input columns in a group.
+
+    Example:
+        >>> SemiStructured(2, 4).mask(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), sparsity=0.5)
+        tensor([[False,  True,  True, False]])
+    """
+
+    def __init__(self, keep: int, group_size: int) -> None:
+        if not 0 < keep < group_size:
+            raise ValueError(f"`N:M` needs 0 < N < M, got {keep}:{group_size}")
+        self.keep, self.group_size = keep, group_size
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that the pattern prunes, 1 - N/M."""
+        return 1 - self.keep / self.group_size
+
+    def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
+        """See `Pattern.mask`; `sparsity` and `group` are given by the pattern itself."""
+        grouped = self.groups(score)
+        lowest = grouped.sort(dim=1, stable=True).indices[:, : self.group_size - self.keep]
+        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, lowest, True).view_as(score)
+
+    def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
+        """M - N."""
+        return self.group_size - self.keep
+
+    def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
+        """Every M consecutive input columns."""
+        return matrix.reshape(-1, self.group_size)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group_size}"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that a user wrote: `unstructured` or `N:M`.
+
+    Raises:
+        ValueError: Anything else.
+
+    Example:
+        >>> parse_pattern("2:4").sparsity
+        0.5
+    """
+    if text == "unstructured":
+        return Unstructured()
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found:
+        raise ValueError("must be `unstructured` or `N:M`, for example `2:4`")
+    return SemiStructured(int(found[1]), int(found[2]))

@@ -1,0 +1,53 @@
+"""The interface of a pool."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from lvlm_prune.tokens import Selection, Tokens
+
+SumOverProcesses = Callable[[Tensor], Tensor]
+
+
+class Pool(ABC):
+    """Chooses the calibration tokens of each sample at a block. Subclass it, write `select`, name the class in YAML.
+
+    Example:
+        >>> import torch
+        >>> class FirstHalfPool(Pool):
+        ...     def select(self, tokens, linear=None):
+        ...         return Selection(torch.arange(len(tokens.visual)) < len(tokens.visual) // 2)
+        >>> FirstHalfPool().select(Tokens(torch.eye(4), torch.eye(4), torch.zeros(4, dtype=torch.bool))).weights
+        tensor([ True,  True, False, False])
+    """
+
+    per_linear: ClassVar[bool] = False
+    """True for pools that choose anew for every Linear, from its outputs (`Tokens.outputs`)."""
+    needs_visual: ClassVar[bool] = False
+    """True where a calibration set without any visual token makes no sense."""
+
+    @abstractmethod
+    def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
+        """Choose among the tokens of one sample.
+
+        Args:
+            tokens: The sample's real tokens at this block.
+            linear: Name of the Linear, relative to the block, for `per_linear` pools; else None.
+        """
+
+    def cutoffs(self, sum_over_processes: SumOverProcesses) -> list[int]:
+        """How many candidates of each sample count, in the order in which this process saw the samples.
+
+        Called once per block after all samples have run, on every process; ends the block. Pools that never return
+        candidates need not override it.
+
+        Args:
+            sum_over_processes: Sums a float64 tensor over all processes (the identity with one).
+        """
+        return []
+
+    def summary(self) -> dict[str, float]:
+        """Numbers about the block just ended that belong in the manifest, for example the mean saliency."""
+        return {}

@@ -1,0 +1,34 @@
+"""Drift: how far a block moves a visual token.
+
+A token that a block hardly touches says little about which of its weights matter
+(Mostly Text, Smart Visuals: asymmetric text-visual pruning, arXiv 2603.16001, Eq. 4).
+"""
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from lvlm_prune.saliency.base import Saliency
+from lvlm_prune.tokens import Tokens
+
+
+class DriftSaliency(Saliency):
+    r"""Cosine distance between a visual token before and after the block.
+
+    .. math:: s_v = 1 - \cos(x^{in}_v, x^{out}_v)
+
+    Computed in float32 whatever the model's dtype: in bfloat16 most values tie.
+
+    Example:
+        >>> import torch
+        >>> swapped = Tokens(torch.eye(3), torch.eye(3)[[0, 2, 1]], visual=torch.tensor([False, True, True]))
+        >>> DriftSaliency()(swapped)
+        tensor([1., 1.])
+    """
+
+    name = "drift"
+    maximum = 2.0
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Saliency of each visual token, float32 of shape (n_visual,), between 0 and 2."""
+        before, after = tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual]
+        return 1 - cosine_similarity(before.float(), after.float(), dim=-1)

@@ -1,0 +1,7 @@
+"""Scorers: how important each weight is."""
+
+from lvlm_prune.scorers.base import Scorer
+from lvlm_prune.scorers.magnitude import MagnitudeScorer
+from lvlm_prune.scorers.wanda import WandaScorer
+
+__all__ = ["MagnitudeScorer", "Scorer", "WandaScorer"]

@@ -1,0 +1,77 @@
+"""What a plugin sees of one calibration sample at one block, and what a pool answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The real tokens of one calibration sample at one decoder block; padding is already removed.
+
+    Args:
+        hidden_in: Block input, shape (T, D), in the model's dtype.
+        hidden_out: Block output before this block is pruned, shape (T, D).
+        visual: Which tokens count as visual, bool of shape (T,).
+        text: Which tokens are text, bool of shape (T,). Defaults to every token that is not visual; a token may be
+            neither (audio where only images and videos count as visual).
+        outputs: Output of each Linear that a pool asked for, name relative to the block -> shape (T, C_out).
+        block: Index of the block.
+        sample: Number of the sample in the whole calibration set, the same for any number of processes.
+
+    Example:
+        >>> tokens = Tokens(torch.zeros(3, 2), torch.zeros(3, 2), visual=torch.tensor([False, True, True]))
+        >>> tokens.text
+        tensor([ True, False, False])
+        >>> tokens.num_visual, tokens.num_text
+        (2, 1)
+    """
+
+    hidden_in: Tensor
+    hidden_out: Tensor
+    visual: Tensor
+    text: Tensor = None  # type: ignore[assignment]
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    block: int = 0
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        if self.text is None:
+            object.__setattr__(self, "text", ~self.visual)
+
+    @property
+    def num_visual(self) -> int:
+        """Number of visual tokens."""
+        return int(self.visual.sum())
+
+    @property
+    def num_text(self) -> int:
+        """Number of text tokens."""
+        return int(self.text.sum())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens calibrate, and how much each counts.
+
+    A pool whose budget is known only after all samples have run answers in two parts: the tokens that count in any
+    case, and candidates from which `Pool.cutoffs` later takes the first ones.
+
+    Args:
+        weights: Weight of each token in any case, shape (T,), bool or float, not negative.
+        candidates: Token indices, int64, best first; how many of them count is said by `Pool.cutoffs`.
+        saliency: Saliency of each visual token where one was computed, float32 of shape (n_visual,); for the record.
+    """
+
+    weights: Tensor
+    candidates: Tensor | None = None
+    saliency: Tensor | None = None
+
+
+def random_generator(seed: int, tokens: Tokens, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on seed, block and sample only, never on what other samples or processes drew."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(((seed * 1_000_003 + tokens.block) * 1_000_003 + tokens.sample) % 2**63)
+    return generator
