@@ -1,0 +1,184 @@
+"""The calibration set: which samples, in which batches, on which process.
+
+data = CalibrationDataModule(LlavaJsonSource("share.json"), num_samples=128, seed=0)
+data.setup()
+for batch in data.calibration_batches(processor):
+    model(**batch.inputs)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse import lazy_instance
+
+from lvlm_prune.data.batches import CalibrationBatch, Inputs, batch_key, collate, digest
+from lvlm_prune.data.conversation import Conversation, Document
+from lvlm_prune.data.embedded import EmbeddedSource
+from lvlm_prune.data.processing import encode, padding_of
+from lvlm_prune.data.source import CalibrationSource, Sample
+from lvlm_prune.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationDataModule(L.LightningDataModule):
+    """Deterministic choice of `num_samples` from a source, as batches of model inputs.
+
+    What a sample becomes depends on the source, the seed and the model's processor, never on the batch size or on the
+    number of processes.
+
+    Args:
+        source: Where samples come from.
+        num_samples: Samples to take. Default: all there are in sets made for calibration, otherwise 128.
+        seed: Another seed takes other samples.
+        batch_size: Samples per forward.
+        on_error: A sample that cannot be read ends the run (`raise`), or is left out and reported (`skip`).
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: CalibrationSource = lazy_instance(EmbeddedSource),
+        num_samples: int | None = None,
+        seed: int = 0,
+        batch_size: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        super().__init__()
+        if num_samples is not None and num_samples < 1:
+            raise InputError("data.num_samples", num_samples, "must be at least 1")
+        if batch_size < 1:
+            raise InputError("data.batch_size", batch_size, "must be at least 1")
+        if seed < 0:
+            raise InputError("data.seed", seed, "must not be negative")
+        if on_error not in ("raise", "skip"):
+            raise InputError("data.on_error", on_error, "must be raise or skip")
+        self.source = source
+        self.num_samples = num_samples
+        self.seed = seed
+        self.batch_size = batch_size
+        self.on_error = on_error
+        self.skipped: list[tuple[str, str]] = []
+        """Name of each sample that this process left out, and why."""
+        self._selection: list[int] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the source, choose the samples and check them, all without the model.
+
+        Raises:
+            InputError: The source cannot be read, holds fewer samples than asked for, or (`on_error: raise`) one of
+                the chosen ones is visibly wrong.
+        """
+        selection = self.select()
+        if self.on_error == "raise":
+            self.source.verify(selection)
+
+    def select(self) -> list[int]:
+        """Numbers of the chosen samples in the source, ascending. See `choose`."""
+        if self._selection is None:
+            self.source.setup()
+            total = len(self.source)
+            if total == 0:
+                raise InputError("data.source", type(self.source).__name__, "holds no samples")
+            if self.num_samples is not None and self.num_samples > total:
+                problem = f"the source holds only {total} sample{'' if total == 1 else 's'}"
+                raise InputError("data.num_samples", self.num_samples, problem)
+            default = self.source.default_num_samples
+            self._selection = choose(min(self.num_samples or default or total, total), total, self.seed)
+        return self._selection
+
+    def calibration_batches(
+        self, processor: Any = None, rank: int = 0, world_size: int = 1, with_labels: bool = False
+    ) -> Iterator[CalibrationBatch]:
+        """This process' share of the calibration set.
+
+        The selection is cut into runs of `batch_size` samples, which are dealt out in turn: every sample comes exactly
+        once, and shares may differ by a run. A run becomes one batch, or several if its samples cannot be stacked
+        without padding anything but tokens (see `batch_key`). A run whose samples are all skipped becomes none, so a
+        share can be empty.
+
+        Args:
+            processor: From `load_processor`; not needed for sources of ready-made inputs.
+            rank: Number of this process.
+            world_size: Number of processes.
+            with_labels: Hand on the entry `labels` of ready-made inputs, if there is one.
+
+        Raises:
+            RunError: A sample cannot be read (`on_error: raise`), or every one was skipped on a single process.
+        """
+        if processor is None and self.source.needs_processor:
+            raise ValueError(f"{type(self.source).__name__} needs the model's processor")
+        padding = padding_of(processor) if processor is not None else {}
+        selection = self.select()
+        self.skipped = []
+        starts = range(0, len(selection), self.batch_size)
+        for start in islice(starts, rank, None, world_size):
+            groups: dict[tuple, list[tuple[int, Inputs]]] = {}
+            for index in range(start, min(start + self.batch_size, len(selection))):
+                inputs = self._read(selection[index], processor)
+                if inputs is not None:
+                    if not with_labels:
+                        inputs.pop("labels", None)
+                    groups.setdefault(batch_key(inputs), []).append((index, inputs))
+            for group in groups.values():
+                yield CalibrationBatch(
+                    inputs=collate([inputs for _, inputs in group], **padding),
+                    indices=[index for index, _ in group],
+                    digests=[digest(inputs) for _, inputs in group],
+                )
+        if world_size == 1 and len(self.skipped) == len(selection):
+            name, reason = self.skipped[0]
+            raise RunError(f"no calibration sample could be read; the first one, {name}: {reason}")
+
+    def _read(self, index: int, processor: Any) -> Inputs | None:
+        """Model inputs of sample `index` of the source; None if it is left out."""
+        name = f"sample {index}"
+        try:
+            sample = self.source[index]
+            name = getattr(sample, "id", "") or name
+            return self._encode(sample, processor)
+        except RunError as error:
+            if self.on_error == "raise":
+                raise RunError(f"calibration {name}: {error}") from None
+            log.warning("left out calibration %s: %s", name, error)
+            self.skipped.append((name, str(error)))
+            return None
+
+    def _encode(self, sample: Sample, processor: Any) -> Inputs:
+        if not isinstance(sample, (Conversation, Document)):
+            return dict(sample)
+        try:
+            return encode(processor, sample)
+        # What processors raise on inputs that they do not like; anything else is a bug and keeps its traceback.
+        except (ValueError, IndexError, TypeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(f"{type(processor).__name__} refuses it: {reason}") from error
+
+
+def choose(count: int, total: int, seed: int) -> list[int]:
+    """`count` of the numbers 0 ... `total` - 1, ascending; all of them in order if `count` equals `total`.
+
+    A Fisher-Yates shuffle whose k-th random number is SHA-256 of `"{seed}/{k}"`, broken off after `count` steps: the
+    same on every machine and version of Python, and with one seed a smaller choice is part of a larger one.
+
+    Example:
+        >>> choose(3, 100, seed=0)
+        [2, 16, 84]
+        >>> choose(3, 3, seed=0)
+        [0, 1, 2]
+    """
+    moved: dict[int, int] = {}
+    chosen = []
+    for step in range(count):
+        drawn = step + int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest(), "big") % (total - step)
+        chosen.append(moved.get(drawn, drawn))
+        moved[drawn] = moved.get(step, step)
+    return sorted(chosen)

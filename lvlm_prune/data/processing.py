@@ -1,0 +1,210 @@
+"""From conversations to model inputs, through the model's own processor and chat template.
+
+    Conversation --- chat template ---> text with placeholders --+
+         |                                                       +-- processor --> input_ids, pixel_values, ...
+         +---------- images, opened -----------------------------+
+
+Every sample is encoded on its own; padding is added when a batch is put together. So a sample's inputs depend neither
+on the batch size nor on its neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.data.conversation import Conversation, Document, Message, load_image
+from lvlm_prune.errors import InputError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_WAY_OUT = "copy them from the original model, or use data.source TensorSource, which needs none"
+
+
+def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The processor of a checkpoint folder (a tokenizer, if the model takes only text).
+
+    Without torchvision transformers has no *video* processors, and refuses the whole processor of a model that takes
+    images and videos. Then the processor is loaded without its video part.
+
+    Raises:
+        InputError: The folder has no tokenizer or no processor, or they cannot be loaded.
+    """
+    from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError("model.path", folder, f"has no tokenizer files (tokenizer.json, ...); {_WAY_OUT}")
+    arguments = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **arguments)
+    except ImportError as error:
+        processor_class = None if _has_torchvision() else _processor_class(folder)
+        if processor_class is None:
+            problem = f"its processor needs a library that is not installed ({_first_line(error)})"
+            raise InputError("model.path", folder, problem) from error
+        try:
+            processor = _without_video(processor_class).from_pretrained(folder, **arguments)
+        except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as second_error:
+            problem = f"its processor cannot be loaded without torchvision ({_first_line(second_error)})"
+            raise InputError("model.path", folder, problem) from second_error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError("model.path", folder, _why_not_loaded(folder, error)) from error
+    if isinstance(processor, PreTrainedTokenizerBase) and _takes_images(folder):
+        problem = f"has a tokenizer but no processor files (preprocessor_config.json, ...); {_WAY_OUT}"
+        raise InputError("model.path", folder, problem)
+    if not isinstance(processor, (PreTrainedTokenizerBase, ProcessorMixin)):
+        raise InputError("model.path", folder, f"holds a {type(processor).__name__} but no processor; {_WAY_OUT}")
+    return processor
+
+
+def encode(processor: Any, sample: Conversation | Document, add_generation_prompt: bool = False) -> dict[str, Tensor]:
+    """Model inputs of one sample: `input_ids` of shape (1, T) and what else the processor makes.
+
+    For calibration that is the user's turn and the whole answer. Without a chat template (base models) the text is the
+    image placeholders and the texts of all turns, one turn per line.
+
+    Raises:
+        RunError: An image is missing or broken.
+        ValueError: The processor refuses the sample (for example, an image of extreme aspect ratio).
+    """
+    tokenizer = tokenizer_of(processor)
+    if isinstance(sample, Document):
+        return _encode_document(processor, tokenizer, sample)
+    images = [load_image(image) for image in sample.images]
+    if images and tokenizer is processor:
+        raise ValueError("the sample has images, but the model's processor takes only text")
+    text = render(processor, sample.messages, add_generation_prompt)
+    # As in transformers' own `apply_chat_template`: most templates write the first token themselves.
+    starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt", "add_special_tokens": not starts}
+    if images:
+        arguments["images"] = [images]
+    return _tensors(processor(**arguments))
+
+
+def render(processor: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    """The conversation as text, with one placeholder of the processor per image."""
+    from jinja2 import TemplateError
+
+    if not getattr(processor, "chat_template", None):
+        return "\n".join(_flat(processor, message)["content"] for message in messages)
+    arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        text = processor.apply_chat_template(messages, **arguments)
+        # A template for plain strings prints the list of parts as Python would.
+        understood = "{'type': '" not in text
+    except (TypeError, TemplateError):
+        understood = False
+    if not understood:
+        text = processor.apply_chat_template([_flat(processor, message) for message in messages], **arguments)
+    return text
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def padding_of(processor: Any) -> dict[str, Any]:
+    """How this model's batches are padded: arguments of `collate`."""
+    tokenizer = tokenizer_of(processor)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return {
+        "pad_token_id": next(token for token in candidates if token is not None),
+        "padding_side": tokenizer.padding_side,
+    }
+
+
+def _encode_document(processor: Any, tokenizer: Any, document: Document) -> dict[str, Tensor]:
+    # Web text does contain "<image>" and "</s>"; as special tokens they would be image positions without an image.
+    encoded = tokenizer(
+        document.text,
+        return_tensors="pt",
+        truncation=document.max_tokens is not None,
+        max_length=document.max_tokens,
+        split_special_tokens=True,
+    )
+    inputs = _tensors(encoded)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the document has no tokens")
+    inputs["input_ids"] = inputs["input_ids"].long()
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in getattr(processor, "model_input_names", ()):
+            inputs[name] = torch.zeros_like(inputs["input_ids"])
+    return inputs
+
+
+def _tensors(encoded: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+
+
+def _flat(processor: Any, message: Message) -> Message:
+    """The message with a plain string for its content."""
+    image_token = getattr(processor, "image_token", None) or "<image>"
+    pieces = [image_token if part["type"] == "image" else part["text"] for part in message["content"]]
+    return {**message, "content": "".join(pieces)}
+
+
+def _without_video(base: Any) -> Any:
+    """The processor class with None where its video processor was."""
+    modalities = [name for name in base.get_attributes() if "video" not in name]
+
+    class Parts(base):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return modalities
+
+    class WithoutVideo(base):
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            loaded = dict(zip(modalities, Parts._get_arguments_from_pretrained(*args, **kwargs)))
+            return [loaded.get(name) for name in cls.get_attributes()]
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument is None and "video" in argument_name:
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    # transformers looks at the name of the class, and so do users.
+    Parts.__name__ = WithoutVideo.__name__ = base.__name__
+    return WithoutVideo
+
+
+def _processor_class(folder: Path) -> Any:
+    """The processor class that a checkpoint folder asks for; None if it is not one of transformers."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"):
+        if (folder / file).is_file():
+            entries = json.loads((folder / file).read_text(encoding="utf-8"))
+            name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(entries.get("model_type", ""))
+            if name:
+                return getattr(transformers, name, None)
+    return None
+
+
+def _takes_images(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "vision_config" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def _has_torchvision() -> bool:
+    from transformers.utils import is_torchvision_available
+
+    return is_torchvision_available()
+
+
+def _why_not_loaded(folder: Path, error: Exception) -> str:
+    if not any((folder / name).is_file() for name in _IMAGE_FILES):
+        return f"has no processor files (preprocessor_config.json, ...); {_WAY_OUT}"
+    return f"its processor cannot be loaded ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,76 @@
+"""The interface of a calibration source: where samples come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from lvlm_prune.data.conversation import Conversation, Document
+
+Sample = Conversation | Document | dict[str, Tensor]
+"""A conversation or a document for the model's processor, or ready-made model inputs."""
+
+
+class CalibrationSource(ABC):
+    """Numbered samples. Subclass it and name the subclass as `data.source`, in YAML or on the command line.
+
+    The constructor only keeps its arguments: the command line builds sources to print a configuration, too. `setup`
+    opens what the samples are read from, and `__getitem__` reads one of them. The sample of an index must not depend
+    on anything else: not on the samples that were read before, nor on the process that reads it.
+
+    Example:
+        >>> class Colours(CalibrationSource):
+        ...     '''One picture of each colour.'''
+        ...
+        ...     def __init__(self, colours: list[str]) -> None:
+        ...         self.colours = colours
+        ...
+        ...     def __len__(self) -> int:
+        ...         return len(self.colours)
+        ...
+        ...     def __getitem__(self, index: int) -> Conversation:
+        ...         image = Image.new("RGB", (32, 32), self.colours[index])
+        ...         content = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
+        ...         return Conversation([{"role": "user", "content": content}], [image], id=self.colours[index])
+        >>> from PIL import Image
+        >>> Colours(["red", "green"])[1].id
+        'green'
+    """
+
+    default_num_samples: ClassVar[int | None] = 128
+    """Samples to take when `data.num_samples` is not given: that many, or all if there are fewer; None: all."""
+
+    needs_processor: ClassVar[bool] = True
+    """False if the samples are ready-made model inputs, so that the model's folder needs no processor."""
+
+    def setup(self) -> None:  # noqa: B027
+        """Open and index what the samples are read from. May be called more than once.
+
+        Raises:
+            InputError: An option or the file behind it is wrong.
+        """
+
+    def verify(self, indices: Sequence[int]) -> None:  # noqa: B027
+        """Find what is wrong with the chosen samples as far as that is possible without decoding them.
+
+        Called before the model is loaded, and only if a bad sample is an error (`data.on_error: raise`).
+
+        Raises:
+            InputError: For example, an image file is missing.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples, known after `setup`."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Sample number `index`.
+
+        Raises:
+            RunError: This one sample is broken; the message names it. With `data.on_error: skip` it is left out.
+                Any other exception ends the run with its traceback.
+        """
