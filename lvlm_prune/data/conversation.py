@@ -55,7 +55,7 @@ def load_image(image: Image.Image | Path) -> Image.Image:
     Raises:
         RunError: The file is missing or is not an image.
     """
-    name = getattr(image, "filename", "image") if isinstance(image, Image.Image) else str(image)
+    name = (getattr(image, "filename", "") or "image") if isinstance(image, Image.Image) else str(image)
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         return ImageOps.exif_transpose(opened).convert("RGB")
@@ -68,12 +68,16 @@ def load_image(image: Image.Image | Path) -> Image.Image:
 
 
 def open_image_bytes(content: bytes, name: str) -> Image.Image:
-    """An image that lies in a data set as encoded bytes; `name` is what messages to the user call it."""
+    """An image that lies in a data set as encoded bytes; `name` is what messages to the user call it.
+
+    Raises:
+        RunError: The bytes are not an image.
+    """
     try:
         opened = Image.open(io.BytesIO(content))
-        opened.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise RunError(f"{name}: cannot be read as an image") from None
+    opened.filename = name
     return opened
 
 

@@ -35,24 +35,22 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
         InputError: The folder has no tokenizer or no processor, or they cannot be loaded.
     """
     from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.utils import is_torchvision_available
 
     folder = Path(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError("model.path", folder, f"has no tokenizer files (tokenizer.json, ...); {_WAY_OUT}")
-    arguments = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    loader: Any = AutoProcessor
+    if not is_torchvision_available():
+        processor_class = _processor_class(folder)
+        if any("video" in name for name in getattr(processor_class, "get_attributes", list)()):
+            loader = _without_video(processor_class)
     try:
-        processor = AutoProcessor.from_pretrained(folder, **arguments)
+        processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except ImportError as error:
-        processor_class = None if _has_torchvision() else _processor_class(folder)
-        if processor_class is None:
-            problem = f"its processor needs a library that is not installed ({_first_line(error)})"
-            raise InputError("model.path", folder, problem) from error
-        try:
-            processor = _without_video(processor_class).from_pretrained(folder, **arguments)
-        except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as second_error:
-            problem = f"its processor cannot be loaded without torchvision ({_first_line(second_error)})"
-            raise InputError("model.path", folder, problem) from second_error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"its processor needs a library that is not installed ({_first_line(error)})"
+        raise InputError("model.path", folder, problem) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError("model.path", folder, _why_not_loaded(folder, error)) from error
     if isinstance(processor, PreTrainedTokenizerBase) and _takes_images(folder):
         problem = f"has a tokenizer but no processor files (preprocessor_config.json, ...); {_WAY_OUT}"
@@ -192,12 +190,6 @@ def _processor_class(folder: Path) -> Any:
 def _takes_images(folder: Path) -> bool:
     config = folder / "config.json"
     return config.is_file() and "vision_config" in json.loads(config.read_text(encoding="utf-8"))
-
-
-def _has_torchvision() -> bool:
-    from transformers.utils import is_torchvision_available
-
-    return is_torchvision_available()
 
 
 def _why_not_loaded(folder: Path, error: Exception) -> str:

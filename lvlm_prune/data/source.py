@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
 from lvlm_prune.data.conversation import Conversation, Document
+from lvlm_prune.errors import InputError, RunError
 
 Sample = Conversation | Document | dict[str, Tensor]
 """A conversation or a document for the model's processor, or ready-made model inputs."""
@@ -74,3 +76,27 @@ class CalibrationSource(ABC):
             RunError: This one sample is broken; the message names it. With `data.on_error: skip` it is left out.
                 Any other exception ends the run with its traceback.
         """
+
+
+def verify_images(
+    source: CalibrationSource, indices: Sequence[int], option: str, value: str | None, hint: str = ""
+) -> None:
+    """Read the chosen conversations and see that their image files exist; no image is decoded.
+
+    Raises:
+        InputError: A sample is malformed or image files are missing; it names `option`, and ends with `hint`.
+    """
+    missing = []
+    for index in indices:
+        try:
+            sample = source[index]
+        except RunError as error:
+            raise InputError(option, value, f"sample {index}: {error}") from None
+        if isinstance(sample, Conversation):
+            files = (image for image in sample.images if isinstance(image, Path))
+            missing += [(sample.id, file) for file in files if not file.is_file()]
+    if missing:
+        name, file = missing[0]
+        problem = f"image file {file} of sample {name} is missing"
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(option, value, problem + others + hint)

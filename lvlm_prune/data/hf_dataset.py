@@ -1,0 +1,193 @@
+"""Any Hugging Face data set, on disk or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lvlm_prune.data.conversation import (
+    Conversation,
+    Document,
+    Message,
+    messages_from_turns,
+    open_image_bytes,
+    place_images,
+)
+from lvlm_prune.data.source import CalibrationSource, verify_images
+from lvlm_prune.errors import InputError, RunError
+
+_ROLES = ("image", "images", "question", "answer", "messages", "text", "id")
+_FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+
+
+class HFDatasetSource(CalibrationSource):
+    """Samples of a Hugging Face data set, with a mapping that says which column plays which role.
+
+    Roles: `image` or `images` (one image or a list: data of the `Image` feature, encoded bytes, or a file name relative
+    to the data set), with `question` and `answer`; or `messages` (chat format, or LLaVA's `from`/`value`) with or
+    without images; or `text` (a document, which does not go through the chat template); and `id`.
+
+    Args:
+        path: A folder written by `save_to_disk`, a folder or file of parquet, JSON, JSONL, CSV or images, or the name
+            of a data set on the hub.
+        name: Configuration of the data set.
+        split: Which split.
+        columns: From role to column. Default: the columns that are named like a role.
+        data_files: Files inside the data set, as `datasets.load_dataset` takes them.
+        revision: Version on the hub.
+        max_tokens: Documents are cut off after that many tokens.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        columns: dict[str, str] | None = None,
+        data_files: str | list[str] | None = None,
+        revision: str | None = None,
+        max_tokens: int = 2048,
+    ) -> None:
+        unknown = sorted(set(columns or ()) - set(_ROLES))
+        if unknown:
+            problem = f"no such role; there are {', '.join(_ROLES)}"
+            raise InputError("data.source.columns", unknown[0], problem)
+        self.path = path
+        self.name = name
+        self.split = split
+        self.columns = columns
+        self.data_files = data_files
+        self.revision = revision
+        self.max_tokens = max_tokens
+        self._roles: dict[str, str] = {}
+        self._rows: Any = None
+
+    def setup(self) -> None:
+        if self._rows is not None:
+            return
+        rows = self._load()
+        roles = self.columns or {role: role for role in _ROLES if role in rows.column_names}
+        for role, column in roles.items():
+            if column not in rows.column_names:
+                problem = f"the data set has no such column; there are {', '.join(rows.column_names)}"
+                raise InputError(f"data.source.columns.{role}", column, problem)
+        if not {"messages", "text", "question", "answer"} & set(roles):
+            problem = (
+                "must name a column for messages, for text, or for question and answer; the data set has "
+                f"{', '.join(rows.column_names)}"
+            )
+            raise InputError("data.source.columns", self.columns or "(not given)", problem)
+        self._roles = dict(roles)
+        self._rows = self._without_decoding(rows)
+
+    def _load(self) -> Any:
+        import datasets
+
+        path = Path(self.path)
+        datasets.disable_progress_bars()
+        try:
+            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+                loaded = datasets.load_from_disk(str(path))
+                if not isinstance(loaded, datasets.DatasetDict):
+                    return loaded
+                if self.split not in loaded:
+                    problem = f"the data set has no such split; there are {', '.join(loaded)}"
+                    raise InputError("data.source.split", self.split, problem)
+                return loaded[self.split]
+            if path.is_file():
+                file_type = _FILE_TYPES.get(path.suffix)
+                if file_type is None:
+                    raise InputError("data.source.path", self.path, f"not one of {', '.join(_FILE_TYPES)}")
+                return datasets.load_dataset(file_type, data_files=str(path), split=self.split)
+            if not path.is_dir() and (path.is_absolute() or self.path.startswith(".") or self.path.count("/") > 1):
+                raise InputError("data.source.path", self.path, "no such file or folder")
+            return datasets.load_dataset(
+                self.path, self.name, split=self.split, data_files=self.data_files, revision=self.revision
+            )
+        except InputError:
+            raise
+        # The hub's and pyarrow's own errors derive from these.
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError("data.source.path", self.path, f"cannot be loaded ({reason})") from error
+
+    def _without_decoding(self, rows: Any) -> Any:
+        """Images as bytes or paths, so that a broken one is an error of this sample, with its name."""
+        import datasets
+
+        for role in ("image", "images"):
+            column = self._roles.get(role)
+            if column is None:
+                continue
+            feature = rows.features[column]
+            undecoded = datasets.Image(decode=False)
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(column, undecoded)
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                rows = rows.cast_column(column, type(feature)(undecoded))
+        return rows
+
+    def verify(self, indices: Sequence[int]) -> None:
+        verify_images(self, indices, "data.source.path", self.path)
+
+    def __len__(self) -> int:
+        self.setup()
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Conversation | Document:
+        self.setup()
+        row = self._rows[index]
+        values = {role: row[column] for role, column in self._roles.items()}
+        name = str(values.get("id", f"{self.path}, row {index}"))
+        try:
+            images = self._images(values, name)
+            if values.get("messages") is not None:
+                messages = messages_from_turns(values["messages"])
+            elif "text" in values:
+                if not isinstance(values["text"], str) or not values["text"].strip():
+                    raise ValueError("no text")
+                if not images:
+                    return Document(values["text"].strip(), max_tokens=self.max_tokens, id=name)
+                messages = messages_from_turns([{"role": "user", "content": values["text"]}])
+            else:
+                messages = _question_and_answer(values)
+            return Conversation(place_images(messages, len(images)), images, id=name)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+    def _images(self, values: dict[str, Any], name: str) -> list[Image.Image | Path]:
+        entries: list[Any] = []
+        for role in ("image", "images"):
+            value = values.get(role)
+            entries += value if isinstance(value, (list, tuple)) else [value]
+        return [self._image(entry, name) for entry in entries if entry is not None]
+
+    def _image(self, entry: Any, name: str) -> Image.Image | Path:
+        if isinstance(entry, Image.Image):
+            return entry
+        if isinstance(entry, bytes):
+            return open_image_bytes(entry, f"an image of {name}")
+        if isinstance(entry, dict) and entry.get("bytes"):
+            return open_image_bytes(entry["bytes"], entry.get("path") or f"an image of {name}")
+        file = entry.get("path") if isinstance(entry, dict) else entry
+        if not isinstance(file, str):
+            raise ValueError(f"{type(entry).__name__} in the column of images")
+        folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
+        return folder / file
+
+
+def _question_and_answer(values: dict[str, Any]) -> list[Message]:
+    turns = []
+    for role, speaker in (("question", "user"), ("answer", "assistant")):
+        text = values.get(role)
+        # Sets with several reference answers give a list.
+        text = text[0] if isinstance(text, (list, tuple)) and text else text
+        if text is not None:
+            turns.append({"role": speaker, "content": str(text)})
+    messages = messages_from_turns(turns)
+    if messages[0]["role"] == "assistant":
+        messages.insert(0, {"role": "user", "content": []})
+    return messages

@@ -1,0 +1,119 @@
+"""Random access to the records of a large JSON or JSONL file.
+
+    [{"id": 0, ...}, {"id": 1, ...}, ...]        one array, on one line or many
+    {"id": 0, ...}\n{"id": 1, ...}\n ...         JSONL: one object per line
+
+Only the byte range of each record is kept, 16 bytes per record; a record is parsed when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lvlm_prune.errors import InputError
+
+_CHUNK = 1 << 20
+_OUTSIDE_STRINGS = re.compile(rb'["{}\[\]]')
+_INSIDE_STRINGS = re.compile(rb'["\\]')
+
+
+class JsonRecords:
+    """The objects in a JSON array or a JSONL file, by number. The form is told from the content, not from the name.
+
+    Args:
+        path: The file.
+        option: Option to name in errors.
+
+    Raises:
+        InputError: No such file, neither of the two forms, or cut off in the middle of the array.
+    """
+
+    def __init__(self, path: str | Path, option: str) -> None:
+        self.path = Path(path)
+        self.option = option
+        if not self.path.is_file():
+            raise InputError(option, path, "no such file")
+        self._starts = array("Q")
+        self._ends = array("Q")
+        with self.path.open("rb") as file:
+            head = file.read(_CHUNK)
+            offset = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+            first = head[offset:].lstrip()[:1]
+            file.seek(offset)
+            if first == b"[":
+                self._index_array(file)
+            elif first == b"{":
+                self._index_lines(file)
+            elif head.strip() or first:
+                raise InputError(option, path, "neither a JSON array of samples nor one JSON object per line")
+        if not self._starts:
+            raise InputError(option, path, "holds no samples")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Record number `index`.
+
+        Raises:
+            ValueError: It is not valid JSON, or not an object.
+        """
+        start, end = self._starts[index], self._ends[index]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+        try:
+            record = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"invalid JSON at byte {start} of {self.path} ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{type(record).__name__} at byte {start} of {self.path}, expected an object")
+        return record
+
+    def _index_lines(self, file: BinaryIO) -> None:
+        position = file.tell()
+        for line in file:
+            if not line.isspace():
+                self._starts.append(position)
+                self._ends.append(position + len(line))
+            position += len(line)
+
+    def _index_array(self, file: BinaryIO) -> None:
+        """Follow nesting depth and strings, without building a single object.
+
+        The state fits in four variables, so memory does not grow with the file, nor with its longest record.
+        """
+        depth = 0
+        in_string = False
+        base = file.tell()
+        skip = 0  # bytes of the next chunk that belong to an escape begun in this one
+        while chunk := file.read(_CHUNK):
+            position = skip
+            skip = 0
+            while True:
+                match = (_INSIDE_STRINGS if in_string else _OUTSIDE_STRINGS).search(chunk, position)
+                if match is None:
+                    break
+                character, position = match[0], match.end()
+                if character == b"\\":
+                    position += 1
+                    skip = max(0, position - len(chunk))
+                elif character == b'"':
+                    in_string = not in_string
+                elif character in b"{[":
+                    if depth == 1:
+                        self._starts.append(base + match.start())
+                    depth += 1
+                else:
+                    depth -= 1
+                    if depth == 1:
+                        self._ends.append(base + match.end())
+                    elif depth == 0:
+                        return
+            base += len(chunk)
+        problem = f"ends in the middle of its JSON array, after {len(self._ends)} complete samples (truncated?)"
+        raise InputError(self.option, self.path, problem)

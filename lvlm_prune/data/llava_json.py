@@ -1,0 +1,71 @@
+"""Conversations about images in the files of LLaVA, ShareGPT4V and their many descendants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.data.conversation import Conversation, messages_from_turns, place_images
+from lvlm_prune.data.json_records import JsonRecords
+from lvlm_prune.data.source import CalibrationSource, verify_images
+from lvlm_prune.errors import InputError, RunError
+
+
+class LlavaJsonSource(CalibrationSource):
+    r"""LLaVA's JSON or JSONL, of any size: the file is indexed, not loaded.
+
+    A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A cat."}]}`. `image` may be a list, or missing in a sample of text only; images that no
+    `<image>` stands for are put first.
+
+    Args:
+        path: The file: a JSON array, or one JSON object per line.
+        image_folder: Folder that image names are relative to. Default: the folder of `path`.
+    """
+
+    def __init__(self, path: str, image_folder: str | None = None) -> None:
+        self.path = path
+        self.image_folder = image_folder
+        self._records: JsonRecords | None = None
+
+    def setup(self) -> None:
+        if self._records is None:
+            if self.image_folder is not None and not Path(self.image_folder).is_dir():
+                raise InputError("data.source.image_folder", self.image_folder, "no such folder")
+            self._records = JsonRecords(self.path, "data.source.path")
+
+    def verify(self, indices: Sequence[int]) -> None:
+        if self.image_folder is None:
+            verify_images(self, indices, "data.source.path", self.path, hint="; is data.source.image_folder needed?")
+        else:
+            verify_images(self, indices, "data.source.image_folder", self.image_folder)
+
+    def __len__(self) -> int:
+        self.setup()
+        assert self._records is not None
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Conversation:
+        self.setup()
+        assert self._records is not None
+        try:
+            record = self._records[index]
+            images = self._images(record)
+            turns = record.get("conversations")
+            if not isinstance(turns, list):
+                raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
+            messages = place_images(messages_from_turns(turns), len(images))
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        return Conversation(messages, images, id=str(record.get("id", index)))  # type: ignore[arg-type]
+
+    def _images(self, record: dict[str, Any]) -> list[Path]:
+        if record.get("video"):
+            raise ValueError("it is about a video; this source reads images and text")
+        names = record.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("`image` is neither a file name nor a list of file names")
+        folder = Path(self.path).parent if self.image_folder is None else Path(self.image_folder)
+        return [folder / name for name in names]
