@@ -1,0 +1,32 @@
+"""Find, catch, run and stream the decoder blocks of transformers models: the only place that knows their insides."""
+
+from lvlm_prune.blocks.capture import CaughtBatch
+from lvlm_prune.blocks.checkpoint import CheckpointFolder, TensorInfo
+from lvlm_prune.blocks.decoder import Decoder, find_decoder, prunable_linears
+from lvlm_prune.blocks.execution import BlockRunner
+from lvlm_prune.blocks.hub import resolve
+from lvlm_prune.blocks.modality import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, modality_of_tokens
+from lvlm_prune.blocks.skeleton import build_skeleton
+from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights
+
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "MODALITIES",
+    "PADDING",
+    "TEXT",
+    "VIDEO",
+    "BlockRunner",
+    "CaughtBatch",
+    "CheckpointFolder",
+    "Decoder",
+    "ResidentWeights",
+    "StreamedWeights",
+    "TensorInfo",
+    "Weights",
+    "build_skeleton",
+    "find_decoder",
+    "modality_of_tokens",
+    "prunable_linears",
+    "resolve",
+]

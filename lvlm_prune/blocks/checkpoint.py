@@ -1,0 +1,281 @@
+"""A Hugging Face checkpoint folder, read and written one tensor at a time.
+
+A safetensors file is a header of 8 + n bytes that says where each tensor lies, and then the tensors. A pruned weight has
+the shape and the dtype of the dense one, so it is written over the same bytes: names, order, shards and sizes stay.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.errors import InputError, RunError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+# The format's own limit on the header.
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        shard: Name of the safetensors file.
+        dtype: Its dtype as safetensors spells it, for example `BF16`.
+        shape: Its shape.
+        start: Position of its first byte in the file.
+        nbytes: Its size.
+    """
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype in torch.
+
+        Raises:
+            InputError: torch has no such dtype.
+        """
+        if self.dtype not in _DTYPES:
+            raise InputError("model.path", self.shard, f"holds tensors of dtype {self.dtype}, which is not supported")
+        return _DTYPES[self.dtype]
+
+
+class CheckpointFolder:
+    """A checkpoint folder: `config.json`, safetensors shards, and anything else.
+
+    Creating one reads `config.json`, the index and the headers of the shards, and checks that they fit together; no
+    tensor is read. The shards are those that the index names, or else `model.safetensors`: other safetensors files may
+    lie in the folder.
+
+    Args:
+        path: The folder.
+        option: Name of the option that the path came from, for error messages.
+
+    Attributes:
+        path: The folder.
+        config: Contents of `config.json`.
+        shards: File names of the shards, in the order of the index.
+        tensors: Name on disk to place of each tensor.
+
+    Raises:
+        InputError: The folder, its configuration or its weights are missing, broken or of another format.
+    """
+
+    def __init__(self, path: Path | str, option: str = "model.path") -> None:
+        self.path = Path(path)
+        self._option = option
+        if not self.path.is_dir():
+            raise self._error("is a file, not a folder" if self.path.exists() else "no such folder")
+        self.config: dict[str, Any] = self._read_json("config.json")
+        index = self._read_index()
+        self.shards = list(dict.fromkeys(index.values())) if index else [SINGLE_NAME]
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            for key, tensor in self._read_header(shard):
+                # Where two shards hold a tensor of the same name, the index says which one counts.
+                if index.get(key, shard) == shard:
+                    self.tensors[key] = tensor
+        lost = [key for key in index if key not in self.tensors]
+        if lost:
+            raise self._error(f"{INDEX_NAME} places {lost[0]} in {index[lost[0]]}, which does not hold it")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self.tensors[key]
+
+    def read(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor named `key`, in its shape and dtype on disk. Only its own bytes are read.
+
+        Raises:
+            RunError: The file has become shorter than its header says, or cannot be read.
+        """
+        tensor = self.tensors[key]
+        # An empty tensor has no buffer to view.
+        if not tensor.nbytes:
+            return torch.empty(tensor.shape, dtype=tensor.torch_dtype, device=device)
+        return torch.frombuffer(self.read_bytes(key), dtype=tensor.torch_dtype).reshape(tensor.shape).to(device)
+
+    def read_bytes(self, key: str) -> bytearray:
+        """The bytes of the tensor named `key`, little-endian and row-major.
+
+        Raises:
+            RunError: The file has become shorter than its header says, or cannot be read.
+        """
+        tensor = self.tensors[key]
+        content = bytearray(tensor.nbytes)
+        view = memoryview(content)
+        try:
+            with open(self.path / tensor.shard, "rb", buffering=0) as file:
+                file.seek(tensor.start)
+                filled = 0
+                while filled < len(view):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise RunError(f"{self.path / tensor.shard} has become shorter: {key} is cut off")
+                    filled += count
+        except OSError as error:
+            raise RunError(f"cannot read {key} from {self.path / tensor.shard}: {error}") from error
+        return content
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Write `tensor` over the one named `key`. Every other byte of the file stays as it is.
+
+        Args:
+            key: Name on disk.
+            tensor: Of the shape and dtype on disk, on any device.
+
+        Raises:
+            ValueError: Shape or dtype differ from the ones on disk.
+            OSError: The file cannot be written.
+        """
+        place = self.tensors[key]
+        if tuple(tensor.shape) != place.shape or tensor.dtype != place.torch_dtype:
+            raise ValueError(
+                f"{key} is {place.torch_dtype} of shape {place.shape} on disk, "
+                f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        with open(self.path / place.shard, "r+b", buffering=0) as file:
+            file.seek(place.start)
+            written = 0
+            while written < len(content):
+                written += file.write(memoryview(content)[written:])
+
+    def sync(self, shards: Iterable[str] | None = None) -> None:
+        """Return only once what was written to `shards` (all of them by default) is on the disk.
+
+        Raises:
+            OSError: The disk reports an error, for example that it is full.
+        """
+        for shard in self.shards if shards is None else shards:
+            descriptor = os.open(self.path / shard, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _error(self, problem: str) -> InputError:
+        return InputError(self._option, self.path, problem)
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise self._error(f"holds no {name}") from None
+        except OSError as error:
+            raise self._error(f"cannot read {name}: {error.strerror}") from None
+        except ValueError as error:
+            raise self._error(f"{name} is not valid JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise self._error(f"{name} is not a JSON object")
+        return content
+
+    def _read_index(self) -> dict[str, str]:
+        """Name on disk to shard, or nothing for a checkpoint in one file."""
+        if not (self.path / INDEX_NAME).exists():
+            if not (self.path / SINGLE_NAME).exists():
+                raise self._error(self._without_weights())
+            return {}
+        weight_map = self._read_json(INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise self._error(f"{INDEX_NAME} has no weight_map")
+        for shard in set(weight_map.values()):
+            # A name with a folder in it could lead out of the checkpoint.
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise self._error(f"{INDEX_NAME} names {shard!r}, which is not a file in this folder")
+            if not (self.path / shard).is_file():
+                raise self._error(f"{INDEX_NAME} names {shard}, which does not exist")
+        return weight_map
+
+    def _without_weights(self) -> str:
+        pickles = sorted(file.name for pattern in _PICKLE_PATTERNS for file in self.path.glob(pattern))
+        if pickles:
+            return (
+                f"holds weights as pickle ({pickles[0]}), which can run code when opened; convert them first: load the "
+                "model with transformers from_pretrained and write it with save_pretrained, which makes safetensors"
+            )
+        return f"holds no {SINGLE_NAME} and no {INDEX_NAME}"
+
+    def _read_header(self, shard: str) -> Iterator[tuple[str, TensorInfo]]:
+        """(name, place) of every tensor in `shard`, in the order of the file."""
+        size = (self.path / shard).stat().st_size
+        try:
+            with open(self.path / shard, "rb") as file:
+                prefix = file.read(8)
+                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+                if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+                    raise self._error(f"{shard} is truncated or not a safetensors file")
+                header = json.loads(file.read(length).decode("utf-8"))
+            header.pop("__metadata__", None)
+            tensors = sorted(
+                ((key, _place(shard, 8 + length, entry)) for key, entry in header.items()),
+                key=lambda item: (item[1].start, item[1].nbytes),
+            )
+        except OSError as error:
+            raise self._error(f"cannot read {shard}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise self._error(f"{shard} has a corrupt header") from None
+        end = 8 + length
+        for key, tensor in tensors:
+            if tensor.start != end or not _fits(tensor):
+                raise self._error(f"{shard} has a corrupt header: the place of {key} does not fit its shape")
+            end += tensor.nbytes
+        if end > size:
+            raise self._error(f"{shard} is truncated: {size} bytes, its header says {end}")
+        if end < size:
+            raise self._error(f"{shard} is corrupt: {size} bytes, its header says {end}")
+        yield from tensors
+
+
+def _place(shard: str, data_start: int, entry: dict[str, Any]) -> TensorInfo:
+    first, last = entry["data_offsets"]
+    shape = tuple(int(length) for length in entry["shape"])
+    return TensorInfo(shard, str(entry["dtype"]), shape, data_start + int(first), int(last) - int(first))
+
+
+def _fits(tensor: TensorInfo) -> bool:
+    dtype = _DTYPES.get(tensor.dtype)
+    # The size of a dtype that torch lacks is not known; such a tensor is only ever copied.
+    return tensor.nbytes >= 0 and (dtype is None or tensor.nbytes == math.prod(tensor.shape) * dtype.itemsize)

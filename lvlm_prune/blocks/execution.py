@@ -1,0 +1,229 @@
+"""Run a model's decoder one block at a time, exactly as the model's own forward does."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvlm_prune.blocks.capture import (
+    BlankEmbeddings,
+    CarriedOutput,
+    CaughtBatch,
+    Recording,
+    StopForward,
+    UnexpectedForm,
+    block_return,
+    named_arguments,
+    reads_history,
+    record,
+    record_first,
+    stubbed,
+)
+from lvlm_prune.blocks.decoder import find_decoder
+from lvlm_prune.errors import InputError
+
+
+class BlockRunner:
+    """Runs the decoder of `model` block by block.
+
+    Between two blocks it does what the decoder does there, by the decoder's own code: the result of chaining all blocks
+    is the model's own forward bit for bit, also when blocks are changed on the way. Nothing here knows a model family.
+
+    For each batch the blocks must be run in order, from the first to the last: some hand keys and values to later ones.
+    Gradients are off throughout.
+
+    Args:
+        model: A transformers model in eval mode. Its blocks may be on the meta device while batches are caught.
+
+    Raises:
+        InputError: The model has no decoder that can be recognised.
+
+    Example:
+        A batch all the way through the decoder::
+
+            runner = BlockRunner(model)
+            batch = runner.catch(inputs)
+            for i in range(len(runner)):
+                output = runner.run(i, batch)   # as often as needed, for example under hooks
+                runner.advance(i, batch)        # batch.hidden is now the input of block i + 1
+            last_hidden_state = runner.finish(batch)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.decoder = find_decoder(model)
+        # Learned from the first batch, for this model only: another model of the same class may differ.
+        self._form: int | None = None
+        self._reads_history: bool | None = None
+
+    def __len__(self) -> int:
+        return len(self.decoder.layers)
+
+    def block(self, i: int) -> nn.Module:
+        """Block `i`."""
+        return self.decoder.layers[i]
+
+    def name(self, i: int) -> str:
+        """Path of block `i` in the model, for example `model.language_model.layers.3`."""
+        return self.decoder.names[i]
+
+    @torch.no_grad()
+    def catch(self, inputs: Mapping[str, Any]) -> CaughtBatch:
+        """Run everything before block 0 and record what the decoder would hand to each block.
+
+        Args:
+            inputs: Keyword arguments of the model's forward, on the model's device: `input_ids` (B, S), usually
+                `attention_mask` (B, S), and what the modalities need.
+
+        Raises:
+            InputError: The decoder works in a way that cannot be replayed, or on another number of positions than there
+                are token ids.
+        """
+        # Version counters, by which changes in place are noticed, do not exist in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            recording = self._record(inputs)
+            if self._reads_history is None:
+                self._reads_history = reads_history(self.model, self.decoder, inputs, self._form, recording)
+        assert recording.hidden is not None
+        batch = CaughtBatch(
+            hidden=recording.hidden,
+            arguments=recording.arguments,
+            glue=frozenset(recording.glue),
+            decoder_arguments=recording.decoder_arguments,
+            decoder_keywords=recording.decoder_keywords,
+            extra_outputs=self._form,
+            input_ids=inputs.get("input_ids"),
+            attention_mask=inputs.get("attention_mask"),
+            history={} if self._reads_history else None,
+        )
+        self._check_positions(batch)
+        if not batch.glue and batch.history is None:
+            _drop_embeddings(batch)
+        return batch
+
+    def _record(self, inputs: Mapping[str, Any]) -> Recording:
+        if self._reads_history is not None:
+            try:
+                return record(self.model, self.decoder, inputs, self._form)
+            except UnexpectedForm:
+                pass
+        self._form, recording = record_first(self.model, self.decoder, inputs)
+        return recording
+
+    def _check_positions(self, batch: CaughtBatch) -> None:
+        if batch.input_ids is None:
+            return
+        positions, tokens = batch.hidden.shape[-2], batch.input_ids.shape[-1]
+        if positions != tokens:
+            raise InputError(
+                "model.path",
+                type(self.model).__name__,
+                f"its decoder sees {positions} positions for {tokens} token ids: the inputs need one placeholder token "
+                "per visual token",
+            )
+
+    def calls(self, i: int, batch: CaughtBatch) -> bool:
+        """Whether the decoder calls block `i` for this batch (Mllama skips cross-attention blocks for text)."""
+        return i in batch.arguments
+
+    @torch.no_grad()
+    def run(self, i: int, batch: CaughtBatch) -> Tensor:
+        """Output of block `i` for `batch.hidden`, of the same shape. The batch does not move on.
+
+        Where the decoder skips this block, the output is `batch.hidden` itself.
+        """
+        if not self.calls(i, batch):
+            return batch.hidden
+        arguments = {
+            name: batch.carried[value.block][value.index] if isinstance(value, CarriedOutput) else value
+            for name, value in batch.arguments[i].items()
+        }
+        output = self.decoder.layers[i](batch.hidden, **arguments)
+        if not isinstance(output, (tuple, list)):
+            return output
+        if wanted := batch.carried_indices(i):
+            batch.carried[i] = {index: output[1 + index] for index in wanted}
+        return output[0]
+
+    @torch.no_grad()
+    def advance(self, i: int, batch: CaughtBatch) -> None:
+        """Run block `i` and move the batch on: `batch.hidden` becomes the input of the next block.
+
+        What the decoder does between the two blocks is done by the decoder's own code. After the last block
+        `batch.hidden` is that block's output.
+        """
+        if not self.calls(i, batch):
+            return
+        output = self.run(i, batch)
+        if batch.history is not None:
+            batch.history[i] = output
+        is_last = i == batch.last_block
+        if not is_last and (i in batch.glue or batch.history is not None):
+            output = self._through_decoder(i, batch, output)
+        batch.hidden = output
+        batch.carried = {block: kept for block, kept in batch.carried.items() if batch.last_use_of(block) > i}
+
+    def _through_decoder(self, i: int, batch: CaughtBatch, output: Tensor) -> Tensor:
+        """Input of the next block after `i`, given the output of block `i`."""
+        earlier = batch.history or {}
+        reached: list[Tensor] = []
+
+        def stub_for(block: int) -> Callable[..., Any]:
+            def stub(*arguments: Any, **keywords: Any) -> Any:
+                hidden, named = named_arguments(self.decoder.layers[block], arguments, keywords)
+                if block > i:
+                    reached.append(hidden)
+                    if batch.history is not None:
+                        batch.arguments[block] = named
+                    raise StopForward
+                # The decoder may change what it is given in place; the block's own output is not its to change.
+                passed = output.clone() if block == i else earlier.get(block, hidden)
+                return block_return(batch.extra_outputs, block, passed)
+
+            return stub
+
+        with suppress(StopForward):
+            self._decoder_forward(batch, stub_for)
+        return reached[0]
+
+    @torch.no_grad()
+    def finish(self, batch: CaughtBatch) -> Tensor:
+        """The decoder's `last_hidden_state` (B, S, D), final norm and all, of a batch that has run through all blocks."""
+        earlier = batch.history or {}
+        last_block = batch.last_block
+
+        def stub_for(block: int) -> Callable[..., Any]:
+            def stub(*arguments: Any, **keywords: Any) -> Any:
+                hidden, _ = named_arguments(self.decoder.layers[block], arguments, keywords)
+                passed = batch.hidden if block == last_block else earlier.get(block, hidden)
+                return block_return(batch.extra_outputs, block, passed)
+
+            return stub
+
+        output = self._decoder_forward(batch, stub_for)
+        last_hidden_state = getattr(output, "last_hidden_state", None)
+        return output[0] if last_hidden_state is None else last_hidden_state
+
+    def _decoder_forward(self, batch: CaughtBatch, stub_for: Callable[[int], Callable[..., Any]]) -> Any:
+        keywords = dict(batch.decoder_keywords)
+        embeddings = keywords.get("inputs_embeds")
+        if isinstance(embeddings, BlankEmbeddings):
+            keywords["inputs_embeds"] = batch.hidden.new_zeros(embeddings.shape, dtype=embeddings.dtype)
+        elif embeddings is not None:
+            # A decoder that scales or adds to its embeddings in place must find them unchanged the next time.
+            keywords["inputs_embeds"] = embeddings.clone()
+        with stubbed(self.decoder.layers, stub_for):
+            return self.decoder.module(*batch.decoder_arguments, **keywords)
+
+
+def _drop_embeddings(batch: CaughtBatch) -> None:
+    """Keep only the shape of the decoder's embeddings, which would double the size of the batch.
+
+    Without glue and history, the decoder's own forward is needed only for what comes after the last block, and that
+    depends on the last block's output alone.
+    """
+    embeddings = batch.decoder_keywords.get("inputs_embeds")
+    if isinstance(embeddings, Tensor):
+        batch.decoder_keywords["inputs_embeds"] = BlankEmbeddings(tuple(embeddings.shape), embeddings.dtype)

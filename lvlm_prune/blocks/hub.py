@@ -1,0 +1,65 @@
+"""From what a user calls a model to a folder on this machine."""
+
+import re
+from pathlib import Path
+
+from lvlm_prune.errors import InputError
+
+DEMO = "demo"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Everything a checkpoint is made of, but no pickles and no second copy of the weights in another format.
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+_UNWANTED = ["original/*", "consolidated*", "onnx/*"]
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """The checkpoint folder that `path` stands for.
+
+    Args:
+        path: A folder, the id of a model on the Hugging Face hub (`owner/name`, downloaded once and cached), or `demo`.
+        revision: Branch, tag or commit of a hub model.
+
+    Raises:
+        InputError: There is no such folder and no such model, or the hub cannot be reached.
+    """
+    text = str(path)
+    if text == DEMO:
+        from lvlm_prune.demo import CHECKPOINT
+
+        return Path(CHECKPOINT)
+    folder = Path(text).expanduser()
+    if folder.exists() or not _HUB_ID.fullmatch(text):
+        if not folder.exists():
+            raise InputError("model.path", text, "no such folder (a model on the hub is written owner/name)")
+        if revision is not None:
+            raise InputError("model.revision", revision, f"{text} is a folder; only a model on the hub has revisions")
+        return folder
+    return _download(text, revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except GatedRepoError:
+        problem = "access to this model must be asked for on its hub page, and you must be logged in (`hf auth login`)"
+    except RepositoryNotFoundError:
+        problem = "no such folder, and no such model on the hub (or it is private and you are not logged in)"
+    except RevisionNotFoundError:
+        raise InputError("model.revision", revision, f"{hub_id} has no such revision") from None
+    except LocalEntryNotFoundError:
+        problem = "no such folder, and the hub cannot be reached to download a model of this name"
+    except HfHubHTTPError as error:
+        problem = f"no such folder, and the hub answers: {str(error).splitlines()[0]}"
+    except OSError as error:
+        problem = f"no such folder, and downloading it from the hub failed: {error}"
+    raise InputError("model.path", hub_id, problem)

@@ -1,0 +1,92 @@
+"""Which modality each token belongs to."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+TEXT = 0
+IMAGE = 1
+VIDEO = 2
+AUDIO = 3
+
+MODALITIES = {"text": TEXT, "image": IMAGE, "video": VIDEO, "audio": AUDIO}
+
+_SUBCONFIGS = ("thinker_config", "text_config", "vision_config", "audio_config")
+
+
+def modality_of_tokens(config: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Modality code of each token.
+
+    A token is of a modality other than text when its id is the placeholder id that the model's configuration gives for
+    it (`image_token_id`, `video_token_index`, ...). A token that no query may attend to is padding, whatever its id.
+
+    Args:
+        config: Configuration of the model.
+        input_ids: Token ids, integer, of shape (B, S).
+        attention_mask: None (no padding), (B, S) with 0 for padding, or (B, heads or 1, queries, S), boolean with True
+            for "may attend" or additive floating-point.
+
+    Returns:
+        int8 of shape (B, S), on the device of `input_ids`: TEXT, IMAGE, VIDEO, AUDIO or PADDING.
+
+    Raises:
+        ValueError: The mask does not fit the token ids.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(image_token_id=9)
+        >>> modality_of_tokens(config, torch.tensor([[5, 9, 9, 0]]), torch.tensor([[1, 1, 1, 0]]))
+        tensor([[ 0,  1,  1, -1]], dtype=torch.int8)
+    """
+    codes = torch.full(input_ids.shape, TEXT, dtype=torch.int8, device=input_ids.device)
+    for modality in ("image", "video", "audio"):
+        for token_id in placeholder_ids(config, modality):
+            codes[input_ids == token_id] = MODALITIES[modality]
+    if attention_mask is not None:
+        codes[~_attended(attention_mask, input_ids)] = PADDING
+    return codes
+
+
+def placeholder_ids(config: Any, modality: str) -> set[int]:
+    """Ids of the tokens that stand for visual or audio features of one modality; the outermost configuration counts.
+
+    Args:
+        config: Configuration of the model.
+        modality: `image`, `video` or `audio`.
+    """
+    for level in _levels(config):
+        for suffix in ("token_id", "token_index"):
+            value = getattr(level, f"{modality}_{suffix}", None)
+            if value is not None:
+                return {int(item) for item in value} if isinstance(value, (list, tuple)) else {int(value)}
+    return set()
+
+
+def _levels(config: Any) -> Iterator[Any]:
+    """The configuration, then the ones inside it."""
+    yield config
+    for name in _SUBCONFIGS:
+        subconfig = getattr(config, name, None)
+        if subconfig is not None:
+            yield from _levels(subconfig)
+
+
+def _attended(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    """Boolean (B, S): whether any query may attend to the token."""
+    if attention_mask.ndim == 4:
+        if attention_mask.is_floating_point():
+            allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+        else:
+            allowed = attention_mask.bool()
+        attended = allowed.any(dim=1).any(dim=1)
+    else:
+        attended = attention_mask.bool()
+    if attended.ndim != 2 or attended.shape[-1] != input_ids.shape[-1] or len(attended) not in (1, len(input_ids)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit "
+            f"input_ids of shape {tuple(input_ids.shape)}"
+        )
+    return attended.expand(input_ids.shape).to(input_ids.device)

@@ -1,0 +1,225 @@
+"""Weights that come when they are needed and go when they are not.
+
+disk   ████████████████████████████████████████  all of the checkpoint
+memory ██ frame: towers, embeddings  ──► released once all batches are caught
+          ▓▓ block 0 ──► released
+             ▓▓ block 1 ──► released ...
+"""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lvlm_prune.blocks.checkpoint import CheckpointFolder
+from lvlm_prune.blocks.decoder import Decoder
+from lvlm_prune.blocks.sources import WeightSource, find_sources
+from lvlm_prune.errors import InputError
+
+
+class Weights(ABC):
+    """Brings the parts of a model into memory.
+
+    The *frame* is what catching a batch needs and is not a block: vision tower, projector, embeddings, final norm.
+    """
+
+    @abstractmethod
+    def load_frame(self) -> None:
+        """Bring the frame into memory."""
+
+    @abstractmethod
+    def release_frame(self, keep_token_embedding: bool = False) -> None:
+        """Let go of what only catching needs: everything outside the decoder, and the token embedding.
+
+        Args:
+            keep_token_embedding: Keep the embedding, for batches whose `needs_token_embedding` is true.
+        """
+
+    @abstractmethod
+    def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
+        """Bring block `i` into memory.
+
+        Args:
+            i: Index of the block.
+            folder: Another folder of the same layout to read it from.
+        """
+
+    @abstractmethod
+    def release_block(self, i: int) -> None:
+        """Let go of block `i`."""
+
+
+class ResidentWeights(Weights):
+    """Weights of a model that is in memory as a whole: nothing to bring, nothing to let go."""
+
+    def load_frame(self) -> None:
+        pass
+
+    def release_frame(self, keep_token_embedding: bool = False) -> None:
+        pass
+
+    def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
+        if folder is not None:
+            raise ValueError("a model in memory does not read its blocks from a folder")
+
+    def release_block(self, i: int) -> None:
+        pass
+
+
+class StreamedWeights(Weights):
+    """Weights read from a checkpoint folder, one block at a time.
+
+    The output embedding (`lm_head`) is never loaded. Buffers that no checkpoint holds (rotary tables) stay in memory.
+
+    Args:
+        model: Skeleton of the model, its parameters on the meta device.
+        decoder: Its decoder.
+        folder: The checkpoint.
+        device: Where loaded weights go.
+
+    Raises:
+        InputError: The checkpoint lacks a tensor of the decoder, or has one whose shape does not fit the configuration.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: Decoder, folder: CheckpointFolder, device: torch.device | str = "cpu"
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._device = device
+        self._sources = find_sources(model, folder)
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self._provider = _providers(model, self._sources, self._dtypes)
+        self._block_names: list[list[str]] = [
+            [name for name in self._dtypes if name.startswith(f"{path}.")] for path in decoder.names
+        ]
+        in_blocks = {name for names in self._block_names for name in names}
+        unused = _path_of_output_embedding(model)
+        self._frame_names = [
+            name for name in self._dtypes if name not in in_blocks and not (unused and name.startswith(f"{unused}."))
+        ]
+        self._decoder_path = f"{decoder.name}." if decoder.name else ""
+        self._refuse_unfit([*in_blocks, *self._frame_names])
+        self._refuse_missing(in_blocks)
+
+    def key_of(self, name: str) -> str | None:
+        """Name on disk of a parameter of the model, or None where it is stored in another form than it is used in.
+
+        Args:
+            name: Path in the model, for example `model.language_model.layers.0.mlp.up_proj.weight`.
+        """
+        source = self._sources[self._provider[name]]
+        return source.key if source.converter is None else None
+
+    def keys_of(self, name: str) -> list[str]:
+        """Names on disk of all tensors that a parameter of the model is made from."""
+        return [key for keys in self._sources[self._provider[name]].keys.values() for key in keys]
+
+    def load_frame(self) -> None:
+        self._load(self._frame_names, self._folder)
+        for name, buffer in list(self._model.named_buffers(remove_duplicate=False)):
+            if buffer.device.type != "meta":
+                self._set(name, buffer.to(self._device))
+
+    def release_frame(self, keep_token_embedding: bool = False) -> None:
+        embedding = _path_of(self._model, self._model.get_input_embeddings())
+        for name in self._frame_names:
+            is_embedding = embedding is not None and name.startswith(f"{embedding}.")
+            needed = keep_token_embedding if is_embedding else name.startswith(self._decoder_path)
+            if not needed:
+                self._release(name)
+
+    def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
+        self._load(self._block_names[i], folder or self._folder)
+
+    def release_block(self, i: int) -> None:
+        for name in self._block_names[i]:
+            self._release(name)
+
+    def _load(self, names: list[str], folder: CheckpointFolder) -> None:
+        made_from: dict[int, list[str]] = defaultdict(list)
+        for name in names:
+            if name in self._provider:
+                made_from[id(self._sources[self._provider[name]])].append(name)
+        for group in made_from.values():
+            source = self._sources[self._provider[group[0]]]
+            dtype = self._dtypes[next(iter(source.shapes))]
+            tensors = source.load(self._model, folder, self._device, dtype)
+            for name in group:
+                self._set(name, tensors[self._provider[name]])
+
+    def _release(self, name: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        parameter = self._model.get_submodule(path)._parameters.get(leaf)
+        # Buffers stay: those that the checkpoint does not hold could not be brought back.
+        if parameter is not None:
+            self._set(name, torch.empty_like(parameter, device="meta"))
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+
+    def _refuse_unfit(self, names: list[str]) -> None:
+        """Raise for the first tensor whose shape is not the one that the configuration asks for."""
+        expected = self._model.state_dict()
+        for name in names:
+            if name not in self._provider:
+                continue
+            source = self._sources[self._provider[name]]
+            shape, stored = tuple(expected[name].shape), source.shapes[self._provider[name]]
+            if shape != stored:
+                problem = f"{source.key} has shape {list(stored)}, the configuration asks for {list(shape)}"
+                raise InputError("model.path", self._folder.path, problem)
+
+    def _refuse_missing(self, in_blocks: set[str]) -> None:
+        """Raise for the first parameter of the decoder without a source; elsewhere, raise if it is really used."""
+        for name, _ in self._model.named_parameters(remove_duplicate=False):
+            if name in self._provider or name not in self._dtypes:
+                continue
+            problem = f"the checkpoint lacks the tensor {name}"
+            error = InputError("model.path", self._folder.path, problem)
+            if name in in_blocks:
+                raise error
+            if name in self._frame_names:
+                # Checkpoints on the hub lack heads of vision towers that no forward uses.
+                self._model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(partial(_fail, error))
+
+
+def _fail(error: InputError, *_: Any) -> None:
+    raise error
+
+
+def _providers(model: PreTrainedModel, sources: dict[str, WeightSource], names: Iterable[str]) -> dict[str, str]:
+    """Name of each tensor of the model that the checkpoint provides to the name that it provides it under.
+
+    They differ for tied parameters, of which a checkpoint holds one.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    partners: dict[str, list[str]] = defaultdict(list)
+    for first, second in tied.items():
+        partners[first].append(second)
+        partners[second].append(first)
+    providers = {}
+    for name in names:
+        provider = next((candidate for candidate in (name, *partners[name]) if candidate in sources), None)
+        if provider is not None:
+            providers[name] = provider
+    return providers
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return next((path for path, candidate in model.named_modules() if candidate is module), None)
+
+
+def _path_of_output_embedding(model: PreTrainedModel) -> str | None:
+    output = model.get_output_embeddings()
+    return None if output is None or output is model.get_input_embeddings() else _path_of(model, output)
