@@ -37,7 +37,7 @@ _FORMS = (None, 0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class CarriedOutput:
-    """Stands, among the arguments of a block, for extra output `index` of an earlier block (0 follows the hidden states)."""
+    """Stands, among the arguments of a block, for an extra output of an earlier one (0 is the first after `hidden`)."""
 
     block: int
     index: int

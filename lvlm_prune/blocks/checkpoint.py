@@ -1,9 +1,11 @@
 """A Hugging Face checkpoint folder, read and written one tensor at a time.
 
-A safetensors file is a header of 8 + n bytes that says where each tensor lies, and then the tensors. A pruned weight has
-the shape and the dtype of the dense one, so it is written over the same bytes: names, order, shards and sizes stay.
+A safetensors file is a header of 8 + n bytes that says where each tensor lies, and then the tensors. A pruned weight
+has the shape and the dtype of the dense one, so it is written over the same bytes: names, order, shards and sizes stay.
 """
 
+import copy
+import hashlib
 import json
 import math
 import os
@@ -176,12 +178,12 @@ class CheckpointFolder:
                 f"{key} is {place.torch_dtype} of shape {place.shape} on disk, "
                 f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         with open(self.path / place.shard, "r+b", buffering=0) as file:
             file.seek(place.start)
             written = 0
             while written < len(content):
-                written += file.write(memoryview(content)[written:])
+                written += file.write(content[written:])
 
     def sync(self, shards: Iterable[str] | None = None) -> None:
         """Return only once what was written to `shards` (all of them by default) is on the disk.
@@ -195,6 +197,25 @@ class CheckpointFolder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    def at(self, path: Path | str) -> "CheckpointFolder":
+        """The same layout in another folder: a copy of the shards, whose `config.json` need not be there yet."""
+        twin = copy.copy(self)
+        twin.path = Path(path)
+        return twin
+
+    def fingerprint(self) -> str:
+        """SHA-256 over configuration, layout and the first bytes of every tensor: tells another checkpoint apart.
+
+        Reads a few kilobytes per tensor, not the whole checkpoint.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for key, tensor in sorted(self.tensors.items()):
+            digest.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
+            with open(self.path / tensor.shard, "rb", buffering=0) as file:
+                file.seek(tensor.start)
+                digest.update(file.read(min(tensor.nbytes, 4096)))
+        return digest.hexdigest()
 
     def _error(self, problem: str) -> InputError:
         return InputError(self._option, self.path, problem)

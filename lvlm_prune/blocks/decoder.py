@@ -51,15 +51,16 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise InputError("model.path", type(model).__name__, "not a transformers model: it has no configuration")
-    return config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    return config.get_text_config(decoder=True)
 
 
 def _candidates(model: nn.Module, text_config: Any) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
     """(module, list of blocks) pairs, the most likely first."""
-    root = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    root: nn.Module = model if get_decoder is None else get_decoder()
     for module in root.modules():
         # Below the root a vision tower may be as deep as the decoder: only a module of the text model's type counts.
         own_type = getattr(getattr(module, "config", None), "model_type", None)

@@ -190,7 +190,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def finish(self, batch: CaughtBatch) -> Tensor:
-        """The decoder's `last_hidden_state` (B, S, D), final norm and all, of a batch that has run through all blocks."""
+        """The decoder's `last_hidden_state` (B, S, D), final norm and all, of a batch that all blocks have run."""
         earlier = batch.history or {}
         last_block = batch.last_block
 
