@@ -18,7 +18,8 @@ from lvlm_prune.errors import InputError
 
 _CHUNK = 1 << 20
 _OUTSIDE_STRINGS = re.compile(rb'["{}\[\]]')
-_INSIDE_STRINGS = re.compile(rb'["\\]')
+# Possessive: without backtracking a long string costs no memory.
+_REST_OF_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
 class JsonRecords:
@@ -90,20 +91,22 @@ class JsonRecords:
         depth = 0
         in_string = False
         base = file.tell()
-        skip = 0  # bytes of the next chunk that belong to an escape begun in this one
+        position = 0
         while chunk := file.read(_CHUNK):
-            position = skip
-            skip = 0
-            while True:
-                match = (_INSIDE_STRINGS if in_string else _OUTSIDE_STRINGS).search(chunk, position)
+            while position < len(chunk):
+                if in_string:
+                    position = _REST_OF_STRING.match(chunk, position).end()  # type: ignore[union-attr]
+                    if position < len(chunk):
+                        # Either the closing quote, or a backslash whose partner begins the next chunk.
+                        in_string = chunk[position] != ord('"')
+                        position += 1 + in_string
+                    continue
+                match = _OUTSIDE_STRINGS.search(chunk, position)
                 if match is None:
                     break
                 character, position = match[0], match.end()
-                if character == b"\\":
-                    position += 1
-                    skip = max(0, position - len(chunk))
-                elif character == b'"':
-                    in_string = not in_string
+                if character == b'"':
+                    in_string = True
                 elif character in b"{[":
                     if depth == 1:
                         self._starts.append(base + match.start())
@@ -115,5 +118,6 @@ class JsonRecords:
                     elif depth == 0:
                         return
             base += len(chunk)
+            position = max(0, position - len(chunk)) if in_string else 0
         problem = f"ends in the middle of its JSON array, after {len(self._ends)} complete samples (truncated?)"
         raise InputError(self.option, self.path, problem)
