@@ -1,0 +1,17 @@
+"""Callbacks of the pruning lifecycle, one per file."""
+
+from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.callbacks.checkpoint import SparseCheckpointWriter
+from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation
+from lvlm_prune.callbacks.progress import PruneProgressBar
+from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.callbacks.report import PruningReport
+
+__all__ = [
+    "BlockwisePruning",
+    "EmbeddedEvaluation",
+    "PruneCallback",
+    "PruneProgressBar",
+    "PruningReport",
+    "SparseCheckpointWriter",
+]

@@ -1,0 +1,252 @@
+"""The checkpoint writer: a copy of the input folder in which pruned weights are overwritten, block by block.
+
+    on_prune_start   copy the folder; config.json is held back, so nobody can load an unfinished checkpoint
+    on_block_end     overwrite the block's pruned tensors in place; flush; then say so in pruning.json
+    on_prune_end     read everything again and verify; put config.json in place
+
+After a crash at any moment the blocks that pruning.json names are completely written, and the next one is done again
+from the input checkpoint.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.loop import Block
+from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably, sync_folder
+from lvlm_prune.plugins import describe
+from lvlm_prune.verification import Expectation, verify_checkpoint
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+HELD_BACK = "config.json.unfinished"
+
+
+class SparseCheckpointWriter(PruneCallback):
+    """Writes the sparse checkpoint and its manifest, verifies them, and makes the run resumable.
+
+    A model that was handed over in memory is not written.
+    """
+
+    def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
+        """Refuse an output folder that cannot be written, before anything is done.
+
+        Raises:
+            InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room.
+        """
+        folder = trainer.output_folder
+        if stage != "prune" or folder is None:
+            return
+        assert pl_module.folder is not None
+        source = pl_module.folder.path.resolve()
+        if folder.resolve().is_relative_to(source):
+            raise InputError("output", folder, f"lies inside the input checkpoint {source}")
+        if source.is_relative_to(folder.resolve()):
+            raise InputError("output", folder, f"holds the input checkpoint {source}")
+        if folder.exists() and not folder.is_dir():
+            raise InputError("output", folder, "is a file")
+        occupied = folder.is_dir() and any(folder.iterdir())
+        if occupied and not trainer.resume_run:
+            way_out = "go on with --resume true, or " if (folder / FILE_NAME).is_file() else ""
+            raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
+        if occupied:
+            Manifest.read(folder)
+        existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError("output", folder, f"no permission to write in {existing}")
+        needed, free = sum(path.stat().st_size for path in _files(source)), shutil.disk_usage(existing).free
+        if not occupied and needed > free:
+            problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+            raise InputError("output", folder, problem)
+
+    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Copy the input folder, or find out where an unfinished run stands."""
+        folder = trainer.output_folder
+        trainer.manifest.setdefault("blocks", [])
+        trainer.manifest.setdefault("linears", {})
+        if folder is None:
+            return
+        problem: Exception | None = None
+        if trainer.processes.is_main:
+            try:
+                self._start(trainer, pl_module, folder)
+            except (OSError, InputError) as error:
+                problem = _as_run_error(error, folder)
+        trainer.processes.agree(problem)
+        started = Manifest.read(folder)
+        for key in ("status", "blocks", "linears"):
+            trainer.manifest[key] = started[key]
+
+    def _start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
+        assert pl_module.folder is not None
+        manifest = trainer.manifest
+        if (folder / FILE_NAME).is_file():
+            started = Manifest.read(folder)
+            started.refuse_other(manifest, folder)
+            if started.get("status") != "copying":
+                return
+        manifest["status"] = "copying"
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.write(folder)
+        if trainer.run_config is not None:
+            replace_durably(folder / "config.yaml", yaml.safe_dump(dict(trainer.run_config), sort_keys=False).encode())
+        source = pl_module.folder.path.resolve()
+        for path in _files(source):
+            relative = path.relative_to(source)
+            target = folder / (HELD_BACK if str(relative) == "config.json" else relative)
+            if str(relative) in (FILE_NAME, "config.yaml", "report.html"):
+                continue  # the input was pruned itself: its own records would be taken for ours
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        pl_module.folder.at(folder).sync()
+        sync_folder(folder)
+        manifest["status"] = "pruning"
+        manifest.write(folder)
+
+    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Write the block's pruned weights, then the manifest that says so."""
+        zeros = {f"{block.name}.{name}": int((block.linears[name].weight == 0).sum()) for name in block.masks}
+        for name, entry in block.record.pop("linears", {}).items():
+            rows, columns = entry["shape"]
+            achieved = zeros.get(name, 0) / (rows * columns)
+            trainer.manifest["linears"][name] = entry | {"block": block.index, "achieved": achieved}
+        trainer.manifest["blocks"].append({"index": block.index, "name": block.name} | block.record)
+        folder = trainer.output_folder
+        if folder is None:
+            return
+        problem: Exception | None = None
+        if trainer.processes.is_main:
+            try:
+                self._write_block(trainer, pl_module, block, folder)
+            except OSError as error:
+                problem = _as_run_error(error, folder)
+        trainer.processes.agree(problem)
+
+    def _write_block(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
+        assert pl_module.folder is not None
+        written = pl_module.folder.at(folder)
+        for name, mask in block.masks.items():
+            key = _key(trainer, f"{block.name}.{name}")
+            # The stored weight, not the one in compute precision: what stays must stay byte by byte.
+            stored = pl_module.folder.read(key)
+            if name in block.updated:
+                stored = block.linears[name].weight.detach().to("cpu", stored.dtype)
+            written.write(key, stored.masked_fill(mask.cpu(), 0.0))
+        written.sync()
+        if trainer.recorded:
+            save_file(trainer.recorded, folder / _statistics_part(block.index))
+            trainer.recorded.clear()
+        trainer.manifest.write(folder)
+
+    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Verify what was written, and only then make the folder loadable.
+
+        Raises:
+            RunError: The folder does not hold what was promised.
+        """
+        folder = trainer.output_folder
+        if folder is None or trainer.manifest.get("status") == "complete":
+            self._summarise(trainer)
+            return
+        problem: Exception | None = None
+        if trainer.processes.is_main:
+            try:
+                self._finish(trainer, pl_module, folder)
+            except (OSError, RunError) as error:
+                problem = _as_run_error(error, folder)
+        trainer.processes.agree(problem)
+        trainer.say(_verified_line(trainer.manifest))
+
+    def _finish(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
+        assert pl_module.folder is not None
+        pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
+        linears = trainer.manifest["linears"]
+        expectations = {
+            _key(trainer, name): Expectation(name, entry["target"], pruning.scorer.updates_weights)
+            for name, entry in linears.items()
+            if "note" not in entry
+        }
+        written = pl_module.folder.at(folder)
+        found = verify_checkpoint(pl_module.folder, written, expectations, pruning.pattern, pruning.scorer.group)
+        for name, zeros in found.pop("zeros").items():
+            rows, columns = linears[name]["shape"]
+            linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
+        trainer.manifest["verified"] = found
+        self._summarise(trainer)
+        trainer.manifest["pattern"] = str(pruning.pattern)
+        trainer.manifest["updates_weights"] = pruning.scorer.updates_weights
+        self._join_statistics(trainer, folder)
+        (folder / HELD_BACK).replace(folder / "config.json")
+        sync_folder(folder)
+        trainer.manifest["status"] = "complete"
+        trainer.manifest.write(folder)
+
+    @staticmethod
+    def _summarise(trainer: "LVLMTrainer") -> None:
+        linears = trainer.manifest["linears"].values()
+        weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
+        zeros = sum(entry["achieved"] * entry["shape"][0] * entry["shape"][1] for entry in linears)
+        pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
+        trainer.manifest["method"] = describe(pruning)
+        trainer.manifest["sparsity"] = {"target": pruning.sparsity, "achieved": zeros / max(weights, 1)}
+
+    @staticmethod
+    def _join_statistics(trainer: "LVLMTrainer", folder: Path) -> None:
+        """One `statistics.safetensors` out of the parts that each block left."""
+        from safetensors.torch import load_file
+
+        parts = [folder / _statistics_part(block["index"]) for block in trainer.manifest["blocks"]]
+        joined: dict[str, Tensor] = {}
+        for part in parts:
+            if part.is_file():
+                joined.update(load_file(part))
+        if joined:
+            save_file(joined, folder / "statistics.safetensors")
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file of a checkpoint folder, hidden ones (caches, git) left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _verified_line(manifest: Manifest) -> str:
+    target, achieved = manifest["sparsity"]["target"], manifest["sparsity"]["achieved"]
+    untouched = manifest["verified"]["untouched_tensors"]
+    left = sum("note" in entry for entry in manifest["linears"].values())
+    note = f", {left} Linears left dense that saw no calibration token" if left else ""
+    promised = f"target {target:g}, {manifest['pattern']}"
+    return f"verified: sparsity {achieved:.4g} ({promised}), {untouched} other tensors untouched{note}"
+
+
+def _key(trainer: "LVLMTrainer", name: str) -> str:
+    assert isinstance(trainer.weights, StreamedWeights)
+    key = trainer.weights.key_of(f"{name}.weight")
+    assert key is not None, f"{name}.weight has no tensor of its own on disk"
+    return key
+
+
+def _statistics_part(block: int) -> str:
+    return f"statistics.{block}.part"
+
+
+def _as_run_error(error: Exception, folder: Path) -> Exception:
+    if isinstance(error, OSError):
+        return RunError(f"--output {folder}: {error.strerror or error} (nothing is lost; resume with --resume true)")
+    return error

@@ -1,0 +1,79 @@
+"""The progress bar of pruning: blocks, samples within a block, time left, what the block before showed."""
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lvlm_prune.activations import Activations
+from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.loop import Block
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+
+class PruneProgressBar(TQDMProgressBar, PruneCallback):
+    """Lightning's tqdm bar, with a bar for `prune` too. Silent where the output is not a terminal."""
+
+    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Open the bar: one step per sample gathered, one per batch propagated."""
+        blocks = len(pl_module.runner)
+        finished = len(trainer.manifest.get("blocks", []))
+        batches = len({id(row.batch) for row in trainer.rows})
+        self._per_block = max(len(trainer.rows) + batches, 1)
+        self._blocks, self._samples = blocks, len(trainer.rows)
+        self._bar = Tqdm(
+            total=blocks * self._per_block,
+            initial=finished * self._per_block,
+            desc="Pruning",
+            bar_format="{desc} {bar:24} {postfix} · {elapsed} · {remaining} left",
+            disable=None if trainer.processes.is_main else True,
+            leave=True,
+        )
+        self._findings = ""
+
+    def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Show which block it is."""
+        self._seen = 0
+        self._show(block)
+
+    def on_calibration_batch_end(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """One sample gathered."""
+        self._seen += 1
+        self._bar.update(1)
+        self._show(block)
+
+    def on_propagation_batch_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """One batch propagated."""
+        self._bar.update(1)
+
+    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Show what the block showed."""
+        entries = [entry for entry in trainer.manifest["linears"].values() if entry["block"] == block.index]
+        weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
+        zeros = sum(entry["achieved"] * entry["shape"][0] * entry["shape"][1] for entry in entries)
+        self._findings = f" · sparsity {zeros / max(weights, 1):.3f}"
+        self._findings += "".join(
+            f" · {name.removeprefix('mean_')} {value:.3f}"
+            for name, value in block.record.items()
+            if name.startswith("mean_")
+        )
+        self._bar.update((block.index + 1) * self._per_block - self._bar.n)
+        self._show(block)
+
+    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Close the bar."""
+        self._bar.close()
+
+    def on_exception(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", exception: BaseException) -> None:  # type: ignore[override]
+        """Close the bar, so that the error stands on a line of its own."""
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+    def _show(self, block: Block) -> None:
+        text = f"block {block.index + 1}/{self._blocks} · sample {self._seen}/{self._samples}{self._findings}"
+        self._bar.set_postfix_str(text, refresh=False)

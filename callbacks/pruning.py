@@ -1,0 +1,318 @@
+"""Blockwise pruning: pool -> statistics -> score -> mask, at each block.
+
+on_block_start            fresh statistics, one per input site
+on_calibration_batch_end  the pool selects tokens; they are added, candidates are held
+on_block_calibrated       the pool says how many candidates count; score, mask, new weights
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jsonargparse import lazy_instance
+from torch import Tensor
+
+from lvlm_prune.activations import Activations
+from lvlm_prune.allocation import Allocation, UniformAllocation
+from lvlm_prune.blocks import MODALITIES
+from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.loop import Block
+from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
+from lvlm_prune.plugins import plugin_class
+from lvlm_prune.pools import AsymmetricPool, Pool
+from lvlm_prune.scorers import Scorer, WandaScorer
+from lvlm_prune.statistics import Statistic
+from lvlm_prune.tokens import Selection
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+DEFAULT_SPARSITY = 0.5
+
+
+class BlockwisePruning(PruneCallback):
+    """Prunes each decoder block from the activations of its calibration samples.
+
+    A method is a composition: pool (which tokens calibrate) x scorer (how important a weight is) x allocation (how
+    much of each Linear goes) x pattern. The default composition is ATV-Pruning (arXiv 2603.16001).
+
+    Args:
+        sparsity: Share of each Linear's weights to prune, strictly between 0 and 1. With an N:M pattern it is given by
+            the pattern, 1 - N/M. Default: 0.5.
+        pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number).
+        pool: Which calibration tokens count.
+        scorer: How important each weight is.
+        allocation: How much of each Linear goes.
+        exclude: Glob patterns on module paths that stay dense, for example `*.down_proj`. One that matches nothing is
+            an error.
+        visual: Modalities that count as visual tokens: image, video, audio.
+        record: Also write `statistics.safetensors`: channel norms, saliencies and selected tokens.
+        name: Name of the method in what is printed; default: named after the composition.
+
+    Raises:
+        InputError: A value is out of range, or sparsity and pattern contradict each other.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str | int = "unstructured",
+        pool: Pool = lazy_instance(AsymmetricPool),
+        scorer: Scorer = lazy_instance(WandaScorer),
+        allocation: Allocation = lazy_instance(UniformAllocation),
+        exclude: Sequence[str] = (),
+        visual: Sequence[str] = ("image", "video"),
+        record: bool = False,
+        name: str = "",
+    ) -> None:
+        self.pattern = _checked_pattern(pattern)
+        self.sparsity = _checked_sparsity(sparsity, self.pattern)
+        for modality in visual:
+            if modality not in ("image", "video", "audio"):
+                raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
+        if isinstance(self.pattern, SemiStructured) and not allocation.uniform:
+            raise InputError(
+                "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"
+            )
+        self.pool, self.scorer, self.allocation = pool, scorer, allocation
+        self.exclude, self.visual, self.record = tuple(exclude), tuple(visual), record
+        self.name = name or _composition(pool, scorer, allocation)
+        self.targets: dict[str, float] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    @property
+    def wants_activations(self) -> bool:  # type: ignore[override]
+        """True where the scorer needs statistics; magnitude runs without any data."""
+        return self.scorer.statistic is not None
+
+    @property
+    def wants_outputs(self) -> bool:  # type: ignore[override]
+        """True where the pool chooses from each Linear's outputs."""
+        return self.wants_activations and self.pool.per_linear
+
+    def run_label(self) -> str:
+        """Method and sparsity as part of a folder name, for example `asymmetric-wanda-60`."""
+        method = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        if isinstance(self.pattern, SemiStructured):
+            return f"{method}-{self.pattern.keep}of{self.pattern.group_size}"
+        return f"{method}-{100 * self.sparsity:g}"
+
+    # ---- before the first block --------------------------------------------------------------------------------------
+    def plan(self, pl_module: "LVLMModule") -> None:
+        """Find the Linears to prune and the target of each; the weights need not be loaded.
+
+        Raises:
+            InputError: An `exclude` pattern matches nothing, everything is excluded, or a width does not fit N:M.
+        """
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in pl_module.linears().items()}
+        for pattern in self.exclude:
+            if not any(_matches(name, pattern) for name in shapes):
+                raise InputError("pruning.exclude", pattern, "matches no Linear of the decoder blocks")
+        self.shapes = {
+            name: shape
+            for name, shape in shapes.items()
+            if not any(_matches(name, pattern) for pattern in self.exclude)
+        }
+        if not self.shapes:
+            raise InputError("pruning.exclude", list(self.exclude), "leaves nothing to prune")
+        if isinstance(self.pattern, SemiStructured):
+            for name, (_, width) in self.shapes.items():
+                if width % self.pattern.group_size:
+                    problem = f"the {width} input columns of {name} are not divisible by {self.pattern.group_size}"
+                    raise InputError("pruning.pattern", self.pattern, problem)
+        self.targets = self.allocation.allocate(self.shapes, self.sparsity)
+
+    def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
+        """Find the Linears to prune before anything is written."""
+        if stage == "prune":
+            self.plan(pl_module)
+
+    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Say what will be done; refuse a pool of visual tokens where there are none."""
+        weights = sum(rows * columns for rows, columns in self.shapes.values())
+        trainer.say(
+            f"{pl_module.label} · {len(pl_module.runner)} blocks · {len(self.shapes)} Linears · "
+            f"{_readable(weights)} weights · {self.name} · {self.sparsity:.4g} {self.pattern}"
+            + (f" · {trainer.manifest['calibration']['num_samples']} samples" if self.wants_activations else "")
+        )
+        if not (self.wants_activations and self.pool.needs_visual):
+            return
+        codes = [MODALITIES[name] for name in self.visual]
+        found = sum(int(torch.isin(row.modality, torch.tensor(codes).to(row.modality)).sum()) for row in trainer.rows)
+        if not trainer.processes.sum(torch.tensor([float(found)])).item():
+            problem = "needs visual tokens, and no calibration sample has any"
+            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
+
+    # ---- at each block -----------------------------------------------------------------------------------------------
+    def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Start fresh statistics, and stop at broken weights."""
+        self._statistics: dict[str, Statistic] = {}
+        self._site_of: dict[str, str] = {}
+        self._held: list[tuple[str, int, Tensor, int]] = []
+        self._samples: list[int] = []
+        self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
+        self._targets = {
+            name: f"{block.name}.{name}" for name in block.linears if f"{block.name}.{name}" in self.targets
+        }
+        for name in self._targets:
+            if not torch.isfinite(block.linears[name].weight).all():
+                raise RunError(f"NaN or infinity in the weight of {block.name}.{name}")
+
+    def on_calibration_batch_end(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """Add the tokens that the pool selects; hold its candidates."""
+        if not self.wants_activations:
+            return
+        tokens = sample.tokens(self.visual, outputs=self.wants_outputs)
+        order = len(self._samples)
+        self._samples.append(sample.sample)
+        shared = None if self.pool.per_linear else self.pool.select(tokens)
+        if self.record:
+            self._selections[sample.sample] = (tokens.visual, shared)
+        for site, inputs, repeats in sample.site_inputs():
+            targets = [name for name in sample.sites[site] if name in self._targets]
+            keys = {name: name if self.pool.per_linear else site for name in targets}
+            for name, key in keys.items():
+                if self._site_of.setdefault(name, key) != key:
+                    raise RunError(f"{block.name}.{name} shares its input with other Linears in some samples only")
+            for key in dict.fromkeys(keys.values()):
+                selection = shared if shared is not None else self.pool.select(tokens, key)
+                self._add(key, inputs, repeats, selection, order)
+
+    def _add(self, key: str, inputs: Tensor, repeats: int, selection: Selection, order: int) -> None:
+        assert self.scorer.statistic is not None
+        if key not in self._statistics:
+            self._statistics[key] = self.scorer.statistic(inputs.shape[1], inputs.device)
+        if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
+            self._statistics[key].add(inputs, torch.ones(len(inputs), dtype=torch.bool, device=inputs.device))
+            return
+        self._statistics[key].add(inputs, selection.weights if repeats == 1 else selection.weights.repeat(repeats))
+        if selection.candidates is not None and len(selection.candidates):
+            streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
+            self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats))
+
+    def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Finish the statistics, then score, mask and overwrite each Linear's weight."""
+        if self.wants_activations:
+            self._finish_statistics(trainer, block)
+        linears: dict[str, dict[str, Any]] = {}
+        for name, full_name in self._targets.items():
+            weight = block.linears[name].weight
+            statistic = self._statistics.get(self._site_of.get(name, ""))
+            if self.scorer.statistic is not None and statistic is None:
+                linears[full_name] = {"shape": list(weight.shape), "target": 0.0, "note": "saw no calibration token"}
+                continue
+            if statistic is not None and not all(torch.isfinite(part).all() for part in statistic.tensors()):
+                raise RunError(f"NaN or infinity in the calibration statistics of {full_name}")
+            pruned, mask = self.scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
+            weight.data.copy_(pruned)
+            block.masks[name] = mask
+            if self.scorer.updates_weights:
+                block.updated.add(name)
+            linears[full_name] = {"shape": list(weight.shape), "target": self.targets[full_name]}
+        block.record["linears"] = linears
+        if self.record:
+            trainer.recorded.update(self._recorded_norms(block, trainer.manifest["calibration"]["num_samples"]))
+        self._statistics.clear()
+        self._held.clear()
+
+    def _finish_statistics(self, trainer: "LVLMTrainer", block: Block) -> None:
+        cutoffs = self.pool.cutoffs(trainer.processes.sum)
+        for key, order, inputs, repeats in self._held:
+            chosen = inputs[: cutoffs[order] * repeats]
+            self._statistics[key].add(chosen, torch.ones(len(chosen), dtype=torch.bool, device=chosen.device))
+        known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
+        for others, site_of in trainer.processes.gather((known, self._site_of)):
+            self._site_of.update(site_of)
+            for key, channels in others.items():  # a Linear may have been called for another process's samples only
+                if key not in self._statistics:
+                    assert self.scorer.statistic is not None
+                    self._statistics[key] = self.scorer.statistic(channels, block.linears[key].weight.device)
+        ordered = [tensor for key in sorted(self._statistics) for tensor in self._statistics[key].tensors()]
+        trainer.processes.sum_in_place(ordered)
+        block.record.update(self.pool.summary())
+        chosen_of = dict(zip(self._samples, cutoffs))
+        everywhere = trainer.processes.gather(chosen_of)
+        if any(everywhere):
+            together = {sample: count for part in everywhere for sample, count in part.items()}
+            block.record["visual_tokens"] = [together[sample] for sample in sorted(together)]
+        if self.record:
+            recorded: dict[str, Tensor] = {}
+            for sample, (visual, selection) in self._selections.items():
+                recorded[f"image_mask.{sample}"] = visual[None].cpu()
+                if selection is not None:
+                    recorded.update(self._recorded_selection(block.index, sample, visual, selection, chosen_of))
+            for part in trainer.processes.gather(recorded):
+                trainer.recorded.update(part)
+
+    # ---- for the record ----------------------------------------------------------------------------------------------
+    def _recorded_selection(
+        self, block: int, sample: int, visual: Tensor, selection: Selection, chosen_of: dict[int, int]
+    ) -> dict[str, Tensor]:
+        recorded = {}
+        if selection.saliency is not None:
+            name = getattr(getattr(self.pool, "saliency", None), "name", "saliency")
+            recorded[f"{name}.{block}.{sample}"] = selection.saliency.cpu()
+        if selection.candidates is not None:
+            among_visual = visual.cumsum(0) - 1
+            chosen = selection.candidates[: chosen_of[sample]]
+            recorded[f"sel.{block}.{sample}"] = among_visual[chosen].sort().values.cpu()
+        return recorded
+
+    def _recorded_norms(self, block: Block, num_samples: int) -> dict[str, Tensor]:
+        return {
+            f"scaler_row.{block.index}.{name}": (statistic.tensors()[0] / num_samples).float().cpu()
+            for name in self._targets
+            if (statistic := self._statistics.get(self._site_of.get(name, ""))) is not None
+        }
+
+
+def _composition(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
+    """Name of a method after its parts, for example `asymmetric Wanda`."""
+    words = [plugin_class(scorer).__name__.removesuffix("Scorer")]
+    if scorer.statistic is not None:
+        pool_name = plugin_class(pool).__name__.removesuffix("Pool")
+        words.insert(0, re.sub(r"(?<=[a-z])(?=[A-Z])", "-", pool_name).lower())
+    if not allocation.uniform:
+        words.append("+ " + plugin_class(allocation).__name__.removesuffix("Allocation"))
+    return " ".join(words)
+
+
+def _checked_pattern(pattern: str | int) -> Pattern:
+    if not isinstance(pattern, str):
+        minutes, seconds = divmod(int(pattern), 60)
+        hint = f'YAML reads an unquoted {minutes}:{seconds} as this number; write pattern: "{minutes}:{seconds}"'
+        raise InputError("pruning.pattern", pattern, hint)
+    try:
+        return parse_pattern(pattern)
+    except ValueError as error:
+        raise InputError("pruning.pattern", pattern, str(error)) from None
+
+
+def _checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
+    if isinstance(pattern, SemiStructured):
+        if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
+            problem = f"contradicts pattern {pattern}, whose sparsity is {pattern.sparsity:g}"
+            raise InputError("pruning.sparsity", sparsity, problem)
+        return pattern.sparsity
+    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
+    if not 0 < sparsity < 1:
+        raise InputError("pruning.sparsity", sparsity, "must lie strictly between 0 and 1")
+    return sparsity
+
+
+def _readable(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {letter}"
+    return str(count)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern)

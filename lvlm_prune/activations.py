@@ -1,0 +1,190 @@
+"""What a block computes on one calibration batch: inputs of its Linears, grouped by input site, cut into samples.
+
+q_proj k_proj v_proj ─┐ one tensor feeds them: one site        batch row ─► Activations of one sample
+gate_proj up_proj ────┘ (found by tensor identity)             padding removed, tokens flattened to (T, C)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, modality_of_tokens
+from lvlm_prune.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One calibration sample: a row of a caught batch.
+
+    Args:
+        sample: Number of the sample in the whole calibration set.
+        batch: The batch that holds it.
+        row: Its row there.
+        real: Indices of the real (not padded) positions, int64 of shape (T,); None where all are.
+        modality: Modality code of each real token, int8 of shape (T,).
+    """
+
+    sample: int
+    batch: CaughtBatch
+    row: int
+    real: Tensor | None
+    modality: Tensor
+
+    def cut(self, values: Tensor) -> Tensor:
+        """Real positions of (S, ...) values, shape (T, ...)."""
+        return values if self.real is None else values[self.real]
+
+
+def rows_of(batch: CaughtBatch, config: object, samples: Iterable[int]) -> list[SampleRow]:
+    """The samples of a caught batch, one per row; `samples` are their numbers in the whole calibration set."""
+    if batch.input_ids is None:
+        raise ValueError("calibration inputs need `input_ids`: they say which tokens are visual")
+    modality = modality_of_tokens(config, batch.input_ids, batch.attention_mask)
+    rows = []
+    for row, sample in enumerate(samples):
+        real = (modality[row] != PADDING).nonzero().flatten()
+        padded = len(real) < modality.shape[1]
+        rows.append(SampleRow(sample, batch, row, real if padded else None, modality[row][real]))
+    return rows
+
+
+@dataclass
+class Recording:
+    """Inputs (and wanted outputs) of a block's Linears in one forward of one batch."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+
+    def sites(self) -> dict[str, list[str]]:
+        """Name of a site (its first Linear) -> the Linears that it feeds.
+
+        Raises:
+            RuntimeError: The block changed the input of a Linear in place afterwards.
+        """
+        leaders: dict[tuple, str] = {}
+        sites: dict[str, list[str]] = {}
+        for name, value in self.inputs.items():
+            if value._version != self.versions[name]:
+                raise RuntimeError(f"the block changes the input of `{name}` in place")
+            # All recorded inputs are alive, so equal storage means the same tensor, be it through another view object.
+            leader = leaders.setdefault((value.data_ptr(), value.shape, value.stride()), name)
+            sites.setdefault(leader, []).append(name)
+        return sites
+
+
+@contextmanager
+def recording(linears: Mapping[str, nn.Module], outputs: bool = False) -> Iterator[Recording]:
+    """Record what feeds the Linears (and what they give, where `outputs` is wanted) while the context is open."""
+    record = Recording()
+
+    def hook(name: str):
+        def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            record.inputs[name], record.versions[name] = args[0], args[0]._version
+
+        return keep_input
+
+    def output_hook(name: str):
+        def keep_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            record.outputs[name] = output
+
+        return keep_output
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    if outputs:
+        handles += [module.register_forward_hook(output_hook(name)) for name, module in linears.items()]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Activations:
+    """Activations of one sample at one block; valid only while the hook that hands them over runs.
+
+    Args:
+        row: The sample.
+        record: What was recorded in the forward of its batch.
+        sites: Name of a site -> the Linears that it feeds.
+        hidden_in: Block input of the whole batch, shape (B, S, D).
+        hidden_out: Block output of the whole batch, shape (B, S, D).
+        block: Index of the block.
+    """
+
+    def __init__(
+        self,
+        row: SampleRow,
+        record: Recording,
+        sites: dict[str, list[str]],
+        hidden_in: Tensor,
+        hidden_out: Tensor,
+        block: int,
+    ) -> None:
+        self.row, self.sites, self.block = row, sites, block
+        self._record, self._hidden_in, self._hidden_out = record, hidden_in, hidden_out
+        assert row.batch.input_ids is not None
+        self._batch_shape = row.batch.input_ids.shape
+
+    @property
+    def sample(self) -> int:
+        """Number of the sample in the whole calibration set."""
+        return self.row.sample
+
+    def tokens(self, visual_modalities: Iterable[str] = ("image", "video"), outputs: bool = False) -> Tokens:
+        """What plugins see: the sample's real tokens.
+
+        Args:
+            visual_modalities: Names of the modalities that count as visual.
+            outputs: Also hand over the outputs of the Linears.
+        """
+        visual = torch.zeros_like(self.row.modality, dtype=torch.bool)
+        for name in visual_modalities:
+            visual |= self.row.modality == MODALITIES[name]
+        return Tokens(
+            hidden_in=self._decoder_tokens(self._hidden_in),
+            hidden_out=self._decoder_tokens(self._hidden_out),
+            visual=visual,
+            text=self.row.modality == MODALITIES["text"],
+            outputs={name: self._flatten(value)[0] for name, value in self._record.outputs.items()} if outputs else {},
+            block=self.block,
+            sample=self.sample,
+        )
+
+    def site_inputs(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Each site's input: (site, tokens of shape (n, C_in), how often each decoder token occurs in them).
+
+        The count is 1 for ordinary sites (n = T), k where k streams run side by side (n = k T, stream by stream), and
+        0 where the tokens are not the decoder's own, as in the keys and values of cross-attention.
+        """
+        for site in self.sites:
+            yield site, *self._flatten(self._record.inputs[site])
+
+    def _decoder_tokens(self, hidden: Tensor) -> Tensor:
+        """(B, S, D) -> (T, D); parallel streams (k, B, S, D) or (B, S, k, D) -> (T, k D)."""
+        if hidden.ndim == 3:
+            return self.row.cut(hidden[self.row.row])
+        if hidden.shape[:2] == self._batch_shape:
+            return self.row.cut(hidden[self.row.row]).flatten(1)
+        streams = self.row.cut(hidden.flatten(0, -4)[:, self.row.row].movedim(0, 1))
+        return streams.flatten(1)
+
+    def _flatten(self, value: Tensor) -> tuple[Tensor, int]:
+        batch_size, length = self._batch_shape
+        channels, row = value.shape[-1], self.row.row
+        tokens = value.numel() // max(channels, 1)
+        if tokens == batch_size * length:
+            return self.row.cut(value.reshape(batch_size, length, channels)[row]), 1
+        if value.ndim >= 4 and value.shape[-3:-1] == (batch_size, length):
+            streams = value.reshape(-1, batch_size, length, channels)[:, row]
+            cut = streams if self.row.real is None else streams[:, self.row.real]
+            return cut.reshape(-1, channels), len(streams)
+        if value.shape[0] == batch_size:
+            return value[row].reshape(-1, channels), 0
+        # Tokens that cannot be told apart by sample: they belong to the batch, and its first sample speaks for it.
+        return (value if row == 0 else value[:0]).reshape(-1, channels), 0

@@ -1,0 +1,133 @@
+"""The command line: LightningCLI with `prune` as a subcommand.
+
+lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lvlm_prune import __version__
+from lvlm_prune.errors import LVLMPruneError
+
+
+class OptionError(LVLMPruneError):
+    """The command line or a configuration file cannot be understood."""
+
+
+class LVLMParser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing usage and a page of type subtleties."""
+        raise OptionError(one_line(message)) from None
+
+
+class LVLMCLI(LightningCLI):
+    """LightningCLI with the verbs of this project.
+
+    Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data` (CalibrationDataModule), `pruning`
+    (BlockwisePruning), `output`, `resume`, `evaluate`.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and which of their arguments the CLI builds itself."""
+        return {"prune": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The pruning callback has a key of its own."""
+        from lvlm_prune.callbacks import BlockwisePruning
+
+        parser.add_lightning_class_args(BlockwisePruning, "pruning")
+
+    def before_prune(self) -> None:
+        """Hand the trainer the configuration that repeats the run."""
+        import yaml
+
+        parser = self._parser("prune")
+        values = self.config["prune"]
+        self.trainer.run_config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
+        self.trainer.run_config.pop("config", None)
+
+
+def one_line(message: str) -> str:
+    """The part of a parser's message that says which option is wrong and why.
+
+    Example:
+        >>> one_line('Parser key "prune.pruning.record":\\n  Expected a <class \\'bool\\'>. Got value: maybe')
+        "--pruning.record: Expected a bool. Got value: maybe"
+    """
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    text = re.sub(r"\s*\n\s*", " ", text).strip()
+    return re.sub(r'^(?:Problem with given class_path.*?|)Parser key "(?:prune\.)?([\w.]+)":', r"--\1:", text)
+
+
+def silence_libraries() -> None:
+    """Nothing on the screen but what this program says: no banners, tips or warnings of libraries."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; default: the process' own.
+
+    Returns:
+        Exit status: 0 done and verified, 2 something the user can mend. Exceptions of plugins and bugs are raised.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"lvlm-prune {__version__}")
+        return 0
+    silence_libraries()
+    # A user's own module is found in the working directory, but never shadows an installed one.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        _run(arguments)
+    except LVLMPruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    from lvlm_prune.data import CalibrationDataModule
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.plugins import load_installed_plugins
+    from lvlm_prune.trainer import LVLMTrainer
+
+    load_installed_plugins()
+    LVLMCLI(
+        LVLMModule,
+        CalibrationDataModule,
+        trainer_class=LVLMTrainer,
+        trainer_defaults={"logger": False, "enable_checkpointing": False, "enable_model_summary": False},
+        save_config_callback=None,
+        seed_everything_default=False,
+        parser_class=LVLMParser,
+        parser_kwargs={"default_env": True, "env_prefix": "LVLM"},
+        args=arguments,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The one loop: calibration samples stream through the decoder, block by block, and hooks are raised.
+
+    for each block:   load weights ─► forward all samples ─► hooks ─► forward again ─► hooks ─► release weights
+                                      gather statistics      prune    propagate       write
+
+The loop knows nothing about pruning; callbacks do everything else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvlm_prune.activations import Activations, SampleRow, recording
+from lvlm_prune.blocks import BlockRunner, CaughtBatch, Weights, prunable_linears
+from lvlm_prune.errors import RunError
+
+
+@dataclass
+class Block:
+    """A decoder block while it is being worked on.
+
+    Args:
+        index: Its number in the decoder.
+        name: Its full module path.
+        module: The module itself; its weights are loaded.
+        linears: Name relative to the block -> every Linear that could be pruned.
+        masks: Name relative to the block -> mask of each Linear that was pruned (True where pruned); filled by the
+            pruning callback in `on_block_calibrated`.
+        updated: Names of pruned Linears whose remaining weights changed too.
+        record: Numbers about this block for the manifest, filled by callbacks and by the loop.
+        forwards: Forwards of the block so far, one per calibration batch and pass.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    updated: set[str] = field(default_factory=set)
+    record: dict[str, Any] = field(default_factory=dict)
+    forwards: int = 0
+
+
+class BlockLoop:
+    """Streams calibration batches through the decoder and raises hooks at each block.
+
+    Args:
+        runner: Runs the decoder's blocks.
+        weights: Brings a block's weights into memory and releases them.
+        rows: The calibration samples of this process, in order.
+        raise_hook: Called as `raise_hook(name, **arguments)`.
+        gathers: Whether anybody wants activations; asked at each block.
+        wants_outputs: Whether somebody wants the outputs of the Linears too.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        weights: Weights,
+        rows: Sequence[SampleRow],
+        raise_hook: Callable[..., None],
+        gathers: Callable[[], bool],
+        wants_outputs: Callable[[], bool],
+    ) -> None:
+        self.runner, self.weights = runner, weights
+        self.raise_hook, self.gathers, self.wants_outputs = raise_hook, gathers, wants_outputs
+        self.rows_of_batch: dict[int, list[SampleRow]] = {}
+        self.batches: list[CaughtBatch] = []
+        for row in rows:
+            if id(row.batch) not in self.rows_of_batch:
+                self.batches.append(row.batch)
+            self.rows_of_batch.setdefault(id(row.batch), []).append(row)
+
+    @torch.no_grad()
+    def run(self, done: Sequence[int] = (), load_done: Callable[[int], None] | None = None) -> None:
+        """Go through all blocks.
+
+        Args:
+            done: Blocks that an earlier run finished; samples only pass through them, and no hook is raised.
+            load_done: Loads the finished weights of such a block.
+        """
+        last_open = max((index for index in range(len(self.runner)) if index not in set(done)), default=-1)
+        for index in range(last_open + 1):
+            if index in done:
+                assert load_done is not None
+                load_done(index)
+                self._propagate(self._block(index), hooks=False)
+            else:
+                self._work(index, is_last=index == last_open)
+            self.weights.release_block(index)
+
+    def _block(self, index: int) -> Block:
+        module = self.runner.block(index)
+        return Block(index, self.runner.name(index), module, prunable_linears(module))
+
+    def _work(self, index: int, is_last: bool) -> None:
+        seconds = {}
+        clock = Stopwatch()
+        self.weights.load_block(index)
+        block = self._block(index)
+        seconds["read"] = clock.lap()
+        self.raise_hook("on_block_start", block=block)
+        if self.gathers():
+            self._gather(block)
+        seconds["gather"] = clock.lap()
+        self.raise_hook("on_block_calibrated", block=block)
+        seconds["score"] = clock.lap()
+        if not is_last:
+            self._propagate(block)
+        seconds["propagate"] = clock.lap()
+        block.record["seconds"] = seconds
+        block.record["peak_memory_bytes"] = peak_memory()
+        self.raise_hook("on_block_end", block=block)
+
+    def _gather(self, block: Block) -> None:
+        for batch in self.batches:
+            if not self.runner.calls(block.index, batch):
+                continue
+            with recording(block.linears, outputs=self.wants_outputs()) as record:
+                hidden_out = self.runner.run(block.index, batch)
+            block.forwards += 1
+            sites = record.sites()
+            for row in self.rows_of_batch[id(batch)]:
+                sample = Activations(row, record, sites, batch.hidden, hidden_out, block.index)
+                self.raise_hook("on_calibration_batch_end", block=block, sample=sample)
+
+    def _propagate(self, block: Block, hooks: bool = True) -> None:
+        totals = []
+        for batch in self.batches:
+            self.runner.advance(block.index, batch)
+            block.forwards += 1
+            totals.append(batch.hidden.float().sum())
+            if hooks:
+                self.raise_hook("on_propagation_batch_end", block=block)
+        # One look at the end of the block: asking after each sample would make a GPU wait each time.
+        if totals and not torch.isfinite(torch.stack(totals)).all():
+            for row in (row for rows in self.rows_of_batch.values() for row in rows):
+                if not torch.isfinite(row.batch.hidden).all():
+                    raise RunError(f"NaN or infinity in the output of block {block.name} for sample {row.sample}")
+
+
+class Stopwatch:
+    """Seconds between laps, with the accelerator's queue emptied first."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        elapsed, self._start = now - self._start, now
+        return elapsed
+
+
+def peak_memory() -> int:
+    """Largest memory of this process so far in bytes: the device's where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,93 @@
+"""The manifest `pruning.json`: what was done, to what, with what result; and where an unfinished run stands."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.errors import InputError
+
+FILE_NAME = "pruning.json"
+
+# Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
+_FREE_TO_CHANGE = ("output", "resume", "evaluate", "trainer", "config")
+
+
+class Manifest(dict[str, Any]):
+    """The content of `pruning.json`, a plain dictionary that knows how to be written durably.
+
+    Keys: `status` (`copying`, `pruning`, `complete`), `method`, `config`, `model`, `calibration`, `versions`,
+    `sparsity`, `blocks`, `linears`, `verified`, `seconds`.
+    """
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of an output folder.
+
+        Raises:
+            InputError: There is none, or it is not readable.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise InputError("output", folder, f"has no {FILE_NAME}: not a folder that `prune` wrote")
+        try:
+            return cls(json.loads(path.read_text()))
+        except ValueError:
+            raise InputError("output", folder, f"its {FILE_NAME} cannot be read") from None
+
+    def write(self, folder: Path) -> None:
+        """Replace the manifest of the folder in one step; it is on the disk when this returns."""
+        replace_durably(folder / FILE_NAME, (json.dumps(self, indent=1) + "\n").encode())
+
+    def finished_blocks(self) -> list[int]:
+        """Blocks whose weights are completely written."""
+        return [block["index"] for block in self.get("blocks", [])]
+
+    def refuse_other(self, other: Mapping[str, Any], folder: Path) -> None:
+        """Refuse to resume this unfinished run as another one.
+
+        Raises:
+            InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
+        """
+        for section in ("config", "model", "calibration"):
+            before, now = dict(_leaves(self.get(section, {}))), dict(_leaves(other.get(section, {})))
+            for key in sorted(before.keys() | now.keys()):
+                if section == "config" and key.split(".")[0] in _FREE_TO_CHANGE:
+                    continue
+                if before.get(key) != now.get(key):
+                    name = key if section == "config" else f"{section}.{key}"
+                    problem = f"the unfinished run in {folder} used {before.get(key)}; repeat it, or write elsewhere"
+                    raise InputError(name, now.get(key), problem)
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash either the old or the new content is there, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

@@ -1,0 +1,250 @@
+"""The Trainer: Lightning's, with `prune` beside `fit`.
+
+prune()  check everything ─► launch processes ─► catch block-0 inputs ─► block loop ─► verify, report
+         (nothing written)                       (rank r takes its share of the samples)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from lvlm_prune.activations import SampleRow, rows_of
+from lvlm_prune.blocks import Weights
+from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint, load_processor
+from lvlm_prune.errors import InputError
+from lvlm_prune.loop import BlockLoop, Stopwatch
+from lvlm_prune.manifest import Manifest
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.plugins import describe
+from lvlm_prune.processes import Processes
+
+
+class LVLMTrainer(L.Trainer):
+    """Lightning's Trainer with the verbs of this project.
+
+    Attributes:
+        manifest: What was done so far; becomes `pruning.json`.
+        rows: The calibration samples of this process.
+        processes: All processes of the run.
+        recorded: Tensors that callbacks want written to `statistics.safetensors`.
+        run_config: The configuration that repeats the run, as plain data.
+    """
+
+    manifest: Manifest
+    rows: list[SampleRow]
+    processes: Processes
+    weights: Weights
+    recorded: dict[str, Tensor]
+    run_config: Mapping[str, Any] | None = None
+    output_folder: Path | None = None
+    resume_run: bool = False
+    evaluate_run: bool = True
+
+    def prune(
+        self,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        output: str = "",
+        resume: bool = False,
+        evaluate: bool = True,
+    ) -> Manifest:
+        """Prune a checkpoint block by block and write a sparse one.
+
+        Args:
+            model: The model to prune.
+            datamodule: The calibration set.
+            output: Folder to write, new or empty. Default: `runs/<model>-<method>-<sparsity>`. A model that is already
+                in memory is pruned in place and nothing is written.
+            resume: Go on with the unfinished run in `output`.
+            evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+
+        Returns:
+            The manifest.
+        """
+        started = time.perf_counter()
+        self.resume_run, self.evaluate_run = resume, evaluate
+        self.manifest, self.recorded, self.rows = Manifest(), {}, []
+        model.open()
+        datamodule.setup("prune")
+        callbacks = self._prune_callbacks()
+        self.output_folder = self._output_folder(model, output, callbacks) if model.folder is not None else None
+        if self._gathers(callbacks) and datamodule.source.needs_processor and model.processor is None:
+            assert model.folder is not None
+            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        fabric = self._fabric(callbacks)
+        self._raise_hook(fabric, model, "setup", stage="prune")
+        fabric.launch()
+        self.processes = Processes(fabric)
+        try:
+            self._prune(fabric, model, datamodule, callbacks)
+            self.manifest["seconds"] = time.perf_counter() - started
+            self._raise_hook(fabric, model, "on_prune_end")
+        except BaseException as error:
+            self._raise_hook(fabric, model, "on_exception", exception=error)
+            raise
+        finally:
+            self._raise_hook(fabric, model, "teardown", stage="prune")
+        return self.manifest
+
+    def _prune(
+        self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
+    ) -> None:
+        self.weights = model.weights(fabric.device)
+        self.manifest.update(self._provenance(model, datamodule))
+        clock = Stopwatch()
+        if self._gathers(callbacks):
+            self._catch(fabric, model, datamodule)
+        self.manifest["catch_seconds"] = clock.lap()
+        self._raise_hook(fabric, model, "on_prune_start")
+        if self.manifest.get("status") == "complete":
+            return
+        loop = BlockLoop(
+            model.runner,
+            self.weights,
+            self.rows,
+            raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
+            gathers=lambda: self._gathers(callbacks),
+            wants_outputs=lambda: any(getattr(callback, "wants_outputs", False) for callback in callbacks),
+        )
+        done = self.manifest.finished_blocks()
+        loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
+
+    def _load_finished_block(self, model: LVLMModule, index: int) -> None:
+        """The pruned weights that an earlier run wrote."""
+        assert self.output_folder is not None
+        assert model.folder is not None
+        self.weights.load_block(index, model.folder.at(self.output_folder))
+
+    def _catch(self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule) -> None:
+        """Run everything before block 0 for this process' samples; afterwards vision tower and embeddings can go."""
+        digests: dict[int, str] = {}
+        error: BaseException | None = None
+        self.weights.load_frame()
+        try:
+            batches = datamodule.calibration_batches(model.processor, self.processes.rank, self.processes.count)
+            for batch in batches:
+                self.rows += self._catch_batch(fabric, model, batch)
+                digests.update(zip(batch.indices, batch.digests, strict=True))
+        except Exception as problem:
+            error = problem
+        self.processes.agree(error)
+        self.weights.release_frame(any(row.batch.needs_token_embedding for row in self.rows))
+        everywhere = {index: value for part in self.processes.gather(digests) for index, value in part.items()}
+        ordered = [everywhere[index] for index in sorted(everywhere)]
+        self.manifest["calibration"] |= {
+            "num_samples": len(ordered),
+            "fingerprint": fingerprint(ordered),
+            "skipped": [item for part in self.processes.gather(datamodule.skipped) for item in part],
+        }
+
+    @torch.no_grad()
+    def _catch_batch(self, fabric: Fabric, model: LVLMModule, batch: CalibrationBatch) -> list[SampleRow]:
+        inputs = {
+            name: value.to(fabric.device, model.compute_dtype if value.is_floating_point() else value.dtype)
+            for name, value in batch.inputs.items()
+        }
+        return rows_of(model.runner.catch(inputs), model.model.config, batch.indices)
+
+    # ---- composition of the run --------------------------------------------------------------------------------------
+    def _prune_callbacks(self) -> list[Callback]:
+        """The user's callbacks, then writer, progress bar, evaluation and report, each unless the user gave one."""
+        from lvlm_prune.callbacks import EmbeddedEvaluation, PruneProgressBar, PruningReport, SparseCheckpointWriter
+
+        given: list[Callback] = [callback for callback in self.callbacks if not isinstance(callback, ProgressBar)]
+        tail: list[Callback] = [SparseCheckpointWriter(), EmbeddedEvaluation(), PruningReport()]
+        if isinstance(self.progress_bar_callback, PruneProgressBar):
+            tail.insert(1, self.progress_bar_callback)
+        elif self.progress_bar_callback is not None:  # Lightning's default bar knows nothing of pruning
+            tail.insert(1, PruneProgressBar())
+        return given + [callback for callback in tail if not any(isinstance(one, type(callback)) for one in given)]
+
+    @staticmethod
+    def _gathers(callbacks: list[Callback]) -> bool:
+        return any(getattr(callback, "wants_activations", False) for callback in callbacks)
+
+    def _raise_hook(self, fabric: Fabric, model: LVLMModule, name: str, **arguments: Any) -> None:
+        fabric.call(name, trainer=self, pl_module=model, **arguments)
+
+    def _fabric(self, callbacks: list[Callback]) -> Fabric:
+        """Fabric on the Trainer's devices.
+
+        Raises:
+            InputError: The Trainer's strategy cannot be used, or the launcher started another number of processes.
+        """
+        if isinstance(self.strategy, DDPStrategy):
+            strategy = "ddp"
+        elif isinstance(self.strategy, SingleDeviceStrategy):
+            strategy = "auto"
+        else:
+            problem = "pruning knows `ddp` and a single device; a block always fits on one device"
+            raise InputError("trainer.strategy", type(self.strategy).__name__, problem)
+        launched = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if launched is not None and int(launched) != self.world_size:
+            problem = f"torchrun started {launched} processes, the Trainer was asked for {self.world_size}"
+            raise InputError("trainer.devices", self.num_devices, problem)
+        devices: Any = self.num_devices if self.accelerator_name() == "cpu" else self.device_ids
+        return Fabric(
+            accelerator=self.accelerator_name(),
+            devices=devices,
+            num_nodes=self.num_nodes,
+            strategy=strategy,
+            callbacks=callbacks,
+            loggers=self.loggers,
+        )
+
+    def say(self, text: str) -> None:
+        """Print for the user, once for all processes."""
+        if self.processes.is_main:
+            print(text, flush=True)
+
+    def accelerator_name(self) -> str:
+        """`cpu`, `cuda` or `mps`."""
+        return self.strategy.root_device.type
+
+    def _output_folder(self, model: LVLMModule, output: str, callbacks: list[Callback]) -> Path:
+        if output:
+            return Path(output)
+        if self.resume_run:
+            raise InputError("resume", "true", "needs --output, the folder of the unfinished run")
+        label = next((callback.run_label() for callback in callbacks if hasattr(callback, "run_label")), "pruned")
+        wanted = Path("runs") / f"{model.label}-{label}"
+        folder, number = wanted, 1
+        while folder.exists():
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        return folder
+
+    def _provenance(self, model: LVLMModule, datamodule: CalibrationDataModule) -> dict[str, Any]:
+        """What the run starts from, for the manifest."""
+        import lightning
+        import transformers
+
+        import lvlm_prune
+
+        source: dict[str, Any] = {"path": model.path, "class": type(model.model).__name__}
+        if model.folder is not None:
+            source |= {"folder": str(model.folder.path), "fingerprint": model.folder.fingerprint()}
+        return {
+            "config": describe(self.run_config or {"model": model, "data": datamodule}),
+            "model": source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},
+            "calibration": {"source": describe(datamodule.source), "seed": datamodule.seed},
+            "versions": {
+                "lvlm_prune": lvlm_prune.__version__,
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+                "transformers": transformers.__version__,
+            },
+            "processes": self.processes.count,
+            "device": str(self.strategy.root_device),
+        }

@@ -1,0 +1,55 @@
+"""Fixtures that every test may use."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden" / "qwen2_vl"
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _single_thread():
+    """Tests run beside each other's processes; more threads would only fight."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks():
+    """A test that leaves a process group or an environment variable behind fails."""
+    before = dict(os.environ)
+    yield
+    assert not torch.distributed.is_initialized()
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert not {name for name in changed if not name.startswith(("PYTEST_", "TRANSFORMERS_", "TOKENIZERS_", "HF_"))}
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run `lvlm-prune` as a user does, in a process of its own, in an empty working directory."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 180, **environment: str):
+        command = [sys.executable, "-m", "lvlm_prune.cli", *map(str, arguments)]
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def golden_arguments() -> list[str]:
+    """Model and calibration set of the reference numbers."""
+    return [
+        "prune",
+        f"--model.path={GOLDEN / 'model'}",
+        "--data.source=TensorSource",
+        f"--data.source.path={GOLDEN / 'calib.safetensors'}",
+    ]
