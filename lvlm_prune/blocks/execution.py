@@ -115,8 +115,10 @@ class BlockRunner:
     def _check_positions(self, batch: CaughtBatch) -> None:
         if batch.input_ids is None:
             return
-        positions, tokens = batch.hidden.shape[-2], batch.input_ids.shape[-1]
-        if positions != tokens:
+        tokens = batch.input_ids.shape[-1]
+        # Where decoders carry several residual streams, these are one dimension more, in front or behind the positions.
+        if tokens not in batch.hidden.shape[:-1]:
+            positions = batch.hidden.shape[-2]
             raise InputError(
                 "model.path",
                 type(self.model).__name__,

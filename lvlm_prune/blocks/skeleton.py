@@ -8,6 +8,8 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import no_init_weights
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
 from lvlm_prune.errors import InputError
@@ -45,11 +47,13 @@ def build_skeleton(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = model_class._from_config(config, **options)
     except ImportError as error:
         problem = f"this model needs a package that is not installed: {' '.join(str(error).split())}"
         raise InputError("model.path", folder.path, problem) from error
+    # Outside the context that sets the dtype: rotary tables are computed in float32, as `from_pretrained` does.
+    model.initialize_weights()
     _keep_in_float32(model, torch_dtype)
     return model.eval().requires_grad_(False)
 
@@ -128,14 +132,17 @@ def _stored_dtype(folder: CheckpointFolder) -> torch.dtype:
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give parameters that the family keeps in float32 that dtype, as `from_pretrained` does."""
-    from transformers.core_model_loading import build_glob_alternation
-
+    """Give what the family keeps in float32 that dtype, as `from_pretrained` does."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return
     pattern, _, _ = build_glob_alternation(list(plan))
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if pattern.search(name):
-            module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            module._parameters[leaf] = nn.Parameter(parameter.float(), requires_grad=False)
+    for name, tensor in model.state_dict().items():
+        if not pattern.search(name):
+            continue
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor.float()

@@ -127,7 +127,7 @@ class StreamedWeights(Weights):
                 self._set(name, buffer.to(self._device))
 
     def release_frame(self, keep_token_embedding: bool = False) -> None:
-        embedding = _path_of(self._model, self._model.get_input_embeddings())
+        embedding = _path_of(self._model, _input_embedding(self._model))
         for name in self._frame_names:
             is_embedding = embedding is not None and name.startswith(f"{embedding}.")
             needed = keep_token_embedding if is_embedding else name.startswith(self._decoder_path)
@@ -217,9 +217,17 @@ def _providers(model: PreTrainedModel, sources: dict[str, WeightSource], names: 
 
 
 def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """Path of `module` in `model`; None for no module, or one that is not in it."""
     return next((path for path, candidate in model.named_modules() if candidate is module), None)
 
 
 def _path_of_output_embedding(model: PreTrainedModel) -> str | None:
     output = model.get_output_embeddings()
-    return None if output is None or output is model.get_input_embeddings() else _path_of(model, output)
+    return None if output is None or output is _input_embedding(model) else _path_of(model, output)
+
+
+def _input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
