@@ -1,6 +1,7 @@
 """A tiny processor made offline, and a tiny set of pictures with questions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(*special_tokens: str, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+def make_tokenizer(*special_tokens: str, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges: encodes any text, one token per byte, and needs no download."""
     vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -30,12 +31,17 @@ def byte_tokenizer(*special_tokens: str, template: str | None = TEMPLATE) -> Pre
 
 
 @pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
 def processor() -> LlavaProcessor:
     """16 image tokens for a picture of 16 x 16 pixels."""
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=byte_tokenizer("<image>"),
+        tokenizer=make_tokenizer("<image>"),
         chat_template=TEMPLATE,
         patch_size=4,
         vision_feature_select_strategy="default",

@@ -1,0 +1,159 @@
+import io
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from lvlm_prune.data import CalibrationDataModule, Conversation, HFDatasetSource
+from lvlm_prune.errors import InputError, RunError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (20, 16), colour)
+
+
+def encoded(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    picture(colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def rows() -> datasets.Dataset:
+    columns = {
+        "picture": [picture("red"), picture("blue"), None],
+        "q": ["Which colour?", "<image>\nAnd this?", "Largest planet?"],
+        "answers": [["red", "crimson"], ["blue", "navy"], ["Jupiter", "Jupiter"]],
+    }
+    features = {
+        "picture": datasets.Image(),
+        "q": datasets.Value("string"),
+        "answers": datasets.Sequence(datasets.Value("string")),
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+COLUMNS = {"image": "picture", "question": "q", "answer": "answers"}
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder", "save_to_disk", "splits"])
+def test_columns_are_mapped_to_a_conversation(tmp_path: Path, rows, form, processor):
+    path, split = tmp_path / "set", "train"
+    if form == "parquet":
+        path = tmp_path / "rows.parquet"
+        rows.to_parquet(path)
+    elif form == "folder":
+        rows.to_parquet(path / "train-00000-of-00001.parquet")
+    elif form == "save_to_disk":
+        rows.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": rows.select([0]), "test": rows}).save_to_disk(path)
+        split = "test"
+    data = CalibrationDataModule(HFDatasetSource(str(path), split=split, columns=COLUMNS))
+    data.setup()
+    batches = list(data.calibration_batches(processor))
+    texts = [processor.tokenizer.decode(batch.inputs["input_ids"][0]).replace("<image>", "") for batch in batches]
+    assert texts == [
+        "user: \nWhich colour?</s>assistant: red</s>",
+        "user: \nAnd this?</s>assistant: blue</s>",
+        "user: Largest planet?</s>assistant: Jupiter</s>",
+    ]
+    assert ["pixel_values" in batch.inputs for batch in batches] == [True, True, False]
+
+
+def test_messages_with_several_images(tmp_path: Path):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Same?"}, {"type": "image", "text": None}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "No."}]}]
+    features = datasets.Features(
+        messages=[
+            {
+                "role": datasets.Value("string"),
+                "content": [{name: datasets.Value("string") for name in ("type", "text")}],
+            }
+        ],
+        images=datasets.Sequence(datasets.Image()),
+    )
+    rows = datasets.Dataset.from_dict(
+        {"messages": [messages], "images": [[picture("red"), picture("blue")]]}, features=features
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    sample = HFDatasetSource(str(tmp_path / "rows.parquet"))[0]  # columns named like roles need no mapping
+    assert isinstance(sample, Conversation)
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "text", "image"]
+    assert [image.convert("RGB").getpixel((3, 3)) for image in sample.images] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_documents(tmp_path: Path, processor):
+    (tmp_path / "rows.jsonl").write_text('{"body": "hello world"}\n{"body": "short"}\n')
+    source = HFDatasetSource(str(tmp_path / "rows.jsonl"), columns={"text": "body"}, max_tokens=7)
+    batches = list(CalibrationDataModule(source).calibration_batches(processor))
+    assert [processor.tokenizer.decode(batch.inputs["input_ids"][0]) for batch in batches] == ["hello w", "short"]
+
+
+def test_image_files_beside_the_rows(tmp_path: Path):
+    picture("green").save(tmp_path / "green.png")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"image": "green.png", "question": "?"}\n{"image": "no.png", "question": "?"}\n'
+    )
+    source = HFDatasetSource(str(tmp_path / "rows.jsonl"))
+    assert source[0].images == [tmp_path / "green.png"]
+    with pytest.raises(InputError, match=r"no.png of sample .*row 1 is missing$"):
+        CalibrationDataModule(source).setup()
+
+
+def test_a_broken_image_names_the_row(tmp_path: Path, processor):
+    rows = datasets.Dataset.from_dict({"image": [encoded("red"), encoded("red")[:50]], "question": ["?", "?"]})
+    path = tmp_path / "rows.parquet"
+    rows.to_parquet(path)
+    with pytest.raises(RunError, match=rf"^calibration {path}, row 1: an image of {path}, row 1: cannot be read"):
+        list(CalibrationDataModule(HFDatasetSource(str(path))).calibration_batches(processor))
+    data = CalibrationDataModule(HFDatasetSource(str(path)), on_error="skip")
+    data.setup()
+    assert [batch.indices for batch in data.calibration_batches(processor)] == [[0]]
+    assert [name for name, _ in data.skipped] == [f"{path}, row 1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"columns": {**COLUMNS, "image": "img"}},
+            "--data.source.columns.image img: the data set has no such column; there are picture, q, answers",
+        ),
+        (
+            {"columns": {"foto": "picture"}},
+            "--data.source.columns foto: no such role; there are image, images, question",
+        ),
+        ({"columns": {"image": "picture"}}, "must name a column for messages, for text, or for question and answer"),
+        ({}, "--data.source.columns (not given): must name a column for messages"),
+        (
+            {"split": "test", "columns": COLUMNS},
+            "--data.source.split test: the data set has no such split; there are train",
+        ),
+        ({"path": "./nowhere"}, "--data.source.path ./nowhere: no such file or folder"),
+        ({"path": "/nowhere/set"}, "--data.source.path /nowhere/set: no such file or folder"),
+    ],
+)
+def test_bad_options_are_one_clear_line(tmp_path: Path, rows, arguments, message):
+    path = tmp_path / "set"
+    datasets.DatasetDict({"train": rows}).save_to_disk(path)
+    with pytest.raises(InputError) as error:
+        CalibrationDataModule(HFDatasetSource(**{"path": str(path), **arguments})).setup()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_a_data_set(tmp_path: Path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match=r"--data.source.path .*rows.parquet: cannot be loaded \("):
+        HFDatasetSource(str(path)).setup()
+    (tmp_path / "rows.xlsx").write_bytes(b"")
+    with pytest.raises(InputError, match=r"not one of .parquet"):
+        HFDatasetSource(str(tmp_path / "rows.xlsx")).setup()
