@@ -52,6 +52,11 @@ def build_skeleton(
     except ImportError as error:
         problem = f"this model needs a package that is not installed: {' '.join(str(error).split())}"
         raise InputError("model.path", folder.path, problem) from error
+    except ValueError as error:
+        if attn_implementation is None:
+            raise
+        problem = " ".join(str(error).split())[:200]
+        raise InputError("model.attn_implementation", attn_implementation, problem) from error
     # Outside the context that sets the dtype: rotary tables are computed in float32, as `from_pretrained` does.
     model.initialize_weights()
     _keep_in_float32(model, torch_dtype)

@@ -1,0 +1,209 @@
+"""A model streamed block by block from a checkpoint folder is the model in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lvlm_prune.blocks import BlockRunner, CaughtBatch, CheckpointFolder, StreamedWeights, build_skeleton
+from lvlm_prune.blocks.checkpoint import SINGLE_NAME
+from lvlm_prune.errors import InputError
+from tests.families import FAMILIES, Sample, make_inputs, tiny_model
+
+FAMILIES_WITH_DIFFERENT_CHECKPOINTS = [
+    "llava",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen2_5_omni",
+    "qwen3_omni_moe",
+    "gemma3",
+    "mllama",
+    "smolvlm",
+    "qwen2_audio",
+]
+
+
+def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Write the tiny model of a family as a checkpoint of several shards."""
+    model = tiny_model(family, dtype)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return model
+
+
+def stream(folder: Path) -> tuple[BlockRunner, StreamedWeights]:
+    checkpoint = CheckpointFolder(folder)
+    runner = BlockRunner(build_skeleton(checkpoint))
+    return runner, StreamedWeights(runner.model, runner.decoder, checkpoint)
+
+
+def inputs_of(family: str, model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    return [
+        make_inputs(family, model, [Sample(3, 0, 5)]),
+        make_inputs(family, model, [Sample(3, 0, 5), Sample(2, 1, 9)], side="left"),
+        make_inputs(family, model, [Sample(4, None, 3)]),
+    ]
+
+
+def zero_small_weights(runner: BlockRunner, i: int) -> None:
+    for parameter in runner.block(i).parameters():
+        parameter.data[parameter.abs() < 0.01] = 0
+
+
+def finish_after_pruning(runner: BlockRunner, batches: list[CaughtBatch], weights: StreamedWeights | None) -> list:
+    for i in range(len(runner)):
+        if weights is not None:
+            weights.load_block(i)
+        zero_small_weights(runner, i)
+        for batch in batches:
+            runner.advance(i, batch)
+        if weights is not None:
+            weights.release_block(i)
+            assert all(parameter.device.type == "meta" for parameter in runner.block(i).parameters())
+    return [runner.finish(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_DIFFERENT_CHECKPOINTS)
+def test_streamed_equals_resident(family: str, tmp_path: Path) -> None:
+    model = save(family, tmp_path)
+    inputs = inputs_of(family, model)
+    resident = BlockRunner(model)
+    expected = finish_after_pruning(resident, [resident.catch(batch) for batch in inputs], None)
+
+    runner, weights = stream(tmp_path)
+    assert len(CheckpointFolder(tmp_path).shards) > 1
+    weights.load_frame()
+    batches = [runner.catch(batch) for batch in inputs]
+    weights.release_frame(any(batch.needs_token_embedding for batch in batches))
+    for output, reference in zip(finish_after_pruning(runner, batches, weights), expected):
+        torch.testing.assert_close(output, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_weights_are_those_of_from_pretrained(family: str, tmp_path: Path) -> None:
+    """Every parameter and every buffer, bits and dtype; in bfloat16, where families keep some of them in float32."""
+    save(family, tmp_path, torch.bfloat16)
+    model_class = getattr(transformers, FAMILIES[family].model)
+    reference = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    runner, weights = stream(tmp_path)
+    weights.load_frame()
+    for i in range(len(runner)):
+        weights.load_block(i)
+    loaded = dict(runner.model.named_parameters()) | dict(runner.model.named_buffers())
+    expected = dict(reference.named_parameters()) | dict(reference.named_buffers())
+    for name, tensor in expected.items():
+        if name != "lm_head.weight":
+            torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0, msg=name)
+    assert not any(parameter.requires_grad for parameter in runner.model.parameters())
+    assert not runner.model.training
+
+
+def test_only_the_decoder_stays_when_the_frame_is_released(tmp_path: Path) -> None:
+    save("llava", tmp_path)
+    runner, weights = stream(tmp_path)
+    assert all(parameter.device.type == "meta" for parameter in runner.model.parameters())
+    weights.load_frame()
+    in_memory = {name for name, parameter in runner.model.named_parameters() if parameter.device.type != "meta"}
+    assert any("vision_tower" in name for name in in_memory)
+    assert not any(".layers." in name and "language_model" in name for name in in_memory)
+    assert "lm_head.weight" not in in_memory
+    weights.release_frame()
+    in_memory = {name for name, parameter in runner.model.named_parameters() if parameter.device.type != "meta"}
+    assert in_memory == {"model.language_model.norm.weight"}
+
+
+def test_what_is_written_under_key_of_is_what_from_pretrained_loads(tmp_path: Path) -> None:
+    save("llava", tmp_path)
+    _, weights = stream(tmp_path)
+    name = "model.language_model.layers.2.mlp.up_proj.weight"
+    key = weights.key_of(name)
+    assert key == "language_model.model.layers.2.mlp.up_proj.weight"
+    checkpoint = CheckpointFolder(tmp_path)
+    checkpoint.write(key, torch.zeros(checkpoint[key].shape))
+    reloaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    zeros = [other for other, parameter in reloaded.named_parameters() if not parameter.any()]
+    assert zeros == [name]
+
+
+def test_a_stack_of_experts_comes_from_one_tensor_per_expert(tmp_path: Path) -> None:
+    model = save("qwen3_omni_moe", tmp_path)
+    runner, weights = stream(tmp_path)
+    name = f"{runner.name(1)}.mlp.experts.gate_up_proj"
+    assert weights.key_of(name) is None
+    assert len(weights.keys_of(name)) == 2 * 4
+    weights.load_block(1)
+    torch.testing.assert_close(runner.model.get_parameter(name), model.get_parameter(name), rtol=0, atol=0)
+
+
+def test_a_block_can_be_read_from_another_folder_of_the_same_layout(tmp_path: Path) -> None:
+    model = save("llava", tmp_path / "dense")
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.save_pretrained(tmp_path / "pruned", max_shard_size="60KB")
+    runner, weights = stream(tmp_path / "dense")
+    weights.load_block(0, CheckpointFolder(tmp_path / "pruned"))
+    assert not any(parameter.any() for parameter in runner.block(0).parameters())
+    weights.load_block(0)
+    assert all(parameter.any() for parameter in runner.block(0).parameters())
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_checkpoints_in_the_model_s_own_spelling(tie: bool, tmp_path: Path) -> None:
+    """`model.language_model...` as other tools write it, where transformers writes `language_model.model...`."""
+    model = tiny_model("llava")
+    model.config.tie_word_embeddings = tie
+    model.config.save_pretrained(tmp_path)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tie and name == "lm_head.weight")}
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    runner, weights = stream(tmp_path)
+    weights.load_frame()
+    weights.load_block(3)
+    for name, parameter in runner.model.named_parameters():
+        if parameter.device.type != "meta":
+            torch.testing.assert_close(parameter.data, model.get_parameter(name).data, rtol=0, atol=0)
+
+
+def rewrite(folder: Path, **changes: Tensor | None) -> str:
+    """Change or drop the first tensor whose name ends like a keyword (`__` for a dot); its name."""
+    ((ending, tensor),) = changes.items()
+    tensors = load_file(folder / SINGLE_NAME)
+    name = next(name for name in tensors if name.endswith(ending.replace("__", ".")))
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, folder / SINGLE_NAME)
+    return name
+
+
+def test_a_missing_tensor_of_a_block_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    tiny_model("llava").save_pretrained(tmp_path)
+    rewrite(tmp_path, layers__0__mlp__down_proj__weight=None)
+    with pytest.raises(InputError, match=r"lacks the tensor .*layers\.0\.mlp\.down_proj\.weight"):
+        stream(tmp_path)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    tiny_model("llava").save_pretrained(tmp_path)
+    rewrite(tmp_path, layers__0__mlp__down_proj__weight=torch.zeros(32, 40))
+    with pytest.raises(InputError, match=r"down_proj\.weight has shape \[32, 40\].* asks for \[32, 48\]"):
+        stream(tmp_path)
+
+
+def test_a_missing_tensor_of_the_vision_tower_is_named_when_it_is_needed(tmp_path: Path) -> None:
+    model = tiny_model("llava")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, patch_embedding__weight=None)
+    runner, weights = stream(tmp_path)
+    weights.load_frame()
+    with pytest.raises(InputError, match=r"lacks the tensor .*patch_embedding\.weight"):
+        runner.catch(make_inputs("llava", model, [Sample(3, 0, 5)]))
+
+
+def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3_omni_moe").save_pretrained(tmp_path)
+    rewrite(tmp_path, experts__3__up_proj__weight=None)
+    with pytest.raises(InputError, match="experts"):
+        stream(tmp_path)
