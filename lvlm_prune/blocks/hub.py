@@ -29,12 +29,13 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
 
         return Path(CHECKPOINT)
     folder = Path(text).expanduser()
-    if folder.exists() or not _HUB_ID.fullmatch(text):
-        if not folder.exists():
-            raise InputError("model.path", text, "no such folder (a model on the hub is written owner/name)")
+    # An empty path would stand for the current folder.
+    if text and folder.exists():
         if revision is not None:
             raise InputError("model.revision", revision, f"{text} is a folder; only a model on the hub has revisions")
         return folder
+    if not _HUB_ID.fullmatch(text):
+        raise InputError("model.path", text, "no such folder (a model on the hub is written owner/name)")
     return _download(text, revision)
 
 
