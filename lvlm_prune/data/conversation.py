@@ -124,7 +124,7 @@ def place_images(messages: list[Message], count: int) -> list[Message]:
     """
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders > count:
-        raise ValueError(f"{placeholders} image placeholders for {count} image{'' if count == 1 else 's'}")
+        raise ValueError(f"more image placeholders ({placeholders}) than images ({count})")
     if placeholders < count:
         first = next((message for message in messages if message["role"] == "user"), messages[0])
         first["content"] = [{"type": "image"}] * (count - placeholders) + first["content"]

@@ -140,7 +140,7 @@ class HFDatasetSource(CalibrationSource):
     def __getitem__(self, index: int) -> Conversation | Document:
         self.setup()
         row = self._rows[index]
-        values = {role: row[column] for role, column in self._roles.items()}
+        values = {role: self._named(column, row[column]) for role, column in self._roles.items()}
         name = str(values.get("id", f"{self.path}, row {index}"))
         try:
             images = self._images(values, name)
@@ -157,6 +157,11 @@ class HFDatasetSource(CalibrationSource):
             return Conversation(place_images(messages, len(images)), images, id=name)
         except ValueError as error:
             raise RunError(str(error)) from None
+
+    def _named(self, column: str, value: Any) -> Any:
+        """The name of a class where the column holds class numbers."""
+        name_of = getattr(self._rows.features[column], "int2str", None)
+        return name_of(value) if name_of is not None and isinstance(value, int) and value >= 0 else value
 
     def _images(self, values: dict[str, Any], name: str) -> list[Image.Image | Path]:
         entries: list[Any] = []

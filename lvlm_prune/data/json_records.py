@@ -40,7 +40,11 @@ class JsonRecords:
             raise InputError(option, path, "no such file")
         self._starts = array("Q")
         self._ends = array("Q")
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise InputError(option, path, f"cannot be read ({error.strerror})") from None
+        with file:
             head = file.read(_CHUNK)
             offset = 3 if head.startswith(b"\xef\xbb\xbf") else 0
             first = head[offset:].lstrip()[:1]

@@ -89,17 +89,19 @@ def render(processor: Any, messages: list[Message], add_generation_prompt: bool 
     """The conversation as text, with one placeholder of the processor per image."""
     from jinja2 import TemplateError
 
-    if not getattr(processor, "chat_template", None):
+    # Folders written by older versions keep the template with the tokenizer.
+    owner = next((part for part in (processor, tokenizer_of(processor)) if getattr(part, "chat_template", None)), None)
+    if owner is None:
         return "\n".join(_flat(processor, message)["content"] for message in messages)
     arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        text = processor.apply_chat_template(messages, **arguments)
+        text = owner.apply_chat_template(messages, **arguments)
         # A template for plain strings prints the list of parts as Python would.
         understood = "{'type': '" not in text
     except (TypeError, TemplateError):
         understood = False
     if not understood:
-        text = processor.apply_chat_template([_flat(processor, message) for message in messages], **arguments)
+        text = owner.apply_chat_template([_flat(processor, message) for message in messages], **arguments)
     return text
 
 

@@ -51,7 +51,10 @@ class TextSource(CalibrationSource):
                 problem = f"samples have no such key; there are {', '.join(first)}"
                 raise InputError("data.source.column", self.column, problem)
         elif path.is_file():
-            self._index_paragraphs(path)
+            try:
+                self._index_paragraphs(path)
+            except OSError as error:
+                raise InputError(_OPTION, self.path, f"cannot be read ({error.strerror})") from None
             if not self._starts:
                 raise InputError(_OPTION, self.path, "holds no text")
         else:

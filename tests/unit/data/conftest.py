@@ -52,7 +52,7 @@ def processor() -> LlavaProcessor:
 @pytest.fixture
 def llava_rows(tmp_path: Path) -> list[dict]:
     """Eight samples whose pictures lie in `tmp_path`: one each, but two in sample 2 and none in sample 3."""
-    rows = []
+    rows: list[dict] = []
     for number, colour in enumerate(COLOURS):
         Image.new("RGB", (20 + number, 16), colour).save(tmp_path / f"{colour}.png")
         question = f'<image>\nWhich "colour" {{is}} [this]?{" really" * number}'

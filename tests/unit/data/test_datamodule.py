@@ -144,7 +144,7 @@ def test_broken_samples_are_left_out_on_request(processor, caplog, world_size):
     data = CalibrationDataModule(source, num_samples=20, on_error="skip", batch_size=3)
     data.setup()
     skipped = []
-    found = {}
+    found: dict[int, str] = {}
     for rank in range(world_size):
         for batch in data.calibration_batches(processor, rank, world_size):
             found.update(zip(batch.indices, batch.digests))

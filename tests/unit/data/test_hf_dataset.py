@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from lvlm_prune.data import CalibrationDataModule, Conversation, HFDatasetSource
+from lvlm_prune.data.conversation import load_image
 from lvlm_prune.errors import InputError, RunError
 
 
@@ -86,7 +87,22 @@ def test_messages_with_several_images(tmp_path: Path):
     sample = HFDatasetSource(str(tmp_path / "rows.parquet"))[0]  # columns named like roles need no mapping
     assert isinstance(sample, Conversation)
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "text", "image"]
-    assert [image.convert("RGB").getpixel((3, 3)) for image in sample.images] == [(255, 0, 0), (0, 0, 255)]
+    assert [load_image(image).getpixel((3, 3)) for image in sample.images] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_folder_of_images_by_class(tmp_path: Path):
+    for colour in ("blue", "red"):
+        (tmp_path / "train" / colour).mkdir(parents=True)
+        picture(colour).save(tmp_path / "train" / colour / "0.png")
+    source = HFDatasetSource(str(tmp_path), columns={"image": "image", "answer": "label"})
+    samples = [source[index] for index in range(len(source))]
+    assert [sample.messages for sample in samples if isinstance(sample, Conversation)] == [
+        [
+            {"role": "user", "content": [{"type": "image"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": colour}]},
+        ]
+        for colour in ("blue", "red")
+    ]
 
 
 def test_documents(tmp_path: Path, processor):
@@ -102,7 +118,9 @@ def test_image_files_beside_the_rows(tmp_path: Path):
         '{"image": "green.png", "question": "?"}\n{"image": "no.png", "question": "?"}\n'
     )
     source = HFDatasetSource(str(tmp_path / "rows.jsonl"))
-    assert source[0].images == [tmp_path / "green.png"]
+    sample = source[0]
+    assert isinstance(sample, Conversation)
+    assert sample.images == [tmp_path / "green.png"]
     with pytest.raises(InputError, match=r"no.png of sample .*row 1 is missing$"):
         CalibrationDataModule(source).setup()
 

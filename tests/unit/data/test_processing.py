@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     LlavaNextImageProcessorPil,
     LlavaOnevisionImageProcessorPil,
@@ -137,8 +138,40 @@ def test_a_template_for_plain_strings(processor, monkeypatch):
 
 def test_base_models_without_a_template(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", None)
+    monkeypatch.setattr(processor.tokenizer, "chat_template", None)
     text = text_of(processor, encode(processor, Conversation([QUESTION, ANSWER], [picture()])))
     assert text == "<image>" * 16 + "What?\nA cat."
+
+
+def test_a_template_that_lies_with_the_tokenizer(processor, monkeypatch):
+    conversation = Conversation([QUESTION, ANSWER], [picture()])
+    expected = text_of(processor, encode(processor, conversation))
+    template = processor.chat_template
+    monkeypatch.setattr(processor, "chat_template", None)
+    monkeypatch.setattr(processor.tokenizer, "chat_template", template)
+    assert text_of(processor, encode(processor, conversation)) == expected
+
+
+def test_first_token_comes_once(byte_tokenizer):
+    tokenizer = byte_tokenizer()
+    first = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    by_tokenizer = encode(tokenizer, Conversation([ANSWER]))["input_ids"][0].tolist()
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    by_template = encode(tokenizer, Conversation([ANSWER]))["input_ids"][0].tolist()
+    assert by_tokenizer == by_template
+    assert by_template.count(first) == 1
+    document = encode(tokenizer, Document("a <s> in the text", max_tokens=9))["input_ids"][0].tolist()
+    assert document[0] == first
+    assert document.count(first) == 1
+    assert len(document) == 9
+
+
+def test_special_tokens_of_a_document_are_plain_text_and_later_ones_are_not(processor):
+    document = encode(processor, Document("an <image></s>"))["input_ids"]
+    assert not torch.isin(document, torch.tensor(processor.tokenizer.all_special_ids)).any()
+    conversation = encode(processor, Conversation([QUESTION], [picture()]))["input_ids"]
+    assert (conversation == processor.image_token_id).sum() == 16
 
 
 def test_language_models_have_only_a_tokenizer(tmp_path: Path, byte_tokenizer):

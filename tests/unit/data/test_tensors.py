@@ -80,8 +80,9 @@ def test_unbatched_tokens_get_the_batch_dimension(tmp_path: Path):
 
 def test_labels_are_for_recovery_not_for_calibration(tmp_path: Path):
     samples = [sample(5, labels=torch.full((1, 5), 3)), sample(6, labels=torch.full((1, 6), 3))]
-    data = CalibrationDataModule(TensorSource(write(tmp_path / "a.safetensors", samples)), batch_size=2)
-    assert "labels" in data.source[0]
+    source = TensorSource(write(tmp_path / "a.safetensors", samples))
+    assert "labels" in source[0]
+    data = CalibrationDataModule(source, batch_size=2)
     (batch,) = data.calibration_batches()
     assert "labels" not in batch.inputs
     (batch,) = data.calibration_batches(with_labels=True)
