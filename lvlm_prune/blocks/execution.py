@@ -22,6 +22,7 @@ from lvlm_prune.blocks.capture import (
     stubbed,
 )
 from lvlm_prune.blocks.decoder import find_decoder
+from lvlm_prune.blocks.nested import contents_restored
 from lvlm_prune.errors import InputError
 
 
@@ -138,16 +139,17 @@ class BlockRunner:
         """
         if not self.calls(i, batch):
             return batch.hidden
+        # What the block leaves behind for later blocks must not be there when it runs again.
+        with contents_restored(batch.arguments[i]):
+            return _hidden_of(self._call(i, batch))
+
+    def _call(self, i: int, batch: CaughtBatch) -> Any:
+        """All that block `i` returns."""
         arguments = {
             name: batch.carried[value.block][value.index] if isinstance(value, CarriedOutput) else value
             for name, value in batch.arguments[i].items()
         }
-        output = self.decoder.layers[i](batch.hidden, **arguments)
-        if not isinstance(output, (tuple, list)):
-            return output
-        if wanted := batch.carried_indices(i):
-            batch.carried[i] = {index: output[1 + index] for index in wanted}
-        return output[0]
+        return self.decoder.layers[i](batch.hidden, **arguments)
 
     @torch.no_grad()
     def advance(self, i: int, batch: CaughtBatch) -> None:
@@ -158,7 +160,10 @@ class BlockRunner:
         """
         if not self.calls(i, batch):
             return
-        output = self.run(i, batch)
+        returned = self._call(i, batch)
+        if wanted := batch.carried_indices(i):
+            batch.carried[i] = {index: returned[1 + index] for index in wanted}
+        output = _hidden_of(returned)
         if batch.history is not None:
             batch.history[i] = output
         is_last = i == batch.last_block
@@ -218,6 +223,10 @@ class BlockRunner:
             keywords["inputs_embeds"] = embeddings.clone()
         with stubbed(self.decoder.layers, stub_for):
             return self.decoder.module(*batch.decoder_arguments, **keywords)
+
+
+def _hidden_of(returned: Any) -> Tensor:
+    return returned[0] if isinstance(returned, (tuple, list)) else returned
 
 
 def _drop_embeddings(batch: CaughtBatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,39 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int
         return value
     memo[id(value)] = result
     return result
+
+
+@contextmanager
+def contents_restored(value: Any) -> Iterator[None]:
+    """Afterwards, every dictionary and list in `value` holds again what it holds now.
+
+    Example:
+        >>> shared = {}
+        >>> with contents_restored(("mask", shared)):
+        ...     shared["keys"] = torch.zeros(2)
+        >>> shared
+        {}
+    """
+    saved = [(container, container.copy()) for container in _containers_in(value)]
+    try:
+        yield
+    finally:
+        for container, contents in saved:
+            container.clear()
+            if isinstance(container, dict):
+                container.update(contents)
+            else:
+                container.extend(contents)
+
+
+def _containers_in(value: Any) -> Iterator[dict | list]:
+    if isinstance(value, (dict, list)):
+        yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _containers_in(item)
 
 
 def distinct_nbytes(value: Any) -> int:

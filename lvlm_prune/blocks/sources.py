@@ -8,6 +8,7 @@ knows both; this module asks it, and loads one parameter at a time where transfo
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,22 @@ class WeightSource:
             return {name: folder.read(self.key).to(device, dtype)}
         tensors = {pattern: [folder.read(key).to(device, dtype) for key in keys] for pattern, keys in self.keys.items()}
         return _convert(model, self.converter, next(iter(self.shapes)), tensors)
+
+    def store(self, model: PreTrainedModel, folder: CheckpointFolder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on disk, by name and in their dtype there, once `tensors` of the model replace the old ones.
+
+        What else is stored in the same tensors on disk stays as it is, bit by bit.
+
+        Raises:
+            RunError: transformers does not know the way back to the form on disk.
+        """
+        dtype = folder[self.key].torch_dtype
+        fresh = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+        if self.converter is None:
+            (tensor,) = fresh.values()
+            return {self.key: tensor}
+        all_fresh = {**self.load(model, folder, "cpu", dtype), **fresh}
+        return _match_to_keys(_revert(model, self.converter, all_fresh), self.keys, folder)
 
 
 def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, WeightSource]:
@@ -121,3 +138,35 @@ def _convert(
     tensors.clear()
     converted = fresh.convert(name, model=model, config=model.config)
     return {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
+
+
+def _revert(model: PreTrainedModel, converter: WeightConverter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a converter backwards; names come out as the converter spells them, before any renaming."""
+    reverse: Any = deepcopy(converter).reverse_transform()
+    names = []
+    for name, tensor in tensors.items():
+        renamed, pattern = reverse.rename_source_key(name)
+        reverse.collected_tensors[pattern].append(tensor)
+        names.append(renamed)
+    reverted = reverse.convert(names[0], model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in reverted.items()}
+
+
+def _match_to_keys(
+    reverted: dict[str, Tensor], keys: dict[str, list[str]], folder: CheckpointFolder
+) -> dict[str, Tensor]:
+    """Give each tensor its name on disk: the one that has the most trailing parts in common with its own.
+
+    The leading parts differ where a family was renamed; the trailing ones tell experts and projections apart.
+    """
+    all_keys = [key for group in keys.values() for key in group]
+    matched = {max(all_keys, key=lambda key: _common_ending(key, name)): tensor for name, tensor in reverted.items()}
+    for key in all_keys:
+        if key not in matched or tuple(matched[key].shape) != folder[key].shape:
+            raise RunError(f"{key} is stored in a form that this version of transformers cannot write")
+    return matched
+
+
+def _common_ending(first: str, second: str) -> int:
+    pairs = zip(reversed(first.split(".")), reversed(second.split(".")))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -120,6 +120,42 @@ class StreamedWeights(Weights):
         """Names on disk of all tensors that a parameter of the model is made from."""
         return [key for keys in self._sources[self._provider[name]].keys.values() for key in keys]
 
+    def stored(self, name: str, folder: CheckpointFolder | None = None) -> Tensor:
+        """A parameter of the model as the checkpoint has it: in the model's shape, in the dtype on disk, on the CPU.
+
+        Args:
+            name: Path in the model.
+            folder: Another folder of the same layout to read it from.
+        """
+        provider = self._provider[name]
+        source = self._sources[provider]
+        folder = folder or self._folder
+        return source.load(self._model, folder, "cpu", folder[source.key].torch_dtype)[provider]
+
+    def to_disk(self, tensors: dict[str, Tensor], folder: CheckpointFolder | None = None) -> dict[str, Tensor]:
+        """What to write so that parameters of the model take new values.
+
+        Args:
+            tensors: Path in the model to new value, in the model's shape.
+            folder: Another folder of the same layout, for the values of what shares a tensor on disk with one of these.
+
+        Returns:
+            Name on disk to tensor, in the shape and dtype on disk, as `CheckpointFolder.write` takes them. One
+            parameter may be several tensors there, several parameters may be one.
+
+        Raises:
+            RunError: A parameter is stored in a form that cannot be written.
+        """
+        made_from: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            provider = self._provider[name]
+            made_from[id(self._sources[provider])][provider] = tensor
+        written: dict[str, Tensor] = {}
+        for group in made_from.values():
+            source = self._sources[next(iter(group))]
+            written |= source.store(self._model, folder or self._folder, group)
+        return written
+
     def load_frame(self) -> None:
         self._load(self._frame_names, self._folder)
         for name, buffer in list(self._model.named_buffers(remove_duplicate=False)):

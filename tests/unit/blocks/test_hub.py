@@ -1,5 +1,6 @@
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -8,7 +9,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from lvlm_prune.blocks import resolve
 from lvlm_prune.errors import InputError
 
-ANSWER = SimpleNamespace(headers={}, request=None)
+# What the errors of the hub ask of the answer that they carry.
+ANSWER: Any = SimpleNamespace(headers={}, request=None)
 
 
 def test_a_folder_stands_for_itself(tmp_path: Path) -> None:
@@ -16,9 +18,9 @@ def test_a_folder_stands_for_itself(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {}
+    calls: dict[str, dict[str, Any]] = {}
 
-    def download(hub_id: str, **options: object) -> str:
+    def download(hub_id: str, **options: Any) -> str:
         calls[hub_id] = options
         return str(tmp_path)
 

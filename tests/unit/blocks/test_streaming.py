@@ -138,6 +138,34 @@ def test_a_stack_of_experts_comes_from_one_tensor_per_expert(tmp_path: Path) -> 
     torch.testing.assert_close(runner.model.get_parameter(name), model.get_parameter(name), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_omni_moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_parameter_of_a_block_goes_back_to_where_it_came_from(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Also where the model runs in another dtype than it is stored in."""
+    save(family, tmp_path, torch.bfloat16)
+    checkpoint = CheckpointFolder(tmp_path)
+    runner = BlockRunner(build_skeleton(checkpoint, dtype))
+    weights = StreamedWeights(runner.model, runner.decoder, checkpoint)
+    before = {key: checkpoint.read(key) for key in checkpoint}
+    for path, parameter in runner.block(2).named_parameters():
+        name = f"{runner.name(2)}.{path}"
+        stored = weights.stored(name)
+        assert stored.dtype == torch.bfloat16
+        assert stored.shape == parameter.shape
+        for key, tensor in weights.to_disk({name: stored}).items():
+            assert torch.equal(tensor, before[key]), key
+        # Written one by one: parameters that share a tensor on disk must not undo each other.
+        for key, tensor in weights.to_disk({name: -stored}, checkpoint).items():
+            checkpoint.write(key, tensor)
+    in_block = {
+        key for path, _ in runner.block(2).named_parameters() for key in weights.keys_of(f"{runner.name(2)}.{path}")
+    }
+    for key in checkpoint:
+        assert torch.equal(checkpoint.read(key), -before[key] if key in in_block else before[key]), key
+
+
 def test_a_block_can_be_read_from_another_folder_of_the_same_layout(tmp_path: Path) -> None:
     model = save("llava", tmp_path / "dense")
     for parameter in model.parameters():
