@@ -20,7 +20,7 @@ from jsonargparse import lazy_instance
 from lvlm_prune.data.batches import CalibrationBatch, Inputs, batch_key, collate, digest
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedSource
-from lvlm_prune.data.processing import encode, padding_of
+from lvlm_prune.data.processing import encode, pad_token_of
 from lvlm_prune.data.source import CalibrationSource, Sample
 from lvlm_prune.errors import InputError, RunError
 
@@ -105,6 +105,9 @@ class CalibrationDataModule(L.LightningDataModule):
         without padding anything but tokens (see `batch_key`). A run whose samples are all skipped becomes none, so a
         share can be empty.
 
+        Shorter samples are padded on the right, even if the processor pads on the left for the sake of generation: so
+        every token keeps the position, and a recurrent layer the state, that it has in a batch of its own.
+
         Args:
             processor: From `load_processor`; not needed for sources of ready-made inputs.
             rank: Number of this process.
@@ -116,7 +119,7 @@ class CalibrationDataModule(L.LightningDataModule):
         """
         if processor is None and self.source.needs_processor:
             raise ValueError(f"{type(self.source).__name__} needs the model's processor")
-        padding = padding_of(processor) if processor is not None else {}
+        pad_token_id = pad_token_of(processor) if processor is not None else 0
         selection = self.select()
         self.skipped = []
         starts = range(0, len(selection), self.batch_size)
@@ -130,7 +133,7 @@ class CalibrationDataModule(L.LightningDataModule):
                     groups.setdefault(batch_key(inputs), []).append((index, inputs))
             for group in groups.values():
                 yield CalibrationBatch(
-                    inputs=collate([inputs for _, inputs in group], **padding),
+                    inputs=collate([inputs for _, inputs in group], pad_token_id),
                     indices=[index for index, _ in group],
                     digests=[digest(inputs) for _, inputs in group],
                 )

@@ -110,14 +110,11 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def padding_of(processor: Any) -> dict[str, Any]:
-    """How this model's batches are padded: arguments of `collate`."""
+def pad_token_of(processor: Any) -> int:
+    """The token id that fills up shorter samples of a batch."""
     tokenizer = tokenizer_of(processor)
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return {
-        "pad_token_id": next(token for token in candidates if token is not None),
-        "padding_side": tokenizer.padding_side,
-    }
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None), 0)
 
 
 def _encode_document(processor: Any, tokenizer: Any, document: Document) -> dict[str, Tensor]:

@@ -114,14 +114,14 @@ def test_fingerprint_sees_a_pixel_but_not_the_batch_size(tmp_path: Path, llava_j
     assert of(1) != before
 
 
-def test_padding_is_masked_and_on_the_processors_side(processor):
+def test_padding_is_masked_and_moves_no_token(processor):
     data = CalibrationDataModule(NumberedSource(), num_samples=20, batch_size=4)
     alone = {batch.indices[0]: batch.inputs for batch in _with(data, batch_size=1).calibration_batches(processor)}
     for batch in _with(data, batch_size=4).calibration_batches(processor):
         for row, index in enumerate(batch.indices):
             kept = batch.inputs["attention_mask"][row].bool()
             assert torch.equal(batch.inputs["input_ids"][row][kept], alone[index]["input_ids"][0])
-            assert bool((kept.int().diff() >= 0).all()), "this tokenizer pads on the left"
+            assert bool((kept.int().diff() <= 0).all()), "padded on the right, although the tokenizer pads on the left"
             assert (batch.inputs["input_ids"][row][~kept] == processor.tokenizer.pad_token_id).all()
 
 
