@@ -16,6 +16,7 @@ the meta device. It tells, for each block, the arguments of its call. Three thin
 """
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,7 +66,8 @@ class CaughtBatch:
         extra_outputs: How many outputs after the hidden states a block returns; None where it returns a bare tensor.
         input_ids: Token ids (B, S), if the inputs had them.
         attention_mask: Mask of the inputs as given (1 for tokens, 0 for padding), if they had one.
-        carried: Block to those of its extra outputs that a later block takes.
+        last_takers: Block to those of its extra outputs that later blocks take, and the last block that does.
+        carried: Block to the values of these outputs, from when it has run until the last taker has.
         history: Block to its output, where the decoder computes later arguments from them; else None.
     """
 
@@ -77,6 +79,7 @@ class CaughtBatch:
     extra_outputs: int | None
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
+    last_takers: dict[int, dict[int, int]] = field(default_factory=dict)
     carried: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     history: dict[int, Tensor] | None = None
 
@@ -101,24 +104,6 @@ class CaughtBatch:
         """Whether the decoder's own forward looks tokens up, rather than being given their embeddings."""
         return self.decoder_keywords.get("inputs_embeds") is None
 
-    def last_use_of(self, block: int) -> int:
-        """The last block that takes an extra output of `block`; `block` itself if none does."""
-        users = [
-            user
-            for user, arguments in self.arguments.items()
-            if any(isinstance(value, CarriedOutput) and value.block == block for value in arguments.values())
-        ]
-        return max(users, default=block)
-
-    def carried_indices(self, block: int) -> set[int]:
-        """Which extra outputs of `block` a later block takes."""
-        return {
-            value.index
-            for arguments in self.arguments.values()
-            for value in arguments.values()
-            if isinstance(value, CarriedOutput) and value.block == block
-        }
-
 
 @dataclass
 class Recording:
@@ -129,6 +114,16 @@ class Recording:
     glue: set[int] = field(default_factory=set)
     decoder_arguments: tuple[Any, ...] = ()
     decoder_keywords: dict[str, Any] = field(default_factory=dict)
+
+
+def last_takers(arguments: dict[int, dict[str, Any]]) -> dict[int, dict[int, int]]:
+    """Block to extra output to the last block among whose arguments it is."""
+    takers: dict[int, dict[int, int]] = defaultdict(dict)
+    for block in sorted(arguments):
+        for value in arguments[block].values():
+            if isinstance(value, CarriedOutput):
+                takers[value.block][value.index] = block
+    return dict(takers)
 
 
 class StopForward(Exception):

@@ -15,6 +15,7 @@ from lvlm_prune.blocks.capture import (
     StopForward,
     UnexpectedForm,
     block_return,
+    last_takers,
     named_arguments,
     reads_history,
     record,
@@ -97,6 +98,7 @@ class BlockRunner:
             extra_outputs=self._form,
             input_ids=inputs.get("input_ids"),
             attention_mask=inputs.get("attention_mask"),
+            last_takers=last_takers(recording.arguments),
             history={} if self._reads_history else None,
         )
         self._check_positions(batch)
@@ -161,8 +163,8 @@ class BlockRunner:
         if not self.calls(i, batch):
             return
         returned = self._call(i, batch)
-        if wanted := batch.carried_indices(i):
-            batch.carried[i] = {index: returned[1 + index] for index in wanted}
+        if i in batch.last_takers:
+            batch.carried[i] = {index: returned[1 + index] for index in batch.last_takers[i]}
         output = _hidden_of(returned)
         if batch.history is not None:
             batch.history[i] = output
@@ -170,7 +172,9 @@ class BlockRunner:
         if not is_last and (i in batch.glue or batch.history is not None):
             output = self._through_decoder(i, batch, output)
         batch.hidden = output
-        batch.carried = {block: kept for block, kept in batch.carried.items() if batch.last_use_of(block) > i}
+        batch.carried = {
+            block: kept for block, kept in batch.carried.items() if max(batch.last_takers[block].values()) > i
+        }
 
     def _through_decoder(self, i: int, batch: CaughtBatch, output: Tensor) -> Tensor:
         """Input of the next block after `i`, given the output of block `i`."""

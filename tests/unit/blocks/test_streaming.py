@@ -1,5 +1,6 @@
 """A model streamed block by block from a checkpoint folder is the model in memory."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,28 @@ def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
     rewrite(tmp_path, experts__3__up_proj__weight=None)
     with pytest.raises(InputError, match="experts"):
         stream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "model_type"), [("qwen2_5_omni", "qwen2_5_omni"), ("qwen3_omni_moe", "qwen3_omni_moe")]
+)
+def test_an_omni_checkpoint_gives_its_thinker(family: str, model_type: str, tmp_path: Path) -> None:
+    """The talker, which makes speech, is left alone."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    thinker = load_file(tmp_path / SINGLE_NAME)
+    whole = {f"thinker.{key}": tensor for key, tensor in thinker.items()} | {"talker.weight": torch.zeros(3)}
+    save_file(whole, tmp_path / SINGLE_NAME)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "architectures": ["OmniModel"], "thinker_config": config})
+    )
+    runner, weights = stream(tmp_path)
+    name = f"{runner.name(3)}.self_attn.q_proj.weight"
+    assert weights.key_of(name) == "thinker.model.layers.3.self_attn.q_proj.weight"
+    weights.load_frame()
+    weights.load_block(3)
+    loaded = {path: tensor for path, tensor in runner.model.named_parameters() if tensor.device.type != "meta"}
+    assert name in loaded
+    for path, tensor in loaded.items():
+        torch.testing.assert_close(tensor, model.get_parameter(path), rtol=0, atol=0, msg=path)
