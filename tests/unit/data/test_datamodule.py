@@ -14,6 +14,7 @@ from lvlm_prune.data import (
     EmbeddedSource,
     LlavaJsonSource,
     TensorSource,
+    encode,
     fingerprint,
 )
 from lvlm_prune.data.datamodule import choose
@@ -246,20 +247,12 @@ def test_a_users_own_source_from_its_own_file(parser, tmp_path: Path, monkeypatc
     assert texts == ["user: </s>", "user: ho</s>", "user: hoho</s>"]
 
 
-def test_embedded_source_takes_96_captions(monkeypatch):
-    import sys
-    import types
-
-    class CalibrationCaptions:
-        def __len__(self):
-            return 1024
-
-        def __getitem__(self, index):
-            return {"messages": [{"role": "user", "content": []}], "images": [], "id": f"caption-{index}"}
-
-    stand_in = types.ModuleType("lvlm_prune.demo.datasets")
-    stand_in.CalibrationCaptions = CalibrationCaptions  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lvlm_prune.demo.datasets", stand_in)
+def test_embedded_source_takes_96_captions(processor):
     data = CalibrationDataModule()
+    data.setup()
+    assert len(data.source) == 1024
     assert len(data.select()) == 96
-    assert EmbeddedSource()[5].id == "caption-5"
+    sample = EmbeddedSource()[5]
+    assert isinstance(sample, Conversation)
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"]
+    assert set(encode(processor, sample)) == {"input_ids", "attention_mask", "pixel_values"}
