@@ -221,6 +221,9 @@ def record(
     def note_decoder_call(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
         recording.decoder_arguments = arguments
         recording.decoder_keywords = without_cache(keywords)
+        if isinstance(embeddings := keywords.get("inputs_embeds"), Tensor):
+            # The decoder may scale them in place; a replay starts from what they are now.
+            recording.decoder_keywords["inputs_embeds"] = embeddings.clone()
 
     def stop(*_: Any) -> None:
         # For a batch that skips the last block. What comes after the decoder (lm_head) may be on the meta device.

@@ -189,9 +189,9 @@ class BlockRunner:
                     if batch.history is not None:
                         batch.arguments[block] = named
                     raise StopForward
-                # The decoder may change what it is given in place; the block's own output is not its to change.
-                passed = output.clone() if block == i else earlier.get(block, hidden)
-                return block_return(batch.extra_outputs, block, passed)
+                # The decoder may change what it is given in place, and earlier outputs are needed as they were.
+                passed = output if block == i else earlier.get(block)
+                return block_return(batch.extra_outputs, block, hidden if passed is None else passed.clone())
 
             return stub
 
@@ -208,8 +208,8 @@ class BlockRunner:
         def stub_for(block: int) -> Callable[..., Any]:
             def stub(*arguments: Any, **keywords: Any) -> Any:
                 hidden, _ = named_arguments(self.decoder.layers[block], arguments, keywords)
-                passed = batch.hidden if block == last_block else earlier.get(block, hidden)
-                return block_return(batch.extra_outputs, block, passed)
+                passed = batch.hidden if block == last_block else earlier.get(block)
+                return block_return(batch.extra_outputs, block, hidden if passed is None else passed.clone())
 
             return stub
 

@@ -135,6 +135,52 @@ class EarlierOutputs(Decoder):
         return hidden
 
 
+class EarlierOutputsAndGlueInPlace(Decoder):
+    def loop(self, hidden: Tensor) -> Tensor:
+        outputs: list[Tensor] = []
+        for layer in self.layers:
+            hidden = layer(hidden, other=torch.stack(outputs).mean(0) if outputs else None)
+            hidden *= 1.5
+            outputs.append(hidden.sin())
+        return hidden
+
+
+class EmbeddingsScaledInPlace(Decoder):
+    def loop(self, hidden: Tensor) -> Tensor:
+        hidden *= 3.0
+        scaled = hidden.clone()
+        for layer in self.layers:
+            hidden = layer(hidden) + scaled
+        return hidden
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.sums: dict[nn.Module, Any] = {}
+
+    def update(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        self.sums[layer] = self.sums.get(layer, 0) + hidden
+        return self.sums[layer]
+
+
+class BlockWithCache(Block):
+    """Would see its input twice if it ran again with the same cache."""
+
+    def forward(self, hidden_states: Tensor, other: Any = None, past_key_values: Any = None) -> Any:
+        seen = hidden_states if past_key_values is None else past_key_values.update(self, hidden_states)
+        return super().forward(seen, other)
+
+
+class CacheWhetherAskedForOrNot(Decoder):
+    block_class = BlockWithCache
+
+    def loop(self, hidden: Tensor) -> Tensor:
+        cache = Cache()
+        for layer in self.layers:
+            hidden = layer(hidden, past_key_values=cache)
+        return hidden
+
+
 class SharedDictionary(Decoder):
     block_class = BlockThatShares
 
@@ -162,6 +208,9 @@ KINDS = [
     GlueThatReplaces,
     GlueInPlace,
     EarlierOutputs,
+    EarlierOutputsAndGlueInPlace,
+    EmbeddingsScaledInPlace,
+    CacheWhetherAskedForOrNot,
     SharedDictionary,
     ResidualStreams,
 ]
