@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lvlm_prune.blocks import StreamedWeights
@@ -145,7 +145,7 @@ class SparseCheckpointWriter(PruneCallback):
             written.write(key, stored.masked_fill(mask.cpu(), 0.0))
         written.sync()
         if trainer.recorded:
-            save_file(trainer.recorded, folder / _statistics_part(block.index))
+            replace_durably(folder / _statistics_part(block.index), save(trainer.recorded))
             trainer.recorded.clear()
         trainer.manifest.write(folder)
 
@@ -156,7 +156,9 @@ class SparseCheckpointWriter(PruneCallback):
             RunError: The folder does not hold what was promised.
         """
         folder = trainer.output_folder
-        if folder is None or trainer.manifest.get("status") == "complete":
+        if trainer.manifest.get("status") == "complete":
+            return
+        if folder is None:
             self._summarise(trainer)
             return
         problem: Exception | None = None
@@ -166,6 +168,7 @@ class SparseCheckpointWriter(PruneCallback):
             except (OSError, RunError) as error:
                 problem = _as_run_error(error, folder)
         trainer.processes.agree(problem)
+        trainer.manifest.update(Manifest.read(folder))
         trainer.say(_verified_line(trainer.manifest))
 
     def _finish(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
@@ -187,10 +190,13 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.manifest["pattern"] = str(pruning.pattern)
         trainer.manifest["updates_weights"] = pruning.scorer.updates_weights
         self._join_statistics(trainer, folder)
-        (folder / HELD_BACK).replace(folder / "config.json")
-        sync_folder(folder)
+        if (folder / HELD_BACK).exists():
+            (folder / HELD_BACK).replace(folder / "config.json")
+            sync_folder(folder)
         trainer.manifest["status"] = "complete"
         trainer.manifest.write(folder)
+        for part in folder.glob(_statistics_part("*")):
+            part.unlink()
 
     @staticmethod
     def _summarise(trainer: "LVLMTrainer") -> None:
@@ -204,17 +210,13 @@ class SparseCheckpointWriter(PruneCallback):
     @staticmethod
     def _join_statistics(trainer: "LVLMTrainer", folder: Path) -> None:
         """One `statistics.safetensors` out of the parts that each block left."""
-        from safetensors.torch import load_file
-
         parts = [folder / _statistics_part(block["index"]) for block in trainer.manifest["blocks"]]
         joined: dict[str, Tensor] = {}
         for part in parts:
             if part.is_file():
                 joined.update(load_file(part))
         if joined:
-            save_file(joined, folder / "statistics.safetensors")
-        for part in parts:
-            part.unlink(missing_ok=True)
+            replace_durably(folder / "statistics.safetensors", save(joined))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -242,7 +244,7 @@ def _key(trainer: "LVLMTrainer", name: str) -> str:
     return key
 
 
-def _statistics_part(block: int) -> str:
+def _statistics_part(block: int | str) -> str:
     return f"statistics.{block}.part"
 
 

@@ -23,6 +23,8 @@ class EmbeddedEvaluation(PruneCallback):
         folder = trainer.output_folder
         if not (trainer.evaluate_run and pl_module.path == "demo" and folder is not None and trainer.processes.is_main):
             return
+        if "evaluation" in trainer.manifest:
+            return
         from lvlm_prune.evaluation.exact_match import retention
 
         assert pl_module.folder is not None

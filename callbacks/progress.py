@@ -67,7 +67,8 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Close the bar."""
-        self._bar.close()
+        if hasattr(self, "_bar"):
+            self._bar.close()
 
     def on_exception(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", exception: BaseException) -> None:  # type: ignore[override]
         """Close the bar, so that the error stands on a line of its own."""

@@ -7,7 +7,6 @@ on_block_calibrated       the pool says how many candidates count; score, mask, 
 
 import math
 import re
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +47,8 @@ class BlockwisePruning(PruneCallback):
         pool: Which calibration tokens count.
         scorer: How important each weight is.
         allocation: How much of each Linear goes.
-        exclude: Glob patterns on module paths that stay dense, for example `*.down_proj`. One that matches nothing is
-            an error.
+        exclude: Glob pattern, or list of them, on module paths that stay dense, for example `*.down_proj`. One that
+            matches nothing is an error.
         visual: Modalities that count as visual tokens: image, video, audio.
         record: Also write `statistics.safetensors`: channel norms, saliencies and selected tokens.
         name: Name of the method in what is printed; default: named after the composition.
@@ -65,8 +64,8 @@ class BlockwisePruning(PruneCallback):
         pool: Pool = lazy_instance(AsymmetricPool),
         scorer: Scorer = lazy_instance(WandaScorer),
         allocation: Allocation = lazy_instance(UniformAllocation),
-        exclude: Sequence[str] = (),
-        visual: Sequence[str] = ("image", "video"),
+        exclude: list[str] | str = [],  # noqa: B006
+        visual: list[str] = ["image", "video"],  # noqa: B006
         record: bool = False,
         name: str = "",
     ) -> None:
@@ -80,7 +79,8 @@ class BlockwisePruning(PruneCallback):
                 "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"
             )
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
-        self.exclude, self.visual, self.record = tuple(exclude), tuple(visual), record
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.visual, self.record = list(visual), record
         self.name = name or _composition(pool, scorer, allocation)
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
@@ -119,7 +119,7 @@ class BlockwisePruning(PruneCallback):
             if not any(_matches(name, pattern) for pattern in self.exclude)
         }
         if not self.shapes:
-            raise InputError("pruning.exclude", list(self.exclude), "leaves nothing to prune")
+            raise InputError("pruning.exclude", self.exclude, "leaves nothing to prune")
         if isinstance(self.pattern, SemiStructured):
             for name, (_, width) in self.shapes.items():
                 if width % self.pattern.group_size:

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune import __version__
-from lvlm_prune.errors import LVLMPruneError
-
-
-class OptionError(LVLMPruneError):
-    """The command line or a configuration file cannot be understood."""
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.errors import InputError, LVLMPruneError
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.option_errors import OptionError, explain
+from lvlm_prune.plugins import load_installed_plugins
+from lvlm_prune.trainer import LVLMTrainer
 
 
 class LVLMParser(LightningArgumentParser):
@@ -28,7 +31,7 @@ class LVLMParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
-        raise OptionError(one_line(message)) from None
+        raise OptionError(explain(message, sys.argv[1:])) from None
 
 
 class LVLMCLI(LightningCLI):
@@ -45,30 +48,27 @@ class LVLMCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pruning callback has a key of its own."""
-        from lvlm_prune.callbacks import BlockwisePruning
-
         parser.add_lightning_class_args(BlockwisePruning, "pruning")
+
+    def instantiate_trainer(self, **kwargs: Any) -> LVLMTrainer:
+        """The Trainer; what it says against its options becomes one line.
+
+        Raises:
+            InputError: Accelerator, devices or strategy cannot be had on this machine.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)  # type: ignore[return-value]
+        except (MisconfigurationException, ValueError) as error:
+            option = next((name for name in ("accelerator", "devices", "strategy") if name in str(error)), "devices")
+            value = self._get(self.config, f"trainer.{option}")
+            raise InputError(f"trainer.{option}", value, str(error).split(". ")[0].replace("\n", " ")) from None
 
     def before_prune(self) -> None:
         """Hand the trainer the configuration that repeats the run."""
-        import yaml
-
         parser = self._parser("prune")
         values = self.config["prune"]
         self.trainer.run_config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
         self.trainer.run_config.pop("config", None)
-
-
-def one_line(message: str) -> str:
-    """The part of a parser's message that says which option is wrong and why.
-
-    Example:
-        >>> one_line('Parser key "prune.pruning.record":\\n  Expected a <class \\'bool\\'>. Got value: maybe')
-        "--pruning.record: Expected a bool. Got value: maybe"
-    """
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", message)
-    text = re.sub(r"\s*\n\s*", " ", text).strip()
-    return re.sub(r'^(?:Problem with given class_path.*?|)Parser key "(?:prune\.)?([\w.]+)":', r"--\1:", text)
 
 
 def silence_libraries() -> None:
@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except LVLMPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # With several processes all fail alike, and one speaks.
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -110,11 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    from lvlm_prune.data import CalibrationDataModule
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.plugins import load_installed_plugins
-    from lvlm_prune.trainer import LVLMTrainer
-
     load_installed_plugins()
     LVLMCLI(
         LVLMModule,

@@ -57,6 +57,7 @@ class BlockLoop:
         raise_hook: Called as `raise_hook(name, **arguments)`.
         gathers: Whether anybody wants activations; asked at each block.
         wants_outputs: Whether somebody wants the outputs of the Linears too.
+        agree: Called after each pass with the exception that it raised, or None; fails on every process if one did.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class BlockLoop:
         raise_hook: Callable[..., None],
         gathers: Callable[[], bool],
         wants_outputs: Callable[[], bool],
+        agree: Callable[[BaseException | None], None],
     ) -> None:
         self.runner, self.weights = runner, weights
-        self.raise_hook, self.gathers, self.wants_outputs = raise_hook, gathers, wants_outputs
+        self.raise_hook, self.gathers, self.wants_outputs, self.agree = raise_hook, gathers, wants_outputs, agree
         self.rows_of_batch: dict[int, list[SampleRow]] = {}
         self.batches: list[CaughtBatch] = []
         for row in rows:
@@ -90,7 +92,7 @@ class BlockLoop:
             if index in done:
                 assert load_done is not None
                 load_done(index)
-                self._propagate(self._block(index), hooks=False)
+                self._together(self._propagate, self._block(index), hooks=False)
             else:
                 self._work(index, is_last=index == last_open)
             self.weights.release_block(index)
@@ -107,42 +109,58 @@ class BlockLoop:
         seconds["read"] = clock.lap()
         self.raise_hook("on_block_start", block=block)
         if self.gathers():
-            self._gather(block)
+            self._together(self._gather, block)
         seconds["gather"] = clock.lap()
         self.raise_hook("on_block_calibrated", block=block)
         seconds["score"] = clock.lap()
         if not is_last:
-            self._propagate(block)
+            self._together(self._propagate, block)
         seconds["propagate"] = clock.lap()
         block.record["seconds"] = seconds
         block.record["peak_memory_bytes"] = peak_memory()
         self.raise_hook("on_block_end", block=block)
 
+    def _together(self, work: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """One pass on this process' samples; ends on all processes alike."""
+        error: Exception | None = None
+        try:
+            work(*arguments, **options)
+        except Exception as problem:
+            error = problem
+        self.agree(error)
+
     def _gather(self, block: Block) -> None:
+        totals = []
         for batch in self.batches:
             if not self.runner.calls(block.index, batch):
                 continue
             with recording(block.linears, outputs=self.wants_outputs()) as record:
                 hidden_out = self.runner.run(block.index, batch)
             block.forwards += 1
+            totals.append((batch, hidden_out.float().sum()))
             sites = record.sites()
             for row in self.rows_of_batch[id(batch)]:
                 sample = Activations(row, record, sites, batch.hidden, hidden_out, block.index)
                 self.raise_hook("on_calibration_batch_end", block=block, sample=sample)
+        self._refuse_faults(totals, f"in the output of block {block.name}")
 
     def _propagate(self, block: Block, hooks: bool = True) -> None:
         totals = []
         for batch in self.batches:
             self.runner.advance(block.index, batch)
             block.forwards += 1
-            totals.append(batch.hidden.float().sum())
+            totals.append((batch, batch.hidden.float().sum()))
             if hooks:
                 self.raise_hook("on_propagation_batch_end", block=block)
-        # One look at the end of the block: asking after each sample would make a GPU wait each time.
-        if totals and not torch.isfinite(torch.stack(totals)).all():
-            for row in (row for rows in self.rows_of_batch.values() for row in rows):
-                if not torch.isfinite(row.batch.hidden).all():
-                    raise RunError(f"NaN or infinity in the output of block {block.name} for sample {row.sample}")
+        self._refuse_faults(totals, f"in the output of pruned block {block.name}")
+
+    def _refuse_faults(self, totals: list[tuple[CaughtBatch, Tensor]], where: str) -> None:
+        """Stop at NaN or infinity, with one look at the sums of all batches: a look at each would make a GPU wait."""
+        if not totals or torch.isfinite(torch.stack([total for _, total in totals])).all():
+            return
+        batch = next(batch for batch, total in totals if not torch.isfinite(total))
+        samples = ", ".join(str(row.sample) for row in self.rows_of_batch[id(batch)])
+        raise RunError(f"NaN or infinity {where} for calibration sample {samples}")
 
 
 class Stopwatch:

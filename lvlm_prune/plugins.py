@@ -11,6 +11,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.patterns import Pattern
+
 ENTRY_POINT_GROUP = "lvlm_prune.plugins"
 
 
@@ -38,7 +40,7 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, (Path, Pattern)):
         return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}

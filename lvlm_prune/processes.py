@@ -57,6 +57,11 @@ class Processes:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def close(self) -> None:
+        """Leave the group of processes."""
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
     def agree(self, error: BaseException | None) -> None:
         """Fail everywhere when one process failed, with the first process's error.
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from lvlm_prune.activations import SampleRow, rows_of
 from lvlm_prune.blocks import Weights
 from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint, load_processor
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import BlockLoop, Stopwatch
-from lvlm_prune.manifest import Manifest
+from lvlm_prune.manifest import FILE_NAME, Manifest
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
@@ -50,6 +50,7 @@ class LVLMTrainer(L.Trainer):
     output_folder: Path | None = None
     resume_run: bool = False
     evaluate_run: bool = True
+    quiet: bool = False
 
     def prune(
         self,
@@ -79,22 +80,29 @@ class LVLMTrainer(L.Trainer):
         datamodule.setup("prune")
         callbacks = self._prune_callbacks()
         self.output_folder = self._output_folder(model, output, callbacks) if model.folder is not None else None
+        finished = self._finished_run(model, datamodule) if resume else None
         if self._gathers(callbacks) and datamodule.source.needs_processor and model.processor is None:
             assert model.folder is not None
             model.processor = load_processor(model.folder.path, model.trust_remote_code)
         fabric = self._fabric(callbacks)
         self._raise_hook(fabric, model, "setup", stage="prune")
-        fabric.launch()
-        self.processes = Processes(fabric)
+        if finished is None:
+            fabric.launch()
+        self.processes = Processes(fabric if finished is None else None)
         try:
-            self._prune(fabric, model, datamodule, callbacks)
-            self.manifest["seconds"] = time.perf_counter() - started
+            if finished is None:
+                self._prune(fabric, model, datamodule, callbacks)
+                self.manifest["seconds"] = time.perf_counter() - started
+            else:
+                self.manifest = finished
+                self.say(f"{self.output_folder} is complete already")
             self._raise_hook(fabric, model, "on_prune_end")
         except BaseException as error:
             self._raise_hook(fabric, model, "on_exception", exception=error)
             raise
         finally:
             self._raise_hook(fabric, model, "teardown", stage="prune")
+            self.processes.close()
         return self.manifest
 
     def _prune(
@@ -107,8 +115,6 @@ class LVLMTrainer(L.Trainer):
             self._catch(fabric, model, datamodule)
         self.manifest["catch_seconds"] = clock.lap()
         self._raise_hook(fabric, model, "on_prune_start")
-        if self.manifest.get("status") == "complete":
-            return
         loop = BlockLoop(
             model.runner,
             self.weights,
@@ -116,9 +122,26 @@ class LVLMTrainer(L.Trainer):
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: self._gathers(callbacks),
             wants_outputs=lambda: any(getattr(callback, "wants_outputs", False) for callback in callbacks),
+            agree=self.processes.agree,
         )
         done = self.manifest.finished_blocks()
         loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
+
+    def _finished_run(self, model: LVLMModule, datamodule: CalibrationDataModule) -> Manifest | None:
+        """The manifest of the output folder if nothing is left to do there but, at most, evaluation and report.
+
+        Raises:
+            InputError: The folder holds the result of another run.
+        """
+        if self.output_folder is None or not (self.output_folder / FILE_NAME).is_file():
+            return None
+        found = Manifest.read(self.output_folder)
+        if found.get("status") != "complete":
+            return None
+        now = self._provenance(model, datamodule)
+        found.refuse_other({**now, "calibration": found["calibration"]}, self.output_folder)
+        found.setdefault("seconds", 0.0)
+        return found
 
     def _load_finished_block(self, model: LVLMModule, index: int) -> None:
         """The pruned weights that an earlier run wrote."""
@@ -142,6 +165,8 @@ class LVLMTrainer(L.Trainer):
         self.weights.release_frame(any(row.batch.needs_token_embedding for row in self.rows))
         everywhere = {index: value for part in self.processes.gather(digests) for index, value in part.items()}
         ordered = [everywhere[index] for index in sorted(everywhere)]
+        if not ordered:
+            raise RunError("no calibration sample could be read; every one was skipped")
         self.manifest["calibration"] |= {
             "num_samples": len(ordered),
             "fingerprint": fingerprint(ordered),
@@ -154,7 +179,11 @@ class LVLMTrainer(L.Trainer):
             name: value.to(fabric.device, model.compute_dtype if value.is_floating_point() else value.dtype)
             for name, value in batch.inputs.items()
         }
-        return rows_of(model.runner.catch(inputs), model.model.config, batch.indices)
+        caught = model.runner.catch(inputs)
+        if not torch.isfinite(caught.hidden).all():
+            samples = ", ".join(map(str, batch.indices))
+            raise RunError(f"NaN or infinity before the first block for calibration sample {samples}")
+        return rows_of(caught, model.model.config, batch.indices)
 
     # ---- composition of the run --------------------------------------------------------------------------------------
     def _prune_callbacks(self) -> list[Callback]:
@@ -205,7 +234,7 @@ class LVLMTrainer(L.Trainer):
 
     def say(self, text: str) -> None:
         """Print for the user, once for all processes."""
-        if self.processes.is_main:
+        if self.processes.is_main and not self.quiet:
             print(text, flush=True)
 
     def accelerator_name(self) -> str:
@@ -245,6 +274,6 @@ class LVLMTrainer(L.Trainer):
                 "lightning": lightning.__version__,
                 "transformers": transformers.__version__,
             },
-            "processes": self.processes.count,
+            "processes": self.world_size,
             "device": str(self.strategy.root_device),
         }

@@ -1,0 +1,97 @@
+"""Pruning from Python: the same trainer, loop and callbacks as the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.data import CalibrationDataModule, CalibrationSource
+from lvlm_prune.manifest import Manifest
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.trainer import LVLMTrainer
+
+
+class InputsSource(CalibrationSource):
+    """Model inputs that are already in memory, one dictionary per calibration sample.
+
+    Args:
+        samples: What `model(**inputs)` takes, each with `input_ids` of shape (1, T).
+    """
+
+    default_num_samples = None
+    needs_processor = False
+
+    def __init__(self, samples: Iterable[Mapping[str, Tensor]]) -> None:
+        self._samples = [dict(sample) for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._samples[index]
+
+
+def prune(
+    model: nn.Module | str | Path,
+    calibration: CalibrationDataModule | CalibrationSource | Iterable[Mapping[str, Tensor]],
+    pruning: BlockwisePruning | None = None,
+    output: str | Path = "",
+    processor: Any = None,
+    callbacks: Sequence[Callback] = (),
+    trainer: LVLMTrainer | None = None,
+) -> Manifest:
+    """Prune a model in memory in place, or a checkpoint folder into another one.
+
+    Args:
+        model: A transformers image-text-to-text model, or the path of a checkpoint folder (then `output` is needed).
+        calibration: A data module, a source, or model inputs of the samples.
+        pruning: The method; default: ATV-Pruning at 50%.
+        output: Folder to write when `model` is a path. A model in memory is not written; save it yourself.
+        processor: The model's processor, where a model in memory is calibrated from conversations.
+        callbacks: More callbacks on the same lifecycle.
+        trainer: A trainer of your own (devices, loggers); its callbacks must hold the method then.
+
+    Returns:
+        The manifest: what was done, to what, with what result.
+
+    Raises:
+        InputError: Something does not fit; nothing was changed.
+
+    Example:
+        >>> from transformers import AutoModelForImageTextToText
+        >>> from lvlm_prune.demo import CHECKPOINT
+        >>> import torch
+        >>> model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+        >>> samples = [{"input_ids": torch.arange(5, 25)[None]}, {"input_ids": torch.arange(40, 60)[None]}]
+        >>> manifest = prune(model, samples, BlockwisePruning(sparsity=0.5))
+        >>> round(manifest["sparsity"]["achieved"], 3)
+        0.5
+        >>> bool((model.get_decoder().layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5)
+        True
+    """
+    in_memory = isinstance(model, nn.Module)
+    module = LVLMModule.from_model(model, processor) if isinstance(model, nn.Module) else LVLMModule(str(model))
+    if isinstance(calibration, CalibrationDataModule):
+        data = calibration
+    elif isinstance(calibration, CalibrationSource):
+        data = CalibrationDataModule(calibration)
+    else:
+        data = CalibrationDataModule(InputsSource(calibration))
+    if trainer is None:
+        device = next(model.parameters()).device.type if isinstance(model, nn.Module) else "auto"
+        trainer = LVLMTrainer(
+            accelerator={"cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(device, "auto"),
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[pruning or BlockwisePruning(), *callbacks],
+        )
+        trainer.quiet = True
+    return trainer.prune(module, data, output="" if in_memory else str(output), evaluate=False)

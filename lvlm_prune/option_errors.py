@@ -1,0 +1,60 @@
+"""A parser's page about type subtleties, boiled down to one line that names the option and the value."""
+
+import re
+from collections.abc import Sequence
+
+from lvlm_prune.errors import LVLMPruneError
+
+
+class OptionError(LVLMPruneError):
+    """The command line or a configuration file cannot be understood."""
+
+
+def explain(message: str, arguments: Sequence[str] = ()) -> str:
+    """One line out of jsonargparse's message.
+
+    Args:
+        message: What jsonargparse says.
+        arguments: The command line; gives options of plugins, which are reported without their place, their full name.
+
+    Example:
+        >>> explain('Parser key "prune.pruning.record":\\n  Expected a <class \\'bool\\'>. Got value: maybe')
+        '--pruning.record maybe: expected bool'
+        >>> explain("Option 'beta' is not accepted", ["prune", "--pruning.pool.beta", "3"])
+        '--pruning.pool.beta: unknown option'
+    """
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
+    text = re.sub(r"\s*\n\s*", " ", text).strip()
+    key, rest = _split_key(text)
+    option = _full_name(key, arguments)
+    if value := re.search(r"Expected a dot import path string: (\S+)", rest):
+        return (
+            f"{option} {value[1]}: no such class (a short class name, or the import path of a class of the right kind)"
+        )
+    if missing := re.search(r"Problem with given class_path '([^']*)': (.*)", rest):
+        return f"{option} {missing[1]}: {missing[2]}"
+    if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)", rest):
+        expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
+        return f"{option} {union[2]}: expected {expected}"
+    if plain := re.search(r"Expected an? (.*)\. Got value: (.*)", rest):
+        return f"{option} {plain[2]}: expected {_choices(plain[1])}"
+    if unknown := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: (\S+)", rest):
+        name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
+        return f"{_full_name(name, arguments)}: unknown option"
+    return f"{option}: {rest}" if key else rest
+
+
+def _split_key(text: str) -> tuple[str, str]:
+    found = re.match(r'Parser key "(?:prune\.)?([\w.]+)":\s*(.*)', text)
+    return (found[1], found[2]) if found else ("", text)
+
+
+def _full_name(key: str, arguments: Sequence[str]) -> str:
+    """`--pruning.pool.alpha` for `alpha` where the command line has it, else `--alpha`."""
+    names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    return next((name for name in names if name == f"--{key}" or name.endswith(f".{key}")), f"--{key}")
+
+
+def _choices(expected: str) -> str:
+    literal = re.fullmatch(r"Literal\[(.*)\]", expected)
+    return "one of " + literal[1].replace("'", "") if literal else expected
