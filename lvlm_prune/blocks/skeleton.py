@@ -73,6 +73,9 @@ def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> PreTraine
                 "false",
                 f"{folder.path} brings its own model code; read it, then allow it with --model.trust_remote_code true",
             ) from None
+        if (model_class := _named_class(folder.config.get("architectures"))) is not None:
+            # Some parts of omni models, stored on their own, are not in transformers' list of model types.
+            return model_class.config_class.from_pretrained(folder.path)
         model_type = folder.config.get("model_type")
         problem = (
             f"transformers {transformers.__version__} cannot read its configuration (model_type {model_type!r}): "
@@ -91,9 +94,8 @@ def _model_class(
         return get_class_from_dynamic_module(reference, folder.path), config
     if hasattr(config, "thinker_config"):
         config = config.thinker_config
-    for name in config.architectures or []:
-        if isinstance(model_class := getattr(transformers, name, None), type):
-            return model_class, config
+    if (model_class := _named_class(config.architectures)) is not None:
+        return model_class, config
     for name in _AUTO_CLASSES:
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
         if type(config) in mapping:
@@ -102,6 +104,12 @@ def _model_class(
         f"transformers {transformers.__version__} has no model class for it (architectures {config.architectures})"
     )
     raise InputError("model.path", folder.path, problem)
+
+
+def _named_class(architectures: list[str] | None) -> type[PreTrainedModel] | None:
+    """The first class of transformers among `architectures`."""
+    classes = (getattr(transformers, name, None) for name in architectures or [])
+    return next((candidate for candidate in classes if isinstance(candidate, type)), None)
 
 
 def _remote_reference(folder: CheckpointFolder) -> str | None:
@@ -138,10 +146,14 @@ def _stored_dtype(folder: CheckpointFolder) -> torch.dtype:
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give what the family keeps in float32 that dtype, as `from_pretrained` does."""
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
+    modules: set[str] = set()
+    if dtype == torch.float16:
+        modules.update(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        modules.update(model._keep_in_fp32_modules_strict or ())
+    if not modules:
         return
-    pattern, _, _ = build_glob_alternation(list(plan))
+    pattern, _, _ = build_glob_alternation(sorted(modules))
     for name, tensor in model.state_dict().items():
         if not pattern.search(name):
             continue

@@ -136,8 +136,7 @@ def _convert(
     fresh: Any = deepcopy(converter)
     fresh.collected_tensors.update(tensors)
     tensors.clear()
-    converted = fresh.convert(name, model=model, config=model.config)
-    return {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
+    return _run(fresh, name, model)
 
 
 def _revert(model: PreTrainedModel, converter: WeightConverter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,8 +147,15 @@ def _revert(model: PreTrainedModel, converter: WeightConverter, tensors: dict[st
         renamed, pattern = reverse.rename_source_key(name)
         reverse.collected_tensors[pattern].append(tensor)
         names.append(renamed)
-    reverted = reverse.convert(names[0], model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in reverted.items()}
+    return _run(reverse, names[0], model)
+
+
+def _run(converter: Any, name: str, model: PreTrainedModel) -> dict[str, Tensor]:
+    converted = converter.convert(name, model=model, config=model.config)
+    if isinstance(converted, tuple):
+        # transformers 5.0 returns its errors beside the tensors.
+        converted, _ = converted
+    return {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
 
 
 def _match_to_keys(

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def test_the_attention_implementation_can_be_chosen(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "option", "problem"),
     [
-        ({"model_type": "nonesuch"}, "model.path", "nonesuch"),
-        ({"model_type": None}, "model.path", "cannot read its configuration"),
+        ({"model_type": "nonesuch", "architectures": ["Nonesuch"]}, "model.path", "nonesuch"),
+        ({"model_type": None, "architectures": None}, "model.path", "cannot read its configuration"),
         ({"model_type": "nonesuch", "auto_map": {"AutoConfig": "a.B"}}, "model.trust_remote_code", "own model code"),
         ({"quantization_config": {"quant_method": "awq"}}, "model.path", "quantized"),
         ({"model_type": "clip_vision_model", "architectures": ["Nonesuch"]}, "model.path", "no model class"),
@@ -73,3 +74,17 @@ def test_a_dtype_that_does_not_exist_is_refused(folder: Path, dtype: str) -> Non
 def test_an_attention_implementation_that_does_not_exist_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"model\.attn_implementation nonesuch"):
         build_skeleton(CheckpointFolder(folder), attn_implementation="nonesuch")
+
+
+def test_the_checkpoint_s_own_code_runs_only_when_it_is_trusted(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlavaForConditionalGeneration\n\n\n"
+        "class OwnLlava(LlavaForConditionalGeneration):\n    pass\n"
+    )
+    checkpoint = change_config(folder, auto_map={"AutoModelForImageTextToText": "modeling_own.OwnLlava"})
+    assert type(build_skeleton(checkpoint)).__name__ == "LlavaForConditionalGeneration"
+    assert type(build_skeleton(checkpoint, trust_remote_code=True)).__name__ == "OwnLlava"
