@@ -83,7 +83,8 @@ class StreamedWeights(Weights):
         device: Where loaded weights go.
 
     Raises:
-        InputError: The checkpoint lacks a tensor of the decoder, or has one whose shape does not fit the configuration.
+        InputError: The checkpoint lacks a tensor of a block, or has one whose shape does not fit the configuration. A
+            missing tensor of the frame raises when a forward really uses it.
     """
 
     def __init__(
