@@ -7,7 +7,7 @@ import torch
 from lvlm_prune.callbacks.base import PruneCallback
 
 if TYPE_CHECKING:
-    from lvlm_prune.evaluation.exact_match import Scores
+    from lvlm_prune.evaluation.scores import Scores
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
 
@@ -25,7 +25,7 @@ class EmbeddedEvaluation(PruneCallback):
             return
         if "evaluation" in trainer.manifest:
             return
-        from lvlm_prune.evaluation.exact_match import retention
+        from lvlm_prune.evaluation.scores import retention
 
         assert pl_module.folder is not None
         dense, pruned = (score_checkpoint(str(path)) for path in (pl_module.folder.path, folder))
@@ -52,13 +52,13 @@ def score_checkpoint(path: str) -> "Scores":
 
 def retention_table(dense: "Scores", pruned: "Scores") -> str:
     """Accuracy and retention in percent, one row per group of tasks."""
-    from lvlm_prune.evaluation.exact_match import retention
+    from lvlm_prune.evaluation.scores import retention
 
     kept = retention(pruned, dense)
     lines = [f"{'':24}{'dense':>8}{'pruned':>9}{'retained':>11}"]
-    rows = [(f"{group} ({dense.num_tasks(group)} tasks)", group) for group in dense.groups]
-    for name, group in rows:
-        lines.append(_table_row(name, dense.groups[group], pruned.groups[group], kept.groups[group]))
+    for group, score in dense.groups.items():
+        tasks = list(dense.task_groups.values()).count(group)
+        lines.append(_table_row(f"{group} ({tasks} tasks)", score, pruned.groups[group], kept.groups[group]))
     return "\n".join([*lines, _table_row("average", dense.average, pruned.average, kept.average)])
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,9 +29,11 @@ from lvlm_prune.trainer import LVLMTrainer
 class LVLMParser(LightningArgumentParser):
     """A parser whose errors are one line."""
 
+    command_line: ClassVar[Sequence[str]] = ()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
-        raise OptionError(explain(message, sys.argv[1:])) from None
+        raise OptionError(explain(message, self.command_line)) from None
 
 
 class LVLMCLI(LightningCLI):
@@ -50,6 +52,13 @@ class LVLMCLI(LightningCLI):
         """The pruning callback has a key of its own."""
         parser.add_lightning_class_args(BlockwisePruning, "pruning")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse a configuration file that gives a plain value where options belong."""
+        for key in ("trainer", "model", "data", "pruning"):
+            value = self._get(self.config, key)
+            if isinstance(value, (str, int, float, list)):
+                raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
+
     def instantiate_trainer(self, **kwargs: Any) -> LVLMTrainer:
         """The Trainer; what it says against its options becomes one line.
 
@@ -63,12 +72,15 @@ class LVLMCLI(LightningCLI):
             value = self._get(self.config, f"trainer.{option}")
             raise InputError(f"trainer.{option}", value, str(error).split(". ")[0].replace("\n", " ")) from None
 
+    trainer: LVLMTrainer
+
     def before_prune(self) -> None:
         """Hand the trainer the configuration that repeats the run."""
         parser = self._parser("prune")
         values = self.config["prune"]
-        self.trainer.run_config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
-        self.trainer.run_config.pop("config", None)
+        config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
+        config.pop("config", None)
+        self.trainer.run_config = config
 
 
 def silence_libraries() -> None:
@@ -113,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     load_installed_plugins()
+    LVLMParser.command_line = arguments
     LVLMCLI(
         LVLMModule,
         CalibrationDataModule,

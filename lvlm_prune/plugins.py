@@ -47,9 +47,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [describe(item) for item in value]
     written = plugin_class(value)
-    arguments = [
-        name for name in inspect.signature(written.__init__).parameters if name not in ("self", "args", "kwargs")
-    ]
+    arguments = [name for name in inspect.signature(written).parameters if name not in ("args", "kwargs")]
     return {
         "class_path": f"{written.__module__}.{written.__qualname__}",
         "init_args": {name: describe(getattr(value, name)) for name in arguments if hasattr(value, name)},

@@ -41,6 +41,7 @@ class LVLMTrainer(L.Trainer):
         run_config: The configuration that repeats the run, as plain data.
     """
 
+    callbacks: list[Callback]
     manifest: Manifest
     rows: list[SampleRow]
     processes: Processes
@@ -229,7 +230,7 @@ class LVLMTrainer(L.Trainer):
             num_nodes=self.num_nodes,
             strategy=strategy,
             callbacks=callbacks,
-            loggers=self.loggers,
+            loggers=list(self.loggers),
         )
 
     def say(self, text: str) -> None:
