@@ -135,14 +135,17 @@ class SparseCheckpointWriter(PruneCallback):
 
     def _write_block(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
         assert pl_module.folder is not None
+        assert isinstance(trainer.weights, StreamedWeights)
         written = pl_module.folder.at(folder)
         for name, mask in block.masks.items():
-            key = _key(trainer, f"{block.name}.{name}")
+            parameter = f"{block.name}.{name}.weight"
             # The stored weight, not the one in compute precision: what stays must stay byte by byte.
-            stored = pl_module.folder.read(key)
+            stored = trainer.weights.stored(parameter)
             if name in block.updated:
                 stored = block.linears[name].weight.detach().to("cpu", stored.dtype)
-            written.write(key, stored.masked_fill(mask.cpu(), 0.0))
+            pruned = {parameter: stored.masked_fill(mask.cpu(), 0.0)}
+            for key, tensor in trainer.weights.to_disk(pruned, written).items():
+                written.write(key, tensor)
         written.sync()
         if trainer.recorded:
             replace_durably(folder / _statistics_part(block.index), save(trainer.recorded))
@@ -176,12 +179,15 @@ class SparseCheckpointWriter(PruneCallback):
         pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
         linears = trainer.manifest["linears"]
         expectations = {
-            _key(trainer, name): Expectation(name, entry["target"], pruning.scorer.updates_weights)
+            name: Expectation(entry["target"], pruning.scorer.updates_weights)
             for name, entry in linears.items()
             if "note" not in entry
         }
+        assert isinstance(trainer.weights, StreamedWeights)
         written = pl_module.folder.at(folder)
-        found = verify_checkpoint(pl_module.folder, written, expectations, pruning.pattern, pruning.scorer.group)
+        found = verify_checkpoint(
+            pl_module.folder, written, trainer.weights, expectations, pruning.pattern, pruning.scorer.group
+        )
         for name, zeros in found.pop("zeros").items():
             rows, columns = linears[name]["shape"]
             linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
@@ -235,13 +241,6 @@ def _verified_line(manifest: Manifest) -> str:
     note = f", {left} Linears left dense that saw no calibration token" if left else ""
     promised = f"target {target:g}, {manifest['pattern']}"
     return f"verified: sparsity {achieved:.4g} ({promised}), {untouched} other tensors untouched{note}"
-
-
-def _key(trainer: "LVLMTrainer", name: str) -> str:
-    assert isinstance(trainer.weights, StreamedWeights)
-    key = trainer.weights.key_of(f"{name}.weight")
-    assert key is not None, f"{name}.weight has no tensor of its own on disk"
-    return key
 
 
 def _statistics_part(block: int | str) -> str:

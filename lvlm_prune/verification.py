@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.errors import RunError
 from lvlm_prune.patterns import Group, Pattern
 
@@ -18,15 +18,13 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Expectation:
-    """What is promised of one pruned tensor.
+    """What is promised of the weight of one pruned Linear.
 
     Args:
-        name: Full name of the Linear, for messages.
         sparsity: Its target sparsity.
         updated: Whether remaining weights may differ from the dense ones.
     """
 
-    name: str
     sparsity: float
     updated: bool = False
 
@@ -34,6 +32,7 @@ class Expectation:
 def verify_checkpoint(
     dense: CheckpointFolder,
     pruned: CheckpointFolder,
+    weights: StreamedWeights,
     expectations: Mapping[str, Expectation],
     pattern: Pattern,
     group: Group = "row",
@@ -46,44 +45,42 @@ def verify_checkpoint(
     Args:
         dense: The input checkpoint.
         pruned: The output checkpoint.
-        expectations: Key on disk of each pruned tensor -> what is promised of it.
+        weights: Knows where on disk a weight of the model is, fused with others or not.
+        expectations: Full name of each pruned Linear -> what is promised of it.
         pattern: The sparsity pattern.
         group: Comparison group of the unstructured pattern.
 
     Returns:
-        Zeros per pruned tensor, their share of all, and the number of untouched tensors.
+        Zeros per pruned Linear, their share of all, and the number of untouched tensors.
 
     Raises:
         RunError: A promise is broken; names the tensor.
     """
     zeros: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    untouched = 0
+    touched = {key for name in expectations for key in weights.keys_of(f"{name}.weight")}
     for key in dense:
-        if key not in expectations:
-            if dense.read_bytes(key) != pruned.read_bytes(key):
-                raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
-            untouched += 1
-            continue
-        expected = expectations[key]
-        before, after = dense.read(key), pruned.read(key)
-        _check(before, after, expected, pattern, group)
-        zeros[expected.name] = int((after == 0).sum())
-        sizes[expected.name] = after.numel()
+        if key not in touched and dense.read_bytes(key) != pruned.read_bytes(key):
+            raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
+    for name, expected in expectations.items():
+        before, after = (weights.stored(f"{name}.weight", folder) for folder in (dense, pruned))
+        _check(name, before, after, expected, pattern, group)
+        zeros[name] = int((after == 0).sum())
+        sizes[name] = after.numel()
     return {
         "zeros": zeros,
         "sparsity": sum(zeros.values()) / max(sum(sizes.values()), 1),
-        "untouched_tensors": untouched,
+        "untouched_tensors": len(dense) - len(touched),
     }
 
 
-def _check(before: Tensor, after: Tensor, expected: Expectation, pattern: Pattern, group: Group) -> None:
+def _check(name: str, before: Tensor, after: Tensor, expected: Expectation, pattern: Pattern, group: Group) -> None:
     bits_before, bits_after = (weight.view(_BITS[weight.element_size()]) for weight in (before, after))
     if not expected.updated and not ((bits_after == 0) | (bits_after == bits_before)).all():
-        raise RunError(f"verification failed: remaining weights of {expected.name} changed")
+        raise RunError(f"verification failed: remaining weights of {name} changed")
     count = pattern.pruned_per_group((after.shape[0], after.shape[1]), expected.sparsity, group)
     zeros = (pattern.groups(after, group) == 0).sum(dim=1)
     own_zeros = (pattern.groups(before, group) == 0).sum(dim=1)
     if (zeros < count).any() or (zeros > count + own_zeros).any():
         worst = int(zeros[(zeros < count) | (zeros > count + own_zeros)][0])
-        raise RunError(f"verification failed: {expected.name} has {worst} zeros in a group, {count} were to be there")
+        raise RunError(f"verification failed: {name} has {worst} zeros in a group, {count} were to be there")
