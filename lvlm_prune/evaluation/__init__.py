@@ -1,0 +1,1 @@
+"""Scoring of models on questions with exact answers."""

@@ -1,0 +1,46 @@
+"""The documented command, shortened: it runs and writes a checkpoint that loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lvlm_prune.demo import train
+from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.evaluation.exact_match import answer
+
+CONFIG = Path(__file__).parents[3] / "configs" / "demo" / "train.yaml"
+
+
+@pytest.fixture
+def shortened(tmp_path, monkeypatch):
+    config = yaml.safe_load(CONFIG.read_text())
+    config["output"] = str(tmp_path / "checkpoint")
+    config["model"] |= {"tower_steps": 2, "warmup_steps": 2}
+    config["data"] |= {"image_rows": 2, "text_rows": 1, "validation_batches": 1, "workers": 0}
+    config["trainer"] |= {"max_steps": 4, "val_check_interval": 4, "default_root_dir": str(tmp_path), "callbacks": []}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # Lightning sets them; they must not outlive the test
+        monkeypatch.setenv(variable, "0")
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_command_writes_a_checkpoint_that_loads_and_repeats(shortened, tmp_path):
+    threads = torch.get_num_threads()
+    weights = []
+    for _ in range(2):
+        train.main(["--config", str(shortened)])
+        processor = AutoProcessor.from_pretrained(tmp_path / "checkpoint")
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        weights.append(model.state_dict())
+    torch.set_num_threads(threads)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert len(answer(model, processor, EmbeddedBenchmark(num_images=1, num_text=2).questions)) > 2
+    log = (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
+    assert "accuracy/relation" in log
