@@ -10,9 +10,9 @@ if (Path(__file__).parents[1] / "callbacks" / "__init__.py").is_file():
 
 
 def __getattr__(name: str):
-    """`lvlm_prune.prune` without paying for torch where only the version is wanted."""
-    if name == "prune":
-        from lvlm_prune.api import prune
+    """The Python API, without paying for torch where only the version is wanted."""
+    if name in ("load_pruning", "prune"):
+        from lvlm_prune import api
 
-        return prune
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource
+from lvlm_prune.errors import InputError
 from lvlm_prune.manifest import Manifest
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.option_errors import explain
 from lvlm_prune.trainer import LVLMTrainer
 
 
@@ -34,6 +38,26 @@ class InputsSource(CalibrationSource):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._samples[index]
+
+
+def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
+    """The method of a YAML file as the command line would build it.
+
+    Args:
+        config: A file like those in `configs/prune`; only its `pruning` key is read.
+        options: Options that take the place of the file's, for example `sparsity=0.6`.
+
+    Raises:
+        InputError: The file or an option cannot be used.
+    """
+    values = yaml.safe_load(Path(config).read_text())["pruning"] | options
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BlockwisePruning, "pruning")
+    try:
+        parsed = parser.parse_object({"pruning": values})
+    except ArgumentError as error:
+        raise InputError("config", config, explain(str(error))) from None
+    return parser.instantiate(parsed).pruning
 
 
 def prune(
