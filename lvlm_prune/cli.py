@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     return 0
 

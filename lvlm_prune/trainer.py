@@ -100,6 +100,8 @@ class LVLMTrainer(L.Trainer):
             self._raise_hook(fabric, model, "on_prune_end")
         except BaseException as error:
             self._raise_hook(fabric, model, "on_exception", exception=error)
+            if isinstance(error, KeyboardInterrupt) and self._is_resumable():
+                raise KeyboardInterrupt(f"go on with --resume true --output {self.output_folder}") from None
             raise
         finally:
             self._raise_hook(fabric, model, "teardown", stage="prune")
@@ -128,14 +130,18 @@ class LVLMTrainer(L.Trainer):
         done = self.manifest.finished_blocks()
         loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
 
+    def _is_resumable(self) -> bool:
+        return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
+
     def _finished_run(self, model: LVLMModule, datamodule: CalibrationDataModule) -> Manifest | None:
         """The manifest of the output folder if nothing is left to do there but, at most, evaluation and report.
 
         Raises:
             InputError: The folder holds the result of another run.
         """
-        if self.output_folder is None or not (self.output_folder / FILE_NAME).is_file():
+        if not self._is_resumable():
             return None
+        assert self.output_folder is not None
         found = Manifest.read(self.output_folder)
         if found.get("status") != "complete":
             return None

@@ -1,0 +1,84 @@
+"""Every family is pruned as its own full forward says, in memory and streamed from its checkpoint."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lvlm_prune import prune
+from lvlm_prune.blocks import find_decoder, prunable_linears
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.pools import AsymmetricPool, MixedPool
+from tests.families import FAMILIES, Sample, make_inputs, tiny_model
+
+TEXT_ONLY_REFUSED = {"paligemma"}
+
+
+def calibration(family: str, model: nn.Module) -> list[dict[str, Tensor]]:
+    samples = [Sample(3, 0, 5), Sample(2, 1, 9), Sample(6, 2, 2)]
+    if family not in TEXT_ONLY_REFUSED:
+        samples.append(Sample(4, None, 6))
+    return [make_inputs(family, model, [sample]) for sample in samples]
+
+
+def prune_by_full_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Wanda at 50% without any of the package's machinery: a whole forward of the model for each block and sample."""
+    decoder, masks = find_decoder(model), {}
+    for path, block in zip(decoder.names, decoder.layers):
+        norms: dict[str, Tensor] = {}
+
+        linears = prunable_linears(block)
+        hooks = [linear.register_forward_pre_hook(_add_to(norms, name)) for name, linear in linears.items()]
+        for batch in batches:
+            model(**batch, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in linears.items():
+            if name not in norms:
+                continue
+            score = linear.weight.abs().double() * norms[name].sqrt()
+            lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+            linear.weight.data.scatter_(1, lowest, 0.0)
+            masks[f"{path}.{name}"] = linear.weight == 0
+    return masks
+
+
+def _add_to(norms: dict[str, Tensor], name: str):
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        tokens = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
+        norms[name] = norms.get(name, 0) + tokens.square().sum(0)
+
+    return hook
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_are_those_of_the_full_forward(family: str, tmp_path):
+    model, reference = tiny_model(family), tiny_model(family)
+    model.save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    batches = calibration(family, model)
+    expected = prune_by_full_forwards(reference, batches)
+    method = BlockwisePruning(sparsity=0.5, pool=MixedPool())
+    manifest = prune(model, batches, method)
+    assert set(expected) == {name for name, entry in manifest["linears"].items() if "note" not in entry}
+    different = sum(int(((model.get_submodule(name).weight == 0) != mask).sum()) for name, mask in expected.items())
+    total = sum(mask.numel() for mask in expected.values())
+    assert different <= max(2, 1e-4 * total)
+
+    streamed = prune(tmp_path / "dense", batches, BlockwisePruning(sparsity=0.5, pool=MixedPool()), tmp_path / "pruned")
+    assert streamed["verified"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+    reloaded, report = type(model).from_pretrained(tmp_path / "pruned", dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, reloaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drift_calibration_runs_in_every_family(family: str):
+    """The block's output, in whatever form it comes, is told apart by modality; audio can count as visual."""
+    model = tiny_model(family)
+    visual = ["image", "video", "audio"]
+    manifest = prune(model, calibration(family, model), BlockwisePruning(pool=AsymmetricPool(alpha=1e4), visual=visual))
+    assert all(0 < block["mean_drift"] <= 2 for block in manifest["blocks"])
+    if family not in TEXT_ONLY_REFUSED:
+        assert all(block["visual_tokens"][-1] == 0 for block in manifest["blocks"] if len(block["visual_tokens"]) == 4)
+    assert any(count > 0 for block in manifest["blocks"] for count in block["visual_tokens"])
