@@ -26,6 +26,10 @@ def explain(message: str, arguments: Sequence[str] = ()) -> str:
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     key, rest = _split_key(text)
+    # A plugin's option is reported inside a report about the plugin; both together are its place.
+    while inner := re.match(r"Problem with given class_path '[^']*': ((?:Parser key|Option|Expected).*)", rest):
+        inner_key, rest = _split_key(re.sub(r"^Option '([\w.]+)'", r'Parser key "\1": Option', inner[1]))
+        key = f"{key}.{inner_key}" if inner_key else key
     option = _full_name(key, arguments)
     if value := re.search(r"Expected a dot import path string: (\S+)", rest):
         return (
@@ -38,6 +42,8 @@ def explain(message: str, arguments: Sequence[str] = ()) -> str:
         return f"{option} {union[2]}: expected {expected}"
     if plain := re.search(r"Expected an? (.*)\. Got value: (.*)", rest):
         return f"{option} {plain[2]}: expected {_choices(plain[1])}"
+    if rest.startswith("Option is not accepted"):
+        return f"{option}: unknown option"
     if unknown := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: (\S+)", rest):
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         return f"{_full_name(name, arguments)}: unknown option"
