@@ -2,6 +2,11 @@
 
 setup(stage="prune")
 on_prune_start
+  on_survey_start                               only where somebody wants a survey of the dense model
+    on_survey_block_start(block, tail)
+    on_survey_batch_end(block, sample)          once per sample and block
+    on_survey_block_end(block)
+  on_survey_end                                 findings go to the manifest; on_survey_restored where they are there
   on_block_start(block)
     on_calibration_batch_end(block, sample)     activations of every site are at hand here, and only here
   on_block_calibrated(block)                    pruning happens here
@@ -16,6 +21,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.activations import Activations
+from lvlm_prune.blocks.tail import DecoderTail
 from lvlm_prune.loop import Block
 
 if TYPE_CHECKING:
@@ -31,11 +37,37 @@ class PruneCallback(Callback):
 
     wants_activations: bool = False
     """True where `on_calibration_batch_end` is to be called: the loop leaves out the gathering pass otherwise."""
-    wants_outputs: bool = False
-    """True where the activations are to hold the outputs of the Linears as well."""
+    needs: frozenset[str] = frozenset()
+    """What the activations are to hold besides the inputs of the Linears, of `lvlm_prune.tokens.NEEDS`."""
+    wants_survey: bool = False
+    """True where the dense model is to be surveyed before the first block is pruned."""
+    survey_needs: frozenset[str] = frozenset()
+    """As `needs`, for the activations in `on_survey_batch_end`."""
 
     def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """All calibration samples are caught at the input of the first block; nothing is pruned yet."""
+
+    def on_survey_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """The samples are about to go through the dense model once; afterwards they are where they were."""
+
+    def on_survey_block_start(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+    ) -> None:
+        """The dense block is loaded, all samples are at its input; no sums over processes here."""
+
+    def on_survey_batch_end(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """One calibration sample went through the dense block; no sums over processes here."""
+
+    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """All calibration samples went through the dense block; its weights are released after this hook."""
+
+    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Put what was found into `trainer.manifest["survey"]`, as plain data, the same on all processes."""
+
+    def on_survey_restored(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """An interrupted run surveyed the model already; what it found is in `trainer.manifest["survey"]`."""
 
     def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """The block's dense weights are loaded."""

@@ -91,9 +91,9 @@ class BlockwisePruning(PruneCallback):
         return self.scorer.statistic is not None
 
     @property
-    def wants_outputs(self) -> bool:  # type: ignore[override]
-        """True where the pool chooses from each Linear's outputs."""
-        return self.wants_activations and self.pool.per_linear
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the pool looks at besides block inputs and outputs."""
+        return self.pool.needs if self.wants_activations else frozenset()
 
     def run_label(self) -> str:
         """Method and sparsity as part of a folder name, for example `asymmetric-wanda-60`."""
@@ -169,7 +169,7 @@ class BlockwisePruning(PruneCallback):
         """Add the tokens that the pool selects; hold its candidates."""
         if not self.wants_activations:
             return
-        tokens = sample.tokens(self.visual, outputs=self.wants_outputs)
+        tokens = sample.tokens(self.visual, self.needs, asked_by=plugin_class(self.pool).__name__)
         order = len(self._samples)
         self._samples.append(sample.sample)
         shared = None if self.pool.per_linear else self.pool.select(tokens)

@@ -6,15 +6,16 @@ gate_proj up_proj ────┘ (found by tensor identity)             padding
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lvlm_prune.attention import AttentionCall, recorded_attention, self_attention
 from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, modality_of_tokens
-from lvlm_prune.tokens import Tokens
+from lvlm_prune.tokens import ATTENTION_NEEDS, NEEDS, Tokens
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ def rows_of(batch: CaughtBatch, config: object, samples: Iterable[int]) -> list[
 
 @dataclass
 class Recording:
-    """Inputs (and wanted outputs) of a block's Linears in one forward of one batch."""
+    """What a block computed in one forward of one batch: inputs of its Linears, and what else was asked for."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    attention: list[AttentionCall] = field(default_factory=list)
 
     def sites(self) -> dict[str, list[str]]:
         """Name of a site (its first Linear) -> the Linears that it feeds.
@@ -79,8 +81,13 @@ class Recording:
 
 
 @contextmanager
-def recording(linears: Mapping[str, nn.Module], outputs: bool = False) -> Iterator[Recording]:
-    """Record what feeds the Linears (and what they give, where `outputs` is wanted) while the context is open."""
+def recording(linears: Mapping[str, nn.Module], needs: frozenset[str] = frozenset()) -> Iterator[Recording]:
+    """Record what feeds the Linears while the context is open.
+
+    Args:
+        linears: Name relative to the block -> Linear.
+        needs: What else is to be recorded: outputs of the Linears, queries and keys of the attention (`tokens.NEEDS`).
+    """
     record = Recording()
 
     def hook(name: str):
@@ -96,13 +103,14 @@ def recording(linears: Mapping[str, nn.Module], outputs: bool = False) -> Iterat
         return keep_output
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
-    if outputs:
+    if "outputs" in needs:
         handles += [module.register_forward_hook(output_hook(name)) for name, module in linears.items()]
-    try:
-        yield record
-    finally:
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        if needs & ATTENTION_NEEDS:
+            stack.enter_context(recorded_attention(record.attention))
+        yield record
 
 
 class Activations:
@@ -136,22 +144,42 @@ class Activations:
         """Number of the sample in the whole calibration set."""
         return self.row.sample
 
-    def tokens(self, visual_modalities: Iterable[str] = ("image", "video"), outputs: bool = False) -> Tokens:
+    def tokens(
+        self,
+        visual_modalities: Iterable[str] = ("image", "video"),
+        needs: Iterable[str] = (),
+        asked_by: str = "a callback",
+    ) -> Tokens:
         """What plugins see: the sample's real tokens.
 
         Args:
             visual_modalities: Names of the modalities that count as visual.
-            outputs: Also hand over the outputs of the Linears.
+            needs: Optional fields to fill, of `lvlm_prune.tokens.NEEDS`; they must have been asked for (`needs` of the
+                callback) before the block ran.
+            asked_by: Who needs them, for the error.
+
+        Raises:
+            RunError: The attention of the block cannot be read.
         """
+        needs = frozenset(needs)
+        if not needs <= NEEDS:
+            raise ValueError(f"{asked_by} needs {sorted(needs - NEEDS)}; there are {sorted(NEEDS)}")
         visual = torch.zeros_like(self.row.modality, dtype=torch.bool)
         for name in visual_modalities:
             visual |= self.row.modality == MODALITIES[name]
+        text = self.row.modality == MODALITIES["text"]
         return Tokens(
             hidden_in=self._decoder_tokens(self._hidden_in),
             hidden_out=self._decoder_tokens(self._hidden_out),
             visual=visual,
-            text=self.row.modality == MODALITIES["text"],
-            outputs={name: self._flatten(value)[0] for name, value in self._record.outputs.items()} if outputs else {},
+            text=text,
+            modality=self.row.modality,
+            outputs=(
+                {name: self._flatten(value)[0] for name, value in self._record.outputs.items()}
+                if "outputs" in needs
+                else {}
+            ),
+            **self._attention(needs & ATTENTION_NEEDS, text, visual, asked_by),
             block=self.block,
             sample=self.sample,
         )
@@ -164,6 +192,20 @@ class Activations:
         """
         for site in self.sites:
             yield site, *self._flatten(self._record.inputs[site])
+
+    def _attention(self, needs: frozenset[str], text: Tensor, visual: Tensor, asked_by: str) -> dict[str, Tensor]:
+        if not needs:
+            return {}
+        call = self_attention(self._record.attention, self._batch_shape, f"block {self.block}", asked_by)
+        attention = call.sample(self.row.row, self.row.real)
+        every = torch.arange(len(text), device=text.device)
+        computed: dict[str, Callable[[], Tensor]] = {
+            "attention_last": lambda: attention.rows(every[-1:])[0],
+            "attention_text_to_visual": lambda: attention.mean_of_rows(text.nonzero().flatten())[visual],
+            "attention_mean": lambda: attention.mean_of_rows(every),
+            "attention_map": lambda: attention.rows(every),
+        }
+        return {name: computed[name]() for name in sorted(needs)}
 
     def _decoder_tokens(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (T, D); parallel streams (k, B, S, D) or (B, S, k, D) -> (T, k D)."""

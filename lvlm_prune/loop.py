@@ -56,7 +56,7 @@ class BlockLoop:
         rows: The calibration samples of this process, in order.
         raise_hook: Called as `raise_hook(name, **arguments)`.
         gathers: Whether anybody wants activations; asked at each block.
-        wants_outputs: Whether somebody wants the outputs of the Linears too.
+        needs: What activations are to hold besides the inputs of the Linears, of `lvlm_prune.tokens.NEEDS`.
         agree: Called after each pass with the exception that it raised, or None; fails on every process if one did.
     """
 
@@ -67,11 +67,11 @@ class BlockLoop:
         rows: Sequence[SampleRow],
         raise_hook: Callable[..., None],
         gathers: Callable[[], bool],
-        wants_outputs: Callable[[], bool],
+        needs: Callable[[], frozenset[str]],
         agree: Callable[[BaseException | None], None],
     ) -> None:
         self.runner, self.weights = runner, weights
-        self.raise_hook, self.gathers, self.wants_outputs, self.agree = raise_hook, gathers, wants_outputs, agree
+        self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
         self.rows_of_batch: dict[int, list[SampleRow]] = {}
         self.batches: list[CaughtBatch] = []
         for row in rows:
@@ -134,7 +134,7 @@ class BlockLoop:
         for batch in self.batches:
             if not self.runner.calls(block.index, batch):
                 continue
-            with recording(block.linears, outputs=self.wants_outputs()) as record:
+            with recording(block.linears, self.needs()) as record:
                 hidden_out = self.runner.run(block.index, batch)
             block.forwards += 1
             totals.append((batch, hidden_out.float().sum()))

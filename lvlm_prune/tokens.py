@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lvlm_prune.blocks.modality import AUDIO, IMAGE, TEXT
+
+ATTENTION_NEEDS = frozenset({"attention_last", "attention_text_to_visual", "attention_mean", "attention_map"})
+"""Fields of `Tokens` that are computed from queries and keys."""
+
+NEEDS = ATTENTION_NEEDS | {"outputs"}
+"""Fields of `Tokens` that are filled only where a plugin declares that it needs them."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -17,7 +25,15 @@ class Tokens:
         visual: Which tokens count as visual, bool of shape (T,).
         text: Which tokens are text, bool of shape (T,). Defaults to every token that is not visual; a token may be
             neither (audio where only images and videos count as visual).
-        outputs: Output of each Linear that a pool asked for, name relative to the block -> shape (T, C_out).
+        modality: Modality code of each token as in `lvlm_prune.blocks`, int8 of shape (T,). Defaults to image for
+            visual tokens, text for text tokens, audio for others.
+        outputs: Output of each Linear, name relative to the block -> shape (T, C_out); needs `outputs`.
+        attention_last: Attention of the last token to each token, mean over heads, float32 of shape (T,); needs
+            `attention_last`, as each of the following needs its own name.
+        attention_text_to_visual: Attention that each visual token gets from the text tokens, mean over text tokens and
+            heads, float32 of shape (n_visual,); zero without text.
+        attention_mean: Attention that each token gets, mean over all tokens and heads, float32 of shape (T,).
+        attention_map: Attention of each token (row) to each token (column), mean over heads, float32 of shape (T, T).
         block: Index of the block.
         sample: Number of the sample in the whole calibration set, the same for any number of processes.
 
@@ -33,13 +49,22 @@ class Tokens:
     hidden_out: Tensor
     visual: Tensor
     text: Tensor = None  # type: ignore[assignment]
+    modality: Tensor = None  # type: ignore[assignment]
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    attention_last: Tensor | None = None
+    attention_text_to_visual: Tensor | None = None
+    attention_mean: Tensor | None = None
+    attention_map: Tensor | None = None
     block: int = 0
     sample: int = 0
 
     def __post_init__(self) -> None:
         if self.text is None:
             object.__setattr__(self, "text", ~self.visual)
+        if self.modality is None:
+            modality = torch.full(self.visual.shape, AUDIO, dtype=torch.int8, device=self.visual.device)
+            modality[self.visual], modality[self.text] = IMAGE, TEXT
+            object.__setattr__(self, "modality", modality)
 
     @property
     def num_visual(self) -> int:

@@ -124,7 +124,7 @@ class LVLMTrainer(L.Trainer):
             self.rows,
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: self._gathers(callbacks),
-            wants_outputs=lambda: any(getattr(callback, "wants_outputs", False) for callback in callbacks),
+            needs=lambda: frozenset().union(*(getattr(callback, "needs", ()) for callback in callbacks)),
             agree=self.processes.agree,
         )
         done = self.manifest.finished_blocks()

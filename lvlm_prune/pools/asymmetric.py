@@ -48,6 +48,7 @@ class AsymmetricPool(Pool):
         if rounding not in ("floor", "released"):
             raise InputError("pruning.pool.rounding", rounding, "must be `floor` or `released`")
         self.saliency = saliency
+        self.needs = saliency.needs
         self.alpha = alpha
         self.rounding = rounding
         self._mean = 0.0

@@ -24,7 +24,9 @@ class Pool(ABC):
     """
 
     per_linear: ClassVar[bool] = False
-    """True for pools that choose anew for every Linear, from its outputs (`Tokens.outputs`)."""
+    """True for pools that choose anew for every Linear, usually from its outputs (`needs = {"outputs"}`)."""
+    needs: frozenset[str] = frozenset()
+    """Optional fields of `Tokens` that `select` looks at, of `lvlm_prune.tokens.NEEDS`; others stay None."""
     needs_visual: ClassVar[bool] = False
     """True where a calibration set without any visual token makes no sense."""
 

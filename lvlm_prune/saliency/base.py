@@ -24,6 +24,8 @@ class Saliency(ABC):
 
     name: ClassVar[str] = "saliency"
     """Key under which `--pruning.record` writes the values."""
+    needs: frozenset[str] = frozenset()
+    """Optional fields of `Tokens` that the saliency looks at, of `lvlm_prune.tokens.NEEDS`; others stay None."""
     maximum: ClassVar[float] = math.inf
     """Largest possible value; bounds how many candidates an adaptive pool has to hold."""
 
