@@ -6,10 +6,12 @@ from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation
 from lvlm_prune.callbacks.progress import PruneProgressBar
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.callbacks.report import PruningReport
+from lvlm_prune.callbacks.survey import PluginSurvey
 
 __all__ = [
     "BlockwisePruning",
     "EmbeddedEvaluation",
+    "PluginSurvey",
     "PruneCallback",
     "PruneProgressBar",
     "PruningReport",

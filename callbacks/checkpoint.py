@@ -87,6 +87,8 @@ class SparseCheckpointWriter(PruneCallback):
         started = Manifest.read(folder)
         for key in ("status", "blocks", "linears"):
             trainer.manifest[key] = started[key]
+        if "survey" in started:
+            trainer.manifest["survey"] = started["survey"]
 
     def _start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
         assert pl_module.folder is not None
@@ -113,6 +115,19 @@ class SparseCheckpointWriter(PruneCallback):
         sync_folder(folder)
         manifest["status"] = "pruning"
         manifest.write(folder)
+
+    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Keep what the survey found: an interrupted run that goes on does not survey again."""
+        folder = trainer.output_folder
+        if folder is None:
+            return
+        problem: Exception | None = None
+        if trainer.processes.is_main:
+            try:
+                trainer.manifest.write(folder)
+            except OSError as error:
+                problem = _as_run_error(error, folder)
+        trainer.processes.agree(problem)
 
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block's pruned weights, then the manifest that says so."""

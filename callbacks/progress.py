@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lvlm_prune.activations import Activations
+from lvlm_prune.blocks.tail import DecoderTail
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
 
@@ -23,16 +24,50 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
         finished = len(trainer.manifest.get("blocks", []))
         batches = len({id(row.batch) for row in trainer.rows})
         self._per_block = max(len(trainer.rows) + batches, 1)
-        self._blocks, self._samples = blocks, len(trainer.rows)
-        self._bar = Tqdm(
-            total=blocks * self._per_block,
-            initial=finished * self._per_block,
-            desc="Pruning",
+        self._blocks, self._samples, self._seen = blocks, len(trainer.rows), 0
+        self._bar = self._open(trainer, "Pruning", blocks * self._per_block, finished * self._per_block)
+        self._findings = ""
+
+    def on_survey_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """A bar of its own, in the place of the one of pruning: one step per sample and block."""
+        self._bar.leave = False
+        self._bar.close()
+        self._bar = self._open(trainer, "Surveying", self._blocks * self._samples)
+
+    def on_survey_block_start(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+    ) -> None:
+        """Show which block it is."""
+        self._seen = 0
+        self._show(block)
+
+    def on_survey_batch_end(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """One sample surveyed."""
+        self._seen += 1
+        self._bar.update(1)
+        self._show(block)
+
+    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Blocks that the decoder skips for a sample count as well."""
+        self._bar.update((block.index + 1) * self._samples - self._bar.n)
+
+    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """The bar of pruning again."""
+        self._bar.close()
+        self._bar = self._open(trainer, "Pruning", self._blocks * self._per_block)
+
+    @staticmethod
+    def _open(trainer: "LVLMTrainer", title: str, total: int, initial: int = 0) -> Tqdm:
+        return Tqdm(
+            total=total,
+            initial=initial,
+            desc=title,
             bar_format="{desc} {bar:24} {postfix} · {elapsed} · {remaining} left",
             disable=None if trainer.processes.is_main else True,
             leave=True,
         )
-        self._findings = ""
 
     def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Show which block it is."""

@@ -125,6 +125,11 @@ class BlockwisePruning(PruneCallback):
                 if width % self.pattern.group_size:
                     problem = f"the {width} input columns of {name} are not divisible by {self.pattern.group_size}"
                     raise InputError("pruning.pattern", self.pattern, problem)
+        if not self.allocation.wants_survey:
+            self.allocate()
+
+    def allocate(self) -> None:
+        """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""
         self.targets = self.allocation.allocate(self.shapes, self.sparsity)
 
     def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]

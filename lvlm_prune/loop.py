@@ -3,22 +3,25 @@
     for each block:   load weights ─► forward all samples ─► hooks ─► forward again ─► hooks ─► release weights
                                       gather statistics      prune    propagate       write
 
+    survey before:    load weights ─► forward all samples ─► hooks ─► release weights       (dense, nothing changes)
+
 The loop knows nothing about pruning; callbacks do everything else.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lvlm_prune.activations import Activations, SampleRow, recording
-from lvlm_prune.blocks import BlockRunner, CaughtBatch, Weights, prunable_linears
+from lvlm_prune.blocks import TEXT, BlockRunner, CaughtBatch, Weights, prunable_linears
+from lvlm_prune.blocks.tail import DecoderTail, TailSample
 from lvlm_prune.errors import RunError
+from lvlm_prune.measuring import Stopwatch, peak_memory
 
 
 @dataclass
@@ -72,12 +75,19 @@ class BlockLoop:
     ) -> None:
         self.runner, self.weights = runner, weights
         self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
+        self.rows = rows
         self.rows_of_batch: dict[int, list[SampleRow]] = {}
         self.batches: list[CaughtBatch] = []
         for row in rows:
             if id(row.batch) not in self.rows_of_batch:
                 self.batches.append(row.batch)
             self.rows_of_batch.setdefault(id(row.batch), []).append(row)
+
+    def fork(self) -> BlockLoop:
+        """A loop over copies of the samples, which leaves those of this loop where they are."""
+        copies = {key: rows[0].batch.fork() for key, rows in self.rows_of_batch.items()}
+        rows = [replace(row, batch=copies[id(row.batch)]) for row in self.rows]
+        return BlockLoop(self.runner, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree)
 
     @torch.no_grad()
     def run(self, done: Sequence[int] = (), load_done: Callable[[int], None] | None = None) -> None:
@@ -96,6 +106,29 @@ class BlockLoop:
             else:
                 self._work(index, is_last=index == last_open)
             self.weights.release_block(index)
+
+    @torch.no_grad()
+    def survey(self) -> int:
+        """Go through all blocks of the dense model: each sample runs once through each block, and nothing changes.
+
+        Returns:
+            Forwards of a block, one per calibration batch and block.
+        """
+        forwards = 0
+        for index in range(len(self.runner)):
+            self.weights.load_block(index)
+            block = self._block(index)
+            start = {"block": block, "tail": self.tail(index)}
+            self._together(self.raise_hook, "on_survey_block_start", **start)
+            self._together(self._survey_block, block)
+            self.raise_hook("on_survey_block_end", block=block)
+            self.weights.release_block(index)
+            forwards += block.forwards
+        return forwards
+
+    def tail(self, first: int) -> DecoderTail:
+        """Block `first`, at whose input the samples are, and all blocks after it."""
+        return DecoderTail(self.runner, self.weights, [_tail_sample(row) for row in self.rows], first)
 
     def _block(self, index: int) -> Block:
         module = self.runner.block(index)
@@ -132,17 +165,32 @@ class BlockLoop:
     def _gather(self, block: Block) -> None:
         totals = []
         for batch in self.batches:
-            if not self.runner.calls(block.index, batch):
-                continue
-            with recording(block.linears, self.needs()) as record:
-                hidden_out = self.runner.run(block.index, batch)
-            block.forwards += 1
-            totals.append((batch, hidden_out.float().sum()))
-            sites = record.sites()
-            for row in self.rows_of_batch[id(batch)]:
-                sample = Activations(row, record, sites, batch.hidden, hidden_out, block.index)
-                self.raise_hook("on_calibration_batch_end", block=block, sample=sample)
+            if self.runner.calls(block.index, batch):
+                hidden_out = self._observe(block, batch, self.runner.run, "on_calibration_batch_end")
+                totals.append((batch, hidden_out.float().sum()))
         self._refuse_faults(totals, f"in the output of block {block.name}")
+
+    def _survey_block(self, block: Block) -> None:
+        totals = []
+        for batch in self.batches:
+            if self.runner.calls(block.index, batch):
+                hidden_out = self._observe(block, batch, self.runner.advance, "on_survey_batch_end")
+                totals.append((batch, hidden_out.float().sum()))
+        self._refuse_faults(totals, f"in the output of block {block.name}")
+
+    def _observe(
+        self, block: Block, batch: CaughtBatch, forward: Callable[[int, CaughtBatch], Tensor], hook: str
+    ) -> Tensor:
+        """One forward of one batch; raises `hook` for each of its samples with what the block computed."""
+        hidden_in = batch.hidden
+        with recording(block.linears, self.needs()) as record:
+            hidden_out = forward(block.index, batch)
+        block.forwards += 1
+        sites = record.sites()
+        for row in self.rows_of_batch[id(batch)]:
+            sample = Activations(row, record, sites, hidden_in, hidden_out, block.index)
+            self.raise_hook(hook, block=block, sample=sample)
+        return hidden_out
 
     def _propagate(self, block: Block, hooks: bool = True) -> None:
         totals = []
@@ -163,27 +211,13 @@ class BlockLoop:
         raise RunError(f"NaN or infinity {where} for calibration sample {samples}")
 
 
-class Stopwatch:
-    """Seconds between laps, with the accelerator's queue emptied first."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        elapsed, self._start = now - self._start, now
-        return elapsed
-
-
-def peak_memory() -> int:
-    """Largest memory of this process so far in bytes: the device's where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _tail_sample(row: SampleRow) -> TailSample:
+    """Every text token is to be predicted."""
+    assert row.batch.input_ids is not None
+    predicted = torch.zeros_like(row.batch.input_ids[row.row], dtype=torch.bool)
+    is_text = row.modality == TEXT
+    if row.real is None:
+        predicted[:] = is_text
+    else:
+        predicted[row.real] = is_text
+    return TailSample(row.sample, row.batch, row.row, predicted)

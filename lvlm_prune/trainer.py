@@ -23,8 +23,9 @@ from lvlm_prune.activations import SampleRow, rows_of
 from lvlm_prune.blocks import Weights
 from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint, load_processor
 from lvlm_prune.errors import InputError, RunError
-from lvlm_prune.loop import BlockLoop, Stopwatch
+from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
+from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
@@ -82,7 +83,7 @@ class LVLMTrainer(L.Trainer):
         callbacks = self._prune_callbacks()
         self.output_folder = self._output_folder(model, output, callbacks) if model.folder is not None else None
         finished = self._finished_run(model, datamodule) if resume else None
-        if self._gathers(callbacks) and datamodule.source.needs_processor and model.processor is None:
+        if self._needs_samples(callbacks) and datamodule.source.needs_processor and model.processor is None:
             assert model.folder is not None
             model.processor = load_processor(model.folder.path, model.trust_remote_code)
         fabric = self._fabric(callbacks)
@@ -114,14 +115,16 @@ class LVLMTrainer(L.Trainer):
         self.weights = model.weights(fabric.device)
         self.manifest.update(self._provenance(model, datamodule))
         clock = Stopwatch()
-        if self._gathers(callbacks):
+        if self._needs_samples(callbacks):
             self._catch(fabric, model, datamodule)
         self.manifest["catch_seconds"] = clock.lap()
         self._raise_hook(fabric, model, "on_prune_start")
+        if self._surveys(callbacks):
+            self._survey(fabric, model, callbacks)
         loop = BlockLoop(
             model.runner,
             self.weights,
-            self.rows,
+            self.rows if self._gathers(callbacks) else [],
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: self._gathers(callbacks),
             needs=lambda: frozenset().union(*(getattr(callback, "needs", ()) for callback in callbacks)),
@@ -132,6 +135,30 @@ class LVLMTrainer(L.Trainer):
 
     def _is_resumable(self) -> bool:
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
+
+    def _survey(self, fabric: Fabric, model: LVLMModule, callbacks: list[Callback]) -> None:
+        """Look at the dense model before any block is pruned, unless an interrupted run already did.
+
+        Findings are in `manifest["survey"]` afterwards, and the samples are where they were: at the input of block 0.
+        """
+        if self.manifest.get("survey"):
+            self._raise_hook(fabric, model, "on_survey_restored")
+            return
+        clock = Stopwatch()
+        self.manifest["survey"] = {}
+        loop = BlockLoop(
+            model.runner,
+            self.weights,
+            self.rows,
+            raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
+            gathers=lambda: True,
+            needs=lambda: frozenset().union(*(getattr(callback, "survey_needs", ()) for callback in callbacks)),
+            agree=self.processes.agree,
+        ).fork()
+        self._raise_hook(fabric, model, "on_survey_start")
+        forwards = self.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
+        self.manifest["survey"] |= {"block_forwards": int(forwards.item()), "seconds": clock.lap()}
+        self._raise_hook(fabric, model, "on_survey_end")
 
     def _finished_run(self, model: LVLMModule, datamodule: CalibrationDataModule) -> Manifest | None:
         """The manifest of the output folder if nothing is left to do there but, at most, evaluation and report.
@@ -194,8 +221,18 @@ class LVLMTrainer(L.Trainer):
 
     # ---- composition of the run --------------------------------------------------------------------------------------
     def _prune_callbacks(self) -> list[Callback]:
-        """The user's callbacks, then writer, progress bar, evaluation and report, each unless the user gave one."""
-        from lvlm_prune.callbacks import EmbeddedEvaluation, PruneProgressBar, PruningReport, SparseCheckpointWriter
+        """The user's callbacks, then survey, writer, progress bar, evaluation, report; each unless the user gave one.
+
+        The survey comes before the writer, which keeps what was found.
+        """
+        from lvlm_prune.callbacks import (
+            BlockwisePruning,
+            EmbeddedEvaluation,
+            PluginSurvey,
+            PruneProgressBar,
+            PruningReport,
+            SparseCheckpointWriter,
+        )
 
         given: list[Callback] = [callback for callback in self.callbacks if not isinstance(callback, ProgressBar)]
         tail: list[Callback] = [SparseCheckpointWriter(), EmbeddedEvaluation(), PruningReport()]
@@ -203,11 +240,20 @@ class LVLMTrainer(L.Trainer):
             tail.insert(1, self.progress_bar_callback)
         elif self.progress_bar_callback is not None:  # Lightning's default bar knows nothing of pruning
             tail.insert(1, PruneProgressBar())
+        tail = [PluginSurvey(callback) for callback in given if isinstance(callback, BlockwisePruning)] + tail
         return given + [callback for callback in tail if not any(isinstance(one, type(callback)) for one in given)]
 
     @staticmethod
     def _gathers(callbacks: list[Callback]) -> bool:
         return any(getattr(callback, "wants_activations", False) for callback in callbacks)
+
+    @staticmethod
+    def _surveys(callbacks: list[Callback]) -> bool:
+        return any(getattr(callback, "wants_survey", False) for callback in callbacks)
+
+    @classmethod
+    def _needs_samples(cls, callbacks: list[Callback]) -> bool:
+        return cls._gathers(callbacks) or cls._surveys(callbacks)
 
     def _raise_hook(self, fabric: Fabric, model: LVLMModule, name: str, **arguments: Any) -> None:
         fabric.call(name, trainer=self, pl_module=model, **arguments)

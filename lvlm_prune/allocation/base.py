@@ -4,9 +4,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+from lvlm_prune.survey import Surveyor
 
-class Allocation(ABC):
-    """Deals the target sparsity out over the Linears. Subclass it, write `allocate`, name the class in YAML."""
+
+class Allocation(Surveyor, ABC):
+    """Deals the target sparsity out over the Linears. Subclass it, write `allocate`, name the class in YAML.
+
+    An allocation that looks at the dense model first sets `wants_survey` and overrides the methods of `Surveyor`; then
+    `allocate` is called after `use_survey`.
+
+    Example:
+        >>> class DownProjectionsLess(Allocation):
+        ...     def allocate(self, shapes, sparsity):
+        ...         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        ...         less = {name: 0.9 if name.endswith("down_proj") else 1.0 for name in shapes}
+        ...         scale = sparsity * sum(sizes.values()) / sum(sizes[name] * less[name] for name in shapes)
+        ...         return {name: scale * less[name] for name in shapes}
+        >>> shapes = {"mlp.up_proj": (30, 10), "mlp.down_proj": (10, 30)}
+        >>> {name: round(value, 3) for name, value in DownProjectionsLess().allocate(shapes, 0.57).items()}
+        {'mlp.up_proj': 0.6, 'mlp.down_proj': 0.54}
+    """
 
     uniform: ClassVar[bool] = False
     """True where every Linear gets the target itself, which N:M patterns require."""

@@ -89,6 +89,15 @@ class CaughtBatch:
         moved = {name: map_tensors(value, lambda tensor: tensor.to(device), memo) for name, value in vars(self).items()}
         return replace(self, **moved)
 
+    def fork(self) -> "CaughtBatch":
+        """A copy that goes its own way through the decoder; this batch stays where it is. Tensors are shared.
+
+        Running one leaves no trace in the other, also where blocks hand keys and values to later blocks.
+        """
+        memo: dict[int, Any] = {}
+        forked = {name: map_tensors(value, lambda tensor: tensor, memo) for name, value in vars(self).items()}
+        return replace(self, **forked)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in this batch; memory that several of them share counts once."""

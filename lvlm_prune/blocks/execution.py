@@ -154,14 +154,18 @@ class BlockRunner:
         return self.decoder.layers[i](batch.hidden, **arguments)
 
     @torch.no_grad()
-    def advance(self, i: int, batch: CaughtBatch) -> None:
+    def advance(self, i: int, batch: CaughtBatch) -> Tensor:
         """Run block `i` and move the batch on: `batch.hidden` becomes the input of the next block.
 
         What the decoder does between the two blocks is done by the decoder's own code. After the last block
         `batch.hidden` is that block's output.
+
+        Returns:
+            The block's own output, before the decoder does anything to it; where the decoder skips this block,
+            `batch.hidden`.
         """
         if not self.calls(i, batch):
-            return
+            return batch.hidden
         returned = self._call(i, batch)
         if i in batch.last_takers:
             batch.carried[i] = {index: returned[1 + index] for index in batch.last_takers[i]}
@@ -169,12 +173,12 @@ class BlockRunner:
         if batch.history is not None:
             batch.history[i] = output
         is_last = i == batch.last_block
-        if not is_last and (i in batch.glue or batch.history is not None):
-            output = self._through_decoder(i, batch, output)
-        batch.hidden = output
+        between = not is_last and (i in batch.glue or batch.history is not None)
+        batch.hidden = self._through_decoder(i, batch, output) if between else output
         batch.carried = {
             block: kept for block, kept in batch.carried.items() if max(batch.last_takers[block].values()) > i
         }
+        return output
 
     def _through_decoder(self, i: int, batch: CaughtBatch, output: Tensor) -> Tensor:
         """Input of the next block after `i`, given the output of block `i`."""

@@ -40,6 +40,12 @@ class Weights(ABC):
             keep_token_embedding: Keep the embedding, for batches whose `needs_token_embedding` is true.
         """
 
+    def load_output_embedding(self) -> None:  # noqa: B027
+        """Bring the output embedding (`lm_head`) into memory; only losses need it."""
+
+    def release_output_embedding(self) -> None:  # noqa: B027
+        """Let go of the output embedding."""
+
     @abstractmethod
     def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
         """Bring block `i` into memory.
@@ -74,7 +80,8 @@ class ResidentWeights(Weights):
 class StreamedWeights(Weights):
     """Weights read from a checkpoint folder, one block at a time.
 
-    The output embedding (`lm_head`) is never loaded. Buffers that no checkpoint holds (rotary tables) stay in memory.
+    The output embedding (`lm_head`) is loaded only when asked for. Buffers that no checkpoint holds (rotary tables)
+    stay in memory.
 
     Args:
         model: Skeleton of the model, its parameters on the meta device.
@@ -104,6 +111,8 @@ class StreamedWeights(Weights):
         self._frame_names = [
             name for name in self._dtypes if name not in in_blocks and not (unused and name.startswith(f"{unused}."))
         ]
+        output = _path_of(model, model.get_output_embeddings())
+        self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
         self._decoder_path = f"{decoder.name}." if decoder.name else ""
         self._refuse_unfit([*in_blocks, *self._frame_names])
         self._refuse_missing(in_blocks)
@@ -170,6 +179,13 @@ class StreamedWeights(Weights):
             needed = keep_token_embedding if is_embedding else name.startswith(self._decoder_path)
             if not needed:
                 self._release(name)
+
+    def load_output_embedding(self) -> None:
+        self._load(self._output_names, self._folder)
+
+    def release_output_embedding(self) -> None:
+        for name in self._output_names:
+            self._release(name)
 
     def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
         self._load(self._block_names[i], folder or self._folder)

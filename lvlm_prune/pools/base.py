@@ -1,17 +1,13 @@
 """The interface of a pool."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
-from torch import Tensor
-
+from lvlm_prune.survey import SumOverProcesses, Surveyor
 from lvlm_prune.tokens import Selection, Tokens
 
-SumOverProcesses = Callable[[Tensor], Tensor]
 
-
-class Pool(ABC):
+class Pool(Surveyor, ABC):
     """Chooses the calibration tokens of each sample at a block. Subclass it, write `select`, name the class in YAML.
 
     Example:

@@ -1,0 +1,108 @@
+"""The survey of the dense model on behalf of the plugins of `BlockwisePruning`: allocation and pool.
+
+on_survey_block_start     plugins may evaluate losses with changed weights
+on_survey_batch_end       plugins see each sample once at each block
+on_survey_block_end       sums over processes
+on_survey_end             findings -> manifest -> plugins -> sparsity of each Linear
+on_survey_restored                 manifest -> plugins -> sparsity of each Linear
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lvlm_prune.activations import Activations
+from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.loop import Block
+from lvlm_prune.plugins import plugin_class
+from lvlm_prune.survey import Surveyor
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+
+class PluginSurvey(PruneCallback):
+    """Shows the dense model to those plugins of a pruning callback that want to see it; without any it does nothing.
+
+    Args:
+        pruning: The callback whose allocation and pool may want a survey.
+    """
+
+    def __init__(self, pruning: BlockwisePruning) -> None:
+        self.pruning = pruning
+
+    @property
+    def surveyors(self) -> dict[str, Surveyor]:
+        """Option of each plugin that wants a survey -> the plugin."""
+        plugins = {"allocation": self.pruning.allocation, "pool": self.pruning.pool}
+        return {
+            name: plugin for name, plugin in plugins.items() if isinstance(plugin, Surveyor) and plugin.wants_survey
+        }
+
+    @property
+    def wants_survey(self) -> bool:  # type: ignore[override]
+        """True where a plugin wants one."""
+        return bool(self.surveyors)
+
+    @property
+    def survey_needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the plugins need together."""
+        return frozenset().union(*(plugin.survey_needs for plugin in self.surveyors.values()))
+
+    def on_survey_block_start(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+    ) -> None:
+        """Let the plugins try changed weights; before the first block, let them say what that costs."""
+        for plugin in self.surveyors.values():
+            if plugin.wants_survey_losses and block.index == 0:
+                trainer.weights.load_output_embedding()
+                trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), tail, trainer.processes.count))
+            plugin.survey_block_start(block.name, self._linears(block), tail)
+
+    def on_survey_batch_end(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """Show each plugin the sample."""
+        linears = self._linears(block)
+        inputs = {
+            name: tokens for site, tokens, _ in sample.site_inputs() for name in sample.sites[site] if name in linears
+        }
+        for plugin in self.surveyors.values():
+            tokens = sample.tokens(self.pruning.visual, plugin.survey_needs, asked_by=plugin_class(plugin).__name__)
+            plugin.survey_sample(block.name, tokens, inputs)
+
+    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Let the plugins sum over processes."""
+        for plugin in self.surveyors.values():
+            plugin.survey_block_end(block.name, self._linears(block), trainer.processes.sum)
+
+    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Keep what the plugins found, and deal out the sparsity."""
+        if any(plugin.wants_survey_losses for plugin in self.surveyors.values()):
+            trainer.weights.release_output_embedding()
+        for name, plugin in self.surveyors.items():
+            trainer.manifest["survey"][name] = plugin.survey_end(trainer.processes.sum)
+        self.on_survey_restored(trainer, pl_module)
+
+    def on_survey_restored(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Give each plugin what it found, and deal out the sparsity."""
+        for name, plugin in self.surveyors.items():
+            plugin.use_survey(trainer.manifest["survey"][name])
+        self.pruning.allocate()
+        targets = self.pruning.targets.values()
+        if min(targets) < max(targets):
+            trainer.say(f"surveyed: sparsity {min(targets):.3f} to {max(targets):.3f} per Linear")
+
+    def _linears(self, block: Block) -> dict[str, nn.Linear]:
+        """Linears of the block that are going to be pruned."""
+        return {name: linear for name, linear in block.linears.items() if f"{block.name}.{name}" in self.pruning.shapes}
+
+    def _linears_of_blocks(self, pl_module: "LVLMModule") -> dict[str, list[str]]:
+        names = [pl_module.runner.name(index) for index in range(len(pl_module.runner))]
+        return {
+            block: [name.removeprefix(f"{block}.") for name in self.pruning.shapes if name.startswith(f"{block}.")]
+            for block in names
+        }

@@ -1,0 +1,156 @@
+"""Losses of the dense model when the weights of one block change: only that block and those after it run again.
+
+cached input of block b ─► block b (changed) ─► b + 1 ─► ... ─► last ─► norm ─► lm_head ─► next-token loss
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lvlm_prune.blocks.capture import CaughtBatch
+from lvlm_prune.blocks.execution import BlockRunner
+from lvlm_prune.blocks.weights import ResidentWeights, Weights
+from lvlm_prune.errors import InputError
+
+# Hidden states that are held at once while streamed blocks pass by. More samples together read the blocks less often.
+_HELD_BYTES = 2**32
+
+# Logits of so many positions are held at once: a vocabulary is fifty times as wide as a model.
+_POSITIONS = 512
+
+Change = Callable[[int], AbstractContextManager[None]]
+"""Number of a sample -> a context in which the block's weights are changed, as this sample is to see them."""
+
+
+@dataclass(frozen=True)
+class TailSample:
+    """One sample at the input of the block where a tail begins.
+
+    Args:
+        sample: Its number in the whole calibration set.
+        batch: The batch that holds it.
+        row: Its row there.
+        predicted: Which positions are tokens to be predicted from what is before them, bool of shape (S,).
+    """
+
+    sample: int
+    batch: CaughtBatch
+    row: int
+    predicted: Tensor
+
+
+class DecoderTail:
+    """Blocks from `first` to the last, and what comes after them, for samples at the input of block `first`.
+
+    Args:
+        runner: Runs the decoder's blocks.
+        weights: Brings later blocks into memory and releases them.
+        samples: Samples of this process.
+        first: Index of the first block; it is in memory, and stays there.
+    """
+
+    def __init__(self, runner: BlockRunner, weights: Weights, samples: Sequence[TailSample], first: int) -> None:
+        self._runner, self._weights, self._samples, self._first = runner, weights, samples, first
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self._runner) - self._first
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self._runner.block(self._first)
+
+    def chosen(self, number: int | None) -> list[TailSample]:
+        """This process' samples among the first `number` of the whole calibration set; None: all of them."""
+        return [sample for sample in self._samples if number is None or sample.sample < number]
+
+    @torch.no_grad()
+    def losses(self, changes: Sequence[Change], number: int | None = None) -> dict[int, list[float]]:
+        r"""Next-token loss of each sample under each change of the first block's weights.
+
+        .. math:: L = -\frac{1}{n} \sum_{t \,\text{text}} \log p(x_t \mid x_{<t})
+
+        Args:
+            changes: How the weights change.
+            number: Only samples among the first `number` of the whole calibration set.
+
+        Returns:
+            Number of each sample of this process -> its loss in nats under each change.
+
+        Raises:
+            InputError: The model has no output embedding.
+        """
+        chosen = self.chosen(number)
+        if isinstance(self._weights, ResidentWeights):
+            together = 1  # nothing is read, so nothing is gained from holding more
+        else:
+            largest = max((sample.batch.hidden.nbytes for sample in chosen), default=1)
+            together = max(_HELD_BYTES // max(largest * len(changes), 1), 1)
+        found: dict[int, list[float]] = {}
+        for start in range(0, len(chosen), together):
+            found |= self._losses_of(chosen[start : start + together], changes)
+        return found
+
+    def _losses_of(self, chosen: list[TailSample], changes: Sequence[Change]) -> dict[int, list[float]]:
+        held = []
+        for sample in chosen:
+            for change in changes:
+                batch = sample.batch.fork()
+                with change(sample.sample):
+                    self._runner.advance(self._first, batch)
+                held.append((sample, batch))
+        for index in range(self._first + 1, len(self._runner)):
+            self._weights.load_block(index)
+            for _, batch in held:
+                self._runner.advance(index, batch)
+            self._weights.release_block(index)
+        found: dict[int, list[float]] = {}
+        for sample, batch in held:
+            found.setdefault(sample.sample, []).append(self._loss(sample, batch))
+        return found
+
+    def _loss(self, sample: TailSample, batch: CaughtBatch) -> float:
+        head = self._runner.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            problem = "has no output embedding, so it has no next-token loss"
+            raise InputError("model.path", type(self._runner.model).__name__, problem)
+        hidden = self._runner.finish(batch)[sample.row]
+        positions = sample.predicted[1:].nonzero().flatten()
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for part in positions.split(_POSITIONS):
+            assert batch.input_ids is not None
+            targets = batch.input_ids[sample.row, part + 1]
+            total += cross_entropy(head(hidden[part]).float(), targets, reduction="sum").double()
+        return total.item() / max(len(positions), 1)
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of one forward of the first block and of one loss, measured on the first sample; 0.0 without any."""
+        if not self._samples:
+            return 0.0, 0.0
+        sample = self._samples[0]
+        batch = sample.batch.fork()
+        return (
+            _seconds(lambda: self._runner.run(self._first, batch)),
+            _seconds(lambda: self._loss(sample, batch)),
+        )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Seconds of the second of two calls: the first one warms up."""
+    with torch.no_grad():
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - started
