@@ -2,8 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 
@@ -11,7 +9,7 @@ import torch
 class Stopwatch:
     """Seconds between laps, with the accelerator's queue emptied first."""
 
-    clock: ClassVar[Callable[[], float]] = staticmethod(time.perf_counter)
+    clock = staticmethod(time.perf_counter)
     """Where the time comes from; a benchmark on a busy machine takes processor time instead."""
 
     def __init__(self) -> None:

@@ -20,13 +20,22 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lvlm_prune.activations import SampleRow, rows_of
-from lvlm_prune.blocks import Weights
+from lvlm_prune.blocks import StreamedWeights, Weights
+from lvlm_prune.callbacks import (
+    BlockwisePruning,
+    EmbeddedEvaluation,
+    PluginSurvey,
+    PruneProgressBar,
+    PruningReport,
+    SparseCheckpointWriter,
+)
 from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint, load_processor
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
 from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
 
@@ -61,6 +70,7 @@ class LVLMTrainer(L.Trainer):
         output: str = "",
         resume: bool = False,
         evaluate: bool = True,
+        plan: bool = False,
     ) -> Manifest:
         """Prune a checkpoint block by block and write a sparse one.
 
@@ -71,9 +81,10 @@ class LVLMTrainer(L.Trainer):
                 in memory is pruned in place and nothing is written.
             resume: Go on with the unfinished run in `output`.
             evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+            plan: Only say what would be pruned and what memory and disk that needs; write nothing.
 
         Returns:
-            The manifest.
+            The manifest; empty after a plan.
         """
         started = time.perf_counter()
         self.resume_run, self.evaluate_run = resume, evaluate
@@ -88,6 +99,9 @@ class LVLMTrainer(L.Trainer):
             model.processor = load_processor(model.folder.path, model.trust_remote_code)
         fabric = self._fabric(callbacks)
         self._raise_hook(fabric, model, "setup", stage="prune")
+        if plan:
+            print(self._plan(model, datamodule, callbacks))
+            return self.manifest
         if finished is None:
             fabric.launch()
         self.processes = Processes(fabric if finished is None else None)
@@ -132,6 +146,23 @@ class LVLMTrainer(L.Trainer):
         )
         done = self.manifest.finished_blocks()
         loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
+
+    def _plan(self, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]) -> Plan:
+        """What would be pruned. Calibration samples are read, for their lengths; weights are not.
+
+        Raises:
+            InputError: The model is in memory already, or no callback prunes.
+        """
+        weights = model.weights(torch.device("cpu"))
+        pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
+        if not isinstance(weights, StreamedWeights) or pruning is None:
+            raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
+        tokens = None
+        if self._needs_samples(callbacks):
+            batches = datamodule.calibration_batches(model.processor)
+            tokens = [row.numel() for batch in batches for row in batch.inputs["input_ids"]]
+        targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
+        return make_plan(model, weights, targets, pruning.shapes, tokens)
 
     def _is_resumable(self) -> bool:
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
@@ -225,15 +256,6 @@ class LVLMTrainer(L.Trainer):
 
         The survey comes before the writer, which keeps what was found.
         """
-        from lvlm_prune.callbacks import (
-            BlockwisePruning,
-            EmbeddedEvaluation,
-            PluginSurvey,
-            PruneProgressBar,
-            PruningReport,
-            SparseCheckpointWriter,
-        )
-
         given: list[Callback] = [callback for callback in self.callbacks if not isinstance(callback, ProgressBar)]
         tail: list[Callback] = [SparseCheckpointWriter(), EmbeddedEvaluation(), PruningReport()]
         if isinstance(self.progress_bar_callback, PruneProgressBar):

@@ -1,0 +1,94 @@
+"""A plan says what a run would do, and does nothing."""
+
+import json
+from math import prod
+
+import pytest
+
+from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN
+
+# Decoder shapes of the papers' models: architecture, hidden, blocks, heads, key-value heads, intermediate, vocabulary.
+SHAPES = {
+    "llama3-llava-next-8b-hf": ("llava_next", "llama", 4096, 32, 32, 8, 14336, 128320),
+    "llava-v1.6-vicuna-7b-hf": ("llava_next", "llama", 4096, 32, 32, 32, 11008, 32064),
+    "llava-v1.6-vicuna-13b-hf": ("llava_next", "llama", 5120, 40, 40, 40, 13824, 32064),
+    "llava-onevision-qwen2-7b-ov-hf": ("llava_onevision", "qwen2", 3584, 28, 28, 4, 18944, 152064),
+    "Qwen2-VL-7B-Instruct": ("qwen2_vl", "qwen2_vl_text", 3584, 28, 28, 4, 18944, 152064),
+    "Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", "qwen2_5_vl_text", 3584, 28, 28, 4, 18944, 152064),
+}
+
+
+def test_a_plan_names_every_tensor_and_writes_nothing(golden_arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--pruning.exclude=*.k_proj", "--pruning.sparsity=0.6", "--plan=true", "--output=out"]
+    assert main([*golden_arguments, *arguments]) == 0
+    assert list(tmp_path.iterdir()) == []
+    lines = capsys.readouterr().out.splitlines()
+    folder = CheckpointFolder(GOLDEN / "model")
+    listed = {line.split()[0]: line.split() for line in lines if line.startswith("model.")}
+    assert len(listed) == 24
+    for key, words in listed.items():
+        assert folder[key].shape == (int(words[1]), int(words[3]))
+        assert float(words[4]) == 0.6
+    weights = sum(prod(folder[key].shape) for key in listed)
+    assert f"24 Linears · {weights:,} weights" in "\n".join(lines)
+    assert "hidden states of the calibration samples: " in "\n".join(lines)
+
+
+def sparse_checkpoint(name: str, folder) -> CheckpointFolder:
+    """A checkpoint folder of this shape whose shard is a hole in the file system: no bytes are stored."""
+    import struct
+
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    family, text, hidden, blocks, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+    language = {
+        "model_type": text,
+        "hidden_size": hidden,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocabulary,
+    }
+    config = AutoConfig.for_model(family, text_config=language)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    header, position = {}, 0
+    for key, tensor in model.state_dict().items():
+        if "inv_freq" in key or (key == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        size = 2 * tensor.numel()
+        header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [position, position + size]}
+        position += size
+    encoded = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + position)
+    return CheckpointFolder(folder)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_papers_models_are_covered_by_their_shapes(name, tmp_path, capsys):
+    _, _, hidden, blocks, heads, kv_heads, intermediate, _ = SHAPES[name]
+    folder = tmp_path / name
+    folder.mkdir()
+    sparse_checkpoint(name, folder)
+    arguments = [
+        f"--model.path={folder}",
+        "--pruning.scorer=MagnitudeScorer",
+        "--plan=true",
+        f"--output={tmp_path / 'o'}",
+    ]
+    assert main(["prune", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shapes = [(int(words[1]), int(words[3])) for words in map(str.split, lines) if len(words) == 5 and words[2] == "x"]
+    head = hidden // heads
+    per_block = [(heads * head, hidden), *[(kv_heads * head, hidden)] * 2, (hidden, heads * head)]
+    per_block += [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    assert sorted(shapes) == sorted(per_block * blocks)
