@@ -78,6 +78,7 @@ class BlockwisePruning(PruneCallback):
             raise InputError(
                 "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"
             )
+        scorer.check(self.pattern)
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.visual, self.record = list(visual), record
@@ -210,7 +211,7 @@ class BlockwisePruning(PruneCallback):
         for name, full_name in self._targets.items():
             weight = block.linears[name].weight
             statistic = self._statistics.get(self._site_of.get(name, ""))
-            if self.scorer.statistic is not None and statistic is None:
+            if self.scorer.statistic is not None and _saw_nothing(statistic):
                 linears[full_name] = {"shape": list(weight.shape), "target": 0.0, "note": "saw no calibration token"}
                 continue
             if statistic is not None and not all(torch.isfinite(part).all() for part in statistic.tensors()):
@@ -220,12 +221,25 @@ class BlockwisePruning(PruneCallback):
             block.masks[name] = mask
             if self.scorer.updates_weights:
                 block.updated.add(name)
-            linears[full_name] = {"shape": list(weight.shape), "target": self.targets[full_name]}
+            linears[full_name] = {
+                "shape": list(weight.shape),
+                "target": self.targets[full_name],
+                "pruned": int(mask.sum()),
+            }
+            if notes := self.scorer.notes(statistic, mask, self.targets[full_name]):
+                linears[full_name]["scorer"] = notes
         block.record["linears"] = linears
         if self.record:
             trainer.recorded.update(self._recorded_norms(block, trainer.manifest["calibration"]["num_samples"]))
         self._statistics.clear()
         self._held.clear()
+
+    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Say what the scorer found worth reporting."""
+        linears = trainer.manifest.get("linears", {})
+        if line := self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}):
+            trainer.manifest["warnings"] = [line]
+            trainer.say(f"warning: {line}")
 
     def _finish_statistics(self, trainer: "LVLMTrainer", block: Block) -> None:
         cutoffs = self.pool.cutoffs(trainer.processes.sum)
@@ -272,10 +286,19 @@ class BlockwisePruning(PruneCallback):
 
     def _recorded_norms(self, block: Block, num_samples: int) -> dict[str, Tensor]:
         return {
-            f"scaler_row.{block.index}.{name}": (statistic.tensors()[0] / num_samples).float().cpu()
+            f"scaler_row.{block.index}.{name}": (norms / num_samples).float().cpu()
             for name in self._targets
             if (statistic := self._statistics.get(self._site_of.get(name, ""))) is not None
+            if (norms := statistic.squared_norms()) is not None
         }
+
+
+def _saw_nothing(statistic: Statistic | None) -> bool:
+    """Whether no token of the pool reached the Linear, or only zeros: then nothing is known about its weights."""
+    if statistic is None:
+        return True
+    norms = statistic.squared_norms()
+    return norms is not None and not bool(norms.any())
 
 
 def _composition(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:

@@ -8,12 +8,42 @@ In a mask, True means pruned.
 
 import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Group = Literal["row", "layer"]
+
+
+@dataclass(frozen=True)
+class ZeroCount:
+    """How many zeros a pruned weight must have, for each group of weights that were compared with each other.
+
+    Args:
+        size: Number of weights in a group, counted along rows: C_in for rows, M for N:M, all for a whole matrix.
+        least: Zeros that each group must have.
+        most: Zeros that it may have, beside those of the dense weight; None where ties and the like may add to them.
+        columns: The input columns that this is about; None for all.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 1.0, 1.0]])
+        >>> ZeroCount(size=4, least=2, most=2).of(weight)
+        tensor([2, 1])
+        >>> ZeroCount(size=4, least=2, columns=slice(0, 2)).of(weight)
+        tensor([2])
+    """
+
+    size: int
+    least: int
+    most: int | None = None
+    columns: slice | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Zeros in each group of this weight, int64."""
+        part = weight if self.columns is None else weight[:, self.columns]
+        return (part.reshape(-1, self.size) == 0).sum(dim=1)
 
 
 class Pattern(ABC):
@@ -39,6 +69,12 @@ class Pattern(ABC):
     @abstractmethod
     def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
         """The matrix viewed as (number of comparison groups, group size)."""
+
+    def expected_zeros(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> ZeroCount:
+        """What `mask` promises of a matrix of this shape."""
+        count = self.pruned_per_group(shape, sparsity, group)
+        size = self.groups(torch.empty(shape, device="meta"), group).shape[1]
+        return ZeroCount(size, count, count)
 
 
 class Unstructured(Pattern):

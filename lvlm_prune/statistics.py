@@ -4,9 +4,12 @@ A statistic belongs to an input *site*: Linears that are fed by the same tensor 
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lvlm_prune.errors import RunError
 
 
 class Statistic(ABC):
@@ -33,6 +36,10 @@ class Statistic(ABC):
     def tensors(self) -> list[Tensor]:
         """The float64 sums themselves, to be summed over processes in place."""
 
+    def squared_norms(self) -> Tensor | None:
+        """Squared norm of each channel over the pool, float64 of shape (channels,); None where it is not known."""
+        return None
+
 
 class ChannelNorm(Statistic):
     r"""Squared norm of each input channel over the pool.
@@ -56,3 +63,102 @@ class ChannelNorm(Statistic):
     def tensors(self) -> list[Tensor]:
         """The squared norms, float64 of shape (channels,)."""
         return [self.value]
+
+    def squared_norms(self) -> Tensor:
+        """The sums themselves."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Cholesky factor of the inverse of a damped Gram matrix.
+
+    Args:
+        upper: Upper triangular U with U^T U = (H + damping)^-1, float32 of shape (channels, channels).
+        dead: Channels that are zero in every token of the pool, bool of shape (channels,); U is diagonal there.
+        damping: The share of the mean diagonal that was added, the asked one or the first larger one that sufficed.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+
+class Gram(Statistic):
+    r"""Products of each two input channels over the pool.
+
+    .. math:: H = \sum_t w_t^2 \, x_t x_t^T
+
+    Example:
+        >>> gram = Gram(2)
+        >>> gram.add(torch.tensor([[3.0, 1.0], [4.0, 1.0], [9.0, 9.0]]), torch.tensor([True, True, False]))
+        >>> gram.value
+        tensor([[25.,  7.],
+                [ 7.,  2.]], dtype=torch.float64)
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.value = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self._factors: dict[tuple[float, int], InverseFactor] = {}
+
+    def add(self, inputs: Tensor, weights: Tensor) -> None:
+        """Add `w_t^2 x_t x_t^T` summed over the tokens of one sample."""
+        # The product costs T * channels^2: what does not count is left out first.
+        counts = weights if weights.dtype == torch.bool else weights != 0
+        tokens = inputs[counts].float()
+        if weights.dtype != torch.bool:
+            tokens *= weights[counts].float()[:, None]
+        if len(tokens):
+            self.value += tokens.T @ tokens
+
+    def tensors(self) -> list[Tensor]:
+        """The products, float64 of shape (channels, channels)."""
+        return [self.value]
+
+    def squared_norms(self) -> Tensor:
+        """The diagonal."""
+        return self.value.diagonal()
+
+    def inverse_factor(self, damping: float) -> InverseFactor:
+        r"""Upper Cholesky factor of the damped inverse, computed once for all Linears of the site.
+
+        .. math:: U^T U = (H + \lambda \, \overline{\mathrm{diag}(H)} \, I)^{-1}
+
+        Where the damped matrix is still singular within float32 (the precision of a sample's sums), lambda grows
+        tenfold until it is not; the answer says so.
+
+        Args:
+            damping: Lambda, a share of the mean diagonal, 0 or larger.
+
+        Raises:
+            RunError: The sums are not finite, or all channels are zero.
+        """
+        # The version changes with every change of the sums, be it by `add` or by a sum over processes.
+        key = (damping, self.value._version)
+        if key not in self._factors:
+            self._factors = {key: self._factorise(damping)}
+        return self._factors[key]
+
+    def _factorise(self, damping: float) -> InverseFactor:
+        diagonal = self.value.diagonal()
+        mean = diagonal.mean().item()
+        if not torch.isfinite(self.value).all():
+            raise RunError("NaN or infinity in the Gram matrix of the calibration tokens")
+        if mean == 0:
+            raise RunError("the Gram matrix is zero: no calibration token has a value that is not zero")
+        dead = diagonal == 0
+        share = damping
+        while True:
+            matrix = self.value.clone()
+            matrix.diagonal().add_(share * mean + dead * mean)
+            # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
+            # so H^-1 = R^-T R^-1 and U = R^-1. One factorisation and one triangular inverse; H^-1 is never formed.
+            matrix = matrix.flip(0, 1)
+            lower, failed = torch.linalg.cholesky_ex(matrix)
+            smallest = (lower.diagonal().square() / matrix.diagonal()).min()
+            if not failed and smallest > torch.finfo(torch.float32).eps:
+                break
+            share = max(10 * share, 1e-6)
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return InverseFactor(inverse.flip(0, 1).float(), dead, share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.errors import RunError
-from lvlm_prune.patterns import Group, Pattern
+from lvlm_prune.patterns import ZeroCount
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -21,11 +21,13 @@ class Expectation:
     """What is promised of the weight of one pruned Linear.
 
     Args:
-        sparsity: Its target sparsity.
+        pruned: Number of its weights that were set to zero.
+        zeros: How they spread over the weights that were compared with each other.
         updated: Whether remaining weights may differ from the dense ones.
     """
 
-    sparsity: float
+    pruned: int
+    zeros: Sequence[ZeroCount] = ()
     updated: bool = False
 
 
@@ -34,21 +36,18 @@ def verify_checkpoint(
     pruned: CheckpointFolder,
     weights: StreamedWeights,
     expectations: Mapping[str, Expectation],
-    pattern: Pattern,
-    group: Group = "row",
 ) -> dict[str, Any]:
     """Read both checkpoints tensor by tensor and compare.
 
-    Every comparison group has exactly as many zeros as the pattern prunes (more only where the dense weight had zeros
-    of its own), pruned entries are +0.0, other entries and all other tensors are byte-identical.
+    Every pruned weight has as many zeros as were made, in all and in every comparison group (more only where the dense
+    weight had zeros of its own); they are +0.0. All other tensors are byte-identical, and so are the other entries of a
+    weight that was not to be updated.
 
     Args:
         dense: The input checkpoint.
         pruned: The output checkpoint.
         weights: Knows where on disk a weight of the model is, fused with others or not.
         expectations: Full name of each pruned Linear -> what is promised of it.
-        pattern: The sparsity pattern.
-        group: Comparison group of the unstructured pattern.
 
     Returns:
         Zeros per pruned Linear, their share of all, and the number of untouched tensors.
@@ -64,7 +63,7 @@ def verify_checkpoint(
             raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
     for name, expected in expectations.items():
         before, after = (weights.stored(f"{name}.weight", folder) for folder in (dense, pruned))
-        _check(name, before, after, expected, pattern, group)
+        _check(name, before, after, expected)
         zeros[name] = int((after == 0).sum())
         sizes[name] = after.numel()
     return {
@@ -74,13 +73,21 @@ def verify_checkpoint(
     }
 
 
-def _check(name: str, before: Tensor, after: Tensor, expected: Expectation, pattern: Pattern, group: Group) -> None:
+def _check(name: str, before: Tensor, after: Tensor, expected: Expectation) -> None:
     bits_before, bits_after = (weight.view(_BITS[weight.element_size()]) for weight in (before, after))
     if not expected.updated and not ((bits_after == 0) | (bits_after == bits_before)).all():
         raise RunError(f"verification failed: remaining weights of {name} changed")
-    count = pattern.pruned_per_group((after.shape[0], after.shape[1]), expected.sparsity, group)
-    zeros = (pattern.groups(after, group) == 0).sum(dim=1)
-    own_zeros = (pattern.groups(before, group) == 0).sum(dim=1)
-    if (zeros < count).any() or (zeros > count + own_zeros).any():
-        worst = int(zeros[(zeros < count) | (zeros > count + own_zeros)][0])
-        raise RunError(f"verification failed: {name} has {worst} zeros in a group, {count} were to be there")
+    if expected.updated and ((after == 0) & (bits_after != 0)).any():
+        raise RunError(f"verification failed: {name} holds -0.0 where +0.0 was to be written")
+    if expected.updated and not torch.isfinite(after).all():
+        raise RunError(f"verification failed: {name} holds NaN or infinity")
+    whole = ZeroCount(after.numel(), expected.pruned, expected.pruned)
+    for count in (*expected.zeros, whole):
+        zeros, own_zeros = count.of(after), count.of(before)
+        wrong = zeros < count.least
+        if count.most is not None:
+            wrong |= zeros > count.most + own_zeros
+        if wrong.any():
+            where = "all" if count is whole else "a group"
+            found = f"{int(zeros[wrong][0])} zeros in {where}, {count.least} were to be there"
+            raise RunError(f"verification failed: {name} has {found}")

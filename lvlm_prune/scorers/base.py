@@ -1,18 +1,21 @@
 """The interface of a scorer."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lvlm_prune.patterns import Group, Pattern
+from lvlm_prune.patterns import Group, Pattern, ZeroCount
 from lvlm_prune.statistics import Statistic
 
 
 class Scorer(ABC):
     """How important each weight of a Linear is. Subclass it, write `score`, name the class in YAML.
 
-    A scorer that also changes the remaining weights overrides `prune` and sets `updates_weights`.
+    A scorer that also changes the remaining weights overrides `prune` and sets `updates_weights`; one that compares
+    other groups of weights than the pattern does overrides `expected_zeros`, against which the written
+    checkpoint is held.
 
     Example:
         >>> import torch
@@ -46,3 +49,22 @@ class Scorer(ABC):
         """The new weight, same shape and dtype as the dense one, with +0.0 where the mask is True; and the mask."""
         mask = pattern.mask(self.score(weight, statistic), sparsity, self.group)
         return weight.masked_fill(mask, 0.0), mask
+
+    def check(self, pattern: Pattern) -> None:  # noqa: B027
+        """Refuse a pattern that this scorer cannot prune to, before any work.
+
+        Raises:
+            InputError: Pattern and scorer contradict each other.
+        """
+
+    def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
+        """What `prune` promises of the zeros in a weight of this shape; empty where only their total is known."""
+        return [pattern.expected_zeros(shape, sparsity, self.group)]
+
+    def notes(self, statistic: Statistic | None, mask: Tensor, sparsity: float) -> dict[str, Any]:
+        """What the manifest is to say of a Linear that was just pruned, as plain data; most often nothing."""
+        return {}
+
+    def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
+        """One line about the whole run out of the notes of its Linears (by full name); empty where all is well."""
+        return ""
