@@ -126,6 +126,7 @@ class BlockwisePruning(PruneCallback):
                 if width % self.pattern.group_size:
                     problem = f"the {width} input columns of {name} are not divisible by {self.pattern.group_size}"
                     raise InputError("pruning.pattern", self.pattern, problem)
+        self.allocation.check(self.shapes, self.sparsity)
         if not self.allocation.wants_survey:
             self.allocate()
 
@@ -162,6 +163,7 @@ class BlockwisePruning(PruneCallback):
         self._held: list[tuple[str, int, Tensor, int]] = []
         self._samples: list[int] = []
         self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
+        self._linear_selections: dict[tuple[int, str], Tensor] = {}
         self._targets = {
             name: f"{block.name}.{name}" for name in block.linears if f"{block.name}.{name}" in self.targets
         }
@@ -188,16 +190,21 @@ class BlockwisePruning(PruneCallback):
                 if self._site_of.setdefault(name, key) != key:
                     raise RunError(f"{block.name}.{name} shares its input with other Linears in some samples only")
             for key in dict.fromkeys(keys.values()):
-                selection = shared if shared is not None else self.pool.select(tokens, key)
+                selection = shared
+                if selection is None and repeats > 0:
+                    selection = self.pool.select(tokens, key)
+                    if self.record:
+                        self._linear_selections[sample.sample, key] = selection.weights
                 self._add(key, inputs, repeats, selection, order)
 
-    def _add(self, key: str, inputs: Tensor, repeats: int, selection: Selection, order: int) -> None:
+    def _add(self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int) -> None:
         assert self.scorer.statistic is not None
         if key not in self._statistics:
             self._statistics[key] = self.scorer.statistic(inputs.shape[1], inputs.device)
         if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
             self._statistics[key].add(inputs, torch.ones(len(inputs), dtype=torch.bool, device=inputs.device))
             return
+        assert selection is not None
         self._statistics[key].add(inputs, selection.weights if repeats == 1 else selection.weights.repeat(repeats))
         if selection.candidates is not None and len(selection.candidates):
             streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
@@ -267,6 +274,8 @@ class BlockwisePruning(PruneCallback):
                 recorded[f"image_mask.{sample}"] = visual[None].cpu()
                 if selection is not None:
                     recorded.update(self._recorded_selection(block.index, sample, visual, selection, chosen_of))
+            for (sample, linear), weights in self._linear_selections.items():
+                recorded[f"{self.pool.name}_sel.{block.index}.{sample}.{linear}"] = weights.cpu()
             for part in trainer.processes.gather(recorded):
                 trainer.recorded.update(part)
 

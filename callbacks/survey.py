@@ -59,7 +59,7 @@ class PluginSurvey(PruneCallback):
         for plugin in self.surveyors.values():
             if plugin.wants_survey_losses and block.index == 0:
                 trainer.weights.load_output_embedding()
-                trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), tail, trainer.processes.count))
+                trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), tail))
             plugin.survey_block_start(block.name, self._linears(block), tail)
 
     def on_survey_batch_end(

@@ -46,13 +46,12 @@ class Surveyor:
     wants_survey_losses: bool = False
     """True where `survey_block_start` evaluates losses, which needs the output embedding in memory."""
 
-    def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail, processes: int) -> str:
+    def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail) -> str:
         """What evaluating losses will cost, in a line for the user; asked before it starts.
 
         Args:
             linears: Path of each block -> names of its Linears that are going to be pruned, relative to the block.
             tail: All blocks, from the input of the first one; for measuring what a forward costs.
-            processes: How many processes share the samples.
         """
         return ""
 

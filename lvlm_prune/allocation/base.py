@@ -1,5 +1,6 @@
 """The interface of an allocation."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -28,6 +29,13 @@ class Allocation(Surveyor, ABC):
     uniform: ClassVar[bool] = False
     """True where every Linear gets the target itself, which N:M patterns require."""
 
+    def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
+        """Refuse what can be seen to be wrong before anything is read or written; arguments as for `allocate`.
+
+        Raises:
+            InputError: For example, the target cannot be reached under the allocation's maximum.
+        """
+
     @abstractmethod
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:
         """Target sparsity of each Linear, whose parameter-weighted mean is `sparsity` within 1e-6.
@@ -36,3 +44,14 @@ class Allocation(Surveyor, ABC):
             shapes: Full name of each Linear -> (C_out, C_in), in the order of the blocks.
             sparsity: Target share of zeros over all of them.
         """
+
+
+def block_of(linear: str) -> str:
+    """Path of the block that a Linear belongs to: all up to the first number.
+
+    Example:
+        >>> block_of("model.language_model.layers.3.self_attn.q_proj")
+        'model.language_model.layers.3'
+    """
+    match = re.match(r"(?:.*?\.)??\d+(?=\.)", linear)
+    return match[0] if match else ""
