@@ -1,0 +1,119 @@
+"""The adapter on disk: PEFT's own two files, and a third one that binds them to the zeros of their base.
+
+    adapter_config.json           PEFT's
+    adapter_model.safetensors     PEFT's
+    sparse_adapter.json           ours: a digest of the zeros of every Linear that the adapter was trained on
+
+Plain PEFT can load the first two onto anything, and merging would then revive pruned weights. Load them with
+`load_sparse_adapter`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.manifest import replace_durably
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lvlm_prune.recovery.masked_lora import Gradient
+
+MARKER_NAME = "sparse_adapter.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+def mask_digest(weight: Tensor) -> str:
+    """SHA-256 of where a weight is zero, and of its shape.
+
+    Example:
+        >>> import torch
+        >>> mask_digest(torch.tensor([[0.0, 1.0]])) == mask_digest(torch.tensor([[-0.0, 7.0]]))
+        True
+    """
+    zero = (weight.detach() == 0).cpu().numpy()
+    return hashlib.sha256(f"{tuple(weight.shape)}".encode() + np.packbits(zero).tobytes()).hexdigest()
+
+
+def save_sparse_adapter(
+    model: nn.Module, folder: str | Path, masks: Mapping[str, str], gradient: Gradient = "exact"
+) -> None:
+    """Write the adapter of a model in PEFT's format, with the marker that it belongs to these zeros.
+
+    Args:
+        model: The model with injected adapters (not wrapped in a `PeftModel`).
+        folder: Where to write; made if it is not there.
+        masks: Path of each adapted Linear in the model -> `mask_digest` of its weight.
+        gradient: What the adapter was trained with; loading it trains on with the same.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    configs: Any = model.peft_config
+    config = configs["default"]
+    config.save_pretrained(folder)
+    tensors = get_peft_model_state_dict(model, adapter_name="default")
+    named = {_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): tensor.cpu() for name, tensor in tensors.items()}
+    replace_durably(folder / "adapter_model.safetensors", save({k: v.contiguous() for k, v in named.items()}))
+    marker = {
+        "mask_bound": True,
+        "note": "Load with lvlm_prune.recovery.load_sparse_adapter; plain PEFT would revive pruned weights.",
+        "gradient": gradient,
+        "masks": dict(masks),
+    }
+    replace_durably(folder / MARKER_NAME, (json.dumps(marker, indent=1) + "\n").encode())
+
+
+def load_sparse_adapter(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on the pruned model that it was trained on.
+
+    Args:
+        model: The pruned transformers model, in any floating dtype.
+        folder: What `save_sparse_adapter` (and `lvlm-prune recover`, as `adapter/`) wrote.
+        is_trainable: Whether the adapter is going to be trained on.
+
+    Returns:
+        A `PeftModel`; its `merge_and_unload()` leaves every pruned weight at +0.0.
+
+    Raises:
+        InputError: The folder holds no such adapter, or `model` is not its base.
+    """
+    from peft import LoraConfig, PeftModel
+
+    from lvlm_prune.recovery.adapter_layer import sparse_lora_config
+
+    folder = Path(folder)
+    marker = _read_marker(folder)
+    modules = dict(model.named_modules())
+    for name, digest in marker["masks"].items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError("adapter", folder, f"belongs to another base: this model has no Linear {name}")
+        if mask_digest(linear.weight) != digest:
+            raise InputError("adapter", folder, f"belongs to another base: {name} has its zeros in other places")
+    saved: Any = LoraConfig.from_pretrained(str(folder))
+    config = sparse_lora_config(marker["gradient"])
+    saved._custom_modules = config._custom_modules
+    return PeftModel.from_pretrained(model, str(folder), config=saved, is_trainable=is_trainable)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads((folder / MARKER_NAME).read_text())
+    except OSError:
+        raise InputError("adapter", folder, f"has no {MARKER_NAME}: not an adapter that `recover` wrote") from None
+    except ValueError:
+        raise InputError("adapter", folder, f"its {MARKER_NAME} cannot be read") from None
+    if not isinstance(marker, dict) or not isinstance(marker.get("masks"), dict) or "gradient" not in marker:
+        raise InputError("adapter", folder, f"its {MARKER_NAME} cannot be read")
+    return marker
