@@ -77,6 +77,22 @@ OPTIONS = {
     ),
     "no such accelerator": (["--trainer.accelerator=quantum"], ["--trainer.accelerator quantum"]),
     "unsuitable strategy": (["--trainer.strategy=nothing"], ["--trainer.strategy nothing"]),
+    "damping negative": (
+        ["--pruning.scorer=SparseGPTScorer", "--pruning.scorer.damping=-1"],
+        ["--pruning.scorer.damping -1.0"],
+    ),
+    "column blocks of nothing": (
+        ["--pruning.scorer=SparseGPTScorer", "--pruning.scorer.block_size=0"],
+        ["--pruning.scorer.block_size 0"],
+    ),
+    "exponent negative": (
+        ["--pruning.scorer=RIAScorer", "--pruning.scorer.exponent=-1"],
+        ["--pruning.scorer.exponent -1.0"],
+    ),
+    "variant with N:M": (
+        ["--pruning.scorer=WandaScorer", "--pruning.scorer.variant=true", "--pruning.pattern=2:4"],
+        ["--pruning.scorer.variant True", "2:4"],
+    ),
     "resume without a folder": (["--resume=perhaps"], ["--resume perhaps"]),
 }
 

@@ -1,0 +1,141 @@
+"""Scorers in whole runs: what they promise, report and share."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import lvlm_prune
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
+from lvlm_prune.pools import MixedPool, Pool
+from lvlm_prune.scorers import RIAScorer, SparseGPTScorer, WandaScorer
+from lvlm_prune.tokens import Selection, Tokens
+from tests.conftest import GOLDEN
+
+SOURCE = TensorSource(str(GOLDEN / "calib.safetensors"))
+SPARSEGPT = ["--pruning.pool=MixedPool", "--pruning.scorer=SparseGPTScorer"]
+
+
+def golden_model():
+    return AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32)
+
+
+class OnesPool(Pool):
+    """Every token counts, with the real weight 1."""
+
+    def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
+        return Selection(torch.ones(len(tokens.visual)))
+
+
+@pytest.mark.parametrize("scorer", [WandaScorer(), WandaScorer(variant=True), RIAScorer(), SparseGPTScorer()])
+def test_a_pool_whose_weights_are_all_one_is_the_mixed_pool(scorer):
+    mixed, ones = golden_model(), golden_model()
+    lvlm_prune.prune(mixed, SOURCE, BlockwisePruning(pool=MixedPool(), scorer=scorer))
+    lvlm_prune.prune(ones, SOURCE, BlockwisePruning(pool=OnesPool(), scorer=scorer))
+    for name, weight in mixed.state_dict().items():
+        assert torch.equal(weight, ones.state_dict()[name]), name
+
+
+def test_sparsegpt_keeps_the_outputs_closer_to_the_dense_model_than_wanda():
+    dense = golden_model()
+    sample = SOURCE[0]
+    expected = dense(**sample).logits
+
+    def error(scorer):
+        model = golden_model()
+        lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool(), scorer=scorer, sparsity=0.6))
+        return (model(**sample).logits - expected).square().mean().item()
+
+    with torch.no_grad():
+        assert error(SparseGPTScorer()) < error(WandaScorer())
+
+
+def test_each_site_is_factorised_once(monkeypatch):
+    factorise, calls = torch.linalg.cholesky_ex, []
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *arguments: calls.append(1) or factorise(*arguments))
+    lvlm_prune.prune(golden_model(), SOURCE, BlockwisePruning(pool=MixedPool(), scorer=SparseGPTScorer()))
+    assert len(calls) == 4 * 4  # q/k/v, o, gate/up, down; 28 Linears
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_sparsegpt_writes_updated_weights_and_verifies_them(pattern, golden_arguments, tmp_path):
+    output = tmp_path / "out"
+    arguments = [*SPARSEGPT, "--pruning.scorer.block_size=32", f"--pruning.pattern={pattern}"]
+    assert main([*golden_arguments, *arguments, "--pruning.record=true", f"--output={output}"]) == 0
+    manifest = json.loads((output / "pruning.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["updates_weights"]
+    assert "warnings" not in manifest
+    dense, sparse = (load_file(folder / "model.safetensors") for folder in (GOLDEN / "model", output))
+    changed = [key for key in dense if not torch.equal(dense[key], sparse[key])]
+    assert len(changed) == 28
+    for key in changed:
+        weight, rows = sparse[key], len(sparse[key])
+        kept = weight != 0
+        assert not torch.equal(weight[kept], dense[key][kept])
+        blocks = [int((part == 0).sum()) for part in weight.split(32, dim=1)]
+        assert blocks == [rows * 16 + (pattern == "unstructured")] * len(blocks)
+    # Channel norms are recorded whatever the statistic is.
+    assert load_file(output / "statistics.safetensors")["scaler_row.0.self_attn.q_proj"].shape == (64,)
+
+
+def test_two_processes_give_the_weights_of_one(run_cli, golden_arguments, tmp_path):
+    arguments = [*golden_arguments, *SPARSEGPT, "--data.num_samples=7"]
+    assert main([*arguments, f"--output={tmp_path / 'one'}"]) == 0
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    finished = run_cli(*arguments, *devices, f"--output={tmp_path / 'two'}")
+    assert finished.returncode == 0, finished.stderr
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    for key, weight in one.items():
+        assert torch.equal(weight == 0, two[key] == 0), key
+        torch.testing.assert_close(two[key], weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sparsegpt_on_narrow_checkpoints(dtype, golden_arguments, tmp_path):
+    """float16 loses the smallest updated weights: zeros that nobody pruned, and no broken promise."""
+    model = golden_model()
+    for name, parameter in model.named_parameters():
+        if name.endswith("up_proj.weight"):
+            parameter.data *= 1e-4
+    model.to(dtype).save_pretrained(tmp_path / "narrow")
+    arguments = [argument for argument in golden_arguments if "model.path" not in argument]
+    arguments += [f"--model.path={tmp_path / 'narrow'}", "--model.dtype=float32", f"--output={tmp_path / 'out'}"]
+    assert main([*arguments, *SPARSEGPT]) == 0
+    for key, weight in load_file(tmp_path / "out" / "model.safetensors").items():
+        if key.endswith("proj.weight") and ".layers." in key:
+            assert weight.dtype == dtype
+            assert not torch.signbit(weight[weight == 0]).any()
+
+
+def test_damping_that_had_to_be_raised_is_one_line(golden_arguments, tmp_path, capsys):
+    """One sample of few tokens and no damping: every Gram matrix is singular."""
+    output = tmp_path / "out"
+    arguments = [*SPARSEGPT, "--pruning.scorer.damping=0", "--pruning.pool=TextOnlyPool", "--data.num_samples=1"]
+    assert main([*golden_arguments, *arguments, f"--output={output}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "singular Gram matrix" in line]
+    assert len(lines) == 1
+    manifest = json.loads((output / "pruning.json").read_text())
+    assert manifest["warnings"] == [lines[0].removeprefix("warning: ")]
+    raised = {name: entry["scorer"]["damping"] for name, entry in manifest["linears"].items() if "scorer" in entry}
+    assert f"at {len(raised)} Linears" in lines[0]
+    assert all(damping > 0 for damping in raised.values())
+    assert "singular Gram matrix" in (output / "report.html").read_text()
+
+
+def test_a_linear_that_sees_only_zeros_is_left_dense(capsys):
+    """Nothing is known about its weights; SparseGPT would take all its columns for dead."""
+    model = golden_model()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.v_proj.weight.data.zero_()
+        layer.self_attn.v_proj.bias.data.zero_()
+    before = model.model.language_model.layers[0].self_attn.o_proj.weight.clone()
+    manifest = lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool(), scorer=SparseGPTScorer()))
+    left = [name for name, entry in manifest["linears"].items() if entry.get("note") == "saw no calibration token"]
+    assert len(left) == 4
+    assert all(name.endswith("o_proj") for name in left)
+    assert torch.equal(before, model.model.language_model.layers[0].self_attn.o_proj.weight)
