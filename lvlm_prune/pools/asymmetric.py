@@ -13,10 +13,12 @@ from typing import Literal
 
 import torch
 from jsonargparse import lazy_instance
+from torch import Tensor
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.pools.base import Pool, SumOverProcesses
 from lvlm_prune.saliency import DriftSaliency, Saliency
+from lvlm_prune.saliency.drift import drift
 from lvlm_prune.tokens import Selection, Tokens
 
 
@@ -32,9 +34,19 @@ class AsymmetricPool(Pool):
         alpha: Scale of the budget; 1.0 for LLaVA-NeXT, LLaVA-OneVision, Qwen2.5-VL and N:M, 1.5 for Qwen2-VL.
         rounding: `floor` is the paper's Eq. 6; `released` is the authors' code,
             `min(n_visual, round(min(1, alpha * mean) * n_text))` with banker's rounding.
+        k: A fixed budget instead of the adaptive one: K visual tokens of each sample at every block, or as many as
+            there are (the ablation of Table 3; there K is the mean of the adaptive run's `visual_tokens`).
+        text_retention: Share of the text tokens that count, those with the largest drift, rounded to whole tokens (the
+            ablation of Fig. 5). The budget of visual tokens follows from all text tokens nevertheless.
 
     Raises:
-        InputError: `alpha` is negative or not finite, `rounding` unknown.
+        InputError: `alpha` or `k` is negative or not finite, `rounding` unknown, `text_retention` not in 0 to 1.
+
+    Example:
+        >>> tokens = Tokens(torch.eye(4), torch.eye(4)[[0, 2, 1, 3]], visual=torch.tensor([False, True, True, True]))
+        >>> pool = AsymmetricPool(k=2)
+        >>> pool.select(tokens).candidates, pool.cutoffs(lambda values: values)
+        (tensor([1, 2]), [2])
     """
 
     def __init__(
@@ -42,15 +54,23 @@ class AsymmetricPool(Pool):
         saliency: Saliency = lazy_instance(DriftSaliency),
         alpha: float = 1.0,
         rounding: Literal["floor", "released"] = "floor",
+        k: int | None = None,
+        text_retention: float = 1.0,
     ) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):
             raise InputError("pruning.pool.alpha", alpha, "must be a finite number, 0 or larger")
         if rounding not in ("floor", "released"):
             raise InputError("pruning.pool.rounding", rounding, "must be `floor` or `released`")
+        if k is not None and k < 0:
+            raise InputError("pruning.pool.k", k, "must be 0 or larger")
+        if not 0 <= text_retention <= 1:
+            raise InputError("pruning.pool.text_retention", text_retention, "must lie between 0 and 1")
         self.saliency = saliency
         self.needs = saliency.needs
         self.alpha = alpha
         self.rounding = rounding
+        self.k = k
+        self.text_retention = text_retention
         self._mean = 0.0
         self._start_block()
 
@@ -66,8 +86,16 @@ class AsymmetricPool(Pool):
         self._sizes.append((tokens.num_text, len(saliency)))
         # K can never exceed this, so no more candidates need to be held until the mean is known.
         most = self._budget(self.saliency.maximum, *self._sizes[-1])
-        ranking = self.saliency.ranking(tokens, saliency)[:most]
-        return Selection(tokens.text, tokens.visual.nonzero().flatten()[ranking], saliency)
+        ranking = self.saliency.ranking(tokens, saliency, most)
+        return Selection(self._retained_text(tokens), tokens.visual.nonzero().flatten()[ranking], saliency)
+
+    def _retained_text(self, tokens: Tokens) -> Tensor:
+        if self.text_retention == 1:
+            return tokens.text
+        among = tokens.text.nonzero().flatten()
+        moved = drift(tokens.hidden_in[among], tokens.hidden_out[among])
+        kept = moved.argsort(descending=True, stable=True)[: round(self.text_retention * len(among))]
+        return torch.zeros_like(tokens.text).index_fill_(0, among[kept], True)
 
     def cutoffs(self, sum_over_processes: SumOverProcesses) -> list[int]:
         """K of each sample, once the mean saliency over all samples of all processes is known."""
@@ -78,6 +106,8 @@ class AsymmetricPool(Pool):
         return budgets
 
     def _budget(self, mean: float, num_text: int, num_visual: int) -> int:
+        if self.k is not None:
+            return min(num_visual, self.k)
         if math.isinf(mean):
             return num_visual
         if self.rounding == "released":

@@ -19,6 +19,8 @@ class Pool(Surveyor, ABC):
         tensor([ True,  True, False, False])
     """
 
+    name: ClassVar[str] = "pool"
+    """Key under which `--pruning.record` writes the tokens of a `per_linear` pool, `amia_sel.3.0.mlp.up_proj`."""
     per_linear: ClassVar[bool] = False
     """True for pools that choose anew for every Linear, usually from its outputs (`needs = {"outputs"}`)."""
     needs: frozenset[str] = frozenset()

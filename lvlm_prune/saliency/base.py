@@ -33,9 +33,9 @@ class Saliency(ABC):
     def __call__(self, tokens: Tokens) -> Tensor:
         """Saliency of each visual token, float32 of shape (n_visual,); larger is more salient."""
 
-    def ranking(self, tokens: Tokens, saliency: Tensor) -> Tensor:
-        """Visual tokens in the order in which they are chosen: indices into them, int64 of shape (n_visual,).
+    def ranking(self, tokens: Tokens, saliency: Tensor, count: int) -> Tensor:
+        """The first `count` visual tokens in the order in which they are chosen: indices into them, int64.
 
-        By default the most salient first, ties by lowest index.
+        By default the most salient first, ties by lowest index. A smaller `count` gives a prefix of the same order.
         """
-        return saliency.argsort(descending=True, stable=True)
+        return saliency.argsort(descending=True, stable=True)[:count]

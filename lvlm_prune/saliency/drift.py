@@ -30,5 +30,9 @@ class DriftSaliency(Saliency):
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Saliency of each visual token, float32 of shape (n_visual,), between 0 and 2."""
-        before, after = tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual]
-        return 1 - cosine_similarity(before.float(), after.float(), dim=-1)
+        return drift(tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual])
+
+
+def drift(before: Tensor, after: Tensor) -> Tensor:
+    """Cosine distance between tokens before and after a block, both of shape (n, D); float32 of shape (n,)."""
+    return 1 - cosine_similarity(before.float(), after.float(), dim=-1)
