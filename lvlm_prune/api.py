@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,18 @@ class InputsSource(CalibrationSource):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._samples[index]
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """A Trainer made on the way to something else has nothing to announce."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
@@ -108,14 +122,15 @@ def prune(
         data = CalibrationDataModule(InputsSource(calibration))
     if trainer is None:
         device = next(model.parameters()).device.type if isinstance(model, nn.Module) else "auto"
-        trainer = LVLMTrainer(
-            accelerator={"cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(device, "auto"),
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[pruning or BlockwisePruning(), *callbacks],
-        )
+        with _quiet_lightning():
+            trainer = LVLMTrainer(
+                accelerator={"cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(device, "auto"),
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[pruning or BlockwisePruning(), *callbacks],
+            )
         trainer.quiet = True
     return trainer.prune(module, data, output="" if in_memory else str(output), evaluate=False)
