@@ -8,8 +8,6 @@ After a crash at any moment the blocks that pruning.json names are completely wr
 from the input checkpoint.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +20,14 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
-from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably, sync_folder
+from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.output_folder import copy_checkpoint, refuse_unusable, release
 from lvlm_prune.plugins import describe
 from lvlm_prune.verification import Expectation, verify_checkpoint
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
-
-HELD_BACK = "config.json.unfinished"
 
 
 class SparseCheckpointWriter(PruneCallback):
@@ -49,26 +46,9 @@ class SparseCheckpointWriter(PruneCallback):
         if stage != "prune" or folder is None:
             return
         assert pl_module.folder is not None
-        source = pl_module.folder.path.resolve()
-        if folder.resolve().is_relative_to(source):
-            raise InputError("output", folder, f"lies inside the input checkpoint {source}")
-        if source.is_relative_to(folder.resolve()):
-            raise InputError("output", folder, f"holds the input checkpoint {source}")
-        if folder.exists() and not folder.is_dir():
-            raise InputError("output", folder, "is a file")
-        occupied = folder.is_dir() and any(folder.iterdir())
-        if occupied and not trainer.resume_run:
-            way_out = "go on with --resume true, or " if (folder / FILE_NAME).is_file() else ""
-            raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
-        if occupied:
+        refuse_unusable(folder, pl_module.folder.path, FILE_NAME, trainer.resume_run)
+        if trainer.resume_run and folder.is_dir() and any(folder.iterdir()):
             Manifest.read(folder)
-        existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError("output", folder, f"no permission to write in {existing}")
-        needed, free = sum(path.stat().st_size for path in _files(source)), shutil.disk_usage(existing).free
-        if not occupied and needed > free:
-            problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
-            raise InputError("output", folder, problem)
 
     def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Copy the input folder, or find out where an unfinished run stands."""
@@ -103,16 +83,9 @@ class SparseCheckpointWriter(PruneCallback):
         manifest.write(folder)
         if trainer.run_config is not None:
             replace_durably(folder / "config.yaml", yaml.safe_dump(dict(trainer.run_config), sort_keys=False).encode())
-        source = pl_module.folder.path.resolve()
-        for path in _files(source):
-            relative = path.relative_to(source)
-            target = folder / (HELD_BACK if str(relative) == "config.json" else relative)
-            if str(relative) in (FILE_NAME, "config.yaml", "report.html"):
-                continue  # the input was pruned itself: its own records would be taken for ours
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        # The input may have been pruned itself: its own records would be taken for ours.
+        copy_checkpoint(pl_module.folder.path, folder, leave_out=(FILE_NAME, "config.yaml", "report.html"))
         pl_module.folder.at(folder).sync()
-        sync_folder(folder)
         manifest["status"] = "pruning"
         manifest.write(folder)
 
@@ -216,9 +189,7 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.manifest["pattern"] = str(pruning.pattern)
         trainer.manifest["updates_weights"] = pruning.scorer.updates_weights
         self._join_statistics(trainer, folder)
-        if (folder / HELD_BACK).exists():
-            (folder / HELD_BACK).replace(folder / "config.json")
-            sync_folder(folder)
+        release(folder)
         trainer.manifest["status"] = "complete"
         trainer.manifest.write(folder)
         for part in folder.glob(_statistics_part("*")):
@@ -243,15 +214,6 @@ class SparseCheckpointWriter(PruneCallback):
                 joined.update(load_file(part))
         if joined:
             replace_durably(folder / "statistics.safetensors", save(joined))
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file of a checkpoint folder, hidden ones (caches, git) left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
 
 
 def _verified_line(manifest: Manifest) -> str:

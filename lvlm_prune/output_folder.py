@@ -1,0 +1,81 @@
+"""The folder that a run writes: refused before anything is done, filled with a copy of the input, released at the end.
+
+Until the run is complete and verified `config.json` is held back, so that nobody can load an unfinished checkpoint.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.manifest import sync_folder
+
+HELD_BACK = "config.json.unfinished"
+
+
+def refuse_unusable(folder: Path, source: Path, record: str, resume: bool) -> None:
+    """Refuse an output folder that cannot be written.
+
+    Args:
+        folder: The output folder, which need not exist.
+        source: The input checkpoint, a copy of which is going to be written.
+        record: Name of the manifest that an unfinished run of the same kind left.
+        resume: Whether such a run goes on.
+
+    Raises:
+        InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room.
+    """
+    source = source.resolve()
+    if folder.resolve().is_relative_to(source):
+        raise InputError("output", folder, f"lies inside the input checkpoint {source}")
+    if source.is_relative_to(folder.resolve()):
+        raise InputError("output", folder, f"holds the input checkpoint {source}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError("output", folder, "is a file")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not resume:
+        way_out = "go on with --resume true, or " if (folder / record).is_file() else ""
+        raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError("output", folder, f"no permission to write in {existing}")
+    needed, free = sum(path.stat().st_size for path in _files(source)), shutil.disk_usage(existing).free
+    if not occupied and needed > free:
+        problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+        raise InputError("output", folder, problem)
+
+
+def copy_checkpoint(source: Path, folder: Path, leave_out: tuple[str, ...]) -> None:
+    """Copy a checkpoint folder, with `config.json` held back.
+
+    Args:
+        source: The input checkpoint.
+        folder: Where the copy goes.
+        leave_out: Records of the run that made the input, which would be taken for those of this run; a folder among
+            them is left out with all that is in it.
+    """
+    source = source.resolve()
+    for path in _files(source):
+        relative = path.relative_to(source)
+        if str(relative) in leave_out or relative.parts[0] in leave_out:
+            continue
+        target = folder / (HELD_BACK if str(relative) == "config.json" else relative)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    sync_folder(folder)
+
+
+def release(folder: Path) -> None:
+    """Put `config.json` in place: from now on the folder can be loaded."""
+    if (folder / HELD_BACK).exists():
+        (folder / HELD_BACK).replace(folder / "config.json")
+        sync_folder(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file of a checkpoint folder, hidden ones (caches, git) left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
