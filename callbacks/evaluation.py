@@ -42,10 +42,12 @@ class EmbeddedEvaluation(PruneCallback):
 def score_checkpoint(path: str) -> "Scores":
     """Exact match of a checkpoint folder on the embedded benchmark, in float32."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     from lvlm_prune.demo.benchmark import EmbeddedBenchmark
     from lvlm_prune.evaluation.exact_match import score
 
+    logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     return score(model, AutoProcessor.from_pretrained(path), EmbeddedBenchmark().questions)
 
