@@ -181,6 +181,18 @@ def test_damping_that_had_to_be_raised_is_reported(gathered):
     assert "\n" not in line
 
 
+def test_a_nearly_singular_gram_matrix_is_reported_too():
+    """Two channels that differ by less than float32 sums can tell: float64 would factorise it, and amplify noise."""
+    tokens = random(50, 8).double()
+    tokens[:, 1] = tokens[:, 0] + 1e-5 * tokens[:, 1]
+    gram, scorer = Gram(8), SparseGPTScorer(damping=0.0)
+    gram.value += tokens.T @ tokens
+    assert not torch.linalg.cholesky_ex(gram.value).info
+    pruned, mask = scorer.prune(random(4, 8, seed=1), gram, 0.5, Unstructured())
+    assert scorer.notes(gram, mask, 0.5)["damping"] > 0
+    assert pruned.abs().max() < 10
+
+
 def test_the_default_damping_is_enough_for_a_single_token(gathered):
     gram, scorer = gathered(Gram, [random(1, 256)]), SparseGPTScorer()
     _, mask = scorer.prune(random(8, 256, seed=1), gram, 0.5, Unstructured())
