@@ -63,8 +63,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
         return Tqdm(
             total=total,
             initial=initial,
-            desc=title,
-            bar_format="{desc} {bar:24} {postfix} · {elapsed} · {remaining} left",
+            bar_format=title + " {bar:24} {desc}{elapsed} · {remaining} left",
             disable=None if trainer.processes.is_main else True,
             leave=True,
         )
@@ -112,4 +111,4 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def _show(self, block: Block) -> None:
         text = f"block {block.index + 1}/{self._blocks} · sample {self._seen}/{self._samples}{self._findings}"
-        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.set_description_str(f"{text} · ", refresh=False)
