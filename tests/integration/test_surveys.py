@@ -1,0 +1,277 @@
+"""A survey of the dense model runs once, changes nothing, and gives the same allocation on any number of processes."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import lvlm_prune
+from lvlm_prune.allocation import DASAllocation, ECoFLaPAllocation, OWLAllocation
+from lvlm_prune.blocks import BlockRunner
+from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruneCallback
+from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
+from lvlm_prune.pools import MixedPool
+from lvlm_prune.scorers import MagnitudeScorer
+from tests.conftest import GOLDEN
+
+SOURCE = TensorSource(str(GOLDEN / "calib.safetensors"))
+
+
+def golden_model():
+    return AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32)
+
+
+class Onlooker(PruneCallback):
+    """Looks at everything in a survey, and changes nothing."""
+
+    wants_survey = True
+    survey_needs = frozenset({"outputs", "attention_mean"})
+
+    def __init__(self):
+        self.seen, self.sums, self.hooks = [], [], []
+
+    def on_survey_start(self, trainer, pl_module):
+        self.hooks.append("start")
+
+    def on_survey_block_start(self, trainer, pl_module, block, tail):
+        tail.losses([lambda sample: torch.no_grad()])
+
+    def on_survey_batch_end(self, trainer, pl_module, block, sample):
+        tokens = sample.tokens(needs=self.survey_needs)
+        assert tokens.outputs.keys() == block.linears.keys()
+        self.seen.append((block.index, sample.sample))
+        self.sums.append(tokens.hidden_out.sum().item())
+
+    def on_survey_end(self, trainer, pl_module):
+        self.hooks.append("end")
+
+
+def test_wanda_after_a_survey_that_nobody_needed_is_byte_identical(golden_arguments, tmp_path):
+    arguments = [*golden_arguments, "--pruning.pool=MixedPool", "--pruning.record=true"]
+    assert main([*arguments, f"--output={tmp_path / 'plain'}"]) == 0
+    onlooker = "--trainer.callbacks=tests.integration.test_surveys.Onlooker"
+    assert main([*arguments, onlooker, f"--output={tmp_path / 'surveyed'}"]) == 0
+    for name in ("model.safetensors", "statistics.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "surveyed" / name).read_bytes()
+    survey = json.loads((tmp_path / "surveyed" / "pruning.json").read_text())["survey"]
+    assert survey["block_forwards"] == 8 * 4
+
+
+def test_a_survey_sees_each_sample_once_per_block_as_the_dense_model_computes_it():
+    model, onlooker = golden_model(), Onlooker()
+    runner, expected = BlockRunner(golden_model()), []
+    for index in range(len(SOURCE)):
+        batch = runner.catch(SOURCE[index])
+        for block in range(len(runner)):
+            expected.append(((block, index), runner.advance(block, batch).sum().item()))
+    lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool()), callbacks=[onlooker])
+    assert onlooker.hooks == ["start", "end"]
+    assert sorted(onlooker.seen) == sorted(key for key, _ in expected)
+    assert dict(zip(onlooker.seen, onlooker.sums)) == dict(expected)
+
+
+ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation"]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_two_processes_allocate_and_prune_as_one(allocation, run_cli, golden_arguments, tmp_path):
+    arguments = [*golden_arguments, "--data.num_samples=7", f"--pruning.allocation={allocation}"]
+    if allocation == "ECoFLaPAllocation":
+        arguments.append("--pruning.allocation.samples=3")
+    assert main([*arguments, f"--output={tmp_path / 'one'}"]) == 0
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    finished = run_cli(*arguments, *devices, f"--output={tmp_path / 'two'}")
+    assert finished.returncode == 0, finished.stderr
+    name = "model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (json.loads((tmp_path / run / "pruning.json").read_text()) for run in ("one", "two"))
+    assert one["survey"]["block_forwards"] == two["survey"]["block_forwards"] == 7 * 4
+    targets = {name: entry["target"] for name, entry in one["linears"].items()}
+    assert len(set(targets.values())) > 2
+    for name, entry in two["linears"].items():
+        assert entry["target"] == pytest.approx(targets[name], abs=1e-9)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
+    allocation, golden_arguments, tmp_path, monkeypatch, capsys
+):
+    arguments = [*golden_arguments, f"--pruning.allocation={allocation}"]
+    if allocation == "ECoFLaPAllocation":
+        arguments.append("--pruning.allocation.samples=2")
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    folder = tmp_path / "interrupted"
+
+    def interrupt(self, trainer, pl_module, block):
+        if block.index == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockwisePruning, "on_block_end", interrupt)
+        assert main([*arguments, f"--output={folder}"]) == 130
+    for hook in ("on_survey_block_start", "on_survey_batch_end", "on_survey_end"):
+        monkeypatch.setattr(PluginSurvey, hook, lambda *_, **__: pytest.fail("surveyed again"))
+    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    surveys = [json.loads((path / "pruning.json").read_text())["survey"] for path in (folder, tmp_path / "whole")]
+    assert surveys[0]["allocation"] == surveys[1]["allocation"]
+
+
+def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, monkeypatch):
+    arguments = [*golden_arguments, "--pruning.allocation=OWLAllocation"]
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    folder = tmp_path / "interrupted"
+
+    def interrupt(self, trainer, pl_module, block):
+        if block.index == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PluginSurvey, "on_survey_block_end", interrupt)
+        assert main([*arguments, f"--output={folder}"]) == 130
+    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2)])
+def test_streamed_and_in_memory_allocate_alike(make, golden_arguments, tmp_path):
+    model, allocation = golden_model(), make()
+    pruning = BlockwisePruning(pool=MixedPool(), allocation=allocation)
+    lvlm_prune.prune(model, SOURCE, pruning)
+    arguments = [*golden_arguments, "--pruning.pool=MixedPool", f"--pruning.allocation={type(allocation).__name__}"]
+    if isinstance(allocation, ECoFLaPAllocation):
+        arguments.append("--pruning.allocation.samples=2")
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
+    streamed = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, weight in streamed.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_magnitude_with_an_allocation_catches_samples_for_the_survey_alone():
+    class Counter(PruneCallback):
+        forwards = 0
+
+        def on_block_end(self, trainer, pl_module, block):
+            self.forwards += block.forwards
+
+    model, counter = golden_model(), Counter()
+    pruning = BlockwisePruning(scorer=MagnitudeScorer(), allocation=OWLAllocation())
+    manifest = lvlm_prune.prune(model, SOURCE, pruning, callbacks=[counter])
+    assert manifest["survey"]["block_forwards"] == 8 * 4
+    assert counter.forwards == 0
+
+
+def test_excluded_linears_take_no_part_in_the_mean(golden_arguments, tmp_path):
+    arguments = [*golden_arguments, "--pruning.allocation=DASAllocation", "--pruning.exclude=*.down_proj"]
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    entries = manifest["linears"]
+    assert not any("down_proj" in name for name in [*entries, *manifest["survey"]["allocation"]["diversity"]])
+    sizes = {name: entry["shape"][0] * entry["shape"][1] for name, entry in entries.items()}
+    mean = sum(entries[name]["target"] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert mean == pytest.approx(0.5, abs=1e-6)
+
+
+def test_losses_of_a_tail_are_the_models_own(golden_arguments):
+    """Unchanged weights: the loss of the model's own forward on the text tokens, whatever block the tail starts at."""
+    model = golden_model()
+    seen = {}
+
+    class Losses(PruneCallback):
+        wants_survey = True
+
+        def on_survey_block_start(self, trainer, pl_module, block, tail: DecoderTail):
+            for sample, losses in tail.losses([lambda sample: torch.no_grad()], number=3).items():
+                seen[block.index, sample] = losses[0]
+
+    lvlm_prune.prune(model, SOURCE, BlockwisePruning(scorer=MagnitudeScorer()), callbacks=[Losses()])
+    dense = golden_model()
+    assert seen.keys() == {(block, sample) for block in range(4) for sample in range(3)}
+    for (_, sample), loss in seen.items():
+        inputs = SOURCE[sample]
+        labels = inputs["input_ids"].clone()
+        labels[(labels == dense.config.image_token_id) | (inputs["attention_mask"] == 0)] = -100
+        with torch.no_grad():
+            own = dense(**inputs, labels=labels).loss.item()
+        assert loss == pytest.approx(own, rel=1e-5)
+
+
+def test_ecoflap_importances_are_directional_derivatives():
+    """|L(W + eps z) - L(W - eps z)| / 2 eps against z times the gradient of the model's own loss, over samples."""
+    model, allocation = golden_model(), ECoFLaPAllocation(samples=3, seed=1)
+    noise = {}
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and name.endswith("proj.weight"):
+            for sample in range(3):
+                dense = parameter.data.clone()
+                with allocation._moved(parameter, name.removesuffix(".weight"), 1, sample):
+                    noise[name, sample] = (parameter.data - dense) / allocation.epsilon
+                assert torch.equal(parameter.data, dense)
+    lvlm_prune.prune(golden_model(), SOURCE, BlockwisePruning(pool=MixedPool(), allocation=allocation))
+    importance = allocation.survey_end(lambda values: values)["importance"]
+    expected = dict.fromkeys(importance, 0.0)
+    for sample in range(3):
+        inputs = SOURCE[sample]
+        labels = inputs["input_ids"].clone()
+        labels[labels == model.config.image_token_id] = -100
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        for name, parameter in model.named_parameters():
+            if (name, sample) in noise:
+                slope = (parameter.grad.double() * noise[name, sample].double()).sum().item()
+                expected[name.removesuffix(".weight")] += abs(slope)
+    assert len(expected) == 28
+    for name, value in importance.items():
+        assert value == pytest.approx(expected[name], rel=0.05, abs=2e-3), name
+
+
+def test_ecoflap_says_its_cost_before_it_starts(golden_arguments, tmp_path, capsys):
+    arguments = [*golden_arguments, "--pruning.allocation=ECoFLaPAllocation", "--pruning.allocation.samples=2"]
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cost = next(index for index, line in enumerate(lines) if line.startswith("ECoFLaP: "))
+    # 2 samples x 7 Linears x there and back x (4 + 3 + 2 + 1) blocks
+    assert lines[cost].startswith("ECoFLaP: 280 block forwards and 112 losses per process, about ")
+    assert any(line.startswith("surveyed: sparsity ") for line in lines[cost:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pruning.allocation=OWLAllocation", "--pruning.pattern=2:4"], "cannot be used with 2:4"),
+        (
+            ["--pruning.allocation=DASAllocation", "--pruning.allocation.max_sparsity=0.4"],
+            "--pruning.allocation.max_sparsity 0.4: below the target 0.5",
+        ),
+        (["--pruning.allocation=DASAllocation", "--pruning.allocation.pairs=some"], "--pruning.allocation.pairs some"),
+    ],
+)
+def test_allocations_that_cannot_be_are_refused_before_anything_is_written(
+    options, message, golden_arguments, tmp_path, capsys
+):
+    assert main([*golden_arguments, *options, f"--output={tmp_path / 'out'}"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_custom_sparsities_from_a_configuration_file(golden_arguments, tmp_path):
+    config = tmp_path / "custom.yaml"
+    config.write_text(
+        "pruning:\n  allocation:\n    class_path: lvlm_prune.allocation.CustomAllocation\n    init_args:\n"
+        '      sparsities: {"*.layers.0.*": 0.25, "*.v_proj": 0.0}\n'
+    )
+    assert main([*golden_arguments, f"--config={config}", f"--output={tmp_path / 'out'}"]) == 0
+    entries = json.loads((tmp_path / "out" / "pruning.json").read_text())["linears"]
+    for name, entry in entries.items():
+        if ".layers.0." in name:
+            assert entry["target"] == 0.25
+        elif name.endswith("v_proj"):
+            assert entry["achieved"] == 0
+        else:
+            assert entry["target"] > 0.5
+    assert main(["prune", f"--config={tmp_path / 'out' / 'config.yaml'}", f"--output={tmp_path / 'again'}"]) == 0
