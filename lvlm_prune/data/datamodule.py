@@ -8,7 +8,6 @@ for batch in data.calibration_batches(processor):
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -82,7 +81,7 @@ class CalibrationDataModule(L.LightningDataModule):
             self.source.verify(selection)
 
     def select(self) -> list[int]:
-        """Numbers of the chosen samples in the source, ascending. See `choose`."""
+        """Numbers of the chosen samples in the source, in the order of the set. See the source's `choose`."""
         if self._selection is None:
             self.source.setup()
             total = len(self.source)
@@ -92,7 +91,8 @@ class CalibrationDataModule(L.LightningDataModule):
                 problem = f"the source holds only {total} sample{'' if total == 1 else 's'}"
                 raise InputError("data.num_samples", self.num_samples, problem)
             default = self.source.default_num_samples
-            self._selection = choose(min(self.num_samples or default or total, total), total, self.seed)
+            count = self.num_samples or min(default or total, self.source.available)
+            self._selection = self.source.choose(count, self.seed)
         return self._selection
 
     def calibration_batches(
@@ -164,24 +164,3 @@ class CalibrationDataModule(L.LightningDataModule):
         except (ValueError, IndexError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(f"{type(processor).__name__} refuses it: {reason}") from error
-
-
-def choose(count: int, total: int, seed: int) -> list[int]:
-    """`count` of the numbers 0 ... `total` - 1, ascending; all of them in order if `count` equals `total`.
-
-    A Fisher-Yates shuffle whose k-th random number is SHA-256 of `"{seed}/{k}"`, broken off after `count` steps: the
-    same on every machine and version of Python, and with one seed a smaller choice is part of a larger one.
-
-    Example:
-        >>> choose(3, 100, seed=0)
-        [2, 16, 84]
-        >>> choose(3, 3, seed=0)
-        [0, 1, 2]
-    """
-    moved: dict[int, int] = {}
-    chosen = []
-    for step in range(count):
-        drawn = step + int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest(), "big") % (total - step)
-        chosen.append(moved.get(drawn, drawn))
-        moved[drawn] = moved.get(step, step)
-    return sorted(chosen)

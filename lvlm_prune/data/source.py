@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lvlm_prune.data.conversation import Conversation, Document
+from lvlm_prune.data.selection import choose
 from lvlm_prune.errors import InputError, RunError
 
 Sample = Conversation | Document | dict[str, Tensor]
@@ -67,6 +68,15 @@ class CalibrationSource(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples, known after `setup`."""
+
+    @property
+    def available(self) -> int:
+        """The most samples that can be chosen."""
+        return len(self)
+
+    def choose(self, count: int, seed: int) -> list[int]:
+        """Numbers of `count` samples; another seed takes others. Ascending, and all of them if there are no more."""
+        return choose(count, len(self), seed)
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:

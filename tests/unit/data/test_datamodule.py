@@ -17,7 +17,7 @@ from lvlm_prune.data import (
     encode,
     fingerprint,
 )
-from lvlm_prune.data.datamodule import choose
+from lvlm_prune.data.selection import choose
 from lvlm_prune.errors import InputError, RunError
 
 

@@ -1,0 +1,178 @@
+"""The training set of recovery: the same sources as calibration, with labels, split, in batches.
+
+data = RecoveryDataModule(LlavaJsonSource("instructions.json"), batch_size=8)
+data.connect(processor, context_length=4096)
+trainer.fit(module, datamodule=data)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from jsonargparse import lazy_instance
+
+from lvlm_prune.data.batches import Inputs
+from lvlm_prune.data.bucketing import BucketedLoader
+from lvlm_prune.data.conversation import Conversation, Document
+from lvlm_prune.data.embedded import EmbeddedQuestions
+from lvlm_prune.data.labels import IGNORED, encode_with_labels
+from lvlm_prune.data.processing import pad_token_of
+from lvlm_prune.data.selection import choose
+from lvlm_prune.data.source import CalibrationSource
+from lvlm_prune.errors import InputError, RunError
+
+_LARGEST_DEFAULT_VALIDATION = 128
+
+
+class RecoveryDataModule(L.LightningDataModule):
+    """Samples with labels on the answer tokens, split into training and validation, in batches of similar length.
+
+    Args:
+        source: Where samples come from: conversations, documents, or ready-made inputs with a `labels` entry.
+        num_samples: Samples to take, training and validation together. Default: all there are.
+        validation_samples: How many of them are kept for validation. Default: every twentieth, at most 128.
+        seed: Another seed takes other samples, splits them otherwise and trains in another order.
+        batch_size: Samples per step on each device.
+        num_workers: Processes that encode samples; 0: the one that trains.
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: CalibrationSource = lazy_instance(EmbeddedQuestions),
+        num_samples: int | None = None,
+        validation_samples: int | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("validation_samples", validation_samples, 0),
+            ("seed", seed, 0),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"data.{name}", value, f"must be at least {least}")
+        self.source, self.num_samples, self.validation_samples = source, num_samples, validation_samples
+        self.seed, self.batch_size, self.num_workers = seed, batch_size, num_workers
+        self.train_indices: list[int] = []
+        self.validation_indices: list[int] = []
+        self._processor: Any = None
+        self._context_length: int | None = None
+
+    def connect(self, processor: Any, context_length: int | None) -> None:
+        """Hand over what belongs to the model.
+
+        Args:
+            processor: From `load_processor`; None for sources of ready-made inputs.
+            context_length: The most tokens that the model takes; None: not known.
+        """
+        self._processor, self._context_length = processor, context_length
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the source, choose and split the samples, and check what can be checked without encoding them.
+
+        Raises:
+            InputError: The source cannot be read or holds too few samples, or the first sample has no answer.
+        """
+        if self.train_indices:
+            return
+        self.source.setup()
+        total = len(self.source)
+        if self.num_samples is not None and self.num_samples > total:
+            problem = f"the source holds only {total} sample{'' if total == 1 else 's'}"
+            raise InputError("data.num_samples", self.num_samples, problem)
+        selection = choose(self.num_samples or total, total, self.seed)
+        count = self.validation_samples
+        if count is None:
+            count = min(len(selection) // 20, _LARGEST_DEFAULT_VALIDATION)
+        if count >= len(selection):
+            problem = f"of {len(selection)} samples leaves none to train on"
+            raise InputError("data.validation_samples", count, problem)
+        validation = set(choose(count, len(selection), self.seed))
+        self.validation_indices = [number for place, number in enumerate(selection) if place in validation]
+        self.train_indices = [number for place, number in enumerate(selection) if place not in validation]
+        self.source.verify(selection)
+        # Ready-made inputs are cheap to read, so all are checked; of conversations the first one tells the format.
+        for number in selection[:1] if self.source.needs_processor else selection:
+            try:
+                self._refuse_unanswered(self.source[number])
+            except RunError as error:
+                raise InputError("data.source", type(self.source).__name__, f"sample {number} {error}") from None
+
+    def encode(self, number: int) -> Inputs:
+        """Model inputs of a sample of the source, with `labels`.
+
+        Raises:
+            RunError: The sample is broken, has no answer, or is longer than the model's context.
+        """
+        name = f"sample {number}"
+        try:
+            sample = self.source[number]
+            name = getattr(sample, "id", "") or name
+            self._refuse_unanswered(sample)
+            inputs = self._encode(sample)
+            length = inputs["input_ids"].shape[1]
+            if self._context_length is not None and length > self._context_length:
+                raise RunError(f"has {length} tokens, the model's context is {self._context_length}; shorten it")
+            if not (inputs["labels"][:, 1:] != IGNORED).any():
+                raise RunError("has no answer tokens: nothing could be learnt from it")
+        except RunError as error:
+            raise RunError(f"recovery data, {name}: {error}") from None
+        return inputs
+
+    def _encode(self, sample: Any) -> Inputs:
+        if not isinstance(sample, (Conversation, Document)):
+            return dict(sample)
+        try:
+            return encode_with_labels(self._processor, sample)
+        except (ValueError, IndexError, TypeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(f"{type(self._processor).__name__} refuses it: {reason}") from error
+
+    def _refuse_unanswered(self, sample: Any) -> None:
+        """Raise for a sample without anything to learn, as far as that is seen before it is encoded."""
+        if isinstance(sample, Document):
+            return
+        if isinstance(sample, Conversation):
+            if not any(message["role"] == "assistant" for message in sample.messages):
+                raise RunError("has no answer: no turn of the assistant to learn from")
+            return
+        if "labels" not in sample:
+            raise RunError("has no answer tokens: ready-made inputs need an entry `labels` (-100 where none is)")
+        if sample["labels"].shape != sample["input_ids"].shape:
+            shapes = f"{tuple(sample['labels'].shape)}, input_ids {tuple(sample['input_ids'].shape)}"
+            raise RunError(f"has labels of shape {shapes}; they must agree")
+        length = sample["input_ids"].shape[1]
+        if self._context_length is not None and length > self._context_length:
+            raise RunError(f"has {length} tokens, the model's context is {self._context_length}; shorten it")
+        if not (sample["labels"][:, 1:] != IGNORED).any():
+            raise RunError("has no answer tokens: all labels are -100")
+
+    def train_dataloader(self) -> BucketedLoader:
+        """Batches in an order of their own in each epoch."""
+        return self._loader(self.train_indices, self.seed)
+
+    def val_dataloader(self) -> BucketedLoader | list[Any]:
+        """Batches in the order of the source; empty without validation samples."""
+        return self._loader(self.validation_indices, None) if self.validation_indices else []
+
+    def _loader(self, samples: list[int], seed: int | None) -> BucketedLoader:
+        trainer = self.trainer
+        pad_token_id = pad_token_of(self._processor) if self._processor is not None else 0
+        return BucketedLoader(
+            samples,
+            self.encode,
+            self.batch_size,
+            seed,
+            pad_token_id,
+            self.num_workers,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
+        )
