@@ -89,8 +89,7 @@ class Unstructured(Pattern):
         """See `Pattern.mask`."""
         grouped = self.groups(score, group)
         count = self.pruned_per_group((score.shape[0], score.shape[1]), sparsity, group)
-        lowest = grouped.sort(dim=1, stable=True).indices[:, :count]
-        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, lowest, True).view_as(score)
+        return _lowest(grouped, count).view_as(score)
 
     def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
         """`floor(n * sparsity)` for groups of n weights."""
@@ -129,9 +128,16 @@ class SemiStructured(Pattern):
 
     def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
         """See `Pattern.mask`; `sparsity` and `group` are given by the pattern itself."""
-        grouped = self.groups(score)
-        lowest = grouped.sort(dim=1, stable=True).indices[:, : self.group_size - self.keep]
-        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, lowest, True).view_as(score)
+        columns = self.groups(score).unbind(1)
+        mask = torch.empty(score.numel() // self.group_size, self.group_size, dtype=torch.bool, device=score.device)
+        # M is small: counting how many of the others go before is several times faster than sorting tiny groups.
+        for place, column in enumerate(columns):
+            before = torch.zeros(len(column), dtype=torch.int16, device=score.device)
+            for other_place, other in enumerate(columns):
+                if other_place != place:
+                    before += other <= column if other_place < place else other < column
+            mask[:, place] = before < self.group_size - self.keep
+        return mask.view_as(score)
 
     def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
         """M - N."""
@@ -143,6 +149,20 @@ class SemiStructured(Pattern):
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.group_size}"
+
+
+def _lowest(grouped: Tensor, count: int) -> Tensor:
+    """The `count` lowest values of each row, ties by lowest column index: what a stable sort gives, without sorting."""
+    if count == 0:
+        return torch.zeros_like(grouped, dtype=torch.bool)
+    threshold = grouped.kthvalue(count, dim=1, keepdim=True).values
+    mask = grouped <= threshold
+    tied_rows = (mask.sum(dim=1) > count).nonzero().flatten()
+    if len(tied_rows):
+        tied, below = grouped[tied_rows] == threshold[tied_rows], grouped[tied_rows] < threshold[tied_rows]
+        room = count - below.sum(dim=1, keepdim=True)
+        mask[tied_rows] = below | (tied & (tied.cumsum(dim=1) <= room))
+    return mask
 
 
 def parse_pattern(text: str) -> Pattern:

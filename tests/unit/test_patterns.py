@@ -78,3 +78,18 @@ def test_zeros_are_counted_in_the_columns_that_a_promise_is_about():
     weight[:, 8] = 0
     assert ZeroCount(3 * 4, 3, columns=slice(6, 10)).of(weight).tolist() == [3]
     assert ZeroCount(3 * 6, 0, columns=slice(0, 6)).of(weight).tolist() == [0]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "1:4", "2:4", "4:8", "3:4"])
+@pytest.mark.parametrize("group", ["row", "layer"])
+def test_masks_are_those_of_a_stable_sort_whatever_ties_there_are(pattern, group):
+    generator = torch.Generator().manual_seed(0)
+    for values in (2, 5, 1000):
+        score = torch.randint(values, (24, 64), generator=generator).float()
+        chosen = parse_pattern(pattern)
+        for sparsity in (0.01, 0.5, 0.9):
+            grouped = chosen.groups(score, group)
+            count = chosen.pruned_per_group((24, 64), sparsity, group)
+            lowest = grouped.sort(dim=1, stable=True).indices[:, :count]
+            expected = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, lowest, True).view_as(score)
+            assert torch.equal(chosen.mask(score, sparsity, group), expected)
