@@ -242,7 +242,10 @@ class BlockwisePruning(PruneCallback):
         self._held.clear()
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        """Say what the scorer found worth reporting."""
+        """Note the mean budget, and say what the scorer found worth reporting."""
+        budgets = [k for block in trainer.manifest.get("blocks", []) for k in block.get("visual_tokens", [])]
+        if budgets:
+            trainer.manifest["mean_visual_tokens"] = sum(budgets) / len(budgets)
         linears = trainer.manifest.get("linears", {})
         if line := self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}):
             trainer.manifest["warnings"] = [line]

@@ -9,16 +9,19 @@ sample runs once and hands over its candidates, best first.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.pools.base import Pool, SumOverProcesses
+from lvlm_prune.pools.base import Pool
+from lvlm_prune.pools.matching import MatchedTotal
 from lvlm_prune.saliency import DriftSaliency, Saliency
 from lvlm_prune.saliency.drift import drift
+from lvlm_prune.survey import SumOverProcesses
 from lvlm_prune.tokens import Selection, Tokens
 
 
@@ -38,9 +41,13 @@ class AsymmetricPool(Pool):
             there are (the ablation of Table 3; there K is the mean of the adaptive run's `visual_tokens`).
         text_retention: Share of the text tokens that count, those with the largest drift, rounded to whole tokens (the
             ablation of Fig. 5). The budget of visual tokens follows from all text tokens nevertheless.
+        match_total: `drift` multiplies the mean saliency by one factor for the whole run, found in a survey of the
+            dense model, such that the total number of visual tokens equals that of drift (Table 3). Both totals are in
+            the manifest. Empty: the saliency is taken as it is.
 
     Raises:
-        InputError: `alpha` or `k` is negative or not finite, `rounding` unknown, `text_retention` not in 0 to 1.
+        InputError: `alpha` or `k` is negative or not finite, `rounding` unknown, `text_retention` not in 0 to 1,
+            `match_total` unknown or given beside `k`.
 
     Example:
         >>> tokens = Tokens(torch.eye(4), torch.eye(4)[[0, 2, 1, 3]], visual=torch.tensor([False, True, True, True]))
@@ -56,6 +63,7 @@ class AsymmetricPool(Pool):
         rounding: Literal["floor", "released"] = "floor",
         k: int | None = None,
         text_retention: float = 1.0,
+        match_total: Literal["", "drift"] = "",
     ) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):
             raise InputError("pruning.pool.alpha", alpha, "must be a finite number, 0 or larger")
@@ -65,12 +73,21 @@ class AsymmetricPool(Pool):
             raise InputError("pruning.pool.k", k, "must be 0 or larger")
         if not 0 <= text_retention <= 1:
             raise InputError("pruning.pool.text_retention", text_retention, "must lie between 0 and 1")
+        if match_total not in ("", "drift"):
+            raise InputError("pruning.pool.match_total", match_total, "must be empty or `drift`")
+        if match_total and k is not None:
+            raise InputError("pruning.pool.match_total", match_total, "scales the budget, which `k` fixes already")
         self.saliency = saliency
         self.needs = saliency.needs
         self.alpha = alpha
         self.rounding = rounding
         self.k = k
         self.text_retention = text_retention
+        self.match_total = match_total
+        self.wants_survey = bool(match_total)
+        self.survey_needs = saliency.needs
+        self._matched = MatchedTotal(self._budget_of)
+        self._factor = 1.0
         self._mean = 0.0
         self._start_block()
 
@@ -85,7 +102,7 @@ class AsymmetricPool(Pool):
         self._count += len(saliency)
         self._sizes.append((tokens.num_text, len(saliency)))
         # K can never exceed this, so no more candidates need to be held until the mean is known.
-        most = self._budget(self.saliency.maximum, *self._sizes[-1])
+        most = self._budget_of(self._factor * self.saliency.maximum, *self._sizes[-1])
         ranking = self.saliency.ranking(tokens, saliency, most)
         return Selection(self._retained_text(tokens), tokens.visual.nonzero().flatten()[ranking], saliency)
 
@@ -101,11 +118,11 @@ class AsymmetricPool(Pool):
         """K of each sample, once the mean saliency over all samples of all processes is known."""
         total, count = sum_over_processes(torch.tensor([self._total, self._count], dtype=torch.float64)).tolist()
         self._mean = total / max(count, 1)
-        budgets = [self._budget(self._mean, *size) for size in self._sizes]
+        budgets = [self._budget_of(self._factor * self._mean, *size) for size in self._sizes]
         self._start_block()
         return budgets
 
-    def _budget(self, mean: float, num_text: int, num_visual: int) -> int:
+    def _budget_of(self, mean: float, num_text: int, num_visual: int) -> int:
         if self.k is not None:
             return min(num_visual, self.k)
         if math.isinf(mean):
@@ -113,6 +130,26 @@ class AsymmetricPool(Pool):
         if self.rounding == "released":
             return min(num_visual, round(min(1.0, self.alpha * mean) * num_text))
         return min(num_visual, math.floor(self.alpha * mean * num_text))
+
+    def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:
+        """Saliency and drift of the sample's visual tokens in the dense model."""
+        moved = drift(tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual])
+        self._matched.add(self.saliency(tokens), moved, tokens.num_text)
+
+    def survey_block_end(
+        self, block: str, linears: Mapping[str, nn.Linear], sum_over_processes: SumOverProcesses
+    ) -> None:
+        """Mean saliency and drift of the block."""
+        self._matched.end_block(sum_over_processes)
+
+    def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
+        """The factor on the mean saliency, and how many visual tokens the dense model would spend with it."""
+        factor, total, reference = self._matched.end(sum_over_processes)
+        return {"factor": factor, "visual_tokens": total, "visual_tokens_of_drift": reference}
+
+    def use_survey(self, findings: Mapping[str, Any]) -> None:
+        """Scale budgets by the factor found."""
+        self._factor = findings["factor"]
 
     def summary(self) -> dict[str, float]:
         """Mean saliency of the block just ended, under the name of the saliency (`mean_drift`)."""
