@@ -20,27 +20,27 @@ class Manifest(dict[str, Any]):
     """The content of `pruning.json`, a plain dictionary that knows how to be written durably.
 
     Keys: `status` (`copying`, `pruning`, `complete`), `method`, `config`, `model`, `calibration`, `versions`,
-    `sparsity`, `blocks`, `linears`, `verified`, `seconds`.
+    `sparsity`, `blocks`, `linears`, `verified`, `warnings` (only where there are any), `seconds`.
     """
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path, name: str = FILE_NAME) -> Manifest:
         """Read the manifest of an output folder.
 
         Raises:
             InputError: There is none, or it is not readable.
         """
-        path = folder / FILE_NAME
+        path = folder / name
         if not path.is_file():
-            raise InputError("output", folder, f"has no {FILE_NAME}: not a folder that `prune` wrote")
+            raise InputError("output", folder, f"has no {name}: not a folder that this command wrote")
         try:
             return cls(json.loads(path.read_text()))
         except ValueError:
-            raise InputError("output", folder, f"its {FILE_NAME} cannot be read") from None
+            raise InputError("output", folder, f"its {name} cannot be read") from None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = FILE_NAME) -> None:
         """Replace the manifest of the folder in one step; it is on the disk when this returns."""
-        replace_durably(folder / FILE_NAME, (json.dumps(self, indent=1) + "\n").encode())
+        replace_durably(folder / name, (json.dumps(self, indent=1) + "\n").encode())
 
     def finished_blocks(self) -> list[int]:
         """Blocks whose weights are completely written."""
