@@ -51,10 +51,12 @@ def measure(pruning: BlockwisePruning, seed: int, processor, questions) -> dict:
     }
 
 
-def run_all(recipes: list[str], sparsities: list[float], seeds: int, path: Path) -> dict:
+def run_all(recipes: list[str], sparsities: list[float], seeds: int, size: dict[str, int], path: Path) -> dict:
     """Every recipe at every sparsity (N:M recipes once) and seed; goes on where the file ends."""
-    results = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
-    processor, questions = AutoProcessor.from_pretrained(CHECKPOINT), EmbeddedBenchmark().questions
+    results = json.loads(path.read_text()) if path.is_file() else {"benchmark": size, "runs": {}}
+    if results["benchmark"] != size:
+        raise SystemExit(f"{path} was made with {results['benchmark']}, not {size}; write to another file")
+    processor, questions = AutoProcessor.from_pretrained(CHECKPOINT), EmbeddedBenchmark(**size).questions
     if "dense" not in results:
         results["dense"] = score(dense_model(), processor, questions).to_dict()
     for recipe in recipes:
@@ -65,7 +67,7 @@ def run_all(recipes: list[str], sparsities: list[float], seeds: int, path: Path)
                 key = f"{recipe} {target} {seed}"
                 if key in results["runs"]:
                     continue
-                pruning = load_pruning(config) if fixed else load_pruning(config, sparsity=float(target))
+                pruning = load_pruning(config, **({} if fixed else {"sparsity": float(target)}))
                 if not pruning.wants_activations and seed:  # no data, so no seed
                     continue
                 results["runs"][key] = measure(pruning, seed, processor, questions)
@@ -104,11 +106,14 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
+    parser.add_argument("--images", type=int, default=300, help="images of the benchmark")
+    parser.add_argument("--text", type=int, default=600, help="text questions of the benchmark")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--markdown", action="store_true", help="print the tables")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = run_all(options.recipes, options.sparsities, options.seeds, options.json)
+    size = {"num_images": options.images, "num_text": options.text}
+    results = run_all(options.recipes, options.sparsities, options.seeds, size, options.json)
     if options.markdown:
         dense = Scores.from_dict(results["dense"])
         print(
