@@ -1,6 +1,7 @@
-"""The command line: LightningCLI with `prune` as a subcommand.
+"""The command line: LightningCLI with `prune` and `recover` as subcommands.
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
+lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune import __version__
-from lvlm_prune.callbacks import BlockwisePruning
-from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.callbacks import BlockwisePruning, SparseLoRA
+from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.errors import InputError, LVLMPruneError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.option_errors import OptionError, explain
 from lvlm_prune.plugins import load_installed_plugins
 from lvlm_prune.trainer import LVLMTrainer
+
+_QUIET = {"logger": False, "enable_model_summary": False}
+_TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "prune": _QUIET | {"enable_checkpointing": False},
+    "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
+}
 
 
 class LVLMParser(LightningArgumentParser):
@@ -39,22 +46,35 @@ class LVLMParser(LightningArgumentParser):
 class LVLMCLI(LightningCLI):
     """LightningCLI with the verbs of this project.
 
-    Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data` (CalibrationDataModule), `pruning`
-    (BlockwisePruning), `output`, `resume`, `evaluate`.
+    Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data`, `output`, `resume`, `evaluate`; for
+    `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `recover`, whose data is a
+    RecoveryDataModule, `lora` (SparseLoRA), `method` and `optimization`.
     """
+
+    _verb: str
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs, and which of their arguments the CLI builds itself."""
-        return {"prune": {"model", "datamodule"}}
+        return {"prune": {"model", "datamodule"}, "recover": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._verb = subcommand
+        self.trainer_defaults = _TRAINER_DEFAULTS[subcommand]
+        data = CalibrationDataModule if subcommand == "prune" else RecoveryDataModule
+        self.datamodule_class = self._datamodule_class = data
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The pruning callback has a key of its own."""
-        parser.add_lightning_class_args(BlockwisePruning, "pruning")
+        """The callback that does the work has a key of its own."""
+        if self._verb == "prune":
+            parser.add_lightning_class_args(BlockwisePruning, "pruning")
+        else:
+            parser.add_lightning_class_args(SparseLoRA, "lora")
 
     def before_instantiate_classes(self) -> None:
         """Refuse a configuration file that gives a plain value where options belong."""
-        for key in ("trainer", "model", "data", "pruning"):
+        for key in ("trainer", "model", "data", "pruning", "lora", "optimization"):
             value = self._get(self.config, key)
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
@@ -76,11 +96,27 @@ class LVLMCLI(LightningCLI):
 
     def before_prune(self) -> None:
         """Hand the trainer the configuration that repeats the run."""
-        parser = self._parser("prune")
-        values = self.config["prune"]
+        self.trainer.run_config = self._run_config("prune")
+
+    def before_recover(self) -> None:
+        """The same, and refuse options of LoRA where none is trained.
+
+        Raises:
+            InputError: The method is `full`, and an option of `lora` is not at its default.
+        """
+        config = self.trainer.run_config = self._run_config("recover")
+        if config["method"] == "full":
+            lora = config.pop("lora")
+            defaults = self._parser("recover").get_defaults()["lora"]
+            for name, value in lora.items():
+                if value != defaults[name]:
+                    raise InputError(f"lora.{name}", value, "does nothing with --method full")
+
+    def _run_config(self, verb: str) -> dict[str, Any]:
+        parser, values = self._parser(verb), self.config[verb]
         config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
         config.pop("config", None)
-        self.trainer.run_config = config
+        return config
 
 
 def silence_libraries() -> None:
@@ -130,7 +166,7 @@ def _run(arguments: list[str]) -> None:
         LVLMModule,
         CalibrationDataModule,
         trainer_class=LVLMTrainer,
-        trainer_defaults={"logger": False, "enable_checkpointing": False, "enable_model_summary": False},
+        trainer_defaults=_TRAINER_DEFAULTS["prune"],
         save_config_callback=None,
         seed_everything_default=False,
         parser_class=LVLMParser,

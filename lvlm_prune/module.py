@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks import (
     BlockRunner,
@@ -19,6 +22,11 @@ from lvlm_prune.blocks import (
     prunable_linears,
     resolve,
 )
+from lvlm_prune.data.bucketing import Batch
+from lvlm_prune.data.labels import IGNORED
+from lvlm_prune.errors import InputError
+from lvlm_prune.recovery.masks import pruned_linears
+from lvlm_prune.recovery.optimization import Optimization
 
 
 class LVLMModule(L.LightningModule):
@@ -48,6 +56,11 @@ class LVLMModule(L.LightningModule):
         self.model: Any = None
         self.processor: Any = None
         self.runner: BlockRunner
+        self.optimization = Optimization()
+        self.pruned: dict[str, nn.Linear] = {}
+        self.adapted: dict[str, nn.Module] = {}
+        # A training checkpoint holds what is trained; the base is read from its own folder.
+        self.strict_loading = False
 
     @classmethod
     def from_model(cls, model: nn.Module, processor: Any = None) -> LVLMModule:
@@ -86,6 +99,35 @@ class LVLMModule(L.LightningModule):
         )
         self.runner = BlockRunner(self.model)
 
+    def load(self) -> None:
+        """Bring the whole model into memory, for training, and find its pruned Linears.
+
+        Raises:
+            InputError: The checkpoint cannot be used, or nothing in it is pruned.
+        """
+        if self.pruned:
+            return
+        self.open()
+        if self.folder is not None:
+            attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+            disable_progress_bar()
+            loaded = type(self.model).from_pretrained(
+                self.folder.path,
+                dtype=self.model.dtype,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=True,
+                **attention,
+            )
+            self.model = loaded.eval().requires_grad_(False)
+            self.runner = BlockRunner(self.model)
+        self.pruned = pruned_linears(self.linears())
+        if not self.pruned:
+            problem = "no Linear of its decoder blocks is pruned; make it sparse with `lvlm-prune prune` first"
+            raise InputError("model.path", self.path, problem)
+        for linear in self.pruned.values():
+            # Tools that multiply with a mask leave -0.0 behind.
+            linear.weight.data.masked_fill_(linear.weight == 0, 0.0)
+
     def linears(self) -> dict[str, nn.Linear]:
         """Full name of every Linear of the decoder blocks that could be pruned, in the order of the blocks."""
         return {
@@ -104,3 +146,71 @@ class LVLMModule(L.LightningModule):
     def compute_dtype(self) -> torch.dtype:
         """Precision in which blocks run."""
         return next(self.runner.block(0).parameters()).dtype
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+    def answer_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Cross-entropy of the answer tokens, summed over a batch, and their number."""
+        total, count = torch.zeros((), device=self.device), 0
+        for group in batch:
+            inputs = {name: self._cast(value) for name, value in group.items() if name != "labels"}
+            predicted = group["labels"][:, 1:]
+            # Nobody asks for logits before the first answer token: behind an image they are the most.
+            first = int((predicted != IGNORED).any(dim=0).nonzero()[0])
+            if self._takes_logits_to_keep:
+                inputs["logits_to_keep"] = predicted.shape[1] - first + 1
+            logits = self.model(**inputs, use_cache=False).logits
+            logits = logits[:, -(predicted.shape[1] - first + 1) : -1].float()
+            target = predicted[:, first:]
+            loss = cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
+            total, count = total + loss, count + int((target != IGNORED).sum())
+        return total, count
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch's answer tokens."""
+        total, count = self.answer_loss(batch)
+        loss = total / count
+        self.log("train_loss", loss, prog_bar=True, batch_size=count)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log `validation_loss`, the mean over all answer tokens of the validation samples."""
+        total, count = self.answer_loss(batch)
+        self.log("validation_loss", total / count, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what is trainable; see `Optimization`."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return self.optimization.build(trainable, int(self.trainer.estimated_stepping_batches))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, and say which base it belongs to."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in sorted(trained)}
+        checkpoint["base"] = self.folder.fingerprint() if self.folder is not None else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what was trained on another base.
+
+        Raises:
+            InputError: Another base, or other trained weights.
+        """
+        if checkpoint.get("base") != (self.folder.fingerprint() if self.folder is not None else None):
+            raise InputError("model.path", self.path, "the training checkpoint belongs to another base")
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if shapes != {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}:
+            raise InputError(
+                "resume", "true", "the training checkpoint has other trainable weights; repeat its options"
+            )
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model takes; None where its configuration does not say."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def _takes_logits_to_keep(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.compute_dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""The Trainer: Lightning's, with `prune` beside `fit`.
+"""The Trainer: Lightning's, with `prune` and `recover` beside `fit`.
 
 prune()  check everything ─► launch processes ─► catch block-0 inputs ─► block loop ─► verify, report
          (nothing written)                       (rank r takes its share of the samples)
@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -29,7 +29,13 @@ from lvlm_prune.callbacks import (
     PruningReport,
     SparseCheckpointWriter,
 )
-from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint, load_processor
+from lvlm_prune.data import (
+    CalibrationBatch,
+    CalibrationDataModule,
+    RecoveryDataModule,
+    fingerprint,
+    load_processor,
+)
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
@@ -38,6 +44,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
+from lvlm_prune.recovery.optimization import Optimization
 
 
 class LVLMTrainer(L.Trainer):
@@ -122,6 +129,36 @@ class LVLMTrainer(L.Trainer):
             self._raise_hook(fabric, model, "teardown", stage="prune")
             self.processes.close()
         return self.manifest
+
+    def recover(
+        self,
+        model: LVLMModule,
+        datamodule: RecoveryDataModule,
+        output: str = "",
+        resume: bool = False,
+        evaluate: bool = True,
+        method: Literal["lora", "full"] = "lora",
+        optimization: Optimization = Optimization(),  # noqa: B008  (jsonargparse shows its fields; never changed)
+    ) -> Manifest:
+        """Train a pruned checkpoint to give back accuracy; every pruned weight stays zero.
+
+        Args:
+            model: The pruned model. The embedded one is dense and is pruned by ATV to 70% first.
+            datamodule: What to train and to validate on.
+            output: Folder to write, new or empty. Default: `runs/<model>-recovered`.
+            resume: Go on with the unfinished run in `output`, from its last validation.
+            evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+            method: Train sparse LoRA adapters, or the pruned Linears themselves (`full`).
+            optimization: Learning rate and its schedule.
+
+        Returns:
+            The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
+        """
+        from lvlm_prune.recovery.run import RecoveryRun
+
+        run = RecoveryRun(self, model, datamodule, output, resume, evaluate, method, optimization)
+        self.output_folder = run.folder
+        return run()
 
     def _prune(
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
@@ -329,7 +366,7 @@ class LVLMTrainer(L.Trainer):
             folder = wanted.with_name(f"{wanted.name}-{number}")
         return folder
 
-    def _provenance(self, model: LVLMModule, datamodule: CalibrationDataModule) -> dict[str, Any]:
+    def _provenance(self, model: LVLMModule, datamodule: CalibrationDataModule | RecoveryDataModule) -> dict[str, Any]:
         """What the run starts from, for the manifest."""
         import lightning
         import transformers

@@ -1,0 +1,87 @@
+"""The zeros of a pruned model: which Linears have them, where, and whether they are all still there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lvlm_prune.errors import RunError
+from lvlm_prune.patterns import Pattern, SemiStructured
+
+# A dense weight has a few zeros by chance, above all in low precision.
+LEAST_SPARSITY = 0.01
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pruned_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those Linears of which at least one weight in a hundred is zero.
+
+    Example:
+        >>> sparse, dense = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> _ = sparse.weight.data[:, :2].zero_()
+        >>> list(pruned_linears({"sparse": sparse, "dense": dense}))
+        ['sparse']
+    """
+    return {
+        name: linear for name, linear in linears.items() if (linear.weight == 0).float().mean().item() >= LEAST_SPARSITY
+    }
+
+
+class ZeroMask:
+    """Where a weight was zero when this was made, one bit for each weight, in ordinary memory.
+
+    Args:
+        weight: The pruned weight, shape (out, in).
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+        >>> mask = ZeroMask(weight)
+        >>> weight[1, 1] = 0.5
+        >>> mask.violation(weight), mask.sparsity
+        ((1, 1), 0.5)
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        zero = (weight.detach() == 0).cpu()
+        self.shape, self._packed = tuple(zero.shape), np.packbits(zero.numpy())
+        self.zeros = int(zero.sum())
+        self.sparsity = self.zeros / max(zero.numel(), 1)
+
+    def tensor(self) -> Tensor:
+        """Bool of shape (out, in) on the CPU, True where the weight was zero."""
+        count = int(np.prod(self.shape))
+        return torch.from_numpy(np.unpackbits(self._packed, count=count).astype(bool)).reshape(self.shape)
+
+    def violation(self, weight: Tensor) -> tuple[int, int] | None:
+        """Row and column of the first pruned weight that is not +0.0 any more; None where all are."""
+        bits = weight.detach().view(_BITS[weight.element_size()])
+        wrong = ((bits != 0) & self.tensor().to(weight.device)).nonzero()
+        return (int(wrong[0, 0]), int(wrong[0, 1])) if len(wrong) else None
+
+
+def verify_zeros(name: str, mask: ZeroMask, weight: Tensor, pattern: Pattern | None = None) -> None:
+    """Hold a weight against the zeros that it is to have.
+
+    Args:
+        name: The Linear, for the message.
+        mask: Its zeros before recovery.
+        weight: Its weight now.
+        pattern: With an N:M pattern, every group is counted too.
+
+    Raises:
+        RunError: A pruned weight is not exactly +0.0, or a group of N:M has too few zeros; names the Linear.
+    """
+    place = mask.violation(weight)
+    if place is not None:
+        value = weight[place].item()
+        raise RunError(f"frozen mask violated: weight {list(place)} of {name} was pruned and is {value} now")
+    if isinstance(pattern, SemiStructured):
+        zeros = (pattern.groups(weight) == 0).sum(dim=1)
+        least = pattern.group_size - pattern.keep
+        if (zeros < least).any():
+            raise RunError(
+                f"frozen mask violated: a group of {name} has {int(zeros.min())} zeros, {pattern} asks {least}"
+            )

@@ -1,0 +1,108 @@
+"""Merging: the recovered weights over the pruned ones, in a copy of the base, one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
+from lvlm_prune.errors import RunError
+from lvlm_prune.patterns import Pattern
+from lvlm_prune.recovery.masked_lora import masked_weight
+from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+
+def merged_weight(model: LVLMModule, name: str, stored: Tensor, mask: ZeroMask) -> Tensor:
+    """The recovered weight of a pruned Linear.
+
+    Args:
+        model: The trained model.
+        name: The Linear.
+        stored: Its pruned weight as the base stores it, shape (out, in), on the CPU.
+        mask: Its zeros.
+
+    Returns:
+        Shape and dtype of `stored`; +0.0 wherever the mask says so.
+    """
+    layer: Any = model.adapted.get(name)
+    if layer is not None:
+        lora_a, lora_b = (part["default"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+        merged = masked_weight(stored, lora_a, lora_b, layer.scaling["default"])
+    elif model.pruned[name].weight.requires_grad:
+        merged = model.pruned[name].weight.detach().to("cpu", stored.dtype)
+    else:
+        merged = stored
+    return merged.masked_fill(mask.tensor(), 0.0)
+
+
+def write_merged(
+    model: LVLMModule,
+    base: CheckpointFolder,
+    written: CheckpointFolder,
+    weights: StreamedWeights,
+    masks: Mapping[str, ZeroMask],
+) -> None:
+    """Overwrite the pruned Linears in a copy of the base.
+
+    Args:
+        model: The trained model.
+        base: The pruned checkpoint.
+        written: The copy, of the same layout.
+        weights: Knows where on disk a weight of the model is.
+        masks: Zeros of every pruned Linear.
+
+    Raises:
+        OSError: The copy cannot be written.
+    """
+    blocks = [model.runner.name(index) for index in range(len(model.runner))]
+    block_of = {name: next(block for block in blocks if name.startswith(f"{block}.")) for name in masks}
+    for _, group in groupby(masks, key=block_of.__getitem__):
+        merged = {
+            f"{name}.weight": merged_weight(model, name, weights.stored(f"{name}.weight", base), masks[name])
+            for name in group
+        }
+        for key, tensor in weights.to_disk(merged, written).items():
+            written.write(key, tensor)
+    written.sync()
+
+
+def verify_merged(
+    base: CheckpointFolder,
+    written: CheckpointFolder,
+    weights: StreamedWeights,
+    masks: Mapping[str, ZeroMask],
+    pattern: Pattern | None,
+) -> dict[str, Any]:
+    """Read the written checkpoint again and hold it against its base.
+
+    Every entry that was zero is exactly +0.0, N:M holds in every group, all other tensors are byte-identical.
+
+    Returns:
+        Zeros per Linear, their share of all, and the number of untouched tensors.
+
+    Raises:
+        RunError: A promise is broken; names the tensor.
+    """
+    touched = {key for name in masks for key in weights.keys_of(f"{name}.weight")}
+    for key in base:
+        if key not in touched and base.read_bytes(key) != written.read_bytes(key):
+            raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
+    zeros, size = {}, 0
+    for name, mask in masks.items():
+        weight = weights.stored(f"{name}.weight", written)
+        verify_zeros(name, mask, weight, pattern)
+        if not weight.isfinite().all():
+            raise RunError(f"verification failed: {name} has NaN or infinity after recovery")
+        zeros[name] = int((weight == 0).sum())
+        size += weight.numel()
+    return {
+        "zeros": zeros,
+        "sparsity": sum(zeros.values()) / size,
+        "untouched_tensors": len(base) - len(touched),
+    }
