@@ -119,7 +119,7 @@ def test_interrupted_while_copying(golden_arguments, uninterrupted, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lvlm_prune.callbacks.checkpoint.shutil.copyfile", interrupt)
+        patched.setattr("lvlm_prune.output_folder.shutil.copyfile", interrupt)
         assert main(arguments) == 130
     assert main([*arguments, "--resume=true"]) == 0
     assert_same_checkpoint(uninterrupted, folder)
