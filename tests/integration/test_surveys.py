@@ -16,6 +16,7 @@ from lvlm_prune.data import TensorSource
 from lvlm_prune.pools import MixedPool
 from lvlm_prune.scorers import MagnitudeScorer
 from tests.conftest import GOLDEN
+from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 
 SOURCE = TensorSource(str(GOLDEN / "calib.safetensors"))
 
@@ -134,6 +135,20 @@ def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, m
         assert main([*arguments, f"--output={folder}"]) == 130
     assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2)])
+def test_every_family_can_be_surveyed(make, family):
+    """A sample with an image and one of text alone, in decoders that skip blocks, add features or share experts."""
+    model = tiny_model(family)
+    samples = [make_inputs(family, model, [sample]) for sample in (Sample(3, 0, 5), Sample(4, None, 3))]
+    pruning = BlockwisePruning(pool=MixedPool(), allocation=make())
+    lvlm_prune.prune(model, samples, pruning)
+    sizes = {name: rows * columns for name, (rows, columns) in pruning.shapes.items()}
+    mean = sum(pruning.targets[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert mean == pytest.approx(0.5, abs=1e-6)
+    assert min(pruning.targets.values()) < 0.5 < max(pruning.targets.values())
 
 
 @pytest.mark.parametrize("make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2)])
