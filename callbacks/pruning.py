@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import lazy_instance
-from torch import Tensor
 
 from lvlm_prune.activations import Activations
 from lvlm_prune.allocation import Allocation, UniformAllocation
 from lvlm_prune.blocks import MODALITIES
+from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
@@ -25,7 +25,6 @@ from lvlm_prune.plugins import plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
 from lvlm_prune.scorers import Scorer, WandaScorer
 from lvlm_prune.statistics import Statistic
-from lvlm_prune.tokens import Selection
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -158,71 +157,38 @@ class BlockwisePruning(PruneCallback):
     # ---- at each block -----------------------------------------------------------------------------------------------
     def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Start fresh statistics, and stop at broken weights."""
-        self._statistics: dict[str, Statistic] = {}
-        self._site_of: dict[str, str] = {}
-        self._held: list[tuple[str, int, Tensor, int]] = []
-        self._samples: list[int] = []
-        self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
-        self._linear_selections: dict[tuple[int, str], Tensor] = {}
-        self._targets = {
-            name: f"{block.name}.{name}" for name in block.linears if f"{block.name}.{name}" in self.targets
-        }
-        for name in self._targets:
+        full_names = {name: f"{block.name}.{name}" for name in block.linears}
+        self._targets = {name: full_name for name, full_name in full_names.items() if full_name in self.targets}
+        for name, full_name in self._targets.items():
             if not torch.isfinite(block.linears[name].weight).all():
-                raise RunError(f"NaN or infinity in the weight of {block.name}.{name}")
+                raise RunError(f"NaN or infinity in the weight of {full_name}")
+        self._calibration: BlockCalibration | None = None
+        if self.scorer.statistic is not None:
+            self._calibration = BlockCalibration(
+                block.index, self._targets, self.pool, self.scorer.statistic, self.record
+            )
 
     def on_calibration_batch_end(
         self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """Add the tokens that the pool selects; hold its candidates."""
-        if not self.wants_activations:
-            return
-        tokens = sample.tokens(self.visual, self.needs, asked_by=plugin_class(self.pool).__name__)
-        order = len(self._samples)
-        self._samples.append(sample.sample)
-        shared = None if self.pool.per_linear else self.pool.select(tokens)
-        if self.record:
-            self._selections[sample.sample] = (tokens.visual, shared)
-        for site, inputs, repeats in sample.site_inputs():
-            targets = [name for name in sample.sites[site] if name in self._targets]
-            keys = {name: name if self.pool.per_linear else site for name in targets}
-            for name, key in keys.items():
-                if self._site_of.setdefault(name, key) != key:
-                    raise RunError(f"{block.name}.{name} shares its input with other Linears in some samples only")
-            for key in dict.fromkeys(keys.values()):
-                selection = shared
-                if selection is None and repeats > 0:
-                    selection = self.pool.select(tokens, key)
-                    if self.record:
-                        self._linear_selections[sample.sample, key] = selection.weights
-                self._add(key, inputs, repeats, selection, order)
-
-    def _add(self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int) -> None:
-        assert self.scorer.statistic is not None
-        if key not in self._statistics:
-            self._statistics[key] = self.scorer.statistic(inputs.shape[1], inputs.device)
-        if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
-            self._statistics[key].add(inputs, torch.ones(len(inputs), dtype=torch.bool, device=inputs.device))
-            return
-        assert selection is not None
-        self._statistics[key].add(inputs, selection.weights if repeats == 1 else selection.weights.repeat(repeats))
-        if selection.candidates is not None and len(selection.candidates):
-            streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
-            self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats))
+        if self._calibration is not None:
+            tokens = sample.tokens(self.visual, self.needs, asked_by=plugin_class(self.pool).__name__)
+            self._calibration.add(sample, tokens)
 
     def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Finish the statistics, then score, mask and overwrite each Linear's weight."""
-        if self.wants_activations:
-            self._finish_statistics(trainer, block)
+        calibration = self._calibration
+        if calibration is not None:
+            devices = {name: linear.weight.device for name, linear in block.linears.items()}
+            block.record.update(calibration.finish(trainer.processes, devices))
         linears: dict[str, dict[str, Any]] = {}
         for name, full_name in self._targets.items():
             weight = block.linears[name].weight
-            statistic = self._statistics.get(self._site_of.get(name, ""))
-            if self.scorer.statistic is not None and _saw_nothing(statistic):
+            statistic = None if calibration is None else calibration.statistic_of(name)
+            if calibration is not None and _saw_nothing(statistic):
                 linears[full_name] = {"shape": list(weight.shape), "target": 0.0, "note": "saw no calibration token"}
                 continue
-            if statistic is not None and not all(torch.isfinite(part).all() for part in statistic.tensors()):
-                raise RunError(f"NaN or infinity in the calibration statistics of {full_name}")
             pruned, mask = self.scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
             weight.data.copy_(pruned)
             block.masks[name] = mask
@@ -236,10 +202,10 @@ class BlockwisePruning(PruneCallback):
             if notes := self.scorer.notes(statistic, mask, self.targets[full_name]):
                 linears[full_name]["scorer"] = notes
         block.record["linears"] = linears
-        if self.record:
-            trainer.recorded.update(self._recorded_norms(block, trainer.manifest["calibration"]["num_samples"]))
-        self._statistics.clear()
-        self._held.clear()
+        if self.record and calibration is not None:
+            num_samples = trainer.manifest["calibration"]["num_samples"]
+            trainer.recorded.update(calibration.recorded(trainer.processes, num_samples))
+        self._calibration = None
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Note the mean budget, and say what the scorer found worth reporting."""
@@ -250,59 +216,6 @@ class BlockwisePruning(PruneCallback):
         if line := self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}):
             trainer.manifest["warnings"] = [line]
             trainer.say(f"warning: {line}")
-
-    def _finish_statistics(self, trainer: "LVLMTrainer", block: Block) -> None:
-        cutoffs = self.pool.cutoffs(trainer.processes.sum)
-        for key, order, inputs, repeats in self._held:
-            chosen = inputs[: cutoffs[order] * repeats]
-            self._statistics[key].add(chosen, torch.ones(len(chosen), dtype=torch.bool, device=chosen.device))
-        known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
-        for others, site_of in trainer.processes.gather((known, self._site_of)):
-            self._site_of.update(site_of)
-            for key, channels in others.items():  # a Linear may have been called for another process's samples only
-                if key not in self._statistics:
-                    assert self.scorer.statistic is not None
-                    self._statistics[key] = self.scorer.statistic(channels, block.linears[key].weight.device)
-        ordered = [tensor for key in sorted(self._statistics) for tensor in self._statistics[key].tensors()]
-        trainer.processes.sum_in_place(ordered)
-        block.record.update(self.pool.summary())
-        chosen_of = dict(zip(self._samples, cutoffs))
-        everywhere = trainer.processes.gather(chosen_of)
-        if any(everywhere):
-            together = {sample: count for part in everywhere for sample, count in part.items()}
-            block.record["visual_tokens"] = [together[sample] for sample in sorted(together)]
-        if self.record:
-            recorded: dict[str, Tensor] = {}
-            for sample, (visual, selection) in self._selections.items():
-                recorded[f"image_mask.{sample}"] = visual[None].cpu()
-                if selection is not None:
-                    recorded.update(self._recorded_selection(block.index, sample, visual, selection, chosen_of))
-            for (sample, linear), weights in self._linear_selections.items():
-                recorded[f"{self.pool.name}_sel.{block.index}.{sample}.{linear}"] = weights.cpu()
-            for part in trainer.processes.gather(recorded):
-                trainer.recorded.update(part)
-
-    # ---- for the record ----------------------------------------------------------------------------------------------
-    def _recorded_selection(
-        self, block: int, sample: int, visual: Tensor, selection: Selection, chosen_of: dict[int, int]
-    ) -> dict[str, Tensor]:
-        recorded = {}
-        if selection.saliency is not None:
-            name = getattr(getattr(self.pool, "saliency", None), "name", "saliency")
-            recorded[f"{name}.{block}.{sample}"] = selection.saliency.cpu()
-        if selection.candidates is not None:
-            among_visual = visual.cumsum(0) - 1
-            chosen = selection.candidates[: chosen_of[sample]]
-            recorded[f"sel.{block}.{sample}"] = among_visual[chosen].sort().values.cpu()
-        return recorded
-
-    def _recorded_norms(self, block: Block, num_samples: int) -> dict[str, Tensor]:
-        return {
-            f"scaler_row.{block.index}.{name}": (norms / num_samples).float().cpu()
-            for name in self._targets
-            if (statistic := self._statistics.get(self._site_of.get(name, ""))) is not None
-            if (norms := statistic.squared_norms()) is not None
-        }
 
 
 def _saw_nothing(statistic: Statistic | None) -> bool:

@@ -1,0 +1,164 @@
+"""Calibration of one block: which tokens of each sample count, summed up per input site.
+
+sample ──► pool ──┬─ tokens that count in any case ──► added at once
+                  └─ candidates, best first ─────────► held until the pool says how many count
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.activations import Activations
+from lvlm_prune.errors import RunError
+from lvlm_prune.pools import Pool
+from lvlm_prune.processes import Processes
+from lvlm_prune.statistics import Statistic
+from lvlm_prune.tokens import Selection, Tokens
+
+
+class BlockCalibration:
+    """Statistics of a block's Linears, filled sample by sample.
+
+    Linears fed by the same tensor share one statistic; with a pool that chooses for each Linear, every Linear has its
+    own.
+
+    Args:
+        block: Index of the block.
+        targets: Name relative to the block -> full name of each Linear that is to be pruned.
+        pool: Which tokens count.
+        statistic: What is summed up.
+        record: Keep selections and saliencies for `statistics.safetensors`.
+    """
+
+    def __init__(
+        self, block: int, targets: Mapping[str, str], pool: Pool, statistic: type[Statistic], record: bool
+    ) -> None:
+        self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
+        self._statistics: dict[str, Statistic] = {}
+        self._site_of: dict[str, str] = {}
+        self._held: list[tuple[str, int, Tensor, int]] = []
+        self._samples: list[int] = []
+        self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
+        self._linear_selections: dict[tuple[int, str], Tensor] = {}
+
+    def add(self, sample: Activations, tokens: Tokens) -> None:
+        """Add the tokens that the pool selects; hold its candidates.
+
+        Raises:
+            RunError: A Linear shares its input with others in some samples and not in others.
+        """
+        order = len(self._samples)
+        self._samples.append(sample.sample)
+        shared = None if self.pool.per_linear else self.pool.select(tokens)
+        if self.record:
+            self._selections[sample.sample] = (tokens.visual, shared)
+        for site, inputs, repeats in sample.site_inputs():
+            names = [name for name in sample.sites[site] if name in self.targets]
+            keys = {name: name if self.pool.per_linear else site for name in names}
+            for name, key in keys.items():
+                if self._site_of.setdefault(name, key) != key:
+                    full_name = self.targets[name]
+                    raise RunError(f"{full_name} shares its input with other Linears in some samples only")
+            for key in dict.fromkeys(keys.values()):
+                selection = shared
+                if selection is None and repeats > 0:
+                    selection = self.pool.select(tokens, key)
+                    if self.record:
+                        self._linear_selections[sample.sample, key] = selection.weights
+                self._add(key, inputs, repeats, selection, order)
+
+    def _add(self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int) -> None:
+        if key not in self._statistics:
+            self._statistics[key] = self.statistic(inputs.shape[1], inputs.device)
+        if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
+            self._statistics[key].add(inputs, _all(inputs))
+            return
+        assert selection is not None
+        self._statistics[key].add(inputs, selection.weights if repeats == 1 else selection.weights.repeat(repeats))
+        if selection.candidates is not None and len(selection.candidates):
+            streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
+            self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats))
+
+    def finish(self, processes: Processes, devices: Mapping[str, torch.device]) -> dict[str, Any]:
+        """Add the candidates that count, and sum over all processes.
+
+        Args:
+            processes: All processes of the run.
+            devices: Where each Linear's statistic lives, for those that only another process' samples called.
+
+        Returns:
+            Numbers for the manifest: what the pool says of the block, and the visual tokens of each sample.
+        """
+        cutoffs = self.pool.cutoffs(processes.sum)
+        for key, order, inputs, repeats in self._held:
+            chosen = inputs[: cutoffs[order] * repeats]
+            self._statistics[key].add(chosen, _all(chosen))
+        self._held.clear()
+        known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
+        for others, site_of in processes.gather((known, self._site_of)):
+            self._site_of.update(site_of)
+            for key, channels in others.items():
+                if key not in self._statistics:
+                    self._statistics[key] = self.statistic(channels, devices[key])
+        processes.sum_in_place(
+            [tensor for key in sorted(self._statistics) for tensor in self._statistics[key].tensors()]
+        )
+        self._chosen_of = dict(zip(self._samples, cutoffs))
+        found: dict[str, Any] = dict(self.pool.summary())
+        everywhere = processes.gather(self._chosen_of)
+        if any(everywhere):
+            together = {sample: count for part in everywhere for sample, count in part.items()}
+            found["visual_tokens"] = [together[sample] for sample in sorted(together)]
+        return found
+
+    def statistic_of(self, name: str) -> Statistic | None:
+        """The sums over the pool of a Linear's input; None where no sample called it.
+
+        Raises:
+            RunError: They hold NaN or infinity.
+        """
+        statistic = self._statistics.get(self._site_of.get(name, ""))
+        if statistic is not None and not all(torch.isfinite(part).all() for part in statistic.tensors()):
+            raise RunError(f"NaN or infinity in the calibration statistics of {self.targets[name]}")
+        return statistic
+
+    def recorded(self, processes: Processes, num_samples: int) -> dict[str, Tensor]:
+        """Norms, saliencies and selected tokens of all processes under the names of `statistics.safetensors`.
+
+        Keys: `scaler_row.{block}.{linear}` float32 (C_in,), squared norms / number of samples; `image_mask.{sample}`
+        bool (1, T), visual tokens; `{saliency}.{block}.{sample}` float32 (n_visual,); `sel.{block}.{sample}` int64, selected
+        tokens as indices into the visual ones; `{pool}_sel.{block}.{sample}.{linear}`, weights (T,).
+        """
+        own: dict[str, Tensor] = {}
+        for sample, (visual, selection) in self._selections.items():
+            own[f"image_mask.{sample}"] = visual[None].cpu()
+            if selection is not None:
+                own.update(self._recorded_selection(sample, visual, selection))
+        for (sample, linear), weights in self._linear_selections.items():
+            own[f"{self.pool.name}_sel.{self.block}.{sample}.{linear}"] = weights.cpu()
+        everything = {key: value for part in processes.gather(own) for key, value in part.items()}
+        for name in self.targets:
+            statistic = self._statistics.get(self._site_of.get(name, ""))
+            norms = None if statistic is None else statistic.squared_norms()
+            if norms is not None:
+                everything[f"scaler_row.{self.block}.{name}"] = (norms / num_samples).float().cpu()
+        return everything
+
+    def _recorded_selection(self, sample: int, visual: Tensor, selection: Selection) -> dict[str, Tensor]:
+        recorded = {}
+        if selection.saliency is not None:
+            name = getattr(getattr(self.pool, "saliency", None), "name", "saliency")
+            recorded[f"{name}.{self.block}.{sample}"] = selection.saliency.cpu()
+        if selection.candidates is not None:
+            among_visual = visual.cumsum(0) - 1
+            chosen = selection.candidates[: self._chosen_of[sample]]
+            recorded[f"sel.{self.block}.{sample}"] = among_visual[chosen].sort().values.cpu()
+        return recorded
+
+
+def _all(inputs: Tensor) -> Tensor:
+    return torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
