@@ -67,15 +67,20 @@ class MatchedTotal:
 
         wanted = total_of([reference for _, reference, _ in self._blocks])
         means, references = sum(block[0] for block in self._blocks), sum(block[1] for block in self._blocks)
-        if wanted == 0 or means <= 0:
-            return (references / means if means > 0 else 1.0), 0, wanted
-        low, high = 0.0, references / means
+        if means <= 0:
+            return 1.0, 0, wanted
+        start = references / means or 1.0
+        low, high = 0.0, start
+        # With nothing wanted, the first token that would be too many still bounds the factor from above.
+        enough = max(wanted, 1)
         for _ in range(_HALVINGS):
-            if total(high) >= wanted:
+            if total(high) >= enough:
                 break
             low, high = high, 2 * high
+        else:
+            return start, total(start), wanted
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if total(middle) >= wanted else (middle, high)
+            low, high = (low, middle) if total(middle) >= enough else (middle, high)
         below, above = total(low), total(high)
         return (low, below, wanted) if wanted - below < above - wanted else (high, above, wanted)
