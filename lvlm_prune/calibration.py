@@ -130,8 +130,8 @@ class BlockCalibration:
         """Norms, saliencies and selected tokens of all processes under the names of `statistics.safetensors`.
 
         Keys: `scaler_row.{block}.{linear}` float32 (C_in,), squared norms / number of samples; `image_mask.{sample}`
-        bool (1, T), visual tokens; `{saliency}.{block}.{sample}` float32 (n_visual,); `sel.{block}.{sample}` int64, selected
-        tokens as indices into the visual ones; `{pool}_sel.{block}.{sample}.{linear}`, weights (T,).
+        bool (1, T), visual tokens; `{saliency}.{block}.{sample}` float32 (n_visual,); `sel.{block}.{sample}` int64,
+        selected tokens as indices into the visual ones; `{pool}_sel.{block}.{sample}.{linear}`, weights (T,).
         """
         own: dict[str, Tensor] = {}
         for sample, (visual, selection) in self._selections.items():
