@@ -95,6 +95,9 @@ class SparseLoRA(Callback):
         }
         pl_module.adapted = {name: layers[name] for name in selected}
         for layer in layers.values():
+            # PEFT gives adapters the dtype of their base, in which small steps would be rounded away.
+            for part in (layer.lora_A, layer.lora_B):
+                part.float()
             # The base stays in evaluation mode; dropout on the way to an adapter is all that training adds.
             layer.train()
             layer.get_base_layer().eval()

@@ -65,6 +65,8 @@ class RecoveryDataModule(L.LightningDataModule):
         self.validation_indices: list[int] = []
         self._processor: Any = None
         self._context_length: int | None = None
+        self._train_loader: BucketedLoader | None = None
+        self._loader_state: dict[str, Any] | None = None
 
     def connect(self, processor: Any, context_length: int | None) -> None:
         """Hand over what belongs to the model.
@@ -88,7 +90,7 @@ class RecoveryDataModule(L.LightningDataModule):
         if self.num_samples is not None and self.num_samples > total:
             problem = f"the source holds only {total} sample{'' if total == 1 else 's'}"
             raise InputError("data.num_samples", self.num_samples, problem)
-        selection = choose(self.num_samples or total, total, self.seed)
+        selection = self.source.choose(self.num_samples or total, self.seed)
         count = self.validation_samples
         if count is None:
             count = min(len(selection) // 20, _LARGEST_DEFAULT_VALIDATION)
@@ -156,8 +158,19 @@ class RecoveryDataModule(L.LightningDataModule):
             raise RunError("has no answer tokens: all labels are -100")
 
     def train_dataloader(self) -> BucketedLoader:
-        """Batches in an order of their own in each epoch."""
-        return self._loader(self.train_indices, self.seed)
+        """Batches in an order of their own in each epoch; after `load_state_dict`, from where the state was taken."""
+        self._train_loader = self._loader(self.train_indices, self.seed)
+        if self._loader_state is not None:
+            self._train_loader.load_state_dict(self._loader_state)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the training samples are used up; Lightning keeps it in every checkpoint."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the state was taken."""
+        self._loader_state = state_dict or None
 
     def val_dataloader(self) -> BucketedLoader | list[Any]:
         """Batches in the order of the source; empty without validation samples."""

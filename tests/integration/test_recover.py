@@ -1,0 +1,297 @@
+"""Recovery through the command line: zeros stay zeros, runs can be killed, mistakes are one line."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import lvlm_prune
+from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.callbacks import BlockwisePruning, FrozenMasks
+from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
+from lvlm_prune.errors import InputError
+from lvlm_prune.recovery import load_sparse_adapter
+from tests.conftest import GOLDEN, REPOSITORY
+
+CALIBRATION = GOLDEN / "calib.safetensors"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Pruned checkpoints: unstructured and 2:4, in float32 and bfloat16."""
+    folder = tmp_path_factory.mktemp("bases")
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        dense = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=dtype)
+        dense.save_pretrained(folder / f"dense-{name}", max_shard_size="300KB")
+        for pattern in ("unstructured", "2:4"):
+            pruning = BlockwisePruning(pattern=pattern, exclude="*.k_proj")
+            output = folder / f"{pattern}-{name}"
+            lvlm_prune.prune(folder / f"dense-{name}", TensorSource(str(CALIBRATION)), pruning, output)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """The calibration samples with the last tokens of each as its answer."""
+    samples = load_file(CALIBRATION)
+    for name in [name for name in samples if name.endswith(".input_ids")]:
+        labels = samples[name].clone()
+        labels[..., : -5 - int(name[1]) % 3] = -100
+        samples[name.replace("input_ids", "labels")] = labels
+    path = tmp_path_factory.mktemp("data") / "labelled.safetensors"
+    save_file(samples, path)
+    return path
+
+
+@pytest.fixture
+def recover(labelled):
+    def run(base: Path, output: Path, *options: str, data: Path = labelled) -> int:
+        arguments = [f"--model.path={base}", "--data.source=TensorSource", f"--data.source.path={data}"]
+        arguments += ["--data.validation_samples=2", "--data.batch_size=2", "--trainer.enable_progress_bar=false"]
+        arguments += ["--trainer.accelerator=cpu"]
+        return main(["recover", *arguments, f"--output={output}", *options])
+
+    return run
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def load(folder: Path):
+    return AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def first_inputs(dtype):
+    source = TensorSource(str(CALIBRATION))
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in source[0].items()}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_zeros_stay_positive_zeros_and_all_else_stays_where_it_was(pattern, dtype, method, bases, recover, tmp_path):
+    base, output = bases / f"{pattern}-{dtype}", tmp_path / "out"
+    assert (
+        recover(base, output, f"--method={method}", "--trainer.max_epochs=2", "--optimization.learning_rate=0.01") == 0
+    )
+    before, after = CheckpointFolder(base), CheckpointFolder(output)
+    assert before.shards == after.shards
+    assert len(before.shards) > 1
+    assert before.tensors == after.tensors
+    assert len(json.loads((output / "recovery.json").read_text())["linears"]) == 24
+    changed = [key for key in before if before.read_bytes(key) != after.read_bytes(key)]
+    assert len(changed) == 24
+    for key in changed:
+        one, other = before.read(key), after.read(key)
+        bits = other.view({4: torch.int32, 2: torch.int16}[other.element_size()])
+        assert (bits[one == 0] == 0).all(), key
+        assert other.dtype == getattr(torch, dtype)
+        if pattern == "2:4":
+            assert ((other.reshape(-1, 4) == 0).sum(1) >= 2).all()
+        else:
+            assert torch.equal(one == 0, other == 0)
+    config = json.loads((output / "config.json").read_text())
+    assert "sparsity_config" not in config
+    assert "compression_config" not in config
+    assert not (output / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.1)])
+def test_adapter_and_merged_checkpoint_are_the_same_model(dtype, tolerance, bases, recover, tmp_path):
+    base, output = bases / f"2:4-{dtype}", tmp_path / "out"
+    assert recover(base, output, "--optimization.learning_rate=0.003", "--lora.rank=4") == 0
+    inputs = first_inputs(getattr(torch, dtype))
+    merged, pruned = logits(load(output), inputs), logits(load(base), inputs)
+    tuned = load_sparse_adapter(load(base), output / "adapter")
+    assert (logits(tuned, inputs) - merged).abs().max() <= tolerance
+    assert (merged - pruned).abs().max() > 10 * tolerance or dtype == "bfloat16"
+    unloaded, written = tuned.merge_and_unload().state_dict(), load(output).state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in unloaded.items())
+
+
+def test_training_lowers_the_loss(bases, recover, tmp_path):
+    """On six samples, learnt by heart."""
+    losses = {}
+    for epochs in (1, 12):
+        output = tmp_path / str(epochs)
+        assert recover(bases / "unstructured-float32", output, f"--trainer.max_epochs={epochs}") == 0
+        losses[epochs] = json.loads((output / "recovery.json").read_text())["training"]["train_loss"]
+    assert losses[12] < 0.8 * losses[1]
+
+
+KILLER = """
+import os, signal
+from lightning.pytorch.callbacks import Callback
+class KillProcess(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_and_resumed_training_ends_with_the_same_weights(bases, labelled, run_cli, recover, tmp_path):
+    """Killed in the middle of the second epoch, between two validations; with dropout."""
+    base = bases / "unstructured-float32"
+    options = ["--trainer.max_epochs=3", "--lora.dropout=0.2", "--trainer.val_check_interval=2", "--data.batch_size=1"]
+    assert recover(base, tmp_path / "whole", *options) == 0
+    (tmp_path / "killer.py").write_text(KILLER)
+    arguments = [f"--model.path={base}", "--data.source=TensorSource", f"--data.source.path={labelled}"]
+    arguments += ["--data.validation_samples=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    killed = tmp_path / "killed"
+    died = run_cli("recover", *arguments, *options, f"--output={killed}", "--trainer.callbacks=killer.KillProcess")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (killed / "config.json").exists()
+    assert (killed / "checkpoints" / "last.ckpt").stat().st_size < (base / "config.json").stat().st_size + 2_000_000
+    assert recover(base, killed, *options, "--resume=true") == 0
+    whole, resumed = CheckpointFolder(tmp_path / "whole"), CheckpointFolder(killed)
+    assert all(whole.read_bytes(key) == resumed.read_bytes(key) for key in whole)
+    assert recover(base, killed, *options, "--resume=true") == 0  # complete already
+
+
+def test_resumed_with_other_options_is_refused(bases, recover, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert recover(bases / "unstructured-float32", output) == 0
+    capsys.readouterr()
+    assert recover(bases / "unstructured-float32", output, "--resume=true", "--lora.rank=3") == 2
+    assert "--lora.rank 3" in capsys.readouterr().err
+    assert recover(bases / "unstructured-float32", output) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (REPOSITORY / "configs" / "recover").glob("*.yaml")))
+def test_every_recipe_runs_and_its_written_configuration_repeats_it(recipe, bases, recover, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert recover(bases / "2:4-float32", first, f"--config={REPOSITORY / 'configs' / 'recover' / recipe}") == 0
+    assert main(["recover", f"--config={first / 'config.yaml'}", f"--output={second}"]) == 0
+    one, two = CheckpointFolder(first), CheckpointFolder(second)
+    assert all(one.read_bytes(key) == two.read_bytes(key) for key in one)
+
+
+def test_users_of_lightning_find_what_they_know(bases, recover, tmp_path):
+    """Logger, accumulation, early stopping and a checkpoint callback of one's own."""
+    options = [
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path / 'logs'}",
+        "--trainer.accumulate_grad_batches=3",
+        "--trainer.max_epochs=50",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks=EarlyStopping",
+        "--trainer.callbacks.monitor=validation_loss",
+        "--trainer.callbacks.patience=1",
+        "--trainer.callbacks.min_delta=10",
+        "--trainer.callbacks+=ModelCheckpoint",
+        f"--trainer.callbacks.dirpath={tmp_path / 'own'}",
+        "--lora.gradient=straight_through",
+        "--lora.targets=*.mlp.*",
+    ]
+    assert recover(bases / "unstructured-float32", tmp_path / "out", *options) == 0
+    record = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert record["training"]["epochs"] == 2
+    assert record["training"]["steps"] == 2
+    assert list((tmp_path / "own").glob("*.ckpt"))
+    metrics = next((tmp_path / "logs").rglob("metrics.csv")).read_text()
+    assert "validation_loss" in metrics
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert not any("self_attn" in target for target in config["target_modules"])
+
+
+def test_a_violated_mask_stops_the_run_and_names_the_linear(bases, recover, tmp_path, capsys, monkeypatch):
+    """As a mistaken callback, optimizer or kernel would violate it."""
+    start = FrozenMasks.on_train_start
+
+    def revive(self, trainer, pl_module):
+        start(self, trainer, pl_module)
+        weight = next(linear.weight for name, linear in pl_module.pruned.items() if name.endswith("2.mlp.up_proj"))
+        weight.data[weight == 0] = -0.0
+
+    monkeypatch.setattr(FrozenMasks, "on_train_start", revive)
+    assert recover(bases / "2:4-float32", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "layers.2.mlp.up_proj" in error[0]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+def test_a_base_without_zeros(bases, recover, tmp_path, capsys):
+    assert recover(bases / "dense-float32", tmp_path / "out") == 2
+    assert "no Linear of its decoder blocks is pruned" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base(bases, recover, tmp_path):
+    assert recover(bases / "2:4-float32", tmp_path / "out") == 0
+    with pytest.raises(InputError, match="belongs to another base"):
+        load_sparse_adapter(load(bases / "unstructured-float32"), tmp_path / "out" / "adapter")
+    with pytest.raises(InputError, match="not an adapter"):
+        load_sparse_adapter(load(bases / "2:4-float32"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lora.rank=0"], "--lora.rank 0: must be at least 1"),
+        (["--lora.dropout=1"], "--lora.dropout 1.0"),
+        (["--lora.targets=*.nothing"], "--lora.targets *.nothing: matches no pruned Linear"),
+        (["--lora.gradient=rough"], "--lora.gradient rough"),
+        (["--method=full", "--lora.rank=4"], "--lora.rank 4: does nothing with --method full"),
+        (["--optimization.learning_rate=-1"], "--optimization.learning_rate -1.0: must be positive"),
+        (["--optimization.warmup=2"], "--optimization.warmup 2.0"),
+        (["--data.validation_samples=8"], "--data.validation_samples 8"),
+        (["--data.num_samples=9"], "--data.num_samples 9: the source holds only 8"),
+        (["--pruning.sparsity=0.5"], "--pruning.sparsity: unknown option"),
+        (["--resume=true"], "--output"),
+    ],
+)
+def test_bad_option(options, said, bases, recover, tmp_path, capsys):
+    assert recover(bases / "2:4-float32", tmp_path / "out", *options) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("no labels", "sample 3 has no answer tokens"),
+        ("all ignored", "sample 3 has no answer tokens"),
+        ("other shape", "sample 3 has labels of shape"),
+        ("too long", "sample 3 has 40000 tokens, the model's context is"),
+    ],
+)
+def test_bad_data(case, said, bases, recover, labelled, tmp_path, capsys):
+    samples = load_file(labelled)
+    if case == "no labels":
+        samples.pop("s3.labels")
+    elif case == "all ignored":
+        samples["s3.labels"][:] = -100
+    elif case == "other shape":
+        samples["s3.labels"] = samples["s3.labels"][..., 1:].contiguous()
+    else:
+        samples = {name: value for name, value in samples.items() if not name.startswith("s3.")}
+        samples["s3.input_ids"] = samples["s3.labels"] = torch.full((1, 40000), 7)
+        samples = {name: value.clone() for name, value in samples.items()}
+    save_file(samples, tmp_path / "bad.safetensors")
+    assert recover(bases / "2:4-float32", tmp_path / "out", data=tmp_path / "bad.safetensors") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_input_is_never_written(bases, recover, tmp_path):
+    shutil.copytree(bases / "2:4-float32", tmp_path / "base")
+    before = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    assert recover(tmp_path / "base", tmp_path / "out") == 0
+    assert before == {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
