@@ -3,8 +3,8 @@
 Three losses are added:
 
 - cross-entropy of the answers' tokens: what the model is for;
-- *patches*: an image token must lie close to the word embeddings of the shape and the color that its patch shows, and
-  tell the digit to a linear layer. For the first ``tower_steps`` steps this is the only loss, because a decoder learns
+- *patches*: an image token must lie close to the word embeddings of the shape, the color or the digit that its patch
+  shows. For the first ``tower_steps`` steps this is the only loss, because a decoder learns
   nothing from a tower that sees nothing; and it finds a thing by its name where names and image tokens agree;
 - *grounding*: at the last token of a phrase that names things in the image, a linear layer must read off the decoder's
   hidden state, half way up, in which cells they lie.
@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, rms_norm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -38,8 +38,10 @@ from lvlm_prune.demo.processing import (
 )
 from lvlm_prune.demo.world import COLORS, IMAGE_SIZE, PATCH_SIZE, PATCHES, SHAPES
 
-#: Classes of the patch labels: shape, color, digit, each with 0 for none.
-_PATCH_CLASSES = (1 + len(SHAPES), 1 + len(COLORS), 21)
+#: What an image token is taught to say, with the number of classes (0 is none) and the weight of patches without any,
+#: of which there are many: shape, color and digit, read off the word embeddings, and the digit's place (tens or ones).
+_PATCH_CLASSES = (1 + len(SHAPES), 1 + len(COLORS), 11, 3)
+_NOTHING_WEIGHT = (0.25, 0.25, 0.05, 0.05)
 
 
 def model_config(hidden_size: int, intermediate_size: int, blocks: int, tower_blocks: int, heads: int) -> LlavaConfig:
@@ -115,10 +117,11 @@ class EmbeddedModelTraining(LightningModule):
         self.model = LlavaForConditionalGeneration(
             model_config(hidden_size, intermediate_size, blocks, tower_blocks, heads)
         )
-        self.digit_head = nn.Linear(hidden_size, _PATCH_CLASSES[2])
+        self.digit_place_head = nn.Linear(hidden_size, _PATCH_CLASSES[3])
         tokenizer = build_tokenizer()
-        words = ["empty", *SHAPES, "empty", *COLORS]
-        self.patch_words = [tokenizer(f" {word}").input_ids[0] for word in words]
+        words = [" empty", *(f" {shape}" for shape in SHAPES), " empty", *(f" {color}" for color in COLORS)]
+        words += [" empty", *"0123456789"]
+        self.patch_words = [tokenizer(word).input_ids[0] for word in words]
         self.grounding_head = nn.Linear(hidden_size, 9)
         self.grounding_block = blocks // 2
         self._initialize(blocks)
@@ -161,17 +164,20 @@ class EmbeddedModelTraining(LightningModule):
         ).hidden_states
 
     def patch_loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of shape, color and digit per patch; patches with nothing weigh a quarter.
+        """Mean cross-entropy of shape, color and digit per patch, patches with nothing weighing less.
 
         ``tokens`` (images, 144, hidden) are the image tokens as the decoder gets them, ``labels`` (images, 3, 12, 12).
         """
+        tokens = rms_norm(tokens, tokens.shape[-1:])  # as the decoder's first block sees them
         words = self.model.get_input_embeddings().weight[self.patch_words]
-        logits = torch.cat([linear(tokens, words), self.digit_head(tokens)], dim=-1).float().split(_PATCH_CLASSES, -1)
+        logits = torch.cat([linear(tokens, words), self.digit_place_head(tokens)], dim=-1).float()
+        shape, color, digit = labels.flatten(2).unbind(1)
+        targets = (shape, color, ((digit - 1) % 10 + 1) * (digit > 0), (digit > 0).long() + (digit > 10).long())
         loss = tokens.new_zeros((), dtype=torch.float32)
-        for kind, classes in enumerate(_PATCH_CLASSES):
-            weight = torch.ones(classes, dtype=torch.float32, device=tokens.device)
-            weight[0] = 0.25
-            loss = loss + cross_entropy(logits[kind].flatten(0, 1), labels[:, kind].flatten(), weight=weight)
+        for part, target, nothing in zip(logits.split(_PATCH_CLASSES, dim=-1), targets, _NOTHING_WEIGHT):
+            weight = torch.ones(part.shape[-1], dtype=torch.float32, device=tokens.device)
+            weight[0] = nothing
+            loss = loss + cross_entropy(part.flatten(0, 1), target.flatten(), weight=weight)
         return loss
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -8,8 +8,8 @@ key-value cache:
                          pad  What color ...? <|assistant|>   \\
                          pad  pad  Where is ...? <|assistant|>  >  generate, in one batch
 
-On the first batch the answers are compared with those of ``generate`` without this shortcut. Should one differ (a model
-whose positions or attention do not allow it), all questions go the plain way.
+The first answers are compared with those of ``generate`` without this shortcut. Should one differ (a model whose
+positions or attention do not allow it), all questions go the plain way.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,8 @@ __all__ = ["Question", "Retention", "Scores", "answer", "retention", "score"]
 
 #: Tokens that an answer may be longer than the longest right one of its batch: more cannot be an exact match.
 _SPARE_TOKENS = 2
+#: Questions whose answers are compared with and without a shared cache.
+_CHECKED_QUESTIONS = 16
 
 
 def score(
@@ -115,17 +117,17 @@ class _Answerer:
 
     def __call__(self, questions: list[Question]) -> list[str]:
         prompts = [self._prompt(question) for question in questions]
-        longest = max(
-            len(self.tokenizer(f" {question.answer}", add_special_tokens=False).input_ids) for question in questions
-        )
-        limit = longest + 1 + _SPARE_TOKENS
+        right = self.tokenizer([f" {question.answer}" for question in questions], add_special_tokens=False).input_ids
+        limit = max(map(len, right)) + 1 + _SPARE_TOKENS
         images = [question.image for question in questions]
         if images[0] is None or self.sharing is False or len({id(image) for image in images}) == len(images):
             return self._plain(prompts, images, limit)
-        answers = self._shared(prompts, images, limit)
+        inputs = self._shared_inputs(prompts, images)
+        answers = [] if inputs is None else self._generate(inputs, limit)
         if self.sharing is None:
-            self.sharing = answers is not None and answers == self._plain(prompts, images, limit)
-        return answers if self.sharing and answers is not None else self._plain(prompts, images, limit)
+            checked = self._plain(prompts[:_CHECKED_QUESTIONS], images[:_CHECKED_QUESTIONS], limit)
+            self.sharing = answers[:_CHECKED_QUESTIONS] == checked
+        return answers if self.sharing and answers else self._plain(prompts, images, limit)
 
     def _prompt(self, question: Question) -> str:
         content: list[dict[str, str]] = [{"type": "text", "text": question.question}]
@@ -133,65 +135,62 @@ class _Answerer:
             content.insert(0, {"type": "image"})
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def _plain(self, prompts: list[str], images: list[Any], limit: int) -> list[str]:
-        pictures = {"images": [[image] for image in images]} if images[0] is not None else {}
-        inputs = self.processor(text=prompts, **pictures, padding=True, padding_side="left", return_tensors="pt")
-        return self._generate(inputs, limit)
+    def _process(self, prompts: list[str], images: list[Any]) -> Any:
+        """The processor's output, padded on the left; a beginning-of-sequence token in the template is not doubled."""
+        begin = self.tokenizer.bos_token
+        return self.processor(
+            text=prompts,
+            images=None if images[0] is None else [[image] for image in images],
+            add_special_tokens=begin is None or not prompts[0].startswith(begin),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
 
-    def _shared(self, prompts: list[str], images: list[Any], limit: int) -> list[str] | None:
-        """Answers by way of one prefill per image; None where prompts do not have the form that this needs."""
-        unique = list({id(image): index for index, image in reversed(list(enumerate(images)))}.values())[::-1]
-        owner = {id(images[index]): number for number, index in enumerate(unique)}
-        first = self.processor(
-            text=[prompts[index] for index in unique], images=[[images[index]] for index in unique], padding=False
-        )
-        image_token = self.processor.image_token_id
+    def _plain(self, prompts: list[str], images: list[Any], limit: int) -> list[str]:
+        return self._generate(self._process(prompts, images), limit)
+
+    def _shared_inputs(self, prompts: list[str], images: list[Any]) -> dict[str, Any] | None:
+        """Inputs of ``generate`` with the images' part already in the cache; None where prompts are not of that form.
+
+        The processor runs on one prompt per image. For the others the image's placeholder is replaced by the tokens
+        that it became there; that the same replacement gives the processor's own tokens is checked on each image.
+        """
+        position = {id(image): index for index, image in reversed(list(enumerate(images)))}
+        first = sorted(position.values())  # index of the first question of each image
+        owner = {id(images[index]): number for number, index in enumerate(first)}
+        processed = self._process([prompts[index] for index in first], [images[index] for index in first])
+        image_token = getattr(self.processor, "image_token_id", None)
+        if set(processed) != {"input_ids", "attention_mask", "pixel_values"} or image_token is None:
+            return None
+        expanded = [ids[mask.bool()].tolist() for ids, mask in zip(processed["input_ids"], processed["attention_mask"])]
         rows: list[list[int]] = []
-        for prompt, image in zip(prompts, images):
-            short = self.tokenizer(prompt, add_special_tokens=False).input_ids
-            expanded = list(first["input_ids"][owner[id(image)]])
+        for short, image in zip(self.tokenizer(prompts, add_special_tokens=False).input_ids, images):
             if short.count(image_token) != 1:
                 return None
-            start, count = short.index(image_token), expanded.count(image_token)
+            start, count = short.index(image_token), expanded[owner[id(image)]].count(image_token)
             rows.append([*short[:start], *[image_token] * count, *short[start + 1 :]])
-        if any(rows[index] != list(first["input_ids"][owner[id(images[index])]]) for index in unique):
+        shared = len(rows[0]) - rows[0][::-1].index(image_token)
+        prefix = rows[0][:shared]
+        if any(rows[index] != expanded[number] for number, index in enumerate(first)):
             return None
-        shared = min(len(row) - 1 - row[::-1].index(image_token) for row in rows) + 1
-        if any(row[:shared] != rows[0][:shared] or image_token in row[shared:] for row in rows):
+        if any(row[:shared] != prefix or image_token in row[shared:] for row in rows):
             return None
         device = self.model.device
-        extra = {
-            name: torch.as_tensor(value)
-            if not isinstance(value, list)
-            else torch.stack([torch.as_tensor(v) for v in value])
-            for name, value in first.items()
-            if name not in ("input_ids", "attention_mask")
-        }
-        prefix = torch.tensor([rows[index][:shared] for index in unique], device=device)
-        extra = {
-            name: value.to(device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in extra.items()
-        }
-        cache = self.model(
-            input_ids=prefix, attention_mask=torch.ones_like(prefix), use_cache=True, logits_to_keep=1, **extra
-        ).past_key_values
+        input_ids = torch.tensor([prefix] * len(first), device=device)
+        cache = self.model(input_ids=input_ids, pixel_values=processed["pixel_values"], use_cache=True).past_key_values
         cache.batch_select_indices(torch.tensor([owner[id(image)] for image in images], device=device))
-        length = max(map(len, rows))
-        padding = [length - len(row) for row in rows]
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor(
-            [row[:shared] + [pad] * n + row[shared:] for row, n in zip(rows, padding)], device=device
-        )
-        attention_mask = torch.ones_like(input_ids)
-        for row, n in enumerate(padding):
-            attention_mask[row, shared : shared + n] = 0
-        return self._generate(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}, limit
-        )
+        longest = max(map(len, rows))
+        padding = [longest - len(row) for row in rows]
+        tokens = [prefix + [self.tokenizer.pad_token_id] * n + row[shared:] for row, n in zip(rows, padding)]
+        mask = [[1] * shared + [0] * n + [1] * (longest - shared - n) for n in padding]
+        return {
+            "input_ids": torch.tensor(tokens, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+            "past_key_values": cache,
+        }
 
     def _generate(self, inputs: Any, limit: int) -> list[str]:
-        if hasattr(inputs, "to"):
-            inputs = inputs.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=limit)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

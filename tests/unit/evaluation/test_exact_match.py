@@ -67,10 +67,17 @@ def test_image_is_encoded_once_for_all_its_questions(untrained, questions):
 def test_a_model_for_which_the_shortcut_is_wrong_is_asked_the_plain_way(untrained, questions, monkeypatch):
     model, processor = untrained
     expected = answer(model, processor, questions, batch_size=16)
-    monkeypatch.setattr(exact_match._Answerer, "_shared", lambda self, prompts, images, limit: ["wrong"] * len(prompts))
-    assert answer(model, processor, questions, batch_size=16) == expected
-    monkeypatch.setattr(exact_match._Answerer, "_shared", lambda self, prompts, images, limit: None)
-    assert answer(model, processor, questions, batch_size=16) == expected
+    right = exact_match._Answerer._shared_inputs
+
+    def wrong(self, prompts, images):
+        """A cache that belongs to other images."""
+        inputs = right(self, prompts, images)
+        inputs["past_key_values"].batch_select_indices(torch.arange(len(prompts)).flip(0))
+        return inputs
+
+    for replacement in (wrong, lambda self, prompts, images: None):
+        monkeypatch.setattr(exact_match._Answerer, "_shared_inputs", replacement)
+        assert answer(model, processor, questions, batch_size=16) == expected
 
 
 def test_score_counts_exact_answers(untrained, questions, monkeypatch):
