@@ -143,7 +143,7 @@ class BlockwisePruning(PruneCallback):
         weights = sum(rows * columns for rows, columns in self.shapes.values())
         trainer.say(
             f"{pl_module.label} · {len(pl_module.runner)} blocks · {len(self.shapes)} Linears · "
-            f"{_readable(weights)} weights · {self.name} · {self.sparsity:.4g} {self.pattern}"
+            f"{_readable(weights)} weights · {self.name} · {100 * self.sparsity:.4g}% {self.pattern}"
             + (f" · {trainer.manifest['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
         if not (self.wants_activations and self.pool.needs_visual):

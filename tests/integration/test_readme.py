@@ -1,0 +1,36 @@
+"""What the README shows is what happens."""
+
+import json
+import re
+import shlex
+
+from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_of_a_criterion_of_ones_own_runs(run_cli, tmp_path):
+    (example,) = [block for block in code_blocks("python") if block.startswith("# mine.py")]
+    assert len(example.splitlines()) <= 15
+    (tmp_path / "mine.py").write_text(example)
+    (command,) = [block for block in code_blocks("bash") if "mine." in block]
+    program, *arguments = shlex.split(command)
+    assert program == "lvlm-prune"
+    assert arguments[0] == GOLDEN_ARGUMENTS[0]
+    finished = run_cli(*GOLDEN_ARGUMENTS, *arguments[1:], "--output=out")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["status"] == "complete"
+
+
+def test_every_recipe_is_in_the_table_of_methods():
+    for recipe in (REPOSITORY / "configs" / "prune").glob("*.yaml"):
+        assert f"`{recipe.stem}`" in README, recipe.name
+
+
+def test_every_file_that_is_named_exists():
+    for name in re.findall(r"(?:configs|benchmarks|callbacks|lvlm_prune)/[\w/.-]+\.(?:yaml|py|md|json)", README):
+        assert (REPOSITORY / name).is_file(), name
