@@ -295,3 +295,16 @@ def test_the_input_is_never_written(bases, recover, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
     assert recover(tmp_path / "base", tmp_path / "out") == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+
+
+def test_an_interruption_says_how_to_go_on(bases, recover, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenMasks, "on_train_start", interrupt)
+        assert recover(bases / "2:4-float32", tmp_path / "out") == 130
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert capsys.readouterr().err.strip() == f"interrupted: go on with --resume true --output {tmp_path / 'out'}"
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true") == 0
