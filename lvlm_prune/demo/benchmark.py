@@ -13,8 +13,8 @@ __all__ = ["EmbeddedBenchmark", "Question"]
 class EmbeddedBenchmark:
     """Questions about generated images, one of each task that an image allows, and questions without an image.
 
-    Only forms that the dense model answers reliably, so that what is lost is lost by pruning: arithmetic is addition,
-    and relations are asked of things whose shape occurs once in the image.
+    Only forms that the dense model answers reliably, so that what is lost is lost by pruning: arithmetic adds
+    two-digit numbers, and relations are asked of things whose shape occurs once in the image.
 
     Args:
         num_images: Number of images; about eight questions are asked about each.

@@ -125,7 +125,8 @@ def test_benchmark_asks_only_what_the_dense_model_answers_reliably():
             named = re.findall("|".join(SHAPES), question.question)
             assert len(set(named)) == 2
         if question.task == "arithmetic":
-            assert re.search(r"plus|Add", question.question)
+            assert re.search(r"(plus|Add) \d|\d plus", question.question)
+            assert len(re.findall(r"\b\d\d\b", question.question)) == 2
 
 
 def test_each_fact_is_taught_in_three_wordings_and_tested_in_another():
