@@ -23,6 +23,7 @@ from lvlm_prune.loop import Block
 from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
 from lvlm_prune.plugins import plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
+from lvlm_prune.saliency import DriftSaliency
 from lvlm_prune.scorers import Scorer, WandaScorer
 from lvlm_prune.statistics import Statistic
 
@@ -227,7 +228,16 @@ def _saw_nothing(statistic: Statistic | None) -> bool:
 
 
 def _composition(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
-    """Name of a method after its parts, for example `asymmetric Wanda`."""
+    """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper."""
+    if (
+        plugin_class(pool) is AsymmetricPool
+        and plugin_class(pool.saliency) is DriftSaliency  # type: ignore[attr-defined]
+        and (pool.k, pool.text_retention) == (None, 1.0)  # type: ignore[attr-defined]
+        and plugin_class(scorer) is WandaScorer
+        and not scorer.variant  # type: ignore[attr-defined]
+        and allocation.uniform
+    ):
+        return "ATV"
     words = [plugin_class(scorer).__name__.removesuffix("Scorer")]
     if scorer.statistic is not None:
         pool_name = plugin_class(pool).__name__.removesuffix("Pool")

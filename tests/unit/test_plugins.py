@@ -57,3 +57,14 @@ def test_an_installed_package_registers_short_names(tmp_path, monkeypatch):
         assert type(parser.instantiate(parsed).pruning.pool.saliency).__name__ == "LoudSaliency"
     finally:
         sys.modules.pop("loud_plugin", None)
+
+
+def test_a_method_without_a_name_is_named_after_its_parts():
+    from lvlm_prune.pools import MixedPool
+    from lvlm_prune.scorers import MagnitudeScorer
+
+    assert BlockwisePruning().name == "ATV"
+    assert BlockwisePruning(pool=AsymmetricPool(RandomSaliency())).name == "asymmetric Wanda"
+    assert BlockwisePruning(pool=MixedPool()).name == "mixed Wanda"
+    assert BlockwisePruning(scorer=MagnitudeScorer()).name == "Magnitude"
+    assert BlockwisePruning(pattern="2:4").run_label() == "atv-2of4"
