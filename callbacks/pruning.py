@@ -21,7 +21,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
-from lvlm_prune.plugins import plugin_class
+from lvlm_prune.plugins import own_instance, plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
 from lvlm_prune.saliency import DriftSaliency
 from lvlm_prune.scorers import Scorer, WandaScorer
@@ -69,6 +69,7 @@ class BlockwisePruning(PruneCallback):
         record: bool = False,
         name: str = "",
     ) -> None:
+        pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
         self.pattern = _checked_pattern(pattern)
         self.sparsity = _checked_sparsity(sparsity, self.pattern)
         for modality in visual:
@@ -230,11 +231,11 @@ def _saw_nothing(statistic: Statistic | None) -> bool:
 def _composition(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
     """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper."""
     if (
-        plugin_class(pool) is AsymmetricPool
-        and plugin_class(pool.saliency) is DriftSaliency  # type: ignore[attr-defined]
-        and (pool.k, pool.text_retention) == (None, 1.0)  # type: ignore[attr-defined]
-        and plugin_class(scorer) is WandaScorer
-        and not scorer.variant  # type: ignore[attr-defined]
+        type(pool) is AsymmetricPool
+        and type(pool.saliency) is DriftSaliency
+        and (pool.k, pool.text_retention) == (None, 1.0)
+        and type(scorer) is WandaScorer
+        and not scorer.variant
         and allocation.uniform
     ):
         return "ATV"

@@ -27,6 +27,13 @@ def plugin_class(plugin: Any) -> type:
     return next(written)
 
 
+def own_instance(plugin: Any) -> Any:
+    """A plugin to keep: a lazy default value, which all who leave the argument out share, as an object of its own."""
+    if not hasattr(plugin, "lazy_get_init_args"):
+        return plugin
+    return plugin_class(plugin)(**plugin.lazy_get_init_args().as_dict())
+
+
 def describe(value: Any) -> Any:
     """A plugin as YAML would name it, `{"class_path": ..., "init_args": ...}`; other values as plain data.
 

@@ -22,6 +22,7 @@ from lvlm_prune.data.embedded import EmbeddedSource
 from lvlm_prune.data.processing import encode, pad_token_of
 from lvlm_prune.data.source import CalibrationSource, Sample
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.plugins import own_instance
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class CalibrationDataModule(L.LightningDataModule):
             raise InputError("data.seed", seed, "must not be negative")
         if on_error not in ("raise", "skip"):
             raise InputError("data.on_error", on_error, "must be raise or skip")
-        self.source = source
+        self.source = own_instance(source)
         self.num_samples = num_samples
         self.seed = seed
         self.batch_size = batch_size

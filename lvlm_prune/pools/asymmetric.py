@@ -17,6 +17,7 @@ from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
 from lvlm_prune.errors import InputError
+from lvlm_prune.plugins import own_instance
 from lvlm_prune.pools.base import Pool
 from lvlm_prune.pools.matching import MatchedTotal
 from lvlm_prune.saliency import DriftSaliency, Saliency
@@ -77,6 +78,7 @@ class AsymmetricPool(Pool):
             raise InputError("pruning.pool.match_total", match_total, "must be empty or `drift`")
         if match_total and k is not None:
             raise InputError("pruning.pool.match_total", match_total, "scales the budget, which `k` fixes already")
+        saliency = own_instance(saliency)
         self.saliency = saliency
         self.needs = saliency.needs
         self.alpha = alpha
