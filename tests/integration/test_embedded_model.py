@@ -1,0 +1,60 @@
+"""The first thing a new user does: prune the embedded model, see what it cost, use what was written."""
+
+import functools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from lvlm_prune import prune
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli import main
+from lvlm_prune.data import CalibrationDataModule, EmbeddedSource
+from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.evaluation.exact_match import score
+from lvlm_prune.evaluation.scores import Scores, retention
+from lvlm_prune.pools import MixedPool, TextOnlyPool, VisualOnlyPool
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return EmbeddedBenchmark(num_images=30, num_text=60).questions
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+def test_a_run_shows_retention_and_leaves_a_model_that_answers(tmp_path, monkeypatch, capsys, questions, processor):
+    small = functools.partial(EmbeddedBenchmark, num_images=30, num_text=60)
+    monkeypatch.setattr("lvlm_prune.demo.benchmark.EmbeddedBenchmark", small)
+    output = tmp_path / "pruned"
+    assert main(["prune", "--pruning.sparsity=0.5", "--data.num_samples=24", f"--output={output}"]) == 0
+    shown = capsys.readouterr().out
+    assert "dense   pruned   retained" in shown
+    manifest = json.loads((output / "pruning.json").read_text())
+    model = LlavaForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
+    scores = score(model, AutoProcessor.from_pretrained(output), questions)
+    assert scores.to_dict() == manifest["evaluation"]["pruned"]
+    dense = Scores.from_dict(manifest["evaluation"]["dense"])
+    kept = retention(scores, dense)
+    assert dense.average > 0.95
+    assert kept.average == pytest.approx(manifest["evaluation"]["retention"]["average"])
+    assert f"{100 * kept.average:.1f}%" in shown
+    assert 0.5 < kept.average < 1
+    assert "What it cost" in (output / "report.html").read_text()
+
+
+def test_which_tokens_calibrate_decides_what_is_retained(questions, processor):
+    """Text-only calibration retains more than mixed, mixed more than visual-only; more sparsity retains less."""
+    averages = {}
+    for pool, sparsity in [(TextOnlyPool, 0.6), (MixedPool, 0.6), (VisualOnlyPool, 0.6), (TextOnlyPool, 0.7)]:
+        model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
+        data = CalibrationDataModule(EmbeddedSource(), num_samples=48)
+        prune(model, data, BlockwisePruning(sparsity=sparsity, pool=pool()), processor=processor)
+        averages[pool.__name__, sparsity] = score(model, processor, questions).average
+    assert averages["TextOnlyPool", 0.6] > averages["MixedPool", 0.6] > averages["VisualOnlyPool", 0.6]
+    assert averages["TextOnlyPool", 0.6] > averages["TextOnlyPool", 0.7]
