@@ -8,6 +8,7 @@ After a crash at any moment the blocks that pruning.json names are completely wr
 from the input checkpoint.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import LVLMPruneError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.output_folder import copy_checkpoint, refuse_unusable, release
@@ -57,13 +58,7 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.manifest.setdefault("linears", {})
         if folder is None:
             return
-        problem: Exception | None = None
-        if trainer.processes.is_main:
-            try:
-                self._start(trainer, pl_module, folder)
-            except (OSError, InputError) as error:
-                problem = _as_run_error(error, folder)
-        trainer.processes.agree(problem)
+        _on_main(trainer, folder, lambda: self._start(trainer, pl_module, folder))
         started = Manifest.read(folder)
         for key in ("status", "blocks", "linears"):
             trainer.manifest[key] = started[key]
@@ -92,15 +87,8 @@ class SparseCheckpointWriter(PruneCallback):
     def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the survey found: an interrupted run that goes on does not survey again."""
         folder = trainer.output_folder
-        if folder is None:
-            return
-        problem: Exception | None = None
-        if trainer.processes.is_main:
-            try:
-                trainer.manifest.write(folder)
-            except OSError as error:
-                problem = _as_run_error(error, folder)
-        trainer.processes.agree(problem)
+        if folder is not None:
+            _on_main(trainer, folder, lambda: trainer.manifest.write(folder))
 
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block's pruned weights, then the manifest that says so."""
@@ -111,15 +99,8 @@ class SparseCheckpointWriter(PruneCallback):
             trainer.manifest["linears"][name] = entry | {"block": block.index, "achieved": achieved}
         trainer.manifest["blocks"].append({"index": block.index, "name": block.name} | block.record)
         folder = trainer.output_folder
-        if folder is None:
-            return
-        problem: Exception | None = None
-        if trainer.processes.is_main:
-            try:
-                self._write_block(trainer, pl_module, block, folder)
-            except OSError as error:
-                problem = _as_run_error(error, folder)
-        trainer.processes.agree(problem)
+        if folder is not None:
+            _on_main(trainer, folder, lambda: self._write_block(trainer, pl_module, block, folder))
 
     def _write_block(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
         assert pl_module.folder is not None
@@ -155,13 +136,7 @@ class SparseCheckpointWriter(PruneCallback):
         if folder is None:
             self._summarise(trainer)
             return
-        problem: Exception | None = None
-        if trainer.processes.is_main:
-            try:
-                self._finish(trainer, pl_module, folder)
-            except (OSError, RunError) as error:
-                problem = _as_run_error(error, folder)
-        trainer.processes.agree(problem)
+        _on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder))
         trainer.manifest.update(Manifest.read(folder))
         trainer.say(_verified_line(trainer.manifest))
 
@@ -229,7 +204,19 @@ def _statistics_part(block: int | str) -> str:
     return f"statistics.{block}.part"
 
 
-def _as_run_error(error: Exception, folder: Path) -> Exception:
-    if isinstance(error, OSError):
-        return RunError(f"--output {folder}: {error.strerror or error} (nothing is lost; resume with --resume true)")
-    return error
+def _on_main(trainer: "LVLMTrainer", folder: Path, work: Callable[[], None]) -> None:
+    """Do what only the process that writes does; where it fails, every process ends with its error.
+
+    Raises:
+        RunError: The disk is full, or cannot be written for another reason.
+    """
+    problem: Exception | None = None
+    if trainer.processes.is_main:
+        try:
+            work()
+        except LVLMPruneError as error:
+            problem = error
+        except OSError as error:
+            reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
+            problem = RunError(f"--output {folder}: {reason}")
+    trainer.processes.agree(problem)

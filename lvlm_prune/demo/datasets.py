@@ -8,6 +8,7 @@ Each item is a dict, a function of (split, seed, index):
      "images": [<PIL.Image 144 x 144>]}
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -53,8 +54,8 @@ class _Conversations(Sequence[Conversation]):
             raise IndexError(f"index {index} is out of range for {self.length} conversations")
         return self._make(index % self.length)
 
-    def _make(self, index: int) -> Conversation:
-        raise NotImplementedError
+    @abstractmethod
+    def _make(self, index: int) -> Conversation: ...
 
     def _identifier(self, index: int) -> str:
         return f"{self.split}/{self.seed}/{index}"

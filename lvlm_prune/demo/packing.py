@@ -48,6 +48,8 @@ class Segment:
 
 @dataclass
 class Row:
+    """One row of a training batch: an image's tokens, and the segments that follow it."""
+
     prefix: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
 

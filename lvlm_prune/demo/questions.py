@@ -60,6 +60,7 @@ def _ask(task: str, wording: str, answer: str, **phrases: tuple[str, tuple[int, 
 
 
 def plural(shape: str) -> str:
+    """`star` -> `stars`, `cross` -> `crosses`."""
     return shape + ("es" if shape == "cross" else "s")
 
 

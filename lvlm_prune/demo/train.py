@@ -40,6 +40,7 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
 
 
 def main(args: list[str] | None = None) -> None:
+    """Train from random weights and write the checkpoint folder; `args` as on the command line."""
     start = time.perf_counter()
     cli = TrainingCLI(
         EmbeddedModelTraining, WorldDataModule, run=False, args=args, save_config_kwargs={"overwrite": True}
