@@ -3,8 +3,8 @@
     python benchmarks/prune_speed.py --json benchmarks/prune_speed.json
     python benchmarks/prune_speed.py --preset 7b --device cuda --samples 128 --dtype bfloat16 --json OUT
 
-The floor is two bare forwards of all samples through all blocks, in the same process. A method's time is gather + score
-(+ solve) + propagate; catching, reading, writing and verifying are not in it. Floor and methods take turns; medians are
+The floor is two bare forwards of all samples through all blocks, in the same process. A method's time is survey + gather +
+score (+ solve) + propagate; catching, reading, writing and verifying are not in it. Floor and methods take turns; medians are
 reported. On a CPU it is processor time at one thread, on a GPU wall time.
 """
 
@@ -115,7 +115,8 @@ def floor_seconds(model: nn.Module, samples: list[dict]) -> float:
 def method_phases(model: nn.Module, dense: dict[str, Tensor], samples: list[dict], recipe: str) -> Phases:
     """One run of a recipe; the model is dense again afterwards."""
     phases = Phases()
-    prune(model, samples, load_pruning(RECIPES / f"{recipe}.yaml"), callbacks=[phases])
+    manifest = prune(model, samples, load_pruning(RECIPES / f"{recipe}.yaml"), callbacks=[phases])
+    phases.seconds["survey"] = manifest.get("survey", {}).get("seconds", 0.0)
     model.load_state_dict(dense)
     return phases
 
@@ -149,7 +150,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for recipe, repeated in runs.items():
         phase = {
             name: statistics.median(run.seconds.get(name, 0.0) for run in repeated[1:])
-            for name in ("gather", "score", "propagate")
+            for name in ("survey", "gather", "score", "propagate")
         }
         total = statistics.median(sum(run.seconds[name] for name in phase) for run in repeated[1:])
         methods[recipe] = {
