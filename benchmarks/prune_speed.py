@@ -3,9 +3,9 @@
     python benchmarks/prune_speed.py --json benchmarks/prune_speed.json
     python benchmarks/prune_speed.py --preset 7b --device cuda --samples 128 --dtype bfloat16 --json OUT
 
-The floor is two bare forwards of all samples through all blocks, in the same process. A method's time is survey + gather +
-score (+ solve) + propagate; catching, reading, writing and verifying are not in it. Floor and methods take turns; medians are
-reported. On a CPU it is processor time at one thread, on a GPU wall time.
+The floor is two bare forwards of all samples through all blocks, in the same process. A method's time is survey +
+gather + score (+ solve) + propagate; catching, reading, writing and verifying are not in it. Floor and methods take
+turns; medians are reported. On a CPU it is processor time at one thread, on a GPU wall time.
 """
 
 from __future__ import annotations
