@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lvlm_prune.attention import AttentionCall, recorded_attention, self_attention
 from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, modality_of_tokens
+from lvlm_prune.errors import RunError
 from lvlm_prune.tokens import ATTENTION_NEEDS, NEEDS, Tokens
 
 
@@ -92,6 +93,8 @@ def recording(linears: Mapping[str, nn.Module], needs: frozenset[str] = frozense
 
     def hook(name: str):
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in record.inputs:
+                raise RunError(f"{name} is called more than once in one forward of its block, which is not supported")
             record.inputs[name], record.versions[name] = args[0], args[0]._version
 
         return keep_input

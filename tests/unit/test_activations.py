@@ -6,6 +6,7 @@ from torch import nn
 
 from lvlm_prune.activations import Activations, recording, rows_of
 from lvlm_prune.blocks import CaughtBatch
+from lvlm_prune.errors import RunError
 
 
 class Config:
@@ -87,6 +88,12 @@ def test_an_input_changed_in_place_is_noticed():
         value.add_(1)
     with pytest.raises(RuntimeError, match="in place"):
         record.sites()
+
+
+def test_a_linear_that_is_called_twice_is_refused_rather_than_half_counted():
+    linear = nn.Linear(4, 4)
+    with recording({"linear": linear}), pytest.raises(RunError, match="more than once"), torch.no_grad():
+        linear(linear(torch.randn(1, 3, 4)))
 
 
 def test_hooks_are_gone_afterwards():
