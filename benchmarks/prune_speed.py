@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": str(date.today()),
         "machine": machine(options),
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
         "tokens": sum(sample["input_ids"].numel() for sample in samples),
         "floor_seconds": floor,
         "floor_spread": [min(floors[1:]), max(floors[1:])],
