@@ -172,12 +172,9 @@ class SparseCheckpointWriter(PruneCallback):
 
     @staticmethod
     def _summarise(trainer: "LVLMTrainer") -> None:
-        linears = trainer.manifest["linears"].values()
-        weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
-        zeros = sum(entry["achieved"] * entry["shape"][0] * entry["shape"][1] for entry in linears)
         pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
         trainer.manifest["method"] = describe(pruning)
-        trainer.manifest["sparsity"] = {"target": pruning.sparsity, "achieved": zeros / max(weights, 1)}
+        trainer.manifest["sparsity"] = {"target": pruning.sparsity, "achieved": trainer.manifest.achieved_sparsity()}
 
     @staticmethod
     def _join_statistics(trainer: "LVLMTrainer", folder: Path) -> None:

@@ -87,10 +87,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Show what the block showed."""
-        entries = [entry for entry in trainer.manifest["linears"].values() if entry["block"] == block.index]
-        weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
-        zeros = sum(entry["achieved"] * entry["shape"][0] * entry["shape"][1] for entry in entries)
-        self._findings = f" · sparsity {zeros / max(weights, 1):.3f}"
+        self._findings = f" · sparsity {trainer.manifest.achieved_sparsity(block.index):.3f}"
         self._findings += "".join(
             f" · {name.removeprefix('mean_')} {value:.3f}"
             for name, value in block.record.items()

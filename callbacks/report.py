@@ -32,12 +32,5 @@ def render_report(manifest: Manifest) -> str:
     """The page as HTML; every number on it stands in the manifest."""
     template = files("lvlm_prune.callbacks").joinpath("report.html.j2").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    blocks = [block | _block_sparsity(manifest, block["index"]) for block in manifest["blocks"]]
+    blocks = [block | {"sparsity": manifest.achieved_sparsity(block["index"])} for block in manifest["blocks"]]
     return environment.from_string(template).render(run=manifest, blocks=blocks)
-
-
-def _block_sparsity(manifest: Manifest, index: int) -> dict[str, float]:
-    entries = [entry for entry in manifest["linears"].values() if entry["block"] == index]
-    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
-    zeros = sum(entry["achieved"] * entry["shape"][0] * entry["shape"][1] for entry in entries)
-    return {"sparsity": zeros / max(weights, 1)}

@@ -46,6 +46,13 @@ class Manifest(dict[str, Any]):
         """Blocks whose weights are completely written."""
         return [block["index"] for block in self.get("blocks", [])]
 
+    def achieved_sparsity(self, block: int | None = None) -> float:
+        """Share of zeros over the weights of all Linears that were to be pruned, or of those of one block."""
+        entries = [entry for entry in self["linears"].values() if block is None or entry["block"] == block]
+        sizes = [entry["shape"][0] * entry["shape"][1] for entry in entries]
+        zeros = sum(entry["achieved"] * size for entry, size in zip(entries, sizes))
+        return zeros / max(sum(sizes), 1)
+
     def refuse_other(self, other: Mapping[str, Any], folder: Path) -> None:
         """Refuse to resume this unfinished run as another one.
 

@@ -13,6 +13,29 @@ from lvlm_prune.manifest import sync_folder
 HELD_BACK = "config.json.unfinished"
 
 
+def choose_folder(output: str, name: str, resume: bool) -> Path:
+    """The folder that a run writes: the one asked for, or a new one under `runs`.
+
+    Args:
+        output: What the user asked for; empty for none.
+        name: Name of the new folder; numbered where it is taken.
+        resume: Whether an unfinished run goes on, which only the user can point at.
+
+    Raises:
+        InputError: An unfinished run is to go on, and nobody says where.
+    """
+    if output:
+        return Path(output)
+    if resume:
+        raise InputError("resume", "true", "needs --output, the folder of the unfinished run")
+    wanted = Path("runs") / name
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
 def refuse_unusable(folder: Path, source: Path, record: str, resume: bool) -> None:
     """Refuse an output folder that cannot be written.
 

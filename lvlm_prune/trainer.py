@@ -41,6 +41,7 @@ from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
 from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output_folder import choose_folder
 from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
@@ -354,17 +355,8 @@ class LVLMTrainer(L.Trainer):
         return self.strategy.root_device.type
 
     def _output_folder(self, model: LVLMModule, output: str, callbacks: list[Callback]) -> Path:
-        if output:
-            return Path(output)
-        if self.resume_run:
-            raise InputError("resume", "true", "needs --output, the folder of the unfinished run")
         label = next((callback.run_label() for callback in callbacks if hasattr(callback, "run_label")), "pruned")
-        wanted = Path("runs") / f"{model.label}-{label}"
-        folder, number = wanted, 1
-        while folder.exists():
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-        return folder
+        return choose_folder(output, f"{model.label}-{label}", self.resume_run)
 
     def _provenance(self, model: LVLMModule, datamodule: CalibrationDataModule | RecoveryDataModule) -> dict[str, Any]:
         """What the run starts from, for the manifest."""

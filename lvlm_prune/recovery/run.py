@@ -21,7 +21,7 @@ from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
-from lvlm_prune.output_folder import copy_checkpoint, refuse_unusable, release
+from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, release
 from lvlm_prune.patterns import Pattern, parse_pattern
 from lvlm_prune.recovery.merging import verify_merged, write_merged
 from lvlm_prune.recovery.optimization import Optimization
@@ -82,17 +82,8 @@ class RecoveryRun:
 
     # ---- before training ---------------------------------------------------------------------------------------------
     def _output_folder(self, output: str) -> Path:
-        if output:
-            return Path(output)
-        if self.resume:
-            raise InputError("resume", "true", "needs --output, the folder of the unfinished run")
         label = "demo-atv-70" if self.model.path == "demo" else self.model.label
-        wanted = Path("runs") / f"{label}-recovered"
-        folder, number = wanted, 1
-        while folder.exists():
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-        return folder
+        return choose_folder(output, f"{label}-recovered", self.resume)
 
     def _find_base(self, earlier: Manifest | None) -> None:
         """The pruned checkpoint; the embedded model is dense, so it is pruned first."""
