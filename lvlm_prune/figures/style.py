@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import io
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -72,7 +73,8 @@ ElementTree.register_namespace("", _SVG)
 ElementTree.register_namespace("xlink", _XLINK)
 
 
-def house_style() -> AbstractContextManager[None]:
+@contextmanager
+def house_style() -> Iterator[None]:
     """The style while the context is open; decorates functions as well.
 
     Example:
@@ -84,7 +86,8 @@ def house_style() -> AbstractContextManager[None]:
         >>> inline_svg(line([1, 2, 3]), "Three values")[:4]
         Markup('<svg')
     """
-    return matplotlib.rc_context(_STYLE)
+    with matplotlib.rc_context(_STYLE):
+        yield
 
 
 def new_figure(height: float = 2.6, columns: int = 1) -> tuple[Figure, Any]:
