@@ -29,6 +29,7 @@ class SampleRow:
         row: Its row there.
         real: Indices of the real (not padded) positions, int64 of shape (T,); None where all are.
         modality: Modality code of each real token, int8 of shape (T,).
+        weight: How much the sample counts in calibration statistics; the mean over all samples is 1.
     """
 
     sample: int
@@ -36,6 +37,7 @@ class SampleRow:
     row: int
     real: Tensor | None
     modality: Tensor
+    weight: float = 1.0
 
     def cut(self, values: Tensor) -> Tensor:
         """Real positions of (S, ...) values, shape (T, ...)."""

@@ -6,6 +6,7 @@ sample ──► pool ──┬─ tokens that count in any case ──► added
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class BlockCalibration:
         self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
         self._statistics: dict[str, Statistic] = {}
         self._site_of: dict[str, str] = {}
-        self._held: list[tuple[str, int, Tensor, int]] = []
+        self._held: list[tuple[str, int, Tensor, int, float]] = []
         self._samples: list[int] = []
         self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
         self._linear_selections: dict[tuple[int, str], Tensor] = {}
@@ -69,19 +70,22 @@ class BlockCalibration:
                     selection = self.pool.select(tokens, key)
                     if self.record:
                         self._linear_selections[sample.sample, key] = selection.weights
-                self._add(key, inputs, repeats, selection, order)
+                self._add(key, inputs, repeats, selection, order, sample.row.weight)
 
-    def _add(self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int) -> None:
+    def _add(
+        self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int, sample_weight: float
+    ) -> None:
         if key not in self._statistics:
             self._statistics[key] = self.statistic(inputs.shape[1], inputs.device)
         if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
-            self._statistics[key].add(inputs, _all(inputs))
+            self._statistics[key].add(inputs, _scaled(_all(inputs), sample_weight))
             return
         assert selection is not None
-        self._statistics[key].add(inputs, selection.weights if repeats == 1 else selection.weights.repeat(repeats))
+        weights = selection.weights if repeats == 1 else selection.weights.repeat(repeats)
+        self._statistics[key].add(inputs, _scaled(weights, sample_weight))
         if selection.candidates is not None and len(selection.candidates):
             streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
-            self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats))
+            self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats, sample_weight))
 
     def finish(self, processes: Processes, devices: Mapping[str, torch.device]) -> dict[str, Any]:
         """Add the candidates that count, and sum over all processes.
@@ -94,9 +98,9 @@ class BlockCalibration:
             Numbers for the manifest: what the pool says of the block, and the visual tokens of each sample.
         """
         cutoffs = self.pool.cutoffs(processes.sum)
-        for key, order, inputs, repeats in self._held:
+        for key, order, inputs, repeats, sample_weight in self._held:
             chosen = inputs[: cutoffs[order] * repeats]
-            self._statistics[key].add(chosen, _all(chosen))
+            self._statistics[key].add(chosen, _scaled(_all(chosen), sample_weight))
         self._held.clear()
         known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
         for others, site_of in processes.gather((known, self._site_of)):
@@ -162,3 +166,8 @@ class BlockCalibration:
 
 def _all(inputs: Tensor) -> Tensor:
     return torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+
+
+def _scaled(weights: Tensor, sample_weight: float) -> Tensor:
+    """Weights of tokens, which enter statistics as squares, of a sample that counts `sample_weight` times."""
+    return weights if sample_weight == 1 else weights * math.sqrt(sample_weight)

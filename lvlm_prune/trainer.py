@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -267,12 +268,14 @@ class LVLMTrainer(L.Trainer):
         self.processes.agree(error)
         self.weights.release_frame(any(row.batch.needs_token_embedding for row in self.rows))
         everywhere = {index: value for part in self.processes.gather(digests) for index, value in part.items()}
-        ordered = [everywhere[index] for index in sorted(everywhere)]
-        if not ordered:
+        numbers = sorted(everywhere)
+        if not numbers:
             raise RunError("no calibration sample could be read; every one was skipped")
+        weights = dict(zip(numbers, datamodule.sample_weights(numbers)))
+        self.rows = [replace(row, weight=weights[row.sample]) for row in self.rows]
         self.manifest["calibration"] |= {
-            "num_samples": len(ordered),
-            "fingerprint": fingerprint(ordered),
+            "num_samples": len(numbers),
+            "fingerprint": fingerprint(everywhere[number] for number in numbers),
             "skipped": [item for part in self.processes.gather(datamodule.skipped) for item in part],
         }
 

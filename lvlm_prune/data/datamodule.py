@@ -9,7 +9,7 @@ for batch in data.calibration_batches(processor):
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -95,6 +95,15 @@ class CalibrationDataModule(L.LightningDataModule):
             count = self.num_samples or min(default or total, self.source.available)
             self._selection = self.source.choose(count, self.seed)
         return self._selection
+
+    def sample_weights(self, numbers: Sequence[int]) -> list[float]:
+        """How much each sample counts in calibration statistics; their mean is 1.
+
+        Args:
+            numbers: Numbers in the selection, 0 ... `num_samples` - 1, of the samples that all processes read.
+        """
+        selection = self.select()
+        return self.source.sample_weights([selection[number] for number in numbers])
 
     def calibration_batches(
         self, processor: Any = None, rank: int = 0, world_size: int = 1, with_labels: bool = False

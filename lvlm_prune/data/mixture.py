@@ -20,38 +20,50 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from lvlm_prune.data.source import CalibrationSource, Sample
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 
 
 class MixtureSource(CalibrationSource):
-    """A source made of sources, from each of which a fixed share of the calibration set comes.
+    r"""A source made of sources, from each of which a fixed share of the calibration set comes.
 
     The shares are exact: of n samples in the ratios r, part d gives `n r_d / sum(r)`; where that is no whole number,
     the largest remainders are rounded up (the first of equal ones). Within its share each part chooses as it would on
     its own. Parts may be of different kinds: conversations, documents and ready-made model inputs.
 
-    The statistics of all samples are added up. With the ratios as weights of the sets this is Eq. 11 of MLLM-Pruner
-    (OpenReview jmQKr47S77), whose example is 120 samples of three sets in equal parts.
+    .. math:: S = \sum_d \alpha_d S_d, \quad S_d = \frac{1}{n_d} \sum_{j \in d} S_j
+
+    with :math:`S_j` the statistics of sample j and :math:`n_d` the number of samples of part d (MLLM-Pruner, OpenReview
+    jmQKr47S77, Eq. 11, whose example is 120 samples of three sets in equal parts). Without `weights`
+    :math:`\alpha_d = n_d / n`: all samples count the same.
 
     Args:
         sources: The parts.
         ratios: Share of each part, in any unit: `[1, 1, 1]` are three equal parts.
+        weights: Weight of each part's statistics, in any unit, whatever its share of the samples is. The statistics of
+            scorers are weighted; the budget of an adaptive pool and the survey of an allocation see samples as they
+            are. Default: the part's share of the samples.
 
     Raises:
-        InputError: There is no part, or not one positive ratio for each.
+        InputError: There is no part, or not one positive ratio (and weight, if any are given) for each.
     """
 
-    def __init__(self, sources: list[CalibrationSource], ratios: list[float]) -> None:
+    def __init__(
+        self, sources: list[CalibrationSource], ratios: list[float], weights: list[float] | None = None
+    ) -> None:
         if not sources:
             raise InputError("data.source.sources", "[]", "needs at least one source")
-        if len(ratios) != len(sources):
-            problem = f"{len(ratios)} ratios for {len(sources)} sources; give one for each"
-            raise InputError("data.source.ratios", ratios, problem)
-        for ratio in ratios:
-            if not (math.isfinite(ratio) and ratio > 0):
-                raise InputError("data.source.ratios", ratio, "must be a finite number larger than 0")
+        for name, values in (("ratios", ratios), ("weights", weights)):
+            if values is None:
+                continue
+            if len(values) != len(sources):
+                problem = f"{len(values)} {name} for {len(sources)} sources; give one for each"
+                raise InputError(f"data.source.{name}", values, problem)
+            for value in values:
+                if not (math.isfinite(value) and value > 0):
+                    raise InputError(f"data.source.{name}", value, "must be a finite number larger than 0")
         self.sources = list(sources)
         self.ratios = list(ratios)
+        self.weights = None if weights is None else list(weights)
         # Ready-made inputs need no processor, but one part of another kind is enough to need one.
         self.needs_processor = any(source.needs_processor for source in sources)  # type: ignore[misc]
 
@@ -111,15 +123,40 @@ class MixtureSource(CalibrationSource):
         """Each part's own choice, dealt out evenly: any beginning of the calibration set is mixed as well.
 
         Raises:
-            InputError: A part has fewer samples than its share.
+            InputError: A part has fewer samples than its share, or a weight and no share.
         """
         shares = self.shares(count)
         placed: list[tuple[float, int, int]] = []
         for part, (source, share) in enumerate(zip(self.sources, shares)):
             if share > len(source):
-                name = type(source).__name__
-                problem = f"part {part + 1} ({name}) holds only {len(source)} samples, its share is {share}"
+                problem = f"{self._label(part)} holds only {len(source)} samples, its share is {share}"
                 raise InputError("data.num_samples", count, problem)
+            if self.weights is not None and share == 0:
+                raise InputError(
+                    "data.num_samples", count, f"leaves no sample for {self._label(part)}, which has a weight"
+                )
             for place, index in enumerate(source.choose(share, seed)):
                 placed.append(((place + 0.5) / share, part, self._offsets()[part] + index))
         return [index for _, _, index in sorted(placed)]
+
+    def sample_weights(self, indices: Sequence[int]) -> list[float]:
+        """See `CalibrationSource.sample_weights`; every part's samples together count as much as its weight says.
+
+        Raises:
+            RunError: No sample of a part that has a weight was read.
+        """
+        weights = [1.0] * len(indices)
+        for part, source in enumerate(self.sources):
+            places = [place for place, index in enumerate(indices) if self.part_of(index) == part]
+            factor = 1.0
+            if self.weights is not None:
+                if not places:
+                    raise RunError(f"no sample of {self._label(part)} could be read, which has a weight")
+                factor = self.weights[part] / sum(self.weights) * len(indices) / len(places)
+            within = source.sample_weights([indices[place] - self._offsets()[part] for place in places])
+            for place, weight in zip(places, within):
+                weights[place] = factor * weight
+        return weights
+
+    def _label(self, part: int) -> str:
+        return f"part {part + 1} ({type(self.sources[part]).__name__})"

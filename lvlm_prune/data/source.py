@@ -78,6 +78,17 @@ class CalibrationSource(ABC):
         """Numbers of `count` samples; another seed takes others. Ascending, and all of them if there are no more."""
         return choose(count, len(self), seed)
 
+    def sample_weights(self, indices: Sequence[int]) -> list[float]:
+        """How much each of these samples counts in calibration statistics; their mean is 1.
+
+        Args:
+            indices: Samples that were read, of all processes together.
+
+        Raises:
+            RunError: What was read cannot be weighted as asked for.
+        """
+        return [1.0] * len(indices)
+
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """Sample number `index`.

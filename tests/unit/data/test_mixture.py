@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, MixtureSource
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 from tests.conftest import GOLDEN
 
 
@@ -102,17 +102,20 @@ def test_conversations_beside_ready_made_inputs_need_the_processor():
 
 
 @pytest.mark.parametrize(
-    ("sources", "ratios", "problem"),
+    ("sources", "ratios", "weights", "problem"),
     [
-        ([], [], "--data.source.sources []: needs at least one source"),
-        ([Numbers(0, 1)], [1, 2], "--data.source.ratios [1, 2]: 2 ratios for 1 sources; give one for each"),
-        ([Numbers(0, 1)], [0], "--data.source.ratios 0: must be a finite number larger than 0"),
-        ([Numbers(0, 1)], [float("nan")], "--data.source.ratios nan"),
+        ([], [], None, "--data.source.sources []: needs at least one source"),
+        ([Numbers(0, 1)], [1, 2], None, "--data.source.ratios [1, 2]: 2 ratios for 1 sources; give one for each"),
+        ([Numbers(0, 1)], [0], None, "--data.source.ratios 0: must be a finite number larger than 0"),
+        ([Numbers(0, 1)], [float("nan")], None, "--data.source.ratios nan"),
+        ([Numbers(0, 1)], [1], [], "--data.source.weights []: 0 weights for 1 sources; give one for each"),
+        ([Numbers(0, 1)], [1], [-0.5], "--data.source.weights -0.5: must be a finite number larger than 0"),
+        ([Numbers(0, 1)], [1], [float("inf")], "--data.source.weights inf: must be a finite number larger than 0"),
     ],
 )
-def test_sources_and_ratios_that_do_not_fit(sources, ratios, problem):
+def test_sources_ratios_and_weights_that_do_not_fit(sources, ratios, weights, problem):
     with pytest.raises(InputError) as error:
-        MixtureSource(sources, ratios)
+        MixtureSource(sources, ratios, weights)
     assert str(error.value).startswith(problem)
 
 
@@ -149,3 +152,24 @@ data:
     assert " 4 samples" in capsys.readouterr().out
     again = f"--config={tmp_path / 'out' / 'config.yaml'}"
     assert main(["prune", again, f"--output={tmp_path / 'again'}"]) == 0
+
+
+def test_weights_count_a_part_as_much_as_they_say_whatever_its_share():
+    source = MixtureSource([Numbers(0, 10), Numbers(1, 10)], [1, 3], weights=[2, 2])
+    read = [0, 1, 10, 11, 12, 13, 14, 15]
+    assert source.sample_weights(read) == [2.0, 2.0] + [pytest.approx(2 / 3)] * 6
+    assert MixtureSource([Numbers(0, 10), Numbers(1, 10)], [1, 3]).sample_weights(read) == [1.0] * 8
+
+
+def test_weights_of_a_mixture_in_a_mixture_multiply():
+    inner = MixtureSource([Numbers(0, 4), Numbers(1, 4)], [1, 1], weights=[1, 3])
+    weights = MixtureSource([inner, Numbers(2, 8)], [1, 1], weights=[1, 3]).sample_weights([0, 4, 8, 9])
+    assert weights == pytest.approx([0.25, 0.75, 1.5, 1.5])
+
+
+def test_a_part_that_has_a_weight_needs_samples():
+    source = MixtureSource([Numbers(0, 100), Numbers(1, 100)], [9, 1], weights=[1, 1])
+    with pytest.raises(InputError, match=r"num_samples 4: leaves no sample for part 2 \(Numbers\), which has a weight"):
+        source.choose(4, seed=0)
+    with pytest.raises(RunError, match=r"no sample of part 2 \(Numbers\) could be read, which has a weight"):
+        source.sample_weights([0, 1, 2])
