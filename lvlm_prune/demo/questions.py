@@ -114,11 +114,8 @@ def _counting(scene: Scene, rng: Random) -> QuestionAnswer:
     return _ask("counting", wording, _NUMBERS[len(things)], things=(name, tuple(thing.cell for thing in things)))
 
 
-def vision_questions(scene: Scene, rng: Random, simple: bool = False) -> list[QuestionAnswer]:
+def vision_questions(scene: Scene, rng: Random) -> list[QuestionAnswer]:
     """One question for each task that the scene allows, in the order of ``VISION_TASKS``.
-
-    ``simple`` leaves out what the embedded model did not learn well enough to be a measure: relations of things whose
-    shape occurs twice in the scene.
 
     Example:
         >>> [qa.answer for qa in vision_questions(Scene((Thing("red", "star", "small", 0),), "white"), Random(2))]
@@ -145,8 +142,6 @@ def vision_questions(scene: Scene, rng: Random, simple: bool = False) -> list[Qu
         named = rng.choice(by_shape + by_color)
         ask("place", ("Where is the {thing}?", "Name the place of the {thing}."), named, PLACES[named[1].cell])
     pairs = [(one, two) for one in by_both for two in by_both if one is not two and direction(one[1], two[1])]
-    if simple:
-        pairs = [(one, two) for one, two in pairs if shapes.count(one[1].shape) == shapes.count(two[1].shape) == 1]
     if pairs:
         (name, thing), (other_name, other) = rng.choice(pairs)
         wording = rng.choice(("Where is the {thing} from the {other}?", "From the {other}, where is the {thing}?"))
@@ -233,22 +228,17 @@ def _facts(split: Split, rng: Random) -> QuestionAnswer:
     return QuestionAnswer("facts", wording.format(country=country, capital=capital), answer)
 
 
-def text_question(task: str, split: Split, rng: Random, simple: bool = False) -> QuestionAnswer:
+def text_question(task: str, split: Split, rng: Random) -> QuestionAnswer:
     """A question of this task without an image, taken from the items that belong to the split.
 
     For arithmetic, sorting and comparing the *items* of the splits are disjoint (pairs of operands in either order,
     sets of letters, pairs of numbers): a test question asks for something never seen. For facts, the combinations of
     fact and wording are: a test question asks for a fact that training taught in three other wordings.
-
-    ``simple`` leaves out what the embedded model did not learn well enough to be a measure: subtraction, and sums
-    of other than two-digit numbers.
     """
     if task == "facts":
         return _facts(split, rng)
     make = {"arithmetic": _arithmetic, "sorting": _sorting, "comparing": _comparing}[task]
     while True:
         key, asked = make(rng)
-        if simple and task == "arithmetic" and ("-" in key or int(key.split()[0]) < 10):
-            continue
         if split_of(key) == split:
             return asked

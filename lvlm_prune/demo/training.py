@@ -1,11 +1,13 @@
 """The embedded model as a LightningModule, and its data as a LightningDataModule.
 
-Three losses are added:
+Four losses are added:
 
 - cross-entropy of the answers' tokens: what the model is for;
 - *patches*: an image token must lie close to the word embeddings of the shape, the color or the digit that its patch
-  shows. For the first ``tower_steps`` steps this is the only loss, because a decoder learns
+  shows. For the first ``tower_steps`` steps it and *scale* are alone, because a decoder learns
   nothing from a tower that sees nothing; and it finds a thing by its name where names and image tokens agree;
+- *scale*: an image token must not be longer than word embeddings are. Nothing else holds its norm down, because
+  whatever reads it normalises it first; and a long token is hardly turned by the blocks, unlike those of large models;
 - *grounding*: at the last token of a phrase that names things in the image, a linear layer must read off the decoder's
   hidden state, half way up, in which cells they lie.
 
@@ -95,6 +97,8 @@ class EmbeddedModelTraining(LightningModule):
         tower_steps: Number of steps at the start in which only the tower is trained.
         patch_weight: Weight of the patch loss beside the answers' loss.
         grounding_weight: Weight of the grounding loss.
+        scale_weight: Weight of the scale loss.
+        weight_decay: Decoupled weight decay of the matrices.
     """
 
     def __init__(
@@ -109,11 +113,14 @@ class EmbeddedModelTraining(LightningModule):
         tower_steps: int = 300,
         patch_weight: float = 0.1,
         grounding_weight: float = 0.5,
+        scale_weight: float = 0.1,
+        weight_decay: float = 0.05,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate, self.warmup_steps, self.tower_steps = learning_rate, warmup_steps, tower_steps
-        self.patch_weight, self.grounding_weight = patch_weight, grounding_weight
+        self.patch_weight, self.grounding_weight, self.scale_weight = patch_weight, grounding_weight, scale_weight
+        self.weight_decay = weight_decay
         self.model = LlavaForConditionalGeneration(
             model_config(hidden_size, intermediate_size, blocks, tower_blocks, heads)
         )
@@ -180,12 +187,19 @@ class EmbeddedModelTraining(LightningModule):
             loss = loss + cross_entropy(part.flatten(0, 1), target.flatten(), weight=weight)
         return loss
 
+    def scale_loss(self, tokens: Tensor) -> Tensor:
+        """Mean squared excess, in nats, of the image tokens' root mean square over that of the word embeddings."""
+        words = self.model.get_input_embeddings().weight.detach().float()
+        excess = (tokens.float().square().mean(-1) + 1e-12).log() / 2 - words.square().mean().log() / 2
+        return excess.relu().square().mean()
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         tokens = self.image_tokens(batch["pixels"])
         patch_loss = self.patch_loss(tokens, batch["patch_labels"])
-        self.log("patch_loss", patch_loss)
+        scale_loss = self.scale_loss(tokens)
+        self.log_dict({"patch_loss": patch_loss, "scale_loss": scale_loss})
         if self.global_step < self.tower_steps:
-            return patch_loss
+            return patch_loss + self.scale_weight * scale_loss
         hidden = self.hidden_states(batch, tokens)
         answered = batch["labels"] >= 0
         logits = self.model.lm_head(hidden[-1][answered]).float()
@@ -196,7 +210,8 @@ class EmbeddedModelTraining(LightningModule):
         named = hidden[self.grounding_block][batch["grounding_rows"], batch["grounding_tokens"]]
         grounding_loss = binary_cross_entropy_with_logits(self.grounding_head(named).float(), batch["grounding_cells"])
         self.log_dict({"answer_loss": answer_loss, "grounding_loss": grounding_loss}, prog_bar=True)
-        return answer_loss + self.patch_weight * patch_loss + self.grounding_weight * grounding_loss
+        image_loss = self.patch_weight * patch_loss + self.scale_weight * scale_loss
+        return answer_loss + image_loss + self.grounding_weight * grounding_loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Collect, per question, whether each token of its answer is the most likely one after the true ones before."""
@@ -227,7 +242,7 @@ class EmbeddedModelTraining(LightningModule):
                 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)) + 0.01
             )
 
-        optimizer = MasterAdam(self.parameters(), lr=self.learning_rate)
+        optimizer = MasterAdam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},

@@ -119,16 +119,6 @@ def test_benchmark_calibration_and_training_share_no_question():
     assert not {image for image, _ in test if image} & {image for image, _ in training | calibration if image}
 
 
-def test_benchmark_asks_only_what_the_dense_model_answers_reliably():
-    for question in EmbeddedBenchmark(num_images=80, num_text=80, seed=2).questions:
-        if question.task == "relation":
-            named = re.findall("|".join(SHAPES), question.question)
-            assert len(set(named)) == 2
-        if question.task == "arithmetic":
-            assert re.search(r"(plus|Add) \d|\d plus", question.question)
-            assert len(re.findall(r"\b\d\d\b", question.question)) == 2
-
-
 def test_each_fact_is_taught_in_three_wordings_and_tested_in_another():
     for kind, wordings in FACT_WORDINGS.items():
         for country, _, _ in COUNTRIES:

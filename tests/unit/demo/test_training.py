@@ -44,3 +44,12 @@ def test_command_writes_a_checkpoint_that_loads_and_repeats(shortened, tmp_path)
     assert len(answer(model, processor, EmbeddedBenchmark(num_images=1, num_text=2).questions)) > 2
     log = (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
     assert "accuracy/relation" in log
+
+
+def test_only_image_tokens_longer_than_word_embeddings_cost():
+    training = train.EmbeddedModelTraining(hidden_size=32, intermediate_size=32, blocks=1, tower_blocks=1, heads=1)
+    length = training.model.get_input_embeddings().weight.detach().square().mean().sqrt()
+    tokens = torch.ones(1, 2, 32) * length
+    assert training.scale_loss(tokens / 2) == 0
+    excess = training.scale_loss(tokens * torch.tensor([[[1.0], [torch.e]]]))
+    torch.testing.assert_close(excess, torch.tensor(0.5), rtol=1e-4, atol=1e-4)
