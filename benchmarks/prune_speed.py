@@ -38,9 +38,17 @@ IMAGE, VISION_START, VISION_END = 5, 6, 7
 
 def random_model(sizes: dict[str, int], dtype: torch.dtype, device: str) -> nn.Module:
     """A Qwen2-VL of random weights with these decoder sizes."""
+    config = random_config(sizes)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype).eval()
+
+
+def random_config(sizes: dict[str, int]) -> Qwen2VLConfig:
+    """Configuration of a Qwen2-VL with these decoder sizes and a small vision tower."""
     rotary = sizes["hidden"] // sizes["heads"] // 2
     sections = [rotary - 2 * (3 * rotary // 8), 3 * rotary // 8, 3 * rotary // 8]
-    config = Qwen2VLConfig(
+    return Qwen2VLConfig(
         text_config={
             "vocab_size": sizes["vocabulary"],
             "hidden_size": sizes["hidden"],
@@ -60,9 +68,6 @@ def random_model(sizes: dict[str, int], dtype: torch.dtype, device: str) -> nn.M
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype).eval()
 
 
 def random_samples(count: int, visual: int, text: int, vocabulary: int, dtype: torch.dtype, device: str) -> list[dict]:

@@ -22,6 +22,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.errors import LVLMPruneError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.output_folder import copy_checkpoint, refuse_unusable, release
 from lvlm_prune.plugins import describe
 from lvlm_prune.verification import Expectation, verify_checkpoint
@@ -105,15 +106,18 @@ class SparseCheckpointWriter(PruneCallback):
     def _write_block(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
         assert pl_module.folder is not None
         assert isinstance(trainer.weights, StreamedWeights)
+        clock = Stopwatch()
         written = pl_module.folder.at(folder)
         for name, mask in block.masks.items():
-            parameter = f"{block.name}.{name}.weight"
-            # The stored weight, not the one in compute precision: what stays must stay byte by byte.
-            stored = trainer.weights.stored(parameter)
+            parameter, weight = f"{block.name}.{name}.weight", block.linears[name].weight.detach()
             if name in block.updated:
                 # A narrower dtype can lose the smallest weights; added to zero, none is left as -0.0.
-                stored = block.linears[name].weight.detach().to("cpu", stored.dtype) + 0.0
-            pruned = stored.masked_fill(mask.cpu(), 0.0)
+                pruned = (weight.to("cpu", trainer.weights.stored_dtype(parameter)) + 0.0).masked_fill_(mask.cpu(), 0.0)
+            elif trainer.weights.is_stored_as_used(parameter):
+                pruned = weight
+            else:
+                # The stored weight, not the one in compute precision: what stays must stay byte by byte.
+                pruned = trainer.weights.stored(parameter).masked_fill_(mask.cpu(), 0.0)
             if name in block.updated:
                 trainer.manifest["linears"][f"{block.name}.{name}"]["pruned"] = int((pruned == 0).sum())
             for key, tensor in trainer.weights.to_disk({parameter: pruned}, written).items():
@@ -122,6 +126,7 @@ class SparseCheckpointWriter(PruneCallback):
         if trainer.recorded:
             replace_durably(folder / _statistics_part(block.index), save(trainer.recorded))
             trainer.recorded.clear()
+        trainer.manifest["blocks"][-1]["seconds"]["write"] = clock.lap()
         trainer.manifest.write(folder)
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
@@ -173,6 +178,7 @@ class SparseCheckpointWriter(PruneCallback):
     @staticmethod
     def _summarise(trainer: "LVLMTrainer") -> None:
         pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
+        trainer.note_memory()
         trainer.manifest["method"] = describe(pruning)
         trainer.manifest["sparsity"] = {"target": pruning.sparsity, "achieved": trainer.manifest.achieved_sparsity()}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune.activations import Activations, SampleRow, recording
-from lvlm_prune.blocks import TEXT, BlockRunner, CaughtBatch, Weights, prunable_linears
+from lvlm_prune.blocks import TEXT, BlockRunner, CaughtBatch, Placement, Weights, prunable_linears
 from lvlm_prune.blocks.tail import DecoderTail, TailSample
 from lvlm_prune.errors import RunError
 from lvlm_prune.measuring import Stopwatch, peak_memory
@@ -61,6 +61,7 @@ class BlockLoop:
         gathers: Whether anybody wants activations; asked at each block.
         needs: What activations are to hold besides the inputs of the Linears, of `lvlm_prune.tokens.NEEDS`.
         agree: Called after each pass with the exception that it raised, or None; fails on every process if one did.
+        placement: Where the samples wait for their turn.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class BlockLoop:
         gathers: Callable[[], bool],
         needs: Callable[[], frozenset[str]],
         agree: Callable[[BaseException | None], None],
+        placement: Placement | None = None,
     ) -> None:
         self.runner, self.weights = runner, weights
         self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
+        self.placement = placement or Placement()
         self.rows = rows
         self.rows_of_batch: dict[int, list[SampleRow]] = {}
         self.batches: list[CaughtBatch] = []
@@ -87,7 +90,9 @@ class BlockLoop:
         """A loop over copies of the samples, which leaves those of this loop where they are."""
         copies = {key: rows[0].batch.fork() for key, rows in self.rows_of_batch.items()}
         rows = [replace(row, batch=copies[id(row.batch)]) for row in self.rows]
-        return BlockLoop(self.runner, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree)
+        return BlockLoop(
+            self.runner, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree, self.placement
+        )
 
     @torch.no_grad()
     def run(self, done: Sequence[int] = (), load_done: Callable[[int], None] | None = None) -> None:
@@ -104,7 +109,8 @@ class BlockLoop:
                 load_done(index)
                 self._together(self._propagate, self._block(index), hooks=False)
             else:
-                self._work(index, is_last=index == last_open)
+                following = index + 1 if index < last_open and index + 1 not in done else None
+                self._work(index, is_last=index == last_open, following=following)
             self.weights.release_block(index)
 
     @torch.no_grad()
@@ -120,6 +126,8 @@ class BlockLoop:
             block = self._block(index)
             start = {"block": block, "tail": self.tail(index)}
             self._together(self.raise_hook, "on_survey_block_start", **start)
+            if index + 1 < len(self.runner):
+                self.weights.prefetch_block(index + 1)
             self._together(self._survey_block, block)
             self.raise_hook("on_survey_block_end", block=block)
             self.weights.release_block(index)
@@ -128,13 +136,14 @@ class BlockLoop:
 
     def tail(self, first: int) -> DecoderTail:
         """Block `first`, at whose input the samples are, and all blocks after it."""
-        return DecoderTail(self.runner, self.weights, [_tail_sample(row) for row in self.rows], first)
+        samples = [_tail_sample(row) for row in self.rows]
+        return DecoderTail(self.runner, self.weights, samples, first, self.placement)
 
     def _block(self, index: int) -> Block:
         module = self.runner.block(index)
         return Block(index, self.runner.name(index), module, prunable_linears(module))
 
-    def _work(self, index: int, is_last: bool) -> None:
+    def _work(self, index: int, is_last: bool, following: int | None) -> None:
         seconds = {}
         clock = Stopwatch()
         self.weights.load_block(index)
@@ -146,6 +155,9 @@ class BlockLoop:
         seconds["gather"] = clock.lap()
         self.raise_hook("on_block_calibrated", block=block)
         seconds["score"] = clock.lap()
+        # Not earlier: what scoring takes beside the block is gone by now.
+        if following is not None:
+            self.weights.prefetch_block(following)
         if not is_last:
             self._together(self._propagate, block)
         seconds["propagate"] = clock.lap()
@@ -164,27 +176,32 @@ class BlockLoop:
 
     def _gather(self, block: Block) -> None:
         totals = []
-        for batch in self.batches:
-            if self.runner.calls(block.index, batch):
-                hidden_out = self._observe(block, batch, self.runner.run, "on_calibration_batch_end")
-                totals.append((batch, hidden_out.float().sum()))
+        called = [batch for batch in self.batches if self.runner.calls(block.index, batch)]
+        for batch, here in self.placement.stream(called, block.index):
+            hidden_out = self._observe(block, batch, here, self.runner.run, "on_calibration_batch_end")
+            totals.append((batch, hidden_out.float().sum()))
         self._refuse_faults(totals, f"in the output of block {block.name}")
 
     def _survey_block(self, block: Block) -> None:
         totals = []
-        for batch in self.batches:
-            if self.runner.calls(block.index, batch):
-                hidden_out = self._observe(block, batch, self.runner.advance, "on_survey_batch_end")
-                totals.append((batch, hidden_out.float().sum()))
+        called = [batch for batch in self.batches if self.runner.calls(block.index, batch)]
+        for batch, here in self.placement.stream(called, block.index):
+            hidden_out = self._observe(block, batch, here, self.runner.advance, "on_survey_batch_end")
+            totals.append((batch, hidden_out.float().sum()))
         self._refuse_faults(totals, f"in the output of block {block.name}")
 
     def _observe(
-        self, block: Block, batch: CaughtBatch, forward: Callable[[int, CaughtBatch], Tensor], hook: str
+        self,
+        block: Block,
+        batch: CaughtBatch,
+        here: CaughtBatch,
+        forward: Callable[[int, CaughtBatch], Tensor],
+        hook: str,
     ) -> Tensor:
-        """One forward of one batch; raises `hook` for each of its samples with what the block computed."""
-        hidden_in = batch.hidden
+        """One forward of one batch, `here` on the device; raises `hook` for each sample with what was computed."""
+        hidden_in = here.hidden
         with recording(block.linears, self.needs()) as record:
-            hidden_out = forward(block.index, batch)
+            hidden_out = forward(block.index, here)
         block.forwards += 1
         sites = record.sites()
         for row in self.rows_of_batch[id(batch)]:
@@ -194,10 +211,10 @@ class BlockLoop:
 
     def _propagate(self, block: Block, hooks: bool = True) -> None:
         totals = []
-        for batch in self.batches:
-            self.runner.advance(block.index, batch)
+        for batch, here in self.placement.stream(self.batches, block.index):
+            self.runner.advance(block.index, here)
             block.forwards += 1
-            totals.append((batch, batch.hidden.float().sum()))
+            totals.append((batch, here.hidden.float().sum()))
             if hooks:
                 self.raise_hook("on_propagation_batch_end", block=block)
         self._refuse_faults(totals, f"in the output of pruned block {block.name}")

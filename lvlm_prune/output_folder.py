@@ -62,7 +62,7 @@ def refuse_unusable(folder: Path, source: Path, record: str, resume: bool) -> No
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
-    needed, free = sum(path.stat().st_size for path in _files(source)), shutil.disk_usage(existing).free
+    needed, free = folder_bytes(source), shutil.disk_usage(existing).free
     if not occupied and needed > free:
         problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
         raise InputError("output", folder, problem)
@@ -93,6 +93,11 @@ def release(folder: Path) -> None:
     if (folder / HELD_BACK).exists():
         (folder / HELD_BACK).replace(folder / "config.json")
         sync_folder(folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files of a checkpoint folder, hidden ones left out."""
+    return sum(path.stat().st_size for path in _files(folder))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
-from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.blocks import Place, StreamedWeights
+from lvlm_prune.footprint import Footprint, Peak
 from lvlm_prune.module import LVLMModule
 
 
@@ -37,19 +36,23 @@ class Plan:
         linears: The Linears, in the order of the blocks.
         weights: Number of weights in all blocks' Linears that would be pruned.
         model_weights: Number of weights of the whole checkpoint.
-        frame_bytes: Weights in memory while samples are caught: towers, embeddings, no block.
-        block_bytes: Weights of the largest block in memory.
-        sample_bytes: Hidden states of all calibration samples at the input of a block; None where no data is needed.
-        disk_bytes: Size of the output folder.
+        phases: What each phase of the run takes in memory beside the samples and the libraries, in bytes.
+        held_bytes: Hidden states, and what else belongs to the calibration samples; 0 where no data is needed.
+        place: Where these wait.
+        peak: The most memory and disk at any time.
+        output_bytes: Size of the output folder.
+        baseline: Memory of the libraries, part of the host's.
     """
 
     linears: tuple[PlannedLinear, ...]
     weights: int
     model_weights: int
-    frame_bytes: int
-    block_bytes: int
-    sample_bytes: int | None
-    disk_bytes: int
+    phases: Mapping[str, int]
+    held_bytes: int
+    place: Place
+    peak: Peak
+    output_bytes: int
+    baseline: int
 
     def __str__(self) -> str:
         keys = [", ".join(linear.keys) for linear in self.linears]
@@ -64,13 +67,16 @@ class Plan:
             f"{len(self.linears)} Linears · {self.weights:,} weights, {100 * share:.1f}% of the checkpoint's "
             f"{self.model_weights:,} · about {zeros:,.0f} zeros"
         )
+        phases = ", ".join(f"{name} {_size(count)}" for name, count in self.phases.items())
+        lines.append(f"memory beside libraries and samples: {phases}")
+        if self.held_bytes:
+            where = {"device": "on the device", "host": "in host memory", "disk": "in memory-mapped files"}[self.place]
+            lines.append(f"hidden states of the calibration samples: {_size(self.held_bytes)} {where}")
+        device = "" if self.peak.device is None else f"{_size(self.peak.device)} on the device, "
         lines.append(
-            f"weights in memory: {_size(self.frame_bytes)} while samples are caught, then one block at a time,"
+            f"predicted peak: {device}{_size(self.peak.host)} of host memory ({_size(self.baseline)} of it libraries), "
+            f"{_size(self.peak.disk)} of disk ({_size(self.output_bytes)} of it the output folder)"
         )
-        lines.append(f"{_size(self.block_bytes)} at most")
-        if self.sample_bytes is not None:
-            lines.append(f"hidden states of the calibration samples: {_size(self.sample_bytes)}")
-        lines.append(f"disk: {_size(self.disk_bytes)} for the output folder")
         return "\n".join(lines)
 
 
@@ -79,7 +85,8 @@ def make_plan(
     weights: StreamedWeights,
     targets: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
-    tokens: Iterable[int] | None,
+    footprint: Footprint,
+    place: Place,
 ) -> Plan:
     """Look at a model on the meta device; no weights are read.
 
@@ -88,19 +95,10 @@ def make_plan(
         weights: Knows which tensors on disk hold a parameter.
         targets: Full name of each Linear to prune -> target sparsity.
         shapes: Full name of each Linear to prune -> (C_out, C_in).
-        tokens: Number of tokens of each calibration sample; None where the method needs no data.
+        footprint: Predicts the memory.
+        place: Where the samples wait.
     """
     assert module.folder is not None
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in module.model.state_dict().items()}
-    blocks = [
-        sum(size for name, size in sizes.items() if name.startswith(f"{module.runner.name(index)}."))
-        for index in range(len(module.runner))
-    ]
-    output = module.model.get_output_embeddings()
-    unused = sum(parameter.numel() * parameter.element_size() for parameter in output.parameters()) if output else 0
-    tied = output is not None and output.weight is module.model.get_input_embeddings().weight
-    width = module.model.config.get_text_config(decoder=True).hidden_size
-    itemsize = torch.empty((), dtype=module.compute_dtype).element_size()
     return Plan(
         linears=tuple(
             PlannedLinear(name, tuple(weights.keys_of(f"{name}.weight")), shapes[name], target)
@@ -108,10 +106,12 @@ def make_plan(
         ),
         weights=sum(prod(shapes[name]) for name in targets),
         model_weights=sum(prod(tensor.shape) for tensor in module.folder.tensors.values()),
-        frame_bytes=sum(sizes.values()) - sum(blocks) - (0 if tied else unused),
-        block_bytes=max(blocks),
-        sample_bytes=None if tokens is None else sum(tokens) * width * itemsize,
-        disk_bytes=sum(path.stat().st_size for path in module.folder.path.rglob("*") if path.is_file()),
+        phases=footprint.phases(),
+        held_bytes=footprint.held_bytes(),
+        place=place,
+        peak=footprint.peak(place),
+        output_bytes=footprint.output_bytes,
+        baseline=footprint.baseline,
     )
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lvlm_prune.errors import RunError
 
+# Products of channels that are held in float32 at once, before they are added to the sums: 64 MiB.
+_PRODUCTS = 2**24
+
 
 class Statistic(ABC):
     """A sum over calibration tokens: float32 inside one sample, float64 over samples.
@@ -35,6 +38,22 @@ class Statistic(ABC):
     @abstractmethod
     def tensors(self) -> list[Tensor]:
         """The float64 sums themselves, to be summed over processes in place."""
+
+    @staticmethod
+    def nbytes(channels: int) -> int:
+        """Bytes of the sums over a site of so many channels, for the plan."""
+        return 8 * channels
+
+    @staticmethod
+    def adding_bytes(tokens: int, channels: int, itemsize: int) -> int:
+        """Bytes that `add` takes for a sample of so many tokens, for the plan.
+
+        Args:
+            tokens: Number of tokens.
+            channels: Number of input channels of the site.
+            itemsize: Bytes of one activation.
+        """
+        return tokens * channels * (4 if itemsize == 4 else 8)
 
     def squared_norms(self) -> Tensor | None:
         """Squared norm of each channel over the pool, float64 of shape (channels,); None where it is not known."""
@@ -109,7 +128,20 @@ class Gram(Statistic):
         if weights.dtype != torch.bool:
             tokens *= weights[counts].float()[:, None]
         if len(tokens):
-            self.value += tokens.T @ tokens
+            together = max(_PRODUCTS // len(self.value), 1)
+            for start in range(0, len(self.value), together):
+                rows = slice(start, start + together)
+                self.value[rows].add_(tokens[:, rows].T @ tokens)
+
+    @staticmethod
+    def nbytes(channels: int) -> int:
+        """See `Statistic.nbytes`: the products in float64, and the factor in float32."""
+        return 12 * channels**2
+
+    @staticmethod
+    def adding_bytes(tokens: int, channels: int, itemsize: int) -> int:
+        """See `Statistic.adding_bytes`: the tokens that count, in float32, and products that are to be added."""
+        return tokens * channels * (itemsize if itemsize == 4 else itemsize + 4) + 4 * min(channels**2, _PRODUCTS)
 
     def tensors(self) -> list[Tensor]:
         """The products, float64 of shape (channels, channels)."""
@@ -149,16 +181,18 @@ class Gram(Statistic):
         dead = diagonal == 0
         share = damping
         while True:
-            matrix = self.value.clone()
-            matrix.diagonal().add_(share * mean + dead * mean)
             # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
             # so H^-1 = R^-T R^-1 and U = R^-1. One factorisation and one triangular inverse; H^-1 is never formed.
-            matrix = matrix.flip(0, 1)
+            matrix = self.value.flip(0, 1)
+            matrix.diagonal().add_((share * mean + dead * mean).flip(0))
             lower, failed = torch.linalg.cholesky_ex(matrix)
             smallest = (lower.diagonal().square() / matrix.diagonal()).min()
+            del matrix
             if not failed and smallest > torch.finfo(torch.float32).eps:
                 break
             share = max(10 * share, 1e-6)
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return InverseFactor(inverse.flip(0, 1).float(), dead, share)
+        # Column by column in memory, as the solver wants it: the inverse is written over the identity.
+        inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        del lower
+        return InverseFactor(inverse.float().flip(0, 1), dead, share)

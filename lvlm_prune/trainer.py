@@ -7,9 +7,10 @@ prune()  check everything ─► launch processes ─► catch block-0 inputs �
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lvlm_prune.activations import SampleRow, rows_of
-from lvlm_prune.blocks import StreamedWeights, Weights
+from lvlm_prune.blocks import StreamedWeights, Weights, existing_folder
 from lvlm_prune.callbacks import (
     BlockwisePruning,
     EmbeddedEvaluation,
@@ -38,11 +39,19 @@ from lvlm_prune.data import (
     load_processor,
 )
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.footprint import BatchSize, Footprint, Method, Peak
+from lvlm_prune.hidden_states import (
+    HiddenStates,
+    Wanted,
+    available_device_memory,
+    available_host_memory,
+    checked_place,
+)
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
-from lvlm_prune.measuring import Stopwatch
+from lvlm_prune.measuring import MemorySampler, Stopwatch
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output_folder import choose_folder
+from lvlm_prune.output_folder import choose_folder, folder_bytes
 from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
@@ -58,6 +67,14 @@ class LVLMTrainer(L.Trainer):
         processes: All processes of the run.
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
         run_config: The configuration that repeats the run, as plain data.
+        held: The samples while they are in work.
+
+    Args:
+        hidden_states: Where hidden states and what else belongs to a calibration sample wait for their turn: on the
+            `device`, in `host` memory, or on `disk` in memory-mapped files. `auto` takes the first of these with room.
+        scratch: Folder on the disk for memory-mapped files, which are nameless and vanish with the process; default:
+            the disk of the output folder.
+        options: Those of Lightning's Trainer.
     """
 
     callbacks: list[Callback]
@@ -71,6 +88,13 @@ class LVLMTrainer(L.Trainer):
     resume_run: bool = False
     evaluate_run: bool = True
     quiet: bool = False
+    held: HiddenStates | None = None
+
+    def __init__(self, hidden_states: Wanted = "auto", scratch: str = "", **options: Any) -> None:
+        self.hidden_states, self.scratch = checked_place(hidden_states), scratch
+        if scratch and not os.access(scratch, os.W_OK | os.X_OK):
+            raise InputError("trainer.scratch", scratch, "is not a folder that can be written")
+        super().__init__(**options)
 
     def prune(
         self,
@@ -96,8 +120,9 @@ class LVLMTrainer(L.Trainer):
             The manifest; empty after a plan.
         """
         started = time.perf_counter()
-        self.resume_run, self.evaluate_run = resume, evaluate
+        self.resume_run, self.evaluate_run, self.held = resume, evaluate, None
         self.manifest, self.recorded, self.rows = Manifest(), {}, []
+        self._sizes: list[BatchSize] = []
         model.open()
         datamodule.setup("prune")
         callbacks = self._prune_callbacks()
@@ -108,8 +133,11 @@ class LVLMTrainer(L.Trainer):
             model.processor = load_processor(model.folder.path, model.trust_remote_code)
         fabric = self._fabric(callbacks)
         self._raise_hook(fabric, model, "setup", stage="prune")
+        self._available = (available_device_memory(self.strategy.root_device), available_host_memory())
+        self._sampler = MemorySampler()
         if plan:
             print(self._plan(model, datamodule, callbacks))
+            self._sampler.close()
             return self.manifest
         if finished is None:
             fabric.launch()
@@ -130,6 +158,9 @@ class LVLMTrainer(L.Trainer):
         finally:
             self._raise_hook(fabric, model, "teardown", stage="prune")
             self.processes.close()
+            self._sampler.close()
+            if self.held is not None:
+                self.held.placement.close()
         return self.manifest
 
     def recover(
@@ -169,7 +200,8 @@ class LVLMTrainer(L.Trainer):
         self.manifest.update(self._provenance(model, datamodule))
         clock = Stopwatch()
         if self._needs_samples(callbacks):
-            self._catch(fabric, model, datamodule)
+            self._catch(fabric, model, datamodule, callbacks)
+        self._settle(model, callbacks)
         self.manifest["catch_seconds"] = clock.lap()
         self._raise_hook(fabric, model, "on_prune_start")
         if self._surveys(callbacks):
@@ -180,8 +212,9 @@ class LVLMTrainer(L.Trainer):
             self.rows if self._gathers(callbacks) else [],
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: self._gathers(callbacks),
-            needs=lambda: frozenset().union(*(getattr(callback, "needs", ()) for callback in callbacks)),
+            needs=lambda: _needs(callbacks, "needs"),
             agree=self.processes.agree,
+            placement=self.held.placement if self.held is not None else None,
         )
         done = self.manifest.finished_blocks()
         loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
@@ -196,12 +229,13 @@ class LVLMTrainer(L.Trainer):
         pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
         if not isinstance(weights, StreamedWeights) or pruning is None:
             raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
-        tokens = None
         if self._needs_samples(callbacks):
-            batches = datamodule.calibration_batches(model.processor)
-            tokens = [row.numel() for batch in batches for row in batch.inputs["input_ids"]]
+            batches = datamodule.calibration_batches(model.processor, 0, self.world_size)
+            self._sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
-        return make_plan(model, weights, targets, pruning.shapes, tokens)
+        footprint = self._footprint(model, pruning, callbacks)
+        place = footprint.place(self.hidden_states, *self._available)
+        return make_plan(model, weights, targets, pruning.shapes, footprint, place)
 
     def _is_resumable(self) -> bool:
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
@@ -222,8 +256,9 @@ class LVLMTrainer(L.Trainer):
             self.rows,
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: True,
-            needs=lambda: frozenset().union(*(getattr(callback, "survey_needs", ()) for callback in callbacks)),
+            needs=lambda: _needs(callbacks, "survey_needs"),
             agree=self.processes.agree,
+            placement=self.held.placement if self.held is not None else None,
         ).fork()
         self._raise_hook(fabric, model, "on_survey_start")
         forwards = self.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
@@ -253,15 +288,22 @@ class LVLMTrainer(L.Trainer):
         assert model.folder is not None
         self.weights.load_block(index, model.folder.at(self.output_folder))
 
-    def _catch(self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule) -> None:
+    def _catch(
+        self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
+    ) -> None:
         """Run everything before block 0 for this process' samples; afterwards vision tower and embeddings can go."""
         digests: dict[int, str] = {}
         error: BaseException | None = None
+        catching = self._available[1] // 2
+        self.held = HiddenStates(self.hidden_states, fabric.device, self._scratch_folder(), catching)
         self.weights.load_frame()
         try:
             batches = datamodule.calibration_batches(model.processor, self.processes.rank, self.processes.count)
             for batch in batches:
-                self.rows += self._catch_batch(fabric, model, batch)
+                rows = self._catch_batch(fabric, model, batch)
+                self.held.add(rows[0].batch)
+                self._sizes.append(BatchSize.of(batch.inputs, model.model.config, self._visual(callbacks)))
+                self.rows += rows
                 digests.update(zip(batch.indices, batch.digests, strict=True))
         except Exception as problem:
             error = problem
@@ -290,6 +332,58 @@ class LVLMTrainer(L.Trainer):
             samples = ", ".join(map(str, batch.indices))
             raise RunError(f"NaN or infinity before the first block for calibration sample {samples}")
         return rows_of(caught, model.model.config, batch.indices)
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+    def _footprint(self, model: LVLMModule, pruning: BlockwisePruning, callbacks: list[Callback]) -> Footprint:
+        """Predicts the memory of this process."""
+        method = Method(
+            pruning.pool if pruning.wants_activations else None,
+            pruning.scorer,
+            _needs(callbacks, "needs"),
+            self._surveys(callbacks),
+            _needs(callbacks, "survey_needs"),
+        )
+        output = 0 if model.folder is None else folder_bytes(model.folder.path)
+        return Footprint(model, method, self._sizes, self.strategy.root_device, self._sampler.start, output)
+
+    def _settle(self, model: LVLMModule, callbacks: list[Callback]) -> None:
+        """Choose where the samples wait, now that their sizes are known, and note what memory the run will need."""
+        pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
+        if pruning is None:
+            return
+        footprint = self._footprint(model, pruning, callbacks)
+        place = footprint.place(self.hidden_states, *self._available)
+        if self.held is not None:
+            self.held.settle(place)
+            place = self.held.placement.place
+        self.manifest["memory"] = {
+            "hidden_states": place,
+            "baseline": footprint.baseline,
+            "samples": footprint.waiting_bytes(),
+            "phases": footprint.phases(),
+            "predicted": asdict(footprint.peak(place)),
+        }
+
+    def note_memory(self) -> None:
+        """Put the largest memory of this process so far into the manifest, beside what was predicted of it."""
+        device = self.strategy.root_device
+        disk = 0 if self.output_folder is None else folder_bytes(self.output_folder)
+        measured = Peak(
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            self._sampler.peak,
+            disk + (0 if self.held is None else self.held.peak_bytes),
+        )
+        self.manifest.setdefault("memory", {})["measured"] = asdict(measured)
+
+    @staticmethod
+    def _visual(callbacks: list[Callback]) -> list[str]:
+        return next((one.visual for one in callbacks if isinstance(one, BlockwisePruning)), ["image", "video"])
+
+    def _scratch_folder(self) -> Path:
+        """A folder that exists, on the disk where memory-mapped files go."""
+        if self.scratch:
+            return Path(self.scratch)
+        return Path(tempfile.gettempdir()) if self.output_folder is None else existing_folder(self.output_folder)
 
     # ---- composition of the run --------------------------------------------------------------------------------------
     def _prune_callbacks(self) -> list[Callback]:
@@ -384,3 +478,8 @@ class LVLMTrainer(L.Trainer):
             "processes": self.world_size,
             "device": str(self.strategy.root_device),
         }
+
+
+def _needs(callbacks: list[Callback], name: str) -> frozenset[str]:
+    """What any of the callbacks wants recorded of a forward."""
+    return frozenset().union(*(getattr(callback, name, ()) for callback in callbacks))

@@ -6,6 +6,7 @@ from lvlm_prune.blocks.decoder import Decoder, find_decoder, prunable_linears
 from lvlm_prune.blocks.execution import BlockRunner
 from lvlm_prune.blocks.hub import resolve
 from lvlm_prune.blocks.modality import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, modality_of_tokens
+from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
 from lvlm_prune.blocks.skeleton import build_skeleton
 from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights
 
@@ -14,19 +15,24 @@ __all__ = [
     "IMAGE",
     "MODALITIES",
     "PADDING",
+    "PLACES",
     "TEXT",
     "VIDEO",
     "BlockRunner",
     "CaughtBatch",
     "CheckpointFolder",
     "Decoder",
+    "Place",
+    "Placement",
     "ResidentWeights",
     "StreamedWeights",
     "TensorInfo",
     "Weights",
     "build_skeleton",
+    "existing_folder",
     "find_decoder",
     "modality_of_tokens",
+    "place_batches",
     "prunable_linears",
     "resolve",
 ]

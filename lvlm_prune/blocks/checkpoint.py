@@ -42,6 +42,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+# Bytes of two folders that are held at once to be compared.
+_COMPARED = 2**22
 # The format's own limit on the header.
 _LARGEST_HEADER = 100_000_000
 
@@ -145,21 +147,35 @@ class CheckpointFolder:
         Raises:
             RunError: The file has become shorter than its header says, or cannot be read.
         """
+        return next(self._parts(key, max(self.tensors[key].nbytes, 1)), bytearray())
+
+    def same_bytes(self, key: str, other: "CheckpointFolder") -> bool:
+        """Whether another folder of the same layout holds the same bytes under `key`; reads 4 MiB at a time.
+
+        Raises:
+            RunError: As `read_bytes`.
+        """
+        pairs = zip(self._parts(key, _COMPARED), other._parts(key, _COMPARED), strict=True)
+        return all(own == others for own, others in pairs)
+
+    def _parts(self, key: str, size: int) -> Iterator[bytearray]:
+        """The bytes of a tensor, `size` at a time."""
         tensor = self.tensors[key]
-        content = bytearray(tensor.nbytes)
-        view = memoryview(content)
         try:
             with open(self.path / tensor.shard, "rb", buffering=0) as file:
                 file.seek(tensor.start)
-                filled = 0
-                while filled < len(view):
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise RunError(f"{self.path / tensor.shard} has become shorter: {key} is cut off")
-                    filled += count
+                for start in range(0, tensor.nbytes, size):
+                    content = bytearray(min(size, tensor.nbytes - start))
+                    view, filled = memoryview(content), 0
+                    while filled < len(view):
+                        count = file.readinto(view[filled:])
+                        if not count:
+                            raise RunError(f"{self.path / tensor.shard} has become shorter: {key} is cut off")
+                        filled += count
+                    del view
+                    yield content
         except OSError as error:
             raise RunError(f"cannot read {key} from {self.path / tensor.shard}: {error}") from error
-        return content
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write `tensor` over the one named `key`. Every other byte of the file stays as it is.

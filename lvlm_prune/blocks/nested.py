@@ -75,7 +75,7 @@ def contents_restored(value: Any) -> Iterator[None]:
         >>> shared
         {}
     """
-    saved = [(container, container.copy()) for container in _containers_in(value)]
+    saved = [(container, container.copy()) for container in containers_in(value)]
     try:
         yield
     finally:
@@ -87,14 +87,15 @@ def contents_restored(value: Any) -> Iterator[None]:
                 container.extend(contents)
 
 
-def _containers_in(value: Any) -> Iterator[dict | list]:
+def containers_in(value: Any) -> Iterator[dict | list]:
+    """Every dictionary and list in `value`, itself included."""
     if isinstance(value, (dict, list)):
         yield value
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         for item in value:
-            yield from _containers_in(item)
+            yield from containers_in(item)
 
 
 def distinct_nbytes(value: Any) -> int:

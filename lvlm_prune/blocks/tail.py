@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from lvlm_prune.blocks.capture import CaughtBatch
 from lvlm_prune.blocks.execution import BlockRunner
+from lvlm_prune.blocks.placement import Placement
 from lvlm_prune.blocks.weights import ResidentWeights, Weights
 from lvlm_prune.errors import InputError
 
@@ -54,10 +55,19 @@ class DecoderTail:
         weights: Brings later blocks into memory and releases them.
         samples: Samples of this process.
         first: Index of the first block; it is in memory, and stays there.
+        placement: Where the samples wait.
     """
 
-    def __init__(self, runner: BlockRunner, weights: Weights, samples: Sequence[TailSample], first: int) -> None:
+    def __init__(
+        self,
+        runner: BlockRunner,
+        weights: Weights,
+        samples: Sequence[TailSample],
+        first: int,
+        placement: Placement | None = None,
+    ) -> None:
         self._runner, self._weights, self._samples, self._first = runner, weights, samples, first
+        self._placement = placement or Placement()
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -102,13 +112,16 @@ class DecoderTail:
     def _losses_of(self, chosen: list[TailSample], changes: Sequence[Change]) -> dict[int, list[float]]:
         held = []
         for sample in chosen:
+            here = self._placement.fetched(sample.batch)
             for change in changes:
-                batch = sample.batch.fork()
+                batch = here.fork()
                 with change(sample.sample):
                     self._runner.advance(self._first, batch)
                 held.append((sample, batch))
         for index in range(self._first + 1, len(self._runner)):
             self._weights.load_block(index)
+            if index + 1 < len(self._runner):
+                self._weights.prefetch_block(index + 1)
             for _, batch in held:
                 self._runner.advance(index, batch)
             self._weights.release_block(index)
@@ -136,7 +149,7 @@ class DecoderTail:
         if not self._samples:
             return 0.0, 0.0
         sample = self._samples[0]
-        batch = sample.batch.fork()
+        batch = self._placement.fetched(sample.batch)
         return (
             _seconds(lambda: self._runner.run(self._first, batch)),
             _seconds(lambda: self._loss(sample, batch)),

@@ -3,12 +3,12 @@
 disk   ████████████████████████████████████████  all of the checkpoint
 memory ██ frame: towers, embeddings  ──► released once all batches are caught
           ▓▓ block 0 ──► released
-             ▓▓ block 1 ──► released ...
+            ░▓▓ block 1 ──► released ...       ░ read in the background while block 0 is in work
 """
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
 from lvlm_prune.blocks.decoder import Decoder
+from lvlm_prune.blocks.prefetch import Prefetch
 from lvlm_prune.blocks.sources import WeightSource, find_sources
 from lvlm_prune.errors import InputError
 
@@ -54,6 +55,9 @@ class Weights(ABC):
             i: Index of the block.
             folder: Another folder of the same layout to read it from.
         """
+
+    def prefetch_block(self, i: int) -> None:  # noqa: B027
+        """Begin to read block `i` in the background, for the next `load_block`."""
 
     @abstractmethod
     def release_block(self, i: int) -> None:
@@ -114,6 +118,7 @@ class StreamedWeights(Weights):
         output = _path_of(model, model.get_output_embeddings())
         self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
         self._decoder_path = f"{decoder.name}." if decoder.name else ""
+        self._coming: tuple[int, Prefetch] | None = None
         self._refuse_unfit([*in_blocks, *self._frame_names])
         self._refuse_missing(in_blocks)
 
@@ -125,6 +130,15 @@ class StreamedWeights(Weights):
         """
         source = self._sources[self._provider[name]]
         return source.key if source.converter is None else None
+
+    def is_stored_as_used(self, name: str) -> bool:
+        """Whether a parameter in memory has the very bytes that are on disk."""
+        source = self._sources[self._provider[name]]
+        return source.converter is None and self.stored_dtype(name) == self._dtypes[next(iter(source.shapes))]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Dtype on disk of a parameter of the model."""
+        return self._folder[self._sources[self._provider[name]].key].torch_dtype
 
     def keys_of(self, name: str) -> list[str]:
         """Names on disk of all tensors that a parameter of the model is made from."""
@@ -188,13 +202,34 @@ class StreamedWeights(Weights):
             self._release(name)
 
     def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
+        coming, self._coming = self._coming, None
+        if coming is not None and folder is None and coming[0] == i:
+            self._take(coming[1].take())
+            return
+        if coming is not None:
+            coming[1].drop()
         self._load(self._block_names[i], folder or self._folder)
+
+    def prefetch_block(self, i: int) -> None:
+        self._coming = (i, Prefetch(self._read(self._block_names[i], self._folder, "cpu")))
 
     def release_block(self, i: int) -> None:
         for name in self._block_names[i]:
             self._release(name)
 
     def _load(self, names: list[str], folder: CheckpointFolder) -> None:
+        for name, tensor in self._read(names, folder, self._device):
+            self._set(name, tensor)
+
+    def _take(self, tensors: list[tuple[str, Tensor]]) -> None:
+        """Set tensors that were read onto the CPU, one copy at a time."""
+        while tensors:
+            name, tensor = tensors.pop()
+            self._set(name, tensor.to(self._device))
+
+    def _read(
+        self, names: list[str], folder: CheckpointFolder, device: torch.device | str
+    ) -> Iterator[tuple[str, Tensor]]:
         made_from: dict[int, list[str]] = defaultdict(list)
         for name in names:
             if name in self._provider:
@@ -202,9 +237,9 @@ class StreamedWeights(Weights):
         for group in made_from.values():
             source = self._sources[self._provider[group[0]]]
             dtype = self._dtypes[next(iter(source.shapes))]
-            tensors = source.load(self._model, folder, self._device, dtype)
+            tensors = source.load(self._model, folder, device, dtype)
             for name in group:
-                self._set(name, tensors[self._provider[name]])
+                yield name, tensors[self._provider[name]]
 
     def _release(self, name: str) -> None:
         path, _, leaf = name.rpartition(".")

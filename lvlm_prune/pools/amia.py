@@ -63,6 +63,10 @@ class AMIAPool(Pool):
             raise InputError("pruning.pool.pairs", pairs, "must be `all` or `positive`")
         self.pairs = pairs
 
+    def working_bytes(self, tokens: int, visual: int, width: int, widest: int, itemsize: int) -> int:
+        """See `Pool.working_bytes`: outputs of unit length, distances, and the kernel."""
+        return tokens * widest * (itemsize + 8) + 16 * tokens**2
+
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for the tokens taken."""
         assert linear is not None

@@ -133,6 +133,14 @@ class AsymmetricPool(Pool):
             return min(num_visual, round(min(1.0, self.alpha * mean) * num_text))
         return min(num_visual, math.floor(self.alpha * mean * num_text))
 
+    def held_tokens(self, text: int, visual: int) -> int:
+        """See `Pool.held_tokens`."""
+        return self._budget_of(self._factor * self.saliency.maximum, text, visual)
+
+    def working_bytes(self, tokens: int, visual: int, width: int, widest: int, itemsize: int) -> int:
+        """See `Pool.working_bytes`: visual tokens before and behind the block, in float32 and normalised."""
+        return visual * width * (2 * itemsize + 16)
+
     def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:
         """Saliency and drift of the sample's visual tokens in the dense model."""
         moved = drift(tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual])

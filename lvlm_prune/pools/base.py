@@ -48,6 +48,22 @@ class Pool(Surveyor, ABC):
         """
         return []
 
+    def held_tokens(self, text: int, visual: int) -> int:
+        """The most candidates that `select` returns for a sample of `text` and `visual` tokens, for the plan."""
+        return 0
+
+    def working_bytes(self, tokens: int, visual: int, width: int, widest: int, itemsize: int) -> int:
+        """Bytes that `select` takes, for the plan.
+
+        Args:
+            tokens: Tokens of a sample.
+            visual: Visual ones among them.
+            width: Width of the hidden states.
+            widest: Width of the widest Linear's output.
+            itemsize: Bytes of one activation.
+        """
+        return 0
+
     def summary(self) -> dict[str, float]:
         """Numbers about the block just ended that belong in the manifest, for example the mean saliency."""
         return {}

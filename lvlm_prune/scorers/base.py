@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lvlm_prune.patterns import Group, Pattern, ZeroCount
@@ -31,6 +32,8 @@ class Scorer(ABC):
     """The sums that `score` needs of a Linear's input; None where weights are enough."""
     updates_weights: ClassVar[bool] = False
     """True where `prune` changes weights that stay; else the writer checks that they are byte-identical."""
+    by_row: ClassVar[bool] = False
+    """True where the scores of a row depend on no other row of the weight: large weights are scored in parts then."""
     group: Group = "row"
     """What is compared with what under the unstructured pattern."""
 
@@ -47,8 +50,25 @@ class Scorer(ABC):
         self, weight: Tensor, statistic: Statistic | None, sparsity: float, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         """The new weight, same shape and dtype as the dense one, with +0.0 where the mask is True; and the mask."""
-        mask = pattern.mask(self.score(weight, statistic), sparsity, self.group)
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        rows = (
+            max(_scores_at_once(weight) // weight.shape[1], 1) if self.by_row and self.group == "row" else len(weight)
+        )
+        for start in range(0, len(weight), rows):
+            here = slice(start, start + rows)
+            mask[here] = pattern.mask(self.score(weight[here], statistic), sparsity, self.group)
         return weight.masked_fill(mask, 0.0), mask
+
+    def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
+        """Bytes that `prune` takes beside weight and mask, for the plan.
+
+        Args:
+            shape: (C_out, C_in).
+            itemsize: Bytes of one weight in memory.
+        """
+        weights = shape[0] * shape[1]
+        at_once = min(weights, 2**20) if self.by_row and self.group == "row" else weights
+        return weights * itemsize + at_once * 20
 
     def check(self, pattern: Pattern) -> None:  # noqa: B027
         """Refuse a pattern that this scorer cannot prune to, before any work.
@@ -68,3 +88,8 @@ class Scorer(ABC):
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """One line about the whole run out of the notes of its Linears (by full name); empty where all is well."""
         return ""
+
+
+def _scores_at_once(weight: Tensor) -> int:
+    """Scores that are held at once: on a GPU enough to keep it busy."""
+    return 2**24 if weight.is_cuda else 2**20

@@ -23,6 +23,8 @@ class MagnitudeScorer(Scorer):
         tensor([[3., 1.]])
     """
 
+    by_row = True
+
     def __init__(self, group: Group = "row") -> None:
         if group not in ("row", "layer"):
             raise InputError("pruning.scorer.group", group, "must be `row` or `layer`")

@@ -86,6 +86,11 @@ class SparseGPTScorer(Scorer):
         # Adding zero turns a weight that vanishes as -0.0 in the model's dtype into +0.0.
         return updated.to(weight.dtype).masked_fill(mask, 0.0) + 0.0, mask
 
+    def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
+        """See `Scorer.working_bytes`: the weight in float32 and what is spread over it, or the factorisation."""
+        rows, width = shape
+        return max(rows * width * (8 + itemsize), 2 * 8 * width**2) + 4 * width**2
+
     def _column_blocks(self, width: int, pattern: Pattern) -> list[slice]:
         size = self.block_size
         if isinstance(pattern, SemiStructured):

@@ -31,6 +31,7 @@ class WandaScorer(Scorer):
     """
 
     statistic = ChannelNorm
+    by_row = True
 
     def __init__(self, variant: bool = False) -> None:
         self.variant = variant

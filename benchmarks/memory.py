@@ -1,0 +1,203 @@
+"""How much memory it takes to prune a checkpoint that is larger than that.
+
+    python -m benchmarks.memory --json benchmarks/memory.json
+    python -m benchmarks.memory --gigabytes 0.6 --blocks 12 --json OUT
+
+Writes a random Qwen2-VL in bfloat16, prunes it with ATV in a process of its own, and samples the anonymous resident
+memory of that process from outside. It is to stay below: libraries + vision tower and embeddings + three blocks + what
+is planned for activations. Checkpoint and output are removed at the end; twice the size is needed on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from benchmarks.prune_speed import RECIPES, machine, random_config, random_samples
+
+_SHARD = 2**30
+_HEAD = 128
+
+
+def decoder_sizes(nbytes: float, blocks: int) -> dict[str, int]:
+    """Sizes of a decoder whose `blocks` blocks take about `nbytes` in bfloat16."""
+    weights = nbytes / 2 / blocks
+    heads = max(round((weights / 12) ** 0.5 / _HEAD), 1)
+    hidden, kv_heads = heads * _HEAD, max(heads // 4, 1)
+    attention = 2 * hidden**2 + 2 * hidden * kv_heads * _HEAD
+    intermediate = max(round((weights - attention) / 3 / hidden / 64), 1) * 64
+    return {
+        "hidden": hidden,
+        "blocks": blocks,
+        "intermediate": intermediate,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "vocabulary": 32000,
+    }
+
+
+def write_checkpoint(folder: Path, config: Qwen2VLConfig) -> dict[str, int]:
+    """Write random weights shard by shard, one tensor in memory at a time; bytes of each tensor by name."""
+    with init_empty_weights(include_buffers=False):
+        model = Qwen2VLForConditionalGeneration(config)
+    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
+    config.save_pretrained(folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    shards = list(_shards(sizes))
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file_name)
+        header, position = {}, 0
+        for name in names:
+            end = position + sizes[name]
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [position, end]}
+            position = end
+        encoded = json.dumps(header).encode()
+        with open(folder / file_name, "wb", buffering=0) as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for name in names:
+                tensor = torch.randn(shapes[name], generator=generator, dtype=torch.bfloat16)
+                tensor = 1 + 0.02 * tensor if len(shapes[name]) == 1 else 0.02 * tensor
+                content = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+                while content:
+                    content = content[file.write(content) :]
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sizes
+
+
+def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names of the tensors in each file of about a gigabyte."""
+    names: list[str] = []
+    for name in sizes:
+        names.append(name)
+        if sum(sizes[one] for one in names) >= _SHARD:
+            yield names
+            names = []
+    if names:
+        yield names
+
+
+def sampled_peak(process: subprocess.Popen, interval: float = 0.005) -> int:
+    """The most anonymous resident bytes of a process until it ends, looked at every 5 ms."""
+    peak = 0
+    status = os.open(f"/proc/{process.pid}/status", os.O_RDONLY)
+    try:
+        while process.poll() is None:
+            anonymous = os.pread(status, 8192, 0).partition(b"RssAnon:")[2].split(maxsplit=1)
+            peak = max(peak, 1024 * int(anonymous[0])) if anonymous else peak
+            time.sleep(interval)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(status)
+    return peak
+
+
+def measure(gigabytes: float, blocks: int, samples: int, recipe: str, folder: Path, *options: str) -> dict[str, Any]:
+    """Write a checkpoint into `folder`, prune it there in a child process, and report its memory.
+
+    Args:
+        gigabytes: Size of the decoder's blocks, 10^9 bytes.
+        blocks: Number of blocks.
+        samples: Calibration samples of about 270 tokens.
+        recipe: Name of a file in `configs/prune`.
+        folder: An empty folder.
+        options: More options of the command.
+
+    Raises:
+        RuntimeError: There is no room on the disk, or the command fails.
+    """
+    sizes = decoder_sizes(1e9 * gigabytes, blocks)
+    free = shutil.disk_usage(folder).free
+    if free < 2.5e9 * (gigabytes + 0.3):
+        raise RuntimeError(f"{folder} has {free / 1e9:.1f} GB free, {2.5 * (gigabytes + 0.3):.1f} are needed")
+    checkpoint, calibration, output = folder / "dense", folder / "calibration.safetensors", folder / "pruned"
+    checkpoint.mkdir()
+    tensors = write_checkpoint(checkpoint, random_config(sizes))
+    inputs = random_samples(samples, 200, 60, sizes["vocabulary"], torch.float32, "cpu")
+    save_file({f"s{j}.{name}": value for j, sample in enumerate(inputs) for name, value in sample.items()}, calibration)
+    command = [sys.executable, "-m", "lvlm_prune.cli", "prune", f"--config={RECIPES / recipe}.yaml"]
+    command += [f"--model.path={checkpoint}", "--data.source=TensorSource", f"--data.source.path={calibration}"]
+    command += [f"--output={output}", "--trainer.accelerator=cpu", *options]
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as child:
+        peak = sampled_peak(child)
+        seconds = time.perf_counter() - started
+        said.seek(0)
+        if child.returncode:
+            raise RuntimeError(said.read().decode()[-2000:])
+    manifest = json.loads((output / "pruning.json").read_text())
+    memory = manifest["memory"]
+    of_block = [sum(size for name, size in tensors.items() if f".layers.{index}." in name) for index in range(blocks)]
+    frame = sum(size for name, size in tensors.items() if ".layers." not in name and not name.startswith("lm_head"))
+    activations = memory["samples"] + memory["phases"].get("gathering", max(of_block)) - max(of_block)
+    split = {name: sum(block["seconds"].get(name, 0.0) for block in manifest["blocks"]) for name in _PHASES}
+    return {
+        "recipe": recipe,
+        "options": list(options),
+        "checkpoint_bytes": sum(tensors.values()),
+        "decoder": sizes,
+        "samples": samples,
+        "tokens": sum(sample["input_ids"].numel() for sample in inputs),
+        "hidden_states": memory["hidden_states"],
+        "peak_bytes": peak,
+        "peak_of_manifest_bytes": memory["measured"]["host"],
+        "predicted_bytes": memory["predicted"]["host"],
+        "libraries_bytes": memory["baseline"],
+        "frame_bytes": frame,
+        "block_bytes": max(of_block),
+        "planned_activations_bytes": activations,
+        "limit_bytes": memory["baseline"] + frame + 3 * max(of_block) + activations,
+        "seconds": seconds,
+        "seconds_of_blocks": {
+            "read": split["read"],
+            "forward": split["gather"] + split["propagate"],
+            "score": split["score"],
+            "write": split["write"],
+        },
+    }
+
+
+_PHASES = ("read", "gather", "score", "propagate", "write")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the decoder's blocks")
+    parser.add_argument("--blocks", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--recipe", default="atv")
+    parser.add_argument("--folder", type=Path, help="where checkpoint and output are written; default: temporary")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found = measure(options.gigabytes, options.blocks, options.samples, options.recipe, Path(folder))
+    hardware = machine(argparse.Namespace(device="cpu", threads=os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    results = {"date": str(date.today()), "machine": hardware} | found
+    options.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Memory of a run: where samples wait, what was predicted, what was measured."""
+
+import json
+import tempfile
+import weakref
+
+import pytest
+import torch
+
+from lvlm_prune.blocks import BlockRunner, CheckpointFolder, StreamedWeights, build_skeleton
+from lvlm_prune.blocks import placement as placement_module
+from lvlm_prune.cli import main
+from tests.conftest import REPOSITORY
+from tests.families import Sample, make_inputs, tiny_model
+
+RECIPES = REPOSITORY / "configs" / "prune"
+
+
+@pytest.mark.parametrize("recipe", ["atv", "tamp"])
+def test_masks_do_not_depend_on_where_samples_wait(recipe, golden_arguments, tmp_path, monkeypatch):
+    """ATV holds candidates; TAMP surveys the dense model first, on forks of the samples, and looks at attention."""
+    monkeypatch.setattr(placement_module, "_SMALLEST", 1)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    found, disk = {}, {}
+    for place in ("device", "host", "disk"):
+        options = [f"--config={RECIPES / recipe}.yaml", f"--output={tmp_path / place}"]
+        options += [f"--trainer.hidden_states={place}", f"--trainer.scratch={scratch}", "--data.batch_size=3"]
+        assert main([*golden_arguments, *options]) == 0
+        found[place] = (tmp_path / place / "model.safetensors").read_bytes()
+        memory = json.loads((tmp_path / place / "pruning.json").read_text())["memory"]
+        assert memory["hidden_states"] == ("device" if place == "host" else place)  # a CPU's memory is the host's
+        disk[place] = memory["predicted"]["disk"] - memory["samples"] * (place == "disk")
+        assert list(scratch.iterdir()) == []
+    assert found["device"] == found["host"] == found["disk"]
+    assert disk["device"] == disk["host"] == disk["disk"]
+
+
+def test_an_unknown_place_and_a_missing_folder_are_refused(golden_arguments, tmp_path, capsys):
+    for option, value in (("hidden_states", "tape"), ("scratch", tmp_path / "nowhere")):
+        assert main([*golden_arguments, f"--trainer.{option}={value}", f"--output={tmp_path / 'out'}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --trainer.")
+        assert str(value) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_scratch_disk_ends_with_one_line_and_no_output(golden_arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(placement_module, "_SMALLEST", 1)
+
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    options = ["--trainer.hidden_states=disk", f"--output={tmp_path / 'out'}"]
+    assert main([*golden_arguments, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --trainer.scratch {tmp_path}: ")
+    assert line.endswith("No space left on device")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
+    model = tiny_model("qwen2_vl")
+    model.save_pretrained(tmp_path)
+    checkpoint = CheckpointFolder(tmp_path)
+    runner = BlockRunner(build_skeleton(checkpoint))
+    weights = StreamedWeights(runner.model, runner.decoder, checkpoint)
+    weights.load_frame()
+    batch = runner.catch(make_inputs("qwen2_vl", model, [Sample(3, 0, 5)]))
+    tensors = {
+        name: weakref.ref(parameter)
+        for name, parameter in runner.model.named_parameters()
+        if parameter.device.type != "meta"
+    }
+    assert any("visual" in name for name in tensors)
+    assert any("embed_tokens" in name for name in tensors)
+    weights.release_frame(batch.needs_token_embedding)
+    alive = {name for name, reference in tensors.items() if reference() is not None}
+    assert alive == {"model.language_model.norm.weight"}
+    assert torch.isfinite(batch.hidden).all()
