@@ -43,6 +43,8 @@ class PruneCallback(Callback):
     """True where the dense model is to be surveyed before the first block is pruned."""
     survey_needs: frozenset[str] = frozenset()
     """As `needs`, for the activations in `on_survey_batch_end`."""
+    survey_samples: int | None = None
+    """How many calibration samples the survey is to run at least, see `surveyed_samples`; None: all of them."""
 
     def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """All calibration samples are caught at the input of the first block; nothing is pruned yet."""
@@ -61,7 +63,7 @@ class PruneCallback(Callback):
         """One calibration sample went through the dense block; no sums over processes here."""
 
     def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
-        """All calibration samples went through the dense block; its weights are released after this hook."""
+        """All samples to survey went through the dense block; its weights are released after this hook."""
 
     def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Put what was found into `trainer.manifest["survey"]`, as plain data, the same on all processes."""

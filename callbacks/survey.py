@@ -17,7 +17,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.survey import Surveyor
+from lvlm_prune.survey import Surveyor, surveyed_samples
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -52,25 +52,41 @@ class PluginSurvey(PruneCallback):
         """What the plugins need together."""
         return frozenset().union(*(plugin.survey_needs for plugin in self.surveyors.values()))
 
+    @property
+    def survey_samples(self) -> int | None:  # type: ignore[override]
+        """The most that a plugin takes."""
+        counts = [plugin.survey_samples for plugin in self.surveyors.values()]
+        return None if None in counts else max((count for count in counts if count is not None), default=0)
+
+    def on_survey_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Draw the samples of each plugin."""
+        numbers = trainer.sample_numbers
+        self._samples = {
+            name: surveyed_samples(plugin.survey_samples, numbers) for name, plugin in self.surveyors.items()
+        }
+
     def on_survey_block_start(
         self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
     ) -> None:
         """Let the plugins try changed weights; before the first block, let them say what that costs."""
-        for plugin in self.surveyors.values():
+        for name, plugin in self.surveyors.items():
+            own = tail.of_samples(self._samples[name])
             if plugin.wants_survey_losses and block.index == 0:
                 trainer.weights.load_output_embedding()
-                trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), tail))
-            plugin.survey_block_start(block.name, self._linears(block), tail)
+                trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), own))
+            plugin.survey_block_start(block.name, self._linears(block), own)
 
     def on_survey_batch_end(
         self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
-        """Show each plugin the sample."""
+        """Show the sample to each plugin that takes it."""
         linears = self._linears(block)
         inputs = {
             name: tokens for site, tokens, _ in sample.site_inputs() for name in sample.sites[site] if name in linears
         }
-        for plugin in self.surveyors.values():
+        for option, plugin in self.surveyors.items():
+            if sample.sample not in self._samples[option]:
+                continue
             tokens = sample.tokens(self.pruning.visual, plugin.survey_needs, asked_by=plugin_class(plugin).__name__)
             plugin.survey_sample(block.name, tokens, inputs)
 

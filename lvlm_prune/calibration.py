@@ -100,6 +100,8 @@ class BlockCalibration:
         cutoffs = self.pool.cutoffs(processes.sum)
         for key, order, inputs, repeats, sample_weight in self._held:
             chosen = inputs[: cutoffs[order] * repeats]
+            if not len(chosen):
+                continue
             self._statistics[key].add(chosen, _scaled(_all(chosen), sample_weight))
         self._held.clear()
         known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
@@ -126,7 +128,7 @@ class BlockCalibration:
             RunError: They hold NaN or infinity.
         """
         statistic = self._statistics.get(self._site_of.get(name, ""))
-        if statistic is not None and not all(torch.isfinite(part).all() for part in statistic.tensors()):
+        if statistic is not None and not all(torch.isfinite(part.sum()) for part in statistic.tensors()):
             raise RunError(f"NaN or infinity in the calibration statistics of {self.targets[name]}")
         return statistic
 

@@ -22,6 +22,9 @@ Pairs = Literal["all", "positive"]
 # Image and video tokens are one modality here: both are visual.
 _MODALITIES = {"text": (TEXT,), "visual": (IMAGE, VIDEO), "audio": (AUDIO,)}
 
+# Shorter vectors have no direction, as in torch.nn.functional.normalize.
+_SHORTEST = 1e-12
+
 # Rows of a matrix of cosines that are held at once, where every single cosine has to be looked at.
 _ROWS = 1024
 
@@ -52,16 +55,21 @@ def modality_diversity(outputs: Tensor, modality: Tensor, pairs: Pairs = "all") 
         >>> {name: round(value, 6) for name, value in terms.items()}, round(score, 6)
         ({'text': 1.0, 'visual': 0.0, 'between': 0.5}, 0.5)
     """
-    unit = normalize(outputs.float(), dim=-1)
-    parts = {}
-    for name, codes in _MODALITIES.items():
-        part = unit[torch.isin(modality, torch.tensor(codes, dtype=modality.dtype, device=modality.device))]
-        if len(part):
-            parts[name] = part
-    sums = {name: part.sum(0, dtype=torch.float64) for name, part in parts.items()}
-    terms = {name: 1 - _MEANS[pairs](part, sums[name]) for name, part in parts.items() if len(part) > 1}
+    members = torch.stack([_of_modality(modality, codes) for codes in _MODALITIES.values()])
+    sums, squares = _sums_of_units(outputs, members)
+    found = {name: (row, count) for row, (name, count) in enumerate(zip(_MODALITIES, members.sum(1).tolist())) if count}
+    terms = {}
+    for name, (row, count) in found.items():
+        if count < 2:
+            continue
+        if pairs == "positive":
+            cosine = _mean_positive_cosine(outputs[members[row]])
+        else:
+            cosine = _mean_cosine(sums[row], squares[row], count)
+        terms[name] = 1 - cosine
     across = [
-        (sums[one] @ sums[other]) / (len(parts[one]) * len(parts[other])) for one, other in combinations(parts, 2)
+        (sums[one] @ sums[other]) / (one_count * other_count)
+        for (one, one_count), (other, other_count) in combinations(found.values(), 2)
     ]
     if across:
         terms["between"] = 1 - torch.stack(across).mean()
@@ -83,8 +91,13 @@ def mean_diversity(outputs: Tensor, pairs: Pairs = "all") -> float:
         >>> mean_diversity(torch.eye(3))
         1.0
     """
-    unit = normalize(outputs.float(), dim=-1)
-    return (1 - _MEANS[pairs](unit, unit.sum(0, dtype=torch.float64))).item() if len(unit) > 1 else 0.0
+    count = len(outputs)
+    if count < 2:
+        return 0.0
+    if pairs == "positive":
+        return (1 - _mean_positive_cosine(outputs)).item()
+    sums, squares = _sums_of_units(outputs, torch.ones(1, count, dtype=torch.bool, device=outputs.device))
+    return (1 - _mean_cosine(sums[0], squares[0], count)).item()
 
 
 def distance_to_others(vectors: Tensor) -> Tensor:
@@ -110,21 +123,39 @@ def distance_to_others(vectors: Tensor) -> Tensor:
     return 1 - others / (len(unit) - 1)
 
 
-def _mean_cosine(unit: Tensor, total: Tensor) -> Tensor:
-    """Mean over the pairs of (n, C) unit vectors, whose `total` squared counts each pair twice and each vector once."""
-    count = len(unit)
-    return (total @ total - unit.square().sum(dtype=torch.float64)) / (count * (count - 1))
+def _of_modality(modality: Tensor, codes: tuple[int, ...]) -> Tensor:
+    return torch.isin(modality, torch.tensor(codes, dtype=modality.dtype, device=modality.device))
 
 
-def _mean_positive_cosine(unit: Tensor, total: Tensor) -> Tensor:
+def _sums_of_units(vectors: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the unit vectors of each group, and of their squared lengths (0 for a vector of zeros, else 1).
+
+    Args:
+        vectors: Shape (T, C), any float dtype.
+        members: Which vectors are in each group, bool of shape (G, T).
+
+    Returns:
+        float64 of shape (G, C) and of shape (G,).
+    """
+    vectors = vectors.float()
+    length = torch.linalg.vector_norm(vectors, dim=-1)
+    # The unit vectors themselves need not be written down.
+    inverse = 1 / length.clamp(min=_SHORTEST)
+    sums = (members * inverse) @ vectors
+    return sums.double(), members.double() @ (length * inverse).double().square()
+
+
+def _mean_cosine(total: Tensor, squares: Tensor, count: int) -> Tensor:
+    """Mean over the pairs of vectors, whose `total` squared counts each pair twice and each vector once."""
+    return (total @ total - squares) / (count * (count - 1))
+
+
+def _mean_positive_cosine(vectors: Tensor) -> Tensor:
     """Mean over the pairs of positive cosine, a stripe of the matrix of all pairs at a time."""
-    sum_positive = total.new_zeros(())
-    count = total.new_zeros(())
+    unit = normalize(vectors.float(), dim=-1)
+    sum_positive = count = torch.zeros((), dtype=torch.float64, device=unit.device)
     for start in range(0, len(unit), _ROWS):
         cosines = (unit[start : start + _ROWS] @ unit[start:].T).triu(1)
-        sum_positive += cosines.clamp(min=0).sum(dtype=torch.float64)
-        count += (cosines > 0).sum()
+        sum_positive = sum_positive + cosines.clamp(min=0).sum(dtype=torch.float64)
+        count = count + (cosines > 0).sum()
     return sum_positive / count.clamp(min=1)
-
-
-_MEANS = {"all": _mean_cosine, "positive": _mean_positive_cosine}

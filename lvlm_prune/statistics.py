@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.errors import RunError
-
-# Products of channels that are held in float32 at once, before they are added to the sums: 64 MiB.
-_PRODUCTS = 2**24
+from lvlm_prune.products import HELD_PRODUCTS, invert_lower_, stripes
 
 
 class Statistic(ABC):
@@ -117,7 +115,8 @@ class Gram(Statistic):
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self.value = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        # Symmetric: only what is on and below the diagonal is summed up.
+        self._lower = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self._factors: dict[tuple[float, int], InverseFactor] = {}
 
     def add(self, inputs: Tensor, weights: Tensor) -> None:
@@ -128,10 +127,8 @@ class Gram(Statistic):
         if weights.dtype != torch.bool:
             tokens *= weights[counts].float()[:, None]
         if len(tokens):
-            together = max(_PRODUCTS // len(self.value), 1)
-            for start in range(0, len(self.value), together):
-                rows = slice(start, start + together)
-                self.value[rows].add_(tokens[:, rows].T @ tokens)
+            for rows in stripes(inputs.shape[1]):
+                self._lower[rows, : rows.stop] += tokens[:, rows].T @ tokens[:, : rows.stop]
 
     @staticmethod
     def nbytes(channels: int) -> int:
@@ -141,15 +138,20 @@ class Gram(Statistic):
     @staticmethod
     def adding_bytes(tokens: int, channels: int, itemsize: int) -> int:
         """See `Statistic.adding_bytes`: the tokens that count, in float32, and products that are to be added."""
-        return tokens * channels * (itemsize if itemsize == 4 else itemsize + 4) + 4 * min(channels**2, _PRODUCTS)
+        return tokens * channels * (itemsize if itemsize == 4 else itemsize + 4) + 4 * min(channels**2, HELD_PRODUCTS)
+
+    @property
+    def value(self) -> Tensor:
+        """The products, float64 of shape (channels, channels)."""
+        return self._lower.tril() + self._lower.tril(-1).T
 
     def tensors(self) -> list[Tensor]:
-        """The products, float64 of shape (channels, channels)."""
-        return [self.value]
+        """The products as they are summed up, float64 of shape (channels, channels): those below the diagonal count."""
+        return [self._lower]
 
     def squared_norms(self) -> Tensor:
         """The diagonal."""
-        return self.value.diagonal()
+        return self._lower.diagonal()
 
     def inverse_factor(self, damping: float) -> InverseFactor:
         r"""Upper Cholesky factor of the damped inverse, computed once for all Linears of the site.
@@ -166,15 +168,15 @@ class Gram(Statistic):
             RunError: The sums are not finite, or all channels are zero.
         """
         # The version changes with every change of the sums, be it by `add` or by a sum over processes.
-        key = (damping, self.value._version)
+        key = (damping, self._lower._version)
         if key not in self._factors:
             self._factors = {key: self._factorise(damping)}
         return self._factors[key]
 
     def _factorise(self, damping: float) -> InverseFactor:
-        diagonal = self.value.diagonal()
+        diagonal = self._lower.diagonal()
         mean = diagonal.mean().item()
-        if not torch.isfinite(self.value).all():
+        if not torch.isfinite(self._lower.sum()):
             raise RunError("NaN or infinity in the Gram matrix of the calibration tokens")
         if mean == 0:
             raise RunError("the Gram matrix is zero: no calibration token has a value that is not zero")
@@ -183,7 +185,8 @@ class Gram(Statistic):
         while True:
             # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
             # so H^-1 = R^-T R^-1 and U = R^-1. One factorisation and one triangular inverse; H^-1 is never formed.
-            matrix = self.value.flip(0, 1)
+            # Reversed, what is below the diagonal comes to lie above it, and only what is below is looked at.
+            matrix = self._lower.flip(0, 1).T
             matrix.diagonal().add_((share * mean + dead * mean).flip(0))
             lower, failed = torch.linalg.cholesky_ex(matrix)
             smallest = (lower.diagonal().square() / matrix.diagonal()).min()
@@ -191,8 +194,6 @@ class Gram(Statistic):
             if not failed and smallest > torch.finfo(torch.float32).eps:
                 break
             share = max(10 * share, 1e-6)
-        # Column by column in memory, as the solver wants it: the inverse is written over the identity.
-        inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T
-        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        inverse = invert_lower_(lower).float()
         del lower
-        return InverseFactor(inverse.float().flip(0, 1), dead, share)
+        return InverseFactor(inverse.flip(0, 1).contiguous(), dead, share)

@@ -7,7 +7,8 @@ pool ───────┴──────────────► one s
                              survey_end ──► findings ──► manifest ──► use_survey      (also after --resume true)
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,23 @@ from lvlm_prune.blocks.tail import DecoderTail
 from lvlm_prune.tokens import Tokens
 
 SumOverProcesses = Callable[[Tensor], Tensor]
+
+
+def surveyed_samples(count: int | None, numbers: Sequence[int]) -> frozenset[int]:
+    """Which samples a survey of `count` samples takes: of two surveys the smaller one takes a part of the larger one's.
+
+    They are drawn, not the first ones: a calibration set may be in the order of the files that it comes from.
+
+    Args:
+        count: How many; None, or more than there are: all.
+        numbers: Numbers of the samples of all processes, ascending.
+
+    Example:
+        >>> sorted(surveyed_samples(2, [0, 1, 2, 4, 5])), sorted(surveyed_samples(3, [0, 1, 2, 4, 5]))
+        ([4, 5], [0, 4, 5])
+    """
+    places = sorted(range(len(numbers)), key=lambda place: hashlib.sha256(str(place).encode()).digest())
+    return frozenset(numbers[place] for place in places[:count])
 
 
 class Surveyor:
@@ -43,6 +61,9 @@ class Surveyor:
     """True where a survey of the dense model is to run before pruning."""
     survey_needs: frozenset[str] = frozenset()
     """Optional fields of `Tokens` that `survey_sample` looks at, of `lvlm_prune.tokens.NEEDS`; others stay empty."""
+    survey_samples: int | None = None
+    """How many calibration samples the survey takes, drawn from the set, the same on any number of processes; None, or
+    more than there are: all of them."""
     wants_survey_losses: bool = False
     """True where `survey_block_start` evaluates losses, which needs the output embedding in memory."""
 
@@ -56,12 +77,12 @@ class Surveyor:
         return ""
 
     def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], tail: DecoderTail) -> None:
-        """All samples of this process are at the input of the block; no sums over processes here.
+        """The samples of this process are at the input of the block; no sums over processes here.
 
         Args:
             block: Path of the block.
             linears: Its Linears that are going to be pruned, name relative to the block -> module with its weight.
-            tail: This block and all after it, for this process' samples.
+            tail: This block and all after it, for this process' share of the samples to survey.
         """
 
     def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:

@@ -56,6 +56,7 @@ from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
 from lvlm_prune.recovery.optimization import Optimization
+from lvlm_prune.survey import surveyed_samples
 
 
 class LVLMTrainer(L.Trainer):
@@ -64,6 +65,7 @@ class LVLMTrainer(L.Trainer):
     Attributes:
         manifest: What was done so far; becomes `pruning.json`.
         rows: The calibration samples of this process.
+        sample_numbers: Numbers of the calibration samples of all processes, ascending.
         processes: All processes of the run.
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
         run_config: The configuration that repeats the run, as plain data.
@@ -80,6 +82,7 @@ class LVLMTrainer(L.Trainer):
     callbacks: list[Callback]
     manifest: Manifest
     rows: list[SampleRow]
+    sample_numbers: list[int]
     processes: Processes
     weights: Weights
     recorded: dict[str, Tensor]
@@ -121,7 +124,7 @@ class LVLMTrainer(L.Trainer):
         """
         started = time.perf_counter()
         self.resume_run, self.evaluate_run, self.held = resume, evaluate, None
-        self.manifest, self.recorded, self.rows = Manifest(), {}, []
+        self.manifest, self.recorded, self.rows, self.sample_numbers = Manifest(), {}, [], []
         self._sizes: list[BatchSize] = []
         model.open()
         datamodule.setup("prune")
@@ -250,10 +253,13 @@ class LVLMTrainer(L.Trainer):
             return
         clock = Stopwatch()
         self.manifest["survey"] = {}
+        surveying = [callback for callback in callbacks if getattr(callback, "wants_survey", False)]
+        counts = [getattr(callback, "survey_samples", None) for callback in surveying]
+        wanted = frozenset().union(*(surveyed_samples(count, self.sample_numbers) for count in counts))
         loop = BlockLoop(
             model.runner,
             self.weights,
-            self.rows,
+            [row for row in self.rows if row.sample in wanted],
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: True,
             needs=lambda: _needs(callbacks, "survey_needs"),
@@ -310,7 +316,7 @@ class LVLMTrainer(L.Trainer):
         self.processes.agree(error)
         self.weights.release_frame(any(row.batch.needs_token_embedding for row in self.rows))
         everywhere = {index: value for part in self.processes.gather(digests) for index, value in part.items()}
-        numbers = sorted(everywhere)
+        self.sample_numbers = numbers = sorted(everywhere)
         if not numbers:
             raise RunError("no calibration sample could be read; every one was skipped")
         weights = dict(zip(numbers, datamodule.sample_weights(numbers)))

@@ -39,7 +39,7 @@ class ECoFLaPAllocation(Allocation):
 
     Args:
         epsilon: Standard deviation of the noise.
-        samples: How many calibration samples to take, the first ones of the selection; all if there are fewer.
+        samples: How many of the calibration samples to take, drawn from them; all if there are fewer.
         seed: Another seed draws other noise.
         max_sparsity: Largest sparsity that a group may get. Default: 0.1 above the target.
 
@@ -67,7 +67,7 @@ class ECoFLaPAllocation(Allocation):
         if seed < 0:
             raise InputError("pruning.allocation.seed", seed, "must not be negative")
         self.epsilon = epsilon
-        self.samples = samples
+        self.samples = self.survey_samples = samples
         self.seed = seed
         self.max_sparsity = checked_maximum(max_sparsity)
         self._sums: dict[str, float] = {}
@@ -79,7 +79,7 @@ class ECoFLaPAllocation(Allocation):
 
     def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail) -> str:
         """Block forwards and losses of this process, and the seconds that they will take about."""
-        samples = len(tail.chosen(self.samples))
+        samples = tail.num_samples
         changes = [2 * len(names) for names in linears.values()]
         forwards = samples * sum(count * (len(changes) - index) for index, count in enumerate(changes))
         losses = samples * sum(changes)
@@ -94,7 +94,7 @@ class ECoFLaPAllocation(Allocation):
             for name, linear in linears.items()
             for direction in (1, -1)
         ]
-        for losses in tail.losses(changes, self.samples).values():
+        for losses in tail.losses(changes).values():
             for name, above, below in zip(linears, losses[::2], losses[1::2]):
                 key = f"{block}.{name}"
                 self._sums[key] = self._sums.get(key, 0.0) + abs(above - below) / (2 * self.epsilon)

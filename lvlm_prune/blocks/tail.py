@@ -6,7 +6,7 @@ cached input of block b ─► block b (changed) ─► b + 1 ─► ... ─► 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -78,19 +78,24 @@ class DecoderTail:
         """The first block."""
         return self._runner.block(self._first)
 
-    def chosen(self, number: int | None) -> list[TailSample]:
-        """This process' samples among the first `number` of the whole calibration set; None: all of them."""
-        return [sample for sample in self._samples if number is None or sample.sample < number]
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of this process."""
+        return len(self._samples)
+
+    def of_samples(self, numbers: Container[int]) -> DecoderTail:
+        """The same blocks for those samples of this process that have one of these numbers."""
+        chosen = [sample for sample in self._samples if sample.sample in numbers]
+        return DecoderTail(self._runner, self._weights, chosen, self._first)
 
     @torch.no_grad()
-    def losses(self, changes: Sequence[Change], number: int | None = None) -> dict[int, list[float]]:
+    def losses(self, changes: Sequence[Change]) -> dict[int, list[float]]:
         r"""Next-token loss of each sample under each change of the first block's weights.
 
         .. math:: L = -\frac{1}{n} \sum_{t \,\text{text}} \log p(x_t \mid x_{<t})
 
         Args:
             changes: How the weights change.
-            number: Only samples among the first `number` of the whole calibration set.
 
         Returns:
             Number of each sample of this process -> its loss in nats under each change.
@@ -98,18 +103,17 @@ class DecoderTail:
         Raises:
             InputError: The model has no output embedding.
         """
-        chosen = self.chosen(number)
         if isinstance(self._weights, ResidentWeights):
             together = 1  # nothing is read, so nothing is gained from holding more
         else:
-            largest = max((sample.batch.hidden.nbytes for sample in chosen), default=1)
+            largest = max((sample.batch.hidden.nbytes for sample in self._samples), default=1)
             together = max(_HELD_BYTES // max(largest * len(changes), 1), 1)
         found: dict[int, list[float]] = {}
-        for start in range(0, len(chosen), together):
-            found |= self._losses_of(chosen[start : start + together], changes)
+        for start in range(0, len(self._samples), together):
+            found |= self._losses_of(self._samples[start : start + together], changes)
         return found
 
-    def _losses_of(self, chosen: list[TailSample], changes: Sequence[Change]) -> dict[int, list[float]]:
+    def _losses_of(self, chosen: Sequence[TailSample], changes: Sequence[Change]) -> dict[int, list[float]]:
         held = []
         for sample in chosen:
             here = self._placement.fetched(sample.batch)

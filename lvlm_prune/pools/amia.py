@@ -3,8 +3,10 @@
     contribution a ─► 3 nearest neighbours by cosine ─► take argmax, weaken its neighbours ─► order of all tokens
     kernel exp(-d) ─► distance between the first k of them and all tokens                 ─► smallest k that will do
 
-The order does not depend on where it is cut, so the order comes first and the cut is found in it: O(T) per token.
+The order does not depend on where it is cut: the cut is looked for in one stretch of it after another, O(T) per token.
 """
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -14,12 +16,16 @@ from torch.nn.functional import normalize
 from lvlm_prune.diversity import Pairs, modality_diversity
 from lvlm_prune.errors import InputError
 from lvlm_prune.pools.base import Pool
+from lvlm_prune.products import inner_products
 from lvlm_prune.tokens import Selection, Tokens
 
 _NEIGHBOURS = 3
 _GAIN = 1.0
 _SUPPRESSION = 0.2
 _TOLERANCE = 0.1
+
+# Tokens of the order that are found before the cut is looked for. Most samples need few.
+_FIRST_STRETCH = 64
 
 
 class AMIAPool(Pool):
@@ -75,15 +81,15 @@ class AMIAPool(Pool):
         # Streams that run side by side are one vector per token.
         outputs = tokens.outputs[linear].unflatten(0, (-1, count)).movedim(0, 1).flatten(1)
         unit = normalize(outputs.float(), dim=-1)
-        distance = 1 - unit @ unit.T
+        distance = inner_products(unit).neg_().add_(1)
         order = selection_order(distance, tokens.attention_last.float())
-        diversity, _ = modality_diversity(outputs, tokens.modality, self.pairs)
-        needed = matching_prefix(distance, order, _TOLERANCE * max(diversity, 0.0) ** 0.5)
-        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, order[:needed], True))
+        diversity, _ = modality_diversity(unit, tokens.modality, self.pairs)
+        taken = matching_prefix(distance, order, _TOLERANCE * max(diversity, 0.0) ** 0.5)
+        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, taken, True))
 
 
-def selection_order(distance: Tensor, attention: Tensor) -> Tensor:
-    """All tokens in the order in which AMIA takes them.
+def selection_order(distance: Tensor, attention: Tensor) -> Iterator[Tensor]:
+    """All tokens in the order in which AMIA takes them, a stretch at a time, each twice as long as the one before.
 
     The nearest token of all is taken to be the token itself, as in the released code: of identical tokens it may be
     another one.
@@ -92,8 +98,8 @@ def selection_order(distance: Tensor, attention: Tensor) -> Tensor:
         distance: Cosine distances between tokens, float32 of shape (T, T).
         attention: Attention of the last token to each, float32 of shape (T,).
 
-    Returns:
-        int64 of shape (T,).
+    Yields:
+        Tokens, int64.
     """
     nearest = distance.topk(min(1 + _NEIGHBOURS, len(distance)), largest=False)
     near, neighbours = nearest.values[:, 1:], nearest.indices[:, 1:]
@@ -102,45 +108,44 @@ def selection_order(distance: Tensor, attention: Tensor) -> Tensor:
     values = contribution.cpu().numpy().copy()
     weakened = neighbours.cpu().numpy()
     by = torch.exp(-_SUPPRESSION * near).cpu().numpy()
-    order = np.empty(len(values), dtype=np.int64)
-    for step in range(len(values)):
-        order[step] = taken = values.argmax()
-        values[weakened[taken]] -= by[taken] * max(values[taken], np.float32(0))
-        values[taken] = -np.inf
-    return torch.from_numpy(order).to(distance.device)
+    start, length = 0, _FIRST_STRETCH
+    while start < len(values):
+        order = np.empty(min(length, len(values) - start), dtype=np.int64)
+        for step in range(len(order)):
+            order[step] = taken = values.argmax()
+            values[weakened[taken]] -= by[taken] * max(values[taken], np.float32(0))
+            values[taken] = -np.inf
+        yield torch.from_numpy(order).to(distance.device)
+        start, length = start + length, 2 * length
 
 
-def matching_prefix(distance: Tensor, order: Tensor, tolerance: float) -> int:
-    """Smallest number of tokens, taken in `order`, whose squared mean discrepancy to all tokens is below `tolerance`.
+def matching_prefix(distance: Tensor, order: Iterable[Tensor], tolerance: float) -> Tensor:
+    """The fewest tokens, taken in `order`, whose squared mean discrepancy to all tokens is below `tolerance`.
 
     Args:
         distance: Cosine distances between tokens, float32 of shape (T, T).
-        order: All tokens in the order in which they are taken, int64 of shape (T,).
+        order: All tokens in the order in which they are taken, int64, in stretches; no more of them are asked for than
+            the answer needs.
         tolerance: Bound on the discrepancy, with the kernel exp(-distance).
 
     Returns:
-        The number; T where no smaller one will do.
+        Tokens, int64; all of them where fewer will not do.
     """
-    kernel = torch.exp(-distance)
+    kernel = (-distance).exp_()
     to_all = kernel.mean(1)
-    everything = kernel.mean()
-    count = len(order)
-    sizes = torch.arange(1, count + 1, device=distance.device)
-    across = to_all[order].cumsum(0) / sizes
-    inside = torch.zeros((), dtype=torch.float64, device=distance.device)
-    start, stripe = 0, 64
-    while start < count:
-        # Only as much of the kernel is summed as the answer needs; stripes grow so that few are looked at.
-        part = order[start : start + stripe]
-        rows = kernel[part][:, order[: start + len(part)]]
-        on_diagonal = rows.diagonal(start)
-        added = 2 * rows.tril(start - 1).sum(1) + on_diagonal
-        sums = inside + added.cumsum(0, dtype=torch.float64)
-        here = slice(start, start + len(part))
-        discrepancy = everything + sums / sizes[here] ** 2 - 2 * across[here]
+    everything = to_all.mean()
+    taken = torch.empty(0, dtype=torch.int64, device=distance.device)
+    across = inside = torch.zeros((), dtype=torch.float64, device=distance.device)
+    for part in order:
+        before, taken = len(taken), torch.cat([taken, part])
+        sizes = torch.arange(before + 1, len(taken) + 1, device=distance.device)
+        rows = kernel[part[:, None], taken]
+        added = 2 * rows.tril(before - 1).sum(1) + rows.diagonal(before)
+        inside_sums = inside + added.cumsum(0, dtype=torch.float64)
+        across_sums = across + to_all[part].cumsum(0, dtype=torch.float64)
+        discrepancy = everything + inside_sums / sizes**2 - 2 * across_sums / sizes
         below = (discrepancy < tolerance).nonzero().flatten()
         if len(below):
-            return start + int(below[0]) + 1
-        inside = sums[-1]
-        start, stripe = start + len(part), 2 * stripe
-    return count
+            return taken[: before + int(below[0]) + 1]
+        inside, across = inside_sums[-1], across_sums[-1]
+    return taken

@@ -45,10 +45,12 @@ class AsymmetricPool(Pool):
         match_total: `drift` multiplies the mean saliency by one factor for the whole run, found in a survey of the
             dense model, such that the total number of visual tokens equals that of drift (Table 3). Both totals are in
             the manifest. Empty: the saliency is taken as it is.
+        match_samples: How many of the calibration samples that survey takes, drawn from them. One number is sought from
+            all visual tokens of all blocks, so a few samples tell it; a survey of all would cost half a run.
 
     Raises:
         InputError: `alpha` or `k` is negative or not finite, `rounding` unknown, `text_retention` not in 0 to 1,
-            `match_total` unknown or given beside `k`.
+            `match_total` unknown or given beside `k`, `match_samples` not positive.
 
     Example:
         >>> tokens = Tokens(torch.eye(4), torch.eye(4)[[0, 2, 1, 3]], visual=torch.tensor([False, True, True, True]))
@@ -65,6 +67,7 @@ class AsymmetricPool(Pool):
         k: int | None = None,
         text_retention: float = 1.0,
         match_total: Literal["", "drift"] = "",
+        match_samples: int = 8,
     ) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):
             raise InputError("pruning.pool.alpha", alpha, "must be a finite number, 0 or larger")
@@ -78,6 +81,8 @@ class AsymmetricPool(Pool):
             raise InputError("pruning.pool.match_total", match_total, "must be empty or `drift`")
         if match_total and k is not None:
             raise InputError("pruning.pool.match_total", match_total, "scales the budget, which `k` fixes already")
+        if match_samples < 1:
+            raise InputError("pruning.pool.match_samples", match_samples, "must be 1 or larger")
         saliency = own_instance(saliency)
         self.saliency = saliency
         self.needs = saliency.needs
@@ -87,6 +92,7 @@ class AsymmetricPool(Pool):
         self.text_retention = text_retention
         self.match_total = match_total
         self.wants_survey = bool(match_total)
+        self.match_samples = self.survey_samples = match_samples
         self.survey_needs = saliency.needs
         self._matched = MatchedTotal(self._budget_of)
         self._factor = 1.0

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.pools.base import Pool
+from lvlm_prune.products import inner_products
 from lvlm_prune.tokens import Selection, Tokens
 
 
@@ -59,7 +60,7 @@ def singular_contributions(attention_map: Tensor) -> Tensor:
         attention_map: Attention of each token (row) to each token (column), shape (T, T).
     """
     precise = attention_map.double()
-    squared, left = torch.linalg.eigh(precise @ precise.T)
+    squared, left = torch.linalg.eigh(inner_products(precise))
     return left.abs() @ squared.clamp(min=0).sqrt()
 
 

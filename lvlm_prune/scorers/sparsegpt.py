@@ -18,6 +18,9 @@ from lvlm_prune.patterns import Pattern, SemiStructured, ZeroCount
 from lvlm_prune.scorers.base import Scorer
 from lvlm_prune.statistics import Gram, Statistic
 
+# Columns that get the error of a column at once; a product over the rest of the block follows.
+_NEXT_COLUMNS = 32
+
 
 class SparseGPTScorer(Scorer):
     r"""Optimal brain surgeon, column by column (arXiv 2301.00774, Algorithm 1).
@@ -94,7 +97,7 @@ class SparseGPTScorer(Scorer):
     def _column_blocks(self, width: int, pattern: Pattern) -> list[slice]:
         size = self.block_size
         if isinstance(pattern, SemiStructured):
-            size = max(size // pattern.group_size, 1) * pattern.group_size
+            size = _multiple(size, pattern.group_size)
         return [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
@@ -135,6 +138,11 @@ class SparseGPTScorer(Scorer):
         )
 
 
+def _multiple(size: int, group_size: int) -> int:
+    """The largest multiple of the group size up to `size`, but at least one group."""
+    return max(size // group_size, 1) * group_size
+
+
 def _score(weight: Tensor, upper: Tensor) -> Tensor:
     return (weight / upper.diagonal()).square()
 
@@ -148,7 +156,8 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
         sparsity: Share of the block's weights that go.
         pattern: Over the whole block, or over every M consecutive columns once they are up to date.
     """
-    # Transposed, a column is contiguous, and its error goes to the columns after it in one rank-1 update.
+    # Transposed, a column is contiguous. Its error goes at once to the few columns that come next, and together with
+    # theirs to the rest of the block: rank-1 updates of the whole block would be all memory traffic.
     columns = weight.T.contiguous()
     spread = upper / upper.diagonal()[:, None]
     if isinstance(pattern, SemiStructured):
@@ -156,9 +165,15 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
     else:
         score = _score(weight, upper)
         gone = (score <= score.flatten().kthvalue(int(score.numel() * sparsity) + 1).values).T.contiguous()
-    for index in range(len(columns)):
-        if isinstance(pattern, SemiStructured) and index % pattern.group_size == 0:
-            group = slice(index, index + pattern.group_size)
-            gone[group] = pattern.mask(_score(columns[group].T, upper[group, group]), sparsity).T
-        columns[index + 1 :].addr_(spread[index, index + 1 :], columns[index] * gone[index], alpha=-1)
+    few = _NEXT_COLUMNS
+    if isinstance(pattern, SemiStructured):
+        few = _multiple(few, pattern.group_size)
+    for start in range(0, len(columns), few):
+        end = min(start + few, len(columns))
+        for index in range(start, end):
+            if isinstance(pattern, SemiStructured) and index % pattern.group_size == 0:
+                group = slice(index, index + pattern.group_size)
+                gone[group] = pattern.mask(_score(columns[group].T, upper[group, group]), sparsity).T
+            columns[index + 1 : end].addr_(spread[index, index + 1 : end], columns[index] * gone[index], alpha=-1)
+        columns[end:] -= spread[start:end, end:].T @ (columns[start:end] * gone[start:end])
     return columns.T, gone.T

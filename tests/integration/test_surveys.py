@@ -15,6 +15,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.pools import MixedPool
 from lvlm_prune.scorers import MagnitudeScorer
+from lvlm_prune.survey import surveyed_samples
 from tests.conftest import GOLDEN
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 
@@ -89,7 +90,8 @@ def test_two_processes_allocate_and_prune_as_one(allocation, run_cli, golden_arg
     name = "model.safetensors"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = (json.loads((tmp_path / run / "pruning.json").read_text()) for run in ("one", "two"))
-    assert one["survey"]["block_forwards"] == two["survey"]["block_forwards"] == 7 * 4
+    surveyed = 3 if allocation == "ECoFLaPAllocation" else 7
+    assert one["survey"]["block_forwards"] == two["survey"]["block_forwards"] == surveyed * 4
     targets = {name: entry["target"] for name, entry in one["linears"].items()}
     assert len(set(targets.values())) > 2
     for name, entry in two["linears"].items():
@@ -196,15 +198,15 @@ def test_losses_of_a_tail_are_the_models_own(golden_arguments):
     seen = {}
 
     class Losses(PruneCallback):
-        wants_survey = True
+        wants_survey, survey_samples = True, 3
 
         def on_survey_block_start(self, trainer, pl_module, block, tail: DecoderTail):
-            for sample, losses in tail.losses([lambda sample: torch.no_grad()], number=3).items():
+            for sample, losses in tail.losses([lambda sample: torch.no_grad()]).items():
                 seen[block.index, sample] = losses[0]
 
     lvlm_prune.prune(model, SOURCE, BlockwisePruning(scorer=MagnitudeScorer()), callbacks=[Losses()])
     dense = golden_model()
-    assert seen.keys() == {(block, sample) for block in range(4) for sample in range(3)}
+    assert seen.keys() == {(block, sample) for block in range(4) for sample in surveyed_samples(3, range(8))}
     for (_, sample), loss in seen.items():
         inputs = SOURCE[sample]
         labels = inputs["input_ids"].clone()
@@ -217,10 +219,10 @@ def test_losses_of_a_tail_are_the_models_own(golden_arguments):
 def test_ecoflap_importances_are_directional_derivatives():
     """|L(W + eps z) - L(W - eps z)| / 2 eps against z times the gradient of the model's own loss, over samples."""
     model, allocation = golden_model(), ECoFLaPAllocation(samples=3, seed=1)
-    noise = {}
+    noise, samples = {}, surveyed_samples(3, range(8))
     for name, parameter in model.named_parameters():
         if ".layers." in name and name.endswith("proj.weight"):
-            for sample in range(3):
+            for sample in samples:
                 dense = parameter.data.clone()
                 with allocation._moved(parameter, name.removesuffix(".weight"), 1, sample):
                     noise[name, sample] = (parameter.data - dense) / allocation.epsilon
@@ -228,7 +230,7 @@ def test_ecoflap_importances_are_directional_derivatives():
     lvlm_prune.prune(golden_model(), SOURCE, BlockwisePruning(pool=MixedPool(), allocation=allocation))
     importance = allocation.survey_end(lambda values: values)["importance"]
     expected = dict.fromkeys(importance, 0.0)
-    for sample in range(3):
+    for sample in samples:
         inputs = SOURCE[sample]
         labels = inputs["input_ids"].clone()
         labels[labels == model.config.image_token_id] = -100

@@ -1,0 +1,74 @@
+"""Products of vectors with each other, for half the price of a matrix product.
+
+▓▓            a stripe of rows against the columns up to its own end:
+▓▓▓▓          what lies right of it is a mirror image
+▓▓▓▓▓▓
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Narrower stripes leave out more, but a product of narrow matrices is slower per element.
+_STRIPE = 128
+_MOST_STRIPES = 12
+
+HELD_PRODUCTS = 2**24
+"""The most products that a stripe has, 64 MiB in float32."""
+
+
+def stripes(count: int) -> Iterator[slice]:
+    """Cuts `count` rows into stripes; a symmetric matrix is known from each stripe's columns up to its own end."""
+    width = max(min(max(_STRIPE, -(-count // _MOST_STRIPES)), HELD_PRODUCTS // max(count, 1)), 1)
+    for start in range(0, count, width):
+        yield slice(start, min(start + width, count))
+
+
+def inner_products(vectors: Tensor) -> Tensor:
+    """Inner product of each two vectors.
+
+    Args:
+        vectors: Shape (n, C), float.
+
+    Returns:
+        Symmetric, shape (n, n), same dtype.
+
+    Example:
+        >>> inner_products(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        tensor([[5., 3.],
+                [3., 9.]])
+    """
+    products = vectors.new_empty(len(vectors), len(vectors))
+    for rows in stripes(len(vectors)):
+        torch.mm(vectors[rows], vectors[: rows.stop].T, out=products[rows, : rows.stop])
+        products[: rows.start, rows] = products[rows, : rows.start].T
+    return products
+
+
+def invert_lower_(lower: Tensor) -> Tensor:
+    r"""Turn a lower triangular matrix into its inverse, by halves: a third of the work of solving for the identity.
+
+    .. math:: \begin{pmatrix} A & 0 \\ B & C \end{pmatrix}^{-1} =
+        \begin{pmatrix} A^{-1} & 0 \\ -C^{-1} B A^{-1} & C^{-1} \end{pmatrix}
+
+    Args:
+        lower: Shape (n, n), float, diagonal without zeros, zeros above it; overwritten.
+
+    Returns:
+        The same tensor.
+
+    Example:
+        >>> invert_lower_(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        tensor([[ 0.5000,  0.0000],
+                [-0.5000,  1.0000]])
+    """
+    if len(lower) <= _STRIPE:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+    half = len(lower) // 2
+    first, second = slice(None, half), slice(half, None)
+    left, right = invert_lower_(lower[first, first]), invert_lower_(lower[second, second])
+    corner = lower[second, first]
+    corner.copy_(right @ (corner @ left)).neg_()
+    return lower

@@ -1,0 +1,150 @@
+"""What each method does, counted and not timed: forwards, norms, Gram matrices, factorisations, sorts."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageTextToText
+
+import lvlm_prune
+from lvlm_prune.attention import SampleAttention
+from lvlm_prune.callbacks import BlockwisePruning, PruneCallback
+from lvlm_prune.data import TensorSource
+from lvlm_prune.pools import AsymmetricPool
+from lvlm_prune.saliency import AttentionSaliency
+from lvlm_prune.statistics import ChannelNorm, Gram
+from tests.conftest import GOLDEN, REPOSITORY
+
+SAMPLES, LINEARS, SITES = 8, 7, 4  # q/k/v share a site, gate/up share one
+
+# The operations that could cost more than the two forwards that no method can avoid.
+OPERATIONS = {
+    "aten::sort": "sorts",
+    "aten::argsort": "sorts",
+    "aten::kthvalue": "partitions",
+    "aten::topk": "nearest neighbours",
+    "aten::linalg_cholesky_ex": "factorisations",
+    "aten::_linalg_eigh": "eigenvalues",
+    "aten::_linalg_svd": "singular values",
+}
+
+
+class Counting(TorchDispatchMode, PruneCallback):
+    """Counts what happens between the start of a block, or of the survey, and its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.blocks, self.survey, self.longest_sort = Counter(), [], Counter(), 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        what = OPERATIONS.get(function._schema.name)
+        if what is not None:
+            self.counts[what] += 1
+        if what == "sorts":
+            self.longest_sort = max(self.longest_sort, arguments[0].numel())
+        return function(*arguments, **(keywords or {}))
+
+    def on_survey_start(self, trainer, pl_module):
+        self.counts = Counter()
+
+    def on_survey_end(self, trainer, pl_module):
+        self.survey = self.counts
+
+    def on_block_start(self, trainer, pl_module, block):
+        self.counts = Counter()
+
+    def on_block_end(self, trainer, pl_module, block):
+        self.blocks.append(self.counts)
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Run a method on the golden model and count."""
+
+    def run(pruning):
+        model = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32)
+        counting = Counting()
+
+        def counted(method, what):
+            def call(*arguments, **keywords):
+                counting.counts[what] += 1
+                return method(*arguments, **keywords)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name, what in (
+                (ChannelNorm, "add", "norms"),
+                (Gram, "add", "Grams"),
+                (SampleAttention, "_stripes", "attention"),
+            ):
+                patch.setattr(owner, name, counted(getattr(owner, name), what))
+            for module in ("lvlm_prune.allocation.das", "lvlm_prune.pools.amia"):
+                patch.setattr(
+                    f"{module}.modality_diversity",
+                    counted(lvlm_prune.diversity.modality_diversity, "diversities"),
+                )
+            patch.setattr(
+                "lvlm_prune.pools.amia.inner_products",
+                counted(lvlm_prune.products.inner_products, "kernels"),
+            )
+            for layer in model.get_decoder().layers:
+                layer.mlp.down_proj.register_forward_hook(lambda *_: counting.counts.update(["forwards"]))
+            with counting:
+                manifest = lvlm_prune.prune(
+                    model, TensorSource(str(GOLDEN / "calib.safetensors")), pruning, callbacks=[counting]
+                )
+        return counting, manifest
+
+    return run
+
+
+TWO_FORWARDS = {"forwards": 2 * SAMPLES, "partitions": LINEARS}
+EXPECTED = {
+    "wanda": {"norms": SITES * SAMPLES},
+    "atv": {"norms": SITES * SAMPLES, "sorts": SAMPLES},
+    "atv_attention": {"norms": SITES * SAMPLES, "sorts": SAMPLES, "attention": SAMPLES},
+    # One partition per 128 columns, of which down_proj has more.
+    "sparsegpt": {"Grams": SITES * SAMPLES, "factorisations": SITES, "partitions": LINEARS + 1},
+    "amia": {
+        "norms": LINEARS * SAMPLES,
+        "kernels": LINEARS * SAMPLES,
+        "nearest neighbours": LINEARS * SAMPLES,
+        "diversities": LINEARS * SAMPLES,
+        "attention": SAMPLES,
+    },
+    "mllm_pruner": {"norms": SITES * SAMPLES, "eigenvalues": SAMPLES, "attention": SAMPLES},
+}
+EXPECTED["tamp"] = EXPECTED["amia"]
+SURVEYS = {
+    "atv_attention": {"forwards": SAMPLES, "attention": SAMPLES},
+    "tamp": {"forwards": SAMPLES, "diversities": LINEARS * SAMPLES},
+}
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_what_a_block_costs(recipe, count):
+    pruning = lvlm_prune.load_pruning(REPOSITORY / "configs" / "prune" / f"{recipe}.yaml")
+    counting, manifest = count(pruning)
+    assert len(counting.blocks) == 4
+    for index, found in enumerate(counting.blocks):
+        expected = Counter(TWO_FORWARDS | EXPECTED[recipe])
+        if index == 3:  # nothing comes after the last block that its outputs would be needed for
+            expected["forwards"] -= SAMPLES
+        budgets = manifest["blocks"][index].get("visual_tokens", [])
+        expected["norms"] += SITES * sum(budget > 0 for budget in budgets)
+        assert found == +expected, f"block {index}"
+    blocks = len(counting.blocks)
+    assert counting.survey == Counter({what: blocks * number for what, number in SURVEYS.get(recipe, {}).items()})
+    # A ranking of one sample's visual tokens, never one of weights.
+    assert counting.longest_sort < 64
+
+
+def test_matching_the_total_of_drift_surveys_no_more_samples_than_asked_for(count):
+    pool = AsymmetricPool(AttentionSaliency(), match_total="drift", match_samples=3)
+    counting, manifest = count(BlockwisePruning(pool=pool))
+    assert counting.survey["forwards"] == counting.survey["attention"] == 3 * 4
+    assert manifest["survey"]["block_forwards"] == 3 * 4
+    for found in counting.blocks[:3]:
+        assert found["forwards"] == 2 * SAMPLES
