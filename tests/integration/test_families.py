@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune import prune
-from lvlm_prune.blocks import find_decoder, prunable_linears
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.pools import AsymmetricPool, MixedPool
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
+from tests.full_forward import prune_by_full_forwards
 
 TEXT_ONLY_REFUSED = {"paligemma"}
 
@@ -18,36 +18,6 @@ def calibration(family: str, model: nn.Module) -> list[dict[str, Tensor]]:
     if family not in TEXT_ONLY_REFUSED:
         samples.append(Sample(4, None, 6))
     return [make_inputs(family, model, [sample]) for sample in samples]
-
-
-def prune_by_full_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Wanda at 50% without any of the package's machinery: a whole forward of the model for each block and sample."""
-    decoder, masks = find_decoder(model), {}
-    for path, block in zip(decoder.names, decoder.layers):
-        norms: dict[str, Tensor] = {}
-
-        linears = prunable_linears(block)
-        hooks = [linear.register_forward_pre_hook(_add_to(norms, name)) for name, linear in linears.items()]
-        for batch in batches:
-            model(**batch, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for name, linear in linears.items():
-            if name not in norms:
-                continue
-            score = linear.weight.abs().double() * norms[name].sqrt()
-            lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
-            linear.weight.data.scatter_(1, lowest, 0.0)
-            masks[f"{path}.{name}"] = linear.weight == 0
-    return masks
-
-
-def _add_to(norms: dict[str, Tensor], name: str):
-    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tokens = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
-        norms[name] = norms.get(name, 0) + tokens.square().sum(0)
-
-    return hook
 
 
 @pytest.mark.parametrize("family", FAMILIES)

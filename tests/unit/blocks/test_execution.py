@@ -1,13 +1,12 @@
 """Chaining blocks is the model's own forward, bit for bit."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lvlm_prune.blocks import BlockRunner, CaughtBatch
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
+from tests.full_forward import halve, own_forward
 
 BATCHES: dict[str, tuple[list[Sample], str]] = {
     "single": ([Sample(3, 0, 5)], "right"),
@@ -19,41 +18,6 @@ BATCHES: dict[str, tuple[list[Sample], str]] = {
 
 def batches_of(family: str, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {name: make_inputs(family, model, samples, side) for name, (samples, side) in BATCHES.items()}
-
-
-def own_forward(runner: BlockRunner, inputs: dict[str, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
-    """(block to its input, the decoder's last hidden state) of the model's own forward."""
-    block_inputs: dict[int, Tensor] = {}
-    last: list[Tensor] = []
-
-    def note_input(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            block_inputs[index] = (arguments[0] if arguments else keywords["hidden_states"]).clone()
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(note_input(index), with_kwargs=True)
-        for index, layer in enumerate(runner.decoder.layers)
-    ]
-    handles.append(
-        runner.decoder.module.register_forward_hook(lambda module, _, output: last.append(output.last_hidden_state))
-    )
-    try:
-        runner.model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return block_inputs, last[0]
-
-
-def halve(block: nn.Module) -> None:
-    """Set the smaller half of every row of every matrix to zero, experts and routers included."""
-    for parameter in block.parameters():
-        if parameter.ndim >= 2:
-            rows = parameter.data.view(-1, parameter.shape[-1])
-            smallest = rows.abs().argsort(dim=1, stable=True)[:, : rows.shape[1] // 2]
-            rows.scatter_(1, smallest, 0)
 
 
 def prune_on_the_way(runner: BlockRunner, batches: list[CaughtBatch]) -> None:
@@ -70,7 +34,7 @@ def test_every_block_gets_the_input_that_the_own_forward_gives_it(family: str) -
     model = tiny_model(family)
     runner = BlockRunner(model)
     for name, inputs in batches_of(family, model).items():
-        expected, last_hidden_state = own_forward(runner, inputs)
+        expected, last_hidden_state = own_forward(model, inputs)
         batch = runner.catch(inputs)
         for i in range(len(runner)):
             assert runner.calls(i, batch) == (i in expected), (name, i)
@@ -85,17 +49,17 @@ def test_blocks_pruned_on_the_way_give_the_forward_of_the_pruned_model(family: s
     model = tiny_model(family)
     runner = BlockRunner(model)
     inputs = batches_of(family, model)
-    _, dense = own_forward(runner, inputs["single"])
+    _, dense = own_forward(model, inputs["single"])
     batches = [runner.catch(batch_inputs) for batch_inputs in inputs.values()]
     prune_on_the_way(runner, batches)
     for (name, batch_inputs), batch in zip(inputs.items(), batches):
-        _, expected = own_forward(runner, batch_inputs)
+        _, expected = own_forward(model, batch_inputs)
         torch.testing.assert_close(runner.finish(batch), expected, rtol=0, atol=0, msg=name)
-    _, pruned = own_forward(runner, inputs["single"])
+    _, pruned = own_forward(model, inputs["single"])
     assert not torch.allclose(dense, pruned, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "mllama", "qwen3_omni_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_chaining_is_exact_in_bfloat16(family: str) -> None:
     model = tiny_model(family, torch.bfloat16)
     runner = BlockRunner(model)
@@ -104,7 +68,7 @@ def test_chaining_is_exact_in_bfloat16(family: str) -> None:
         for i in range(len(runner)):
             runner.advance(i, batch)
         assert batch.hidden.dtype == torch.bfloat16
-        torch.testing.assert_close(runner.finish(batch), own_forward(runner, inputs)[1], rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(runner.finish(batch), own_forward(model, inputs)[1], rtol=0, atol=0, msg=name)
 
 
 def test_run_does_not_move_the_batch() -> None:

@@ -1,0 +1,174 @@
+"""What is checked of one family: chained blocks, blocks pruned on the way, and a checkpoint folder that is pruned."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.families.tiny_config import tiny_model
+from benchmarks.families.visual_inputs import REFUSALS, WITH_IMAGE, Inputs, image_samples, padded, text_samples
+from lvlm_prune import prune
+from lvlm_prune.blocks import BlockRunner, find_decoder
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.errors import InputError
+from lvlm_prune.pools import MixedPool
+from tests.full_forward import halve, own_forward, prune_by_full_forwards
+
+EXACT = "exact"
+
+
+def check(name: str) -> dict[str, Any]:
+    """Everything about one family, as plain data; `reason` where it is not one for this package."""
+    try:
+        model = tiny_model(name)
+    except Exception as error:
+        return {"reason": f"no tiny model: {_line(error)}"}
+    try:
+        decoder = find_decoder(model)
+    except (InputError, *REFUSALS) as error:
+        return {"model": type(model).__name__, "reason": _line(error)}
+    found: dict[str, Any] = {"model": type(model).__name__, "blocks": len(decoder.layers)}
+    try:
+        samples = image_samples(model)
+        found["images"] = True
+    except ValueError as error:
+        samples, found["images"] = [], False
+        found["no_images"] = str(error)
+    texts = [WITH_IMAGE[name](sample) if name in WITH_IMAGE else sample for sample in text_samples()]
+    if not _is_taken(model, texts[0]):
+        texts = []
+    if not samples and not texts:
+        return found | {"reason": "its own forward takes neither the images nor the text that were tried"}
+    batches = _batches(samples, texts)
+    found["float32"] = {kind: _tried(lambda b=batch: _chained(model, b)) for kind, batch in batches.items()}
+    found["pruned"] = _tried(lambda: _pruned_on_the_way(name, list(batches.values())))
+    found["folder"] = _tried(lambda: _pruned_folder(name, samples + texts[:1]))
+    half = tiny_model(name).to(torch.bfloat16)
+    cast = {kind: _cast(batch) for kind, batch in batches.items()}
+    found["bfloat16"] = {
+        kind: _tried(lambda b=batch: _chained(half, b)) if _is_taken(half, batch) else "own forward fails"
+        for kind, batch in cast.items()
+    }
+    return found
+
+
+def _batches(samples: list[Inputs], texts: list[Inputs]) -> dict[str, Inputs]:
+    batches: dict[str, Inputs] = {}
+    if samples:
+        try:
+            together = {side: padded(samples, side) for side in ("right", "left")}
+        except RuntimeError:
+            # Images of different shapes: the first image under texts of different lengths.
+            first = samples[0]
+            longer = {**first, **{name: _lengthened(first[name]) for name in first if _is_token_input(first, name)}}
+            together = {side: padded([first, longer], side) for side in ("right", "left")}
+        batches = {"single": samples[0]} | {f"padded_{side}": batch for side, batch in together.items()}
+    if texts:
+        kinds = {"text": texts[0]} | {f"text_padded_{side}": padded(texts, side) for side in ("right", "left")}
+        batches |= kinds
+    return batches
+
+
+def _is_token_input(sample: Inputs, name: str) -> bool:
+    return sample[name].ndim >= 2 and sample[name].shape[:2] == sample["input_ids"].shape
+
+
+def _lengthened(value: Tensor) -> Tensor:
+    """Three more tokens, like the last one, behind it."""
+    return torch.cat([value, value[:, -1:].repeat(1, 3, *[1] * (value.ndim - 2))], dim=1)
+
+
+def _cast(batch: Inputs) -> Inputs:
+    return {
+        name: value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
+def _is_taken(model: PreTrainedModel, inputs: Inputs) -> bool:
+    try:
+        own_forward(model, inputs)
+    except REFUSALS:
+        return False
+    return True
+
+
+def _tried(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _difference(found: Tensor, expected: Tensor, where: str) -> str | None:
+    if found.shape != expected.shape:
+        return f"{where}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    if not torch.equal(found, expected):
+        return f"{where}: differs by {(found - expected).abs().max().item():.2g}"
+    return None
+
+
+def _chained(model: PreTrainedModel, inputs: Inputs) -> str:
+    """Whether every block gets the input, and the decoder gives the output, of the model's own forward."""
+    expected, last_hidden_state = own_forward(model, inputs)
+    runner = BlockRunner(model)
+    batch = runner.catch(inputs)
+    for index in range(len(runner)):
+        if runner.calls(index, batch) != (index in expected):
+            return f"block {index}: called by one and not by the other"
+        if index in expected and (problem := _difference(batch.hidden, expected[index], f"input of block {index}")):
+            return problem
+        runner.advance(index, batch)
+    if not last_hidden_state.isfinite().all():
+        return "own forward is not finite"
+    return _difference(runner.finish(batch), last_hidden_state, "output") or EXACT
+
+
+def _pruned_on_the_way(name: str, batches: list[Inputs]) -> str:
+    """Whether blocks that are pruned on the way give the forward of the pruned model."""
+    model = tiny_model(name)
+    runner = BlockRunner(model)
+    caught = [runner.catch(inputs) for inputs in batches]
+    for index in range(len(runner)):
+        for batch in caught:
+            runner.run(index, batch)
+        halve(runner.block(index))
+        for batch in caught:
+            runner.advance(index, batch)
+    for inputs, batch in zip(batches, caught):
+        if problem := _difference(runner.finish(batch), own_forward(model, inputs)[1], "output"):
+            return problem
+    return EXACT
+
+
+def _pruned_folder(name: str, samples: list[Inputs]) -> dict[str, Any]:
+    """Prune a checkpoint folder with Wanda at 50%; compare with whole forwards of the model, and load the result."""
+    model = tiny_model(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        dense, pruned = Path(scratch, "dense"), Path(scratch, "pruned")
+        model.save_pretrained(dense, max_shard_size="300KB")
+        loaded, report = type(model).from_pretrained(dense, output_loading_info=True)
+        lost_by_transformers = bool(report["missing_keys"] or report["unexpected_keys"])
+        masks = prune_by_full_forwards(loaded.eval(), samples)
+        manifest = prune(dense, samples, BlockwisePruning(sparsity=0.5, pool=MixedPool()), pruned)
+        reloaded, report = type(model).from_pretrained(pruned, output_loading_info=True)
+        lost = bool(report["missing_keys"] or report["unexpected_keys"])
+    linears = {linear for linear, entry in manifest["linears"].items() if "note" not in entry}
+    different = sum(int(((reloaded.get_submodule(path).weight == 0) != mask).sum()) for path, mask in masks.items())
+    return {
+        "linears": len(masks),
+        "same_linears": linears == set(masks),
+        "weights": sum(mask.numel() for mask in masks.values()),
+        "different": different,
+        "reloads": not lost or lost_by_transformers,
+    }
