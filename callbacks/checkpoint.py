@@ -8,15 +8,16 @@ After a crash at any moment the blocks that pruning.json names are completely wr
 from the input checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.errors import LVLMPruneError, RunError
@@ -93,7 +94,8 @@ class SparseCheckpointWriter(PruneCallback):
 
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block's pruned weights, then the manifest that says so."""
-        zeros = {f"{block.name}.{name}": int((block.linears[name].weight == 0).sum()) for name in block.masks}
+        matrices = block.matrices()
+        zeros = {f"{block.name}.{name}": int((matrices[name].weight == 0).sum()) for name in block.masks}
         for name, entry in block.record.pop("linears", {}).items():
             rows, columns = entry["shape"]
             achieved = zeros.get(name, 0) / (rows * columns)
@@ -108,18 +110,10 @@ class SparseCheckpointWriter(PruneCallback):
         assert isinstance(trainer.weights, StreamedWeights)
         clock = Stopwatch()
         written = pl_module.folder.at(folder)
-        for name, mask in block.masks.items():
-            parameter, weight = f"{block.name}.{name}.weight", block.linears[name].weight.detach()
-            if name in block.updated:
-                # A narrower dtype can lose the smallest weights; added to zero, none is left as -0.0.
-                pruned = (weight.to("cpu", trainer.weights.stored_dtype(parameter)) + 0.0).masked_fill_(mask.cpu(), 0.0)
-            elif trainer.weights.is_stored_as_used(parameter):
-                pruned = weight
-            else:
-                # The stored weight, not the one in compute precision: what stays must stay byte by byte.
-                pruned = trainer.weights.stored(parameter).masked_fill_(mask.cpu(), 0.0)
-            if name in block.updated:
-                trainer.manifest["linears"][f"{block.name}.{name}"]["pruned"] = int((pruned == 0).sum())
+        for parameter, members in _by_parameter(block).items():
+            pruned = pl_module.model.get_parameter(parameter).detach()
+            if not block.updated.isdisjoint(members) or not trainer.weights.is_stored_as_used(parameter):
+                pruned = self._in_stored_dtype(trainer, block, parameter, members)
             for key, tensor in trainer.weights.to_disk({parameter: pruned}, written).items():
                 written.write(key, tensor)
         written.sync()
@@ -128,6 +122,31 @@ class SparseCheckpointWriter(PruneCallback):
             trainer.recorded.clear()
         trainer.manifest["blocks"][-1]["seconds"]["write"] = clock.lap()
         trainer.manifest.write(folder)
+
+    @staticmethod
+    def _in_stored_dtype(
+        trainer: "LVLMTrainer", block: Block, parameter: str, members: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Tensor:
+        """The new value of a parameter on the CPU, where it is stored otherwise than it is used, or weights changed."""
+        assert isinstance(trainer.weights, StreamedWeights)
+        matrices = block.matrices()
+        if len(members) == 1 and block.updated.issuperset(members) and parameter.endswith(".weight"):
+            (name,) = members
+            stored = torch.empty_like(
+                matrices[name].weight, device="cpu", dtype=trainer.weights.stored_dtype(parameter)
+            )
+        else:
+            # The stored weight, not the one in compute precision: what stays must stay byte by byte.
+            stored = trainer.weights.stored(parameter)
+        for name, part in members.items():
+            weight = part(stored)
+            if name in block.updated:
+                # A narrower dtype can lose the smallest weights; added to zero, none is left as -0.0.
+                weight.copy_(matrices[name].weight.detach().to("cpu", weight.dtype) + 0.0)
+            weight.masked_fill_(block.masks[name].cpu(), 0.0)
+            if name in block.updated:
+                trainer.manifest["linears"][f"{block.name}.{name}"]["pruned"] = int((weight == 0).sum())
+        return stored
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Verify what was written, and only then make the folder loadable.
@@ -152,15 +171,15 @@ class SparseCheckpointWriter(PruneCallback):
         expectations = {
             name: Expectation(
                 entry["pruned"],
-                pruning.scorer.expected_zeros(tuple(entry["shape"]), entry["target"], pruning.pattern),
-                pruning.scorer.updates_weights,
+                pruning.scorer_of(entry).expected_zeros(tuple(entry["shape"]), entry["target"], pruning.pattern),
+                pruning.scorer_of(entry).updates_weights,
             )
             for name, entry in linears.items()
             if "note" not in entry
         }
         assert isinstance(trainer.weights, StreamedWeights)
         written = pl_module.folder.at(folder)
-        found = verify_checkpoint(pl_module.folder, written, trainer.weights, expectations)
+        found = verify_checkpoint(pl_module.folder, written, trainer.weights, expectations, pl_module.expert_matrices())
         for name, zeros in found.pop("zeros").items():
             rows, columns = linears[name]["shape"]
             linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
@@ -198,9 +217,22 @@ def _verified_line(manifest: Manifest) -> str:
     target, achieved = manifest["sparsity"]["target"], manifest["sparsity"]["achieved"]
     untouched = manifest["verified"]["untouched_tensors"]
     left = sum("note" in entry for entry in manifest["linears"].values())
-    note = f", {left} Linears left dense that saw no calibration token" if left else ""
+    note = f", {left} Linears left dense that saw too few calibration tokens, or none" if left else ""
     promised = f"target {target:g}, {manifest['pattern']}"
     return f"verified: sparsity {achieved:.4g} ({promised}), {untouched} other tensors untouched{note}"
+
+
+def _by_parameter(block: Block) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
+    """Path of each parameter that was pruned -> name of each matrix in it -> what takes the matrix out of it."""
+    found: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
+    matrices = block.matrices()
+    for name in block.masks:
+        matrix = matrices[name]
+        if isinstance(matrix, ExpertMatrix):
+            found.setdefault(f"{block.name}.{matrix.parameter}", {})[name] = matrix.of
+        else:
+            found[f"{block.name}.{name}.weight"] = {name: lambda weight: weight}
+    return found
 
 
 def _statistics_part(block: int | str) -> str:

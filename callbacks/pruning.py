@@ -7,15 +7,17 @@ on_block_calibrated       the pool says how many candidates count; score, mask, 
 
 import math
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
+from torch import Tensor, nn
 
 from lvlm_prune.activations import Activations
 from lvlm_prune.allocation import Allocation, UniformAllocation
-from lvlm_prune.blocks import MODALITIES
+from lvlm_prune.blocks import MODALITIES, ExpertMatrix
 from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.errors import InputError, RunError
@@ -24,14 +26,17 @@ from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
 from lvlm_prune.plugins import own_instance, plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
 from lvlm_prune.saliency import DriftSaliency
-from lvlm_prune.scorers import Scorer, WandaScorer
+from lvlm_prune.scorers import MagnitudeScorer, Scorer, WandaScorer
 from lvlm_prune.statistics import Statistic
+from lvlm_prune.tokens import EXPERTS
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
 
 DEFAULT_SPARSITY = 0.5
+
+_BY_MAGNITUDE = MagnitudeScorer()
 
 
 class BlockwisePruning(PruneCallback):
@@ -50,6 +55,11 @@ class BlockwisePruning(PruneCallback):
         exclude: Glob pattern, or list of them, on module paths that stay dense, for example `*.down_proj`. One that
             matches nothing is an error.
         visual: Modalities that count as visual tokens: image, video, audio.
+        experts: Routed experts of mixture-of-experts decoders: `prune` them, each from the tokens that were sent to it,
+            or `keep` them dense.
+        min_expert_tokens: An expert that fewer calibration tokens were sent to is not judged by them; what is done
+            with it instead, `rare_experts` says, and the manifest and a warning name it.
+        rare_experts: `magnitude` prunes such an expert by the size of its weights, `keep` leaves it dense.
         record: Also write `statistics.safetensors`: channel norms, saliencies and selected tokens.
         name: Name of the method in what is printed; default: named after the composition.
 
@@ -68,6 +78,9 @@ class BlockwisePruning(PruneCallback):
         visual: list[str] = ["image", "video"],  # noqa: B006
         record: bool = False,
         name: str = "",
+        experts: Literal["prune", "keep"] = "prune",
+        min_expert_tokens: int = 16,
+        rare_experts: Literal["magnitude", "keep"] = "magnitude",
     ) -> None:
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
         self.pattern = _checked_pattern(pattern)
@@ -83,9 +96,17 @@ class BlockwisePruning(PruneCallback):
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.visual, self.record = list(visual), record
+        if experts not in ("prune", "keep"):
+            raise InputError("pruning.experts", experts, "must be prune or keep")
+        if rare_experts not in ("magnitude", "keep"):
+            raise InputError("pruning.rare_experts", rare_experts, "must be magnitude or keep")
+        if min_expert_tokens < 1:
+            raise InputError("pruning.min_expert_tokens", min_expert_tokens, "must be at least 1")
+        self.experts, self.min_expert_tokens, self.rare_experts = experts, min_expert_tokens, rare_experts
         self.name = name or _composition(pool, scorer, allocation)
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
+        self._prunes_experts = False
 
     @property
     def wants_activations(self) -> bool:  # type: ignore[override]
@@ -94,8 +115,10 @@ class BlockwisePruning(PruneCallback):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What the pool looks at besides block inputs and outputs."""
-        return self.pool.needs if self.wants_activations else frozenset()
+        """What the pool looks at besides block inputs and outputs, and what experts are fed where they are pruned."""
+        if not self.wants_activations:
+            return frozenset()
+        return self.pool.needs | ({EXPERTS} if self._prunes_experts else frozenset())
 
     def run_label(self) -> str:
         """Method and sparsity as part of a folder name, for example `asymmetric-wanda-60`."""
@@ -111,7 +134,9 @@ class BlockwisePruning(PruneCallback):
         Raises:
             InputError: An `exclude` pattern matches nothing, everything is excluded, or a width does not fit N:M.
         """
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in pl_module.linears().items()}
+        matrices: dict[str, nn.Linear | ExpertMatrix] = dict(pl_module.linears())
+        experts = pl_module.expert_matrices() if self.experts == "prune" else {}
+        shapes = {name: (matrix.out_features, matrix.in_features) for name, matrix in {**matrices, **experts}.items()}
         for pattern in self.exclude:
             if not any(_matches(name, pattern) for name in shapes):
                 raise InputError("pruning.exclude", pattern, "matches no Linear of the decoder blocks")
@@ -122,6 +147,9 @@ class BlockwisePruning(PruneCallback):
         }
         if not self.shapes:
             raise InputError("pruning.exclude", self.exclude, "leaves nothing to prune")
+        self._prunes_experts = not experts.keys().isdisjoint(self.shapes)
+        if self._prunes_experts:
+            self._refuse_undefined_for_experts()
         if isinstance(self.pattern, SemiStructured):
             for name, (_, width) in self.shapes.items():
                 if width % self.pattern.group_size:
@@ -130,6 +158,17 @@ class BlockwisePruning(PruneCallback):
         self.allocation.check(self.shapes, self.sparsity)
         if not self.allocation.wants_survey:
             self.allocate()
+
+    def _refuse_undefined_for_experts(self) -> None:
+        """Some methods look at what every Linear makes of every token; an expert sees only the tokens sent to it."""
+        option = None
+        if self.allocation.wants_survey:
+            option = f"--pruning.allocation {plugin_class(self.allocation).__name__}"
+        elif self.wants_activations and self.pool.per_linear:
+            option = f"--pruning.pool {plugin_class(self.pool).__name__}"
+        if option is not None:
+            problem = f"{option} is not defined for routed experts; use --pruning.experts keep"
+            raise InputError("pruning.experts", self.experts, problem)
 
     def allocate(self) -> None:
         """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""
@@ -159,10 +198,11 @@ class BlockwisePruning(PruneCallback):
     # ---- at each block -----------------------------------------------------------------------------------------------
     def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Start fresh statistics, and stop at broken weights."""
-        full_names = {name: f"{block.name}.{name}" for name in block.linears}
+        matrices = block.matrices()
+        full_names = {name: f"{block.name}.{name}" for name in matrices}
         self._targets = {name: full_name for name, full_name in full_names.items() if full_name in self.targets}
         for name, full_name in self._targets.items():
-            if not torch.isfinite(block.linears[name].weight).all():
+            if not torch.isfinite(matrices[name].weight).all():
                 raise RunError(f"NaN or infinity in the weight of {full_name}")
         self._calibration: BlockCalibration | None = None
         if self.scorer.statistic is not None:
@@ -175,19 +215,24 @@ class BlockwisePruning(PruneCallback):
     ) -> None:
         """Add the tokens that the pool selects; hold its candidates."""
         if self._calibration is not None:
-            tokens = sample.tokens(self.visual, self.needs, asked_by=plugin_class(self.pool).__name__)
+            tokens = sample.tokens(self.visual, self.pool.needs, asked_by=plugin_class(self.pool).__name__)
             self._calibration.add(sample, tokens)
 
     def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Finish the statistics, then score, mask and overwrite each Linear's weight."""
-        calibration = self._calibration
+        calibration, matrices = self._calibration, block.matrices()
         if calibration is not None:
-            devices = {name: linear.weight.device for name, linear in block.linears.items()}
+            devices = {name: matrix.weight.device for name, matrix in matrices.items()}
             block.record.update(calibration.finish(trainer.processes, devices))
         linears: dict[str, dict[str, Any]] = {}
         for name, full_name in self._targets.items():
-            weight = block.linears[name].weight
+            weight = matrices[name].weight
             statistic = None if calibration is None else calibration.statistic_of(name)
+            if calibration is not None and isinstance(matrices[name], ExpertMatrix):
+                routed = calibration.routed_tokens(name)
+                if routed < self.min_expert_tokens or _saw_nothing(statistic):
+                    linears[full_name] = self._rare_expert(block, name, weight, routed)
+                    continue
             if calibration is not None and _saw_nothing(statistic):
                 linears[full_name] = {"shape": list(weight.shape), "target": 0.0, "note": "saw no calibration token"}
                 continue
@@ -209,15 +254,43 @@ class BlockwisePruning(PruneCallback):
             trainer.recorded.update(calibration.recorded(trainer.processes, num_samples))
         self._calibration = None
 
+    def _rare_expert(self, block: Block, name: str, weight: Tensor, routed: int) -> dict[str, Any]:
+        """Do what `rare_experts` says with an expert that too few tokens were sent to; its entry in the manifest."""
+        full_name = f"{block.name}.{name}"
+        entry = {"shape": list(weight.shape), "target": 0.0, "routed_tokens": routed}
+        if self.rare_experts == "keep":
+            return entry | {"note": "too few calibration tokens were sent to this expert"}
+        pruned, mask = _BY_MAGNITUDE.prune(weight, None, self.targets[full_name], self.pattern)
+        weight.data.copy_(pruned)
+        block.masks[name] = mask
+        return entry | {"target": self.targets[full_name], "pruned": int(mask.sum()), "scored_by": "magnitude"}
+
+    def scorer_of(self, entry: Mapping[str, Any]) -> Scorer:
+        """What scored a matrix, given its entry in the manifest."""
+        return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else self.scorer
+
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Note the mean budget, and say what the scorer found worth reporting."""
         budgets = [k for block in trainer.manifest.get("blocks", []) for k in block.get("visual_tokens", [])]
         if budgets:
             trainer.manifest["mean_visual_tokens"] = sum(budgets) / len(budgets)
         linears = trainer.manifest.get("linears", {})
-        if line := self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}):
-            trainer.manifest["warnings"] = [line]
-            trainer.say(f"warning: {line}")
+        lines = [
+            self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}),
+            self._rare_experts_line(linears),
+        ]
+        if lines := [line for line in lines if line]:
+            trainer.manifest["warnings"] = lines
+            for line in lines:
+                trainer.say(f"warning: {line}")
+
+    def _rare_experts_line(self, linears: Mapping[str, Mapping[str, Any]]) -> str:
+        rare = [name for name, entry in linears.items() if "routed_tokens" in entry]
+        if not rare:
+            return ""
+        done = "left dense" if self.rare_experts == "keep" else "pruned by magnitude"
+        few = f"fewer than {self.min_expert_tokens} calibration tokens"
+        return f"{len(rare)} matrices of experts that {few} were sent to were {done} (the first is {rare[0]})"
 
 
 def _saw_nothing(statistic: Statistic | None) -> bool:

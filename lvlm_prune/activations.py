@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lvlm_prune.attention import AttentionCall, recorded_attention, self_attention
-from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, modality_of_tokens
+from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, ExpertStack, modality_of_tokens
+from lvlm_prune.blocks.experts import RoutedCall, RoutedInput, rows_in_call
 from lvlm_prune.errors import RunError
-from lvlm_prune.tokens import ATTENTION_NEEDS, NEEDS, Tokens
+from lvlm_prune.tokens import ATTENTION_NEEDS, EXPERTS, NEEDS, Tokens
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Recording:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
+    routed: list[tuple[ExpertStack, RoutedCall]] = field(default_factory=list)
 
     def sites(self) -> dict[str, list[str]]:
         """Name of a site (its first Linear) -> the Linears that it feeds.
@@ -84,12 +87,16 @@ class Recording:
 
 
 @contextmanager
-def recording(linears: Mapping[str, nn.Module], needs: frozenset[str] = frozenset()) -> Iterator[Recording]:
+def recording(
+    linears: Mapping[str, nn.Module], needs: frozenset[str] = frozenset(), stacks: Iterable[ExpertStack] = ()
+) -> Iterator[Recording]:
     """Record what feeds the Linears while the context is open.
 
     Args:
         linears: Name relative to the block -> Linear.
-        needs: What else is to be recorded: outputs of the Linears, queries and keys of the attention (`tokens.NEEDS`).
+        needs: What else is to be recorded: outputs of the Linears, queries and keys of the attention (`tokens.NEEDS`),
+            what is routed to experts (`tokens.EXPERTS`).
+        stacks: Stacks of routed experts.
     """
     record = Recording()
 
@@ -107,7 +114,17 @@ def recording(linears: Mapping[str, nn.Module], needs: frozenset[str] = frozense
 
         return keep_output
 
+    def stack_hook(stack: ExpertStack):
+        def keep_call(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if any(stack is other for other, _ in record.routed):
+                raise RunError(f"{stack.path} is called more than once in one forward of its block, not supported")
+            record.routed.append((stack, stack.call(args, keywords)))
+
+        return keep_call
+
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    if EXPERTS in needs:
+        handles += [stack.module.register_forward_pre_hook(stack_hook(stack), with_kwargs=True) for stack in stacks]
     if "outputs" in needs:
         handles += [module.register_forward_hook(output_hook(name)) for name, module in linears.items()]
     with ExitStack() as stack:
@@ -197,6 +214,18 @@ class Activations:
         """
         for site in self.sites:
             yield site, *self._flatten(self._record.inputs[site])
+
+    def routed_inputs(self) -> Iterator[RoutedInput]:
+        """What each matrix of a routed expert was fed, with the decoder tokens behind it; needs `tokens.EXPERTS`."""
+        batch_size, length = self._batch_shape
+        start, real = self.row.row * length, self.row.real
+        own = torch.arange(length, device=self.row.modality.device) if real is None else real
+        for stack, call in self._record.routed:
+            arguments = self.row.batch.arguments[self.block]
+            rows = rows_in_call(stack, call, (batch_size, length), arguments, start + own)
+            seen = (rows >= 0).nonzero().flatten()
+            for routed in stack.inputs(call, rows[seen]):
+                yield replace(routed, tokens=seen[routed.tokens])
 
     def _attention(self, needs: frozenset[str], text: Tensor, visual: Tensor, asked_by: str) -> dict[str, Tensor]:
         if not needs:

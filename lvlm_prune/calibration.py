@@ -29,7 +29,7 @@ class BlockCalibration:
 
     Args:
         block: Index of the block.
-        targets: Name relative to the block -> full name of each Linear that is to be pruned.
+        targets: Name relative to the block -> full name of each Linear or expert matrix that is to be pruned.
         pool: Which tokens count.
         statistic: What is summed up.
         record: Keep selections and saliencies for `statistics.safetensors`.
@@ -42,6 +42,8 @@ class BlockCalibration:
         self._statistics: dict[str, Statistic] = {}
         self._site_of: dict[str, str] = {}
         self._held: list[tuple[str, int, Tensor, int, float]] = []
+        self._held_routed: list[tuple[str, int, Tensor, Tensor, float]] = []
+        self._routed_tokens: dict[str, Tensor] = {}
         self._samples: list[int] = []
         self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
         self._linear_selections: dict[tuple[int, str], Tensor] = {}
@@ -71,6 +73,7 @@ class BlockCalibration:
                     if self.record:
                         self._linear_selections[sample.sample, key] = selection.weights
                 self._add(key, inputs, repeats, selection, order, sample.row.weight)
+        self._add_routed(sample, shared, order)
 
     def _add(
         self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int, sample_weight: float
@@ -86,6 +89,30 @@ class BlockCalibration:
         if selection.candidates is not None and len(selection.candidates):
             streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
             self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats, sample_weight))
+
+    def _add_routed(self, sample: Activations, selection: Selection | None, order: int) -> None:
+        """Add what routed experts were fed; a token counts for the experts that it was sent to."""
+        ranks: Tensor | None = None
+        for routed in sample.routed_inputs():
+            if routed.name not in self.targets:
+                continue
+            assert selection is not None, "pools that choose for each Linear are refused for experts"
+            name, inputs = routed.name, routed.inputs
+            self._site_of[name] = name
+            if name not in self._statistics:
+                self._statistics[name] = self.statistic(inputs.shape[1], inputs.device)
+                self._routed_tokens[name] = torch.zeros((), dtype=torch.float64, device=inputs.device)
+            weights = selection.weights[routed.tokens]
+            self._statistics[name].add(inputs, _scaled(weights, sample.row.weight))
+            self._routed_tokens[name] += (weights > 0).sum()
+            if selection.candidates is None or not len(selection.candidates):
+                continue
+            if ranks is None:
+                ranks = torch.full_like(selection.weights, len(selection.weights), dtype=torch.int64)
+                ranks[selection.candidates] = torch.arange(len(selection.candidates), device=ranks.device)
+            held = ranks[routed.tokens] < len(selection.candidates)
+            own_ranks = ranks[routed.tokens][held]
+            self._held_routed.append((name, order, inputs[held], own_ranks, sample.row.weight))
 
     def finish(self, processes: Processes, devices: Mapping[str, torch.device]) -> dict[str, Any]:
         """Add the candidates that count, and sum over all processes.
@@ -104,14 +131,22 @@ class BlockCalibration:
                 continue
             self._statistics[key].add(chosen, _scaled(_all(chosen), sample_weight))
         self._held.clear()
+        for name, order, inputs, ranks, sample_weight in self._held_routed:
+            chosen = inputs[ranks < cutoffs[order]]
+            self._statistics[name].add(chosen, _scaled(_all(chosen), sample_weight))
+            self._routed_tokens[name] += len(chosen)
+        self._held_routed.clear()
         known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
         for others, site_of in processes.gather((known, self._site_of)):
             self._site_of.update(site_of)
             for key, channels in others.items():
                 if key not in self._statistics:
                     self._statistics[key] = self.statistic(channels, devices[key])
+        for name in {name for names in processes.gather(list(self._routed_tokens)) for name in names}:
+            self._routed_tokens.setdefault(name, torch.zeros((), dtype=torch.float64, device=devices[name]))
         processes.sum_in_place(
             [tensor for key in sorted(self._statistics) for tensor in self._statistics[key].tensors()]
+            + [self._routed_tokens[name] for name in sorted(self._routed_tokens)]
         )
         self._chosen_of = dict(zip(self._samples, cutoffs))
         found: dict[str, Any] = dict(self.pool.summary())
@@ -131,6 +166,11 @@ class BlockCalibration:
         if statistic is not None and not all(torch.isfinite(part.sum()) for part in statistic.tensors()):
             raise RunError(f"NaN or infinity in the calibration statistics of {self.targets[name]}")
         return statistic
+
+    def routed_tokens(self, name: str) -> int:
+        """How many tokens that count were sent to the expert of a matrix, over all samples."""
+        counted = self._routed_tokens.get(name)
+        return 0 if counted is None else int(counted)
 
     def recorded(self, processes: Processes, num_samples: int) -> dict[str, Tensor]:
         """Norms, saliencies and selected tokens of all processes under the names of `statistics.safetensors`.

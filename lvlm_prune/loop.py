@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune.activations import Activations, SampleRow, recording
-from lvlm_prune.blocks import TEXT, BlockRunner, CaughtBatch, Placement, Weights, prunable_linears
+from lvlm_prune.blocks import (
+    TEXT,
+    BlockRunner,
+    CaughtBatch,
+    ExpertMatrix,
+    ExpertStack,
+    Placement,
+    Weights,
+    find_expert_stacks,
+    prunable_linears,
+)
 from lvlm_prune.blocks.tail import DecoderTail, TailSample
 from lvlm_prune.errors import RunError
 from lvlm_prune.measuring import Stopwatch, peak_memory
@@ -33,8 +43,9 @@ class Block:
         name: Its full module path.
         module: The module itself; its weights are loaded.
         linears: Name relative to the block -> every Linear that could be pruned.
-        masks: Name relative to the block -> mask of each Linear that was pruned (True where pruned); filled by the
-            pruning callback in `on_block_calibrated`.
+        stacks: Stacks of routed experts, whose matrices could be pruned.
+        masks: Name relative to the block -> mask of each Linear or expert matrix that was pruned (True where pruned);
+            filled by the pruning callback in `on_block_calibrated`.
         updated: Names of pruned Linears whose remaining weights changed too.
         record: Numbers about this block for the manifest, filled by callbacks and by the loop.
         forwards: Forwards of the block so far, one per calibration batch and pass.
@@ -44,10 +55,15 @@ class Block:
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
+    stacks: list[ExpertStack] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
     updated: set[str] = field(default_factory=set)
     record: dict[str, Any] = field(default_factory=dict)
     forwards: int = 0
+
+    def matrices(self) -> dict[str, nn.Linear | ExpertMatrix]:
+        """Name relative to the block -> every Linear and every matrix of a routed expert."""
+        return {**self.linears, **{matrix.name: matrix for stack in self.stacks for matrix in stack.matrices()}}
 
 
 class BlockLoop:
@@ -141,7 +157,7 @@ class BlockLoop:
 
     def _block(self, index: int) -> Block:
         module = self.runner.block(index)
-        return Block(index, self.runner.name(index), module, prunable_linears(module))
+        return Block(index, self.runner.name(index), module, prunable_linears(module), find_expert_stacks(module))
 
     def _work(self, index: int, is_last: bool, following: int | None) -> None:
         seconds = {}
@@ -200,7 +216,7 @@ class BlockLoop:
     ) -> Tensor:
         """One forward of one batch, `here` on the device; raises `hook` for each sample with what was computed."""
         hidden_in = here.hidden
-        with recording(block.linears, self.needs()) as record:
+        with recording(block.linears, self.needs(), block.stacks) as record:
             hidden_out = forward(block.index, here)
         block.forwards += 1
         sites = record.sites()

@@ -15,10 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 from lvlm_prune.blocks import (
     BlockRunner,
     CheckpointFolder,
+    ExpertMatrix,
     ResidentWeights,
     StreamedWeights,
     Weights,
     build_skeleton,
+    find_expert_stacks,
     prunable_linears,
     resolve,
 )
@@ -134,6 +136,15 @@ class LVLMModule(L.LightningModule):
             f"{self.runner.name(index)}.{name}": linear
             for index in range(len(self.runner))
             for name, linear in prunable_linears(self.runner.block(index)).items()
+        }
+
+    def expert_matrices(self) -> dict[str, ExpertMatrix]:
+        """Full name of every matrix of a routed expert, in the order of the blocks."""
+        return {
+            f"{self.runner.name(index)}.{matrix.name}": matrix
+            for index in range(len(self.runner))
+            for stack in find_expert_stacks(self.runner.block(index))
+            for matrix in stack.matrices()
         }
 
     def weights(self, device: torch.device) -> Weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -13,18 +13,18 @@ from lvlm_prune.module import LVLMModule
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """One Linear that would be pruned.
+    """One Linear, or one tensor on disk that holds matrices of routed experts, that would be pruned.
 
     Args:
         name: Full module path.
         keys: Names on disk of the tensors that hold its weight.
-        shape: (C_out, C_in).
-        target: Target sparsity.
+        shape: (C_out, C_in); of a stack of experts the shape on disk.
+        target: Target sparsity; of a stack of experts their mean.
     """
 
     name: str
     keys: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     target: float
 
 
@@ -58,7 +58,7 @@ class Plan:
         keys = [", ".join(linear.keys) for linear in self.linears]
         width = max(map(len, keys))
         lines = [
-            f"{key:{width}}  {linear.shape[0]:>7} x {linear.shape[1]:<7} {linear.target:.4f}"
+            f"{key:{width}}  {' x '.join(f'{length:>7}' for length in linear.shape):>17} {linear.target:.4f}"
             for key, linear in zip(keys, self.linears)
         ]
         share = self.weights / max(self.model_weights, 1)
@@ -100,10 +100,7 @@ def make_plan(
     """
     assert module.folder is not None
     return Plan(
-        linears=tuple(
-            PlannedLinear(name, tuple(weights.keys_of(f"{name}.weight")), shapes[name], target)
-            for name, target in targets.items()
-        ),
+        linears=tuple(_planned(module, weights, targets, shapes)),
         weights=sum(prod(shapes[name]) for name in targets),
         model_weights=sum(prod(tensor.shape) for tensor in module.folder.tensors.values()),
         phases=footprint.phases(),
@@ -113,6 +110,24 @@ def make_plan(
         output_bytes=footprint.output_bytes,
         baseline=footprint.baseline,
     )
+
+
+def _planned(
+    module: LVLMModule, weights: StreamedWeights, targets: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
+) -> Iterator[PlannedLinear]:
+    assert module.folder is not None
+    experts = {
+        name: f"{name.removesuffix(matrix.name)}{matrix.parameter}" for name, matrix in module.expert_matrices().items()
+    }
+    stacks: dict[str, list[float]] = {}
+    for name, target in targets.items():
+        if name in experts:
+            stacks.setdefault(experts[name], []).append(target)
+        else:
+            yield PlannedLinear(name, tuple(weights.keys_of(f"{name}.weight")), shapes[name], target)
+    for parameter, own in stacks.items():
+        for key in weights.keys_of(parameter):
+            yield PlannedLinear(parameter, (key,), module.folder[key].shape, sum(own) / len(own))
 
 
 def _size(count: int) -> str:

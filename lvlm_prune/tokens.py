@@ -14,6 +14,9 @@ ATTENTION_NEEDS = frozenset({"attention_last", "attention_text_to_visual", "atte
 NEEDS = ATTENTION_NEEDS | {"outputs"}
 """Fields of `Tokens` that are filled only where a plugin declares that it needs them."""
 
+EXPERTS = "experts"
+"""Not a field: what a callback names that needs the inputs of routed experts."""
+
 
 @dataclass(frozen=True)
 class Tokens:

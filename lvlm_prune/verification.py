@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
+from lvlm_prune.blocks import CheckpointFolder, ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import RunError
 from lvlm_prune.patterns import ZeroCount
 
@@ -36,6 +36,7 @@ def verify_checkpoint(
     pruned: CheckpointFolder,
     weights: StreamedWeights,
     expectations: Mapping[str, Expectation],
+    experts: Mapping[str, ExpertMatrix] = {},
 ) -> dict[str, Any]:
     """Read both checkpoints tensor by tensor and compare.
 
@@ -47,7 +48,9 @@ def verify_checkpoint(
         dense: The input checkpoint.
         pruned: The output checkpoint.
         weights: Knows where on disk a weight of the model is, fused with others or not.
-        expectations: Full name of each pruned Linear -> what is promised of it.
+        expectations: Full name of each pruned Linear or expert matrix -> what is promised of it.
+        experts: Full name of each matrix of a routed expert -> where it is. Those of which nothing is promised are to
+            be as they were.
 
     Returns:
         Zeros per pruned Linear, their share of all, and the number of untouched tensors.
@@ -57,15 +60,28 @@ def verify_checkpoint(
     """
     zeros: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    touched = {key for name in expectations for key in weights.keys_of(f"{name}.weight")}
+    stacks: dict[str, list[str]] = {}
+    for name, matrix in experts.items():
+        stacks.setdefault(f"{name.removesuffix(matrix.name)}{matrix.parameter}", []).append(name)
+    stacks = {parameter: names for parameter, names in stacks.items() if not expectations.keys().isdisjoint(names)}
+    linears = {f"{name}.weight": name for name in expectations if name not in experts}
+    touched = {key for parameter in (*linears, *stacks) for key in weights.keys_of(parameter)}
     for key in dense:
         if key not in touched and not dense.same_bytes(key, pruned):
             raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
-    for name, expected in expectations.items():
-        before, after = (weights.stored(f"{name}.weight", folder) for folder in (dense, pruned))
-        _check(name, before, after, expected)
-        zeros[name] = int((after == 0).sum())
-        sizes[name] = after.numel()
+    for parameter, name in linears.items():
+        before, after = (weights.stored(parameter, folder) for folder in (dense, pruned))
+        _check(name, before, after, expectations[name])
+        zeros[name], sizes[name] = int((after == 0).sum()), after.numel()
+    for parameter, names in stacks.items():
+        both = [weights.stored(parameter, folder) for folder in (dense, pruned)]
+        for name in names:
+            before, after = (experts[name].of(stack).contiguous() for stack in both)
+            if name in expectations:
+                _check(name, before, after, expectations[name])
+                zeros[name], sizes[name] = int((after == 0).sum()), after.numel()
+            elif not _bits(before).equal(_bits(after)):
+                raise RunError(f"verification failed: expert {name} was to stay as it is, and differs")
     return {
         "zeros": zeros,
         "sparsity": sum(zeros.values()) / max(sum(sizes.values()), 1),
@@ -73,8 +89,12 @@ def verify_checkpoint(
     }
 
 
+def _bits(weight: Tensor) -> Tensor:
+    return weight.view(_BITS[weight.element_size()])
+
+
 def _check(name: str, before: Tensor, after: Tensor, expected: Expectation) -> None:
-    bits_before, bits_after = (weight.view(_BITS[weight.element_size()]) for weight in (before, after))
+    bits_before, bits_after = _bits(before), _bits(after)
     if not expected.updated and not ((bits_after == 0) | (bits_after == bits_before)).all():
         raise RunError(f"verification failed: remaining weights of {name} changed")
     if expected.updated and ((after == 0) & (bits_after != 0)).any():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lvlm_prune.blocks import Decoder, find_decoder, prunable_linears
 
@@ -50,12 +51,48 @@ def halve(block: nn.Module) -> None:
             rows.scatter_(1, smallest, 0)
 
 
+class _ExpertProducts(TorchFunctionMode):
+    """Sums up the squares of what each matrix of a stack of experts is multiplied with, seen at the product itself."""
+
+    def __init__(self, stacks: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.stacks = stacks
+        self.norms: dict[str, dict[int, Tensor]] = {name: {} for name in stacks}
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), keywords: Any = None) -> Any:
+        if getattr(function, "__name__", "") in ("linear", "matmul", "__matmul__", "bmm"):
+            tokens, weight = arguments[:2]
+            for name, stack in self.stacks.items():
+                first, matrix = (weight.data_ptr() - stack.data_ptr()) // stack[0].nbytes, weight.ndim == 2
+                if 0 <= first < len(stack):
+                    for index, own in enumerate([tokens] if matrix else tokens, first):
+                        squares = own.reshape(-1, own.shape[-1]).double().square().sum(0)
+                        self.norms[name][index] = self.norms[name].get(index, 0) + squares
+        return function(*arguments, **(keywords or {}))
+
+
+def compute_experts_one_by_one(model: nn.Module) -> nn.Module:
+    """Let a model compute its routed experts in a loop, as its family wrote it down."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "_experts_implementation", None):
+            module.config._experts_implementation = "eager"
+    return model
+
+
 @torch.no_grad()
-def prune_by_full_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def prune_by_full_forwards(
+    model: nn.Module, batches: list[dict[str, Tensor]], experts: bool = False
+) -> dict[str, Tensor]:
     """Wanda at 50%: a whole forward of the model for each block and sample.
 
+    Args:
+        model: The model; with `experts` one that computes them one by one.
+        batches: The samples.
+        experts: Prune the matrices of routed experts too.
+
     Returns:
-        Full name of each Linear that was called -> where its weight is zero afterwards.
+        Full name of each Linear that was called -> where its weight is zero afterwards; of each expert matrix likewise,
+        under the name `experts.7.down_proj`.
     """
     decoder, masks = find_decoder(model), {}
     for path, block in zip(decoder.names, decoder.layers):
@@ -63,10 +100,25 @@ def prune_by_full_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -
 
         linears = prunable_linears(block)
         hooks = [linear.register_forward_pre_hook(_add_to(norms, name)) for name, linear in linears.items()]
-        for batch in batches:
-            model(**batch, use_cache=False)
+        stacks = {
+            name: parameter.data
+            for name, parameter in block.named_parameters()
+            if experts and parameter.ndim == 3 and ".shared" not in name and "conv" not in name
+        }
+        with _ExpertProducts(stacks) as products:
+            for batch in batches:
+                model(**batch, use_cache=False)
         for hook in hooks:
             hook.remove()
+        for name, norms_of in products.norms.items():
+            parent, _, leaf = name.rpartition(".")
+            for index, squares in norms_of.items():
+                matrix = stacks[name][index]
+                if matrix.shape[1] != len(squares) or _is_transposed(block.get_submodule(parent)):
+                    matrix = matrix.T
+                lowest = (matrix.abs().double() * squares.sqrt()).argsort(dim=1, stable=True)
+                matrix.scatter_(1, lowest[:, : matrix.shape[1] // 2], 0.0)
+                masks[f"{path}.{parent}.{index}.{leaf}"] = matrix == 0
         for name, linear in linears.items():
             if name not in norms:
                 continue
@@ -75,6 +127,10 @@ def prune_by_full_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -
             linear.weight.data.scatter_(1, lowest, 0.0)
             masks[f"{path}.{name}"] = linear.weight == 0
     return masks
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return type(experts).__name__ in ("AriaExperts", "Llama4TextExperts")
 
 
 def _add_to(norms: dict[str, Tensor], name: str) -> Callable[..., None]:

@@ -160,7 +160,7 @@ def _pruned_folder(name: str, samples: list[Inputs]) -> dict[str, Any]:
         loaded, report = type(model).from_pretrained(dense, output_loading_info=True)
         lost_by_transformers = bool(report["missing_keys"] or report["unexpected_keys"])
         masks = prune_by_full_forwards(loaded.eval(), samples)
-        manifest = prune(dense, samples, BlockwisePruning(sparsity=0.5, pool=MixedPool()), pruned)
+        manifest = prune(dense, samples, BlockwisePruning(sparsity=0.5, pool=MixedPool(), experts="keep"), pruned)
         reloaded, report = type(model).from_pretrained(pruned, output_loading_info=True)
         lost = bool(report["missing_keys"] or report["unexpected_keys"])
     linears = {linear for linear, entry in manifest["linears"].items() if "note" not in entry}

@@ -166,8 +166,9 @@ def _rows(features: Any) -> int:
         return features.numel() // features.shape[-1]
     if isinstance(features, (tuple, list)):
         return sum(map(_rows, features))
-    if getattr(features, "deepstack_features", None):
-        return _rows(features.deepstack_features[0][1])
+    deep = getattr(features, "deepstack_features", None)
+    if deep and isinstance(deep[0][0], int):  # (block, features) pairs in place of features at the input
+        return _rows(deep[0][1])
     pooled = getattr(features, "pooler_output", None)
     return _rows(features.last_hidden_state if pooled is None else pooled)
 

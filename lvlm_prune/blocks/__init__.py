@@ -4,6 +4,7 @@ from lvlm_prune.blocks.capture import CaughtBatch
 from lvlm_prune.blocks.checkpoint import CheckpointFolder, TensorInfo
 from lvlm_prune.blocks.decoder import Decoder, find_decoder, prunable_linears
 from lvlm_prune.blocks.execution import BlockRunner
+from lvlm_prune.blocks.experts import ExpertMatrix, ExpertStack, find_expert_stacks
 from lvlm_prune.blocks.hub import resolve
 from lvlm_prune.blocks.modality import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, modality_of_tokens
 from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
@@ -22,6 +23,8 @@ __all__ = [
     "CaughtBatch",
     "CheckpointFolder",
     "Decoder",
+    "ExpertMatrix",
+    "ExpertStack",
     "Place",
     "Placement",
     "ResidentWeights",
@@ -31,6 +34,7 @@ __all__ = [
     "build_skeleton",
     "existing_folder",
     "find_decoder",
+    "find_expert_stacks",
     "modality_of_tokens",
     "place_batches",
     "prunable_linears",

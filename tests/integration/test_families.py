@@ -26,14 +26,15 @@ def test_masks_are_those_of_the_full_forward(family: str, tmp_path):
     model.save_pretrained(tmp_path / "dense", max_shard_size="60KB")
     batches = calibration(family, model)
     expected = prune_by_full_forwards(reference, batches)
-    method = BlockwisePruning(sparsity=0.5, pool=MixedPool())
+    method = BlockwisePruning(sparsity=0.5, pool=MixedPool(), experts="keep")
     manifest = prune(model, batches, method)
     assert set(expected) == {name for name, entry in manifest["linears"].items() if "note" not in entry}
     different = sum(int(((model.get_submodule(name).weight == 0) != mask).sum()) for name, mask in expected.items())
     total = sum(mask.numel() for mask in expected.values())
     assert different <= max(2, 1e-4 * total)
 
-    streamed = prune(tmp_path / "dense", batches, BlockwisePruning(sparsity=0.5, pool=MixedPool()), tmp_path / "pruned")
+    method = BlockwisePruning(sparsity=0.5, pool=MixedPool(), experts="keep")
+    streamed = prune(tmp_path / "dense", batches, method, tmp_path / "pruned")
     assert streamed["verified"]["sparsity"] == pytest.approx(0.5, abs=0.02)
     reloaded, report = type(model).from_pretrained(tmp_path / "pruned", dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
