@@ -9,7 +9,8 @@ on_survey_restored                 manifest -> plugins -> sparsity of each Linea
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lvlm_prune.activations import Activations
 from lvlm_prune.blocks.tail import DecoderTail
@@ -81,9 +82,11 @@ class PluginSurvey(PruneCallback):
     ) -> None:
         """Show the sample to each plugin that takes it."""
         linears = self._linears(block)
-        inputs = {
-            name: tokens for site, tokens, _ in sample.site_inputs() for name in sample.sites[site] if name in linears
-        }
+        inputs: dict[str, Tensor] = {}
+        for site, tokens, _ in sample.site_inputs():
+            for name in sample.sites[site]:
+                if name in linears:
+                    inputs[name] = torch.cat([inputs[name], tokens]) if name in inputs else tokens
         for option, plugin in self.surveyors.items():
             if sample.sample not in self._samples[option]:
                 continue

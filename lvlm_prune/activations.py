@@ -64,6 +64,7 @@ class Recording:
     """What a block computed in one forward of one batch: inputs of its Linears, and what else was asked for."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    later_inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Recording:
 
         Raises:
             RuntimeError: The block changed the input of a Linear in place afterwards.
+            RunError: The block calls a Linear several times that shares its first input with others.
         """
         leaders: dict[tuple, str] = {}
         sites: dict[str, list[str]] = {}
@@ -83,6 +85,10 @@ class Recording:
             # All recorded inputs are alive, so equal storage means the same tensor, be it through another view object.
             leader = leaders.setdefault((value.data_ptr(), value.shape, value.stride()), name)
             sites.setdefault(leader, []).append(name)
+        for linears in sites.values():
+            called_again = next((name for name in linears if name in self.later_inputs), None)
+            if called_again is not None and len(linears) > 1:
+                raise RunError(f"{called_again} is called more than once in one forward and shares its first input")
         return sites
 
 
@@ -102,9 +108,12 @@ def recording(
 
     def hook(name: str):
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name in record.inputs:
-                raise RunError(f"{name} is called more than once in one forward of its block, which is not supported")
-            record.inputs[name], record.versions[name] = args[0], args[0]._version
+            if name not in record.inputs:
+                record.inputs[name], record.versions[name] = args[0], args[0]._version
+            elif "outputs" in needs:
+                raise RunError(f"{name} is called more than once in one forward of its block: its output is not one")
+            else:
+                record.later_inputs.setdefault(name, []).append(args[0])
 
         return keep_input
 
@@ -210,10 +219,12 @@ class Activations:
         """Each site's input: (site, tokens of shape (n, C_in), how often each decoder token occurs in them).
 
         The count is 1 for ordinary sites (n = T), k where k streams run side by side (n = k T, stream by stream), and
-        0 where the tokens are not the decoder's own, as in the keys and values of cross-attention.
+        0 where the tokens are not the decoder's own, as in the keys and values of cross-attention. A Linear that the
+        block calls several times comes once for each call.
         """
         for site in self.sites:
-            yield site, *self._flatten(self._record.inputs[site])
+            for inputs in (self._record.inputs[site], *self._record.later_inputs.get(site, ())):
+                yield site, *self._flatten(inputs)
 
     def routed_inputs(self) -> Iterator[RoutedInput]:
         """What each matrix of a routed expert was fed, with the decoder tokens behind it; needs `tokens.EXPERTS`."""

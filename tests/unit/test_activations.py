@@ -90,10 +90,31 @@ def test_an_input_changed_in_place_is_noticed():
         record.sites()
 
 
-def test_a_linear_that_is_called_twice_is_refused_rather_than_half_counted():
+def test_a_linear_that_is_called_twice_is_refused_where_its_one_output_is_asked_for():
     linear = nn.Linear(4, 4)
-    with recording({"linear": linear}), pytest.raises(RunError, match="more than once"), torch.no_grad():
+    needs = frozenset({"outputs"})
+    with recording({"linear": linear}, needs), pytest.raises(RunError, match="more than once"), torch.no_grad():
         linear(linear(torch.randn(1, 3, 4)))
+
+
+def test_every_call_of_a_linear_counts(padded):
+    linear, row = nn.Linear(4, 4), rows_of(padded, Config(), [10, 11])[1]
+    with recording({"linear": linear}) as record, torch.no_grad():
+        linear(padded.hidden)
+        linear(padded.hidden * 2)
+    sample = Activations(row, record, record.sites(), padded.hidden, padded.hidden, block=3)
+    first, second = (inputs for _, inputs, _ in sample.site_inputs())
+    assert torch.equal(first, padded.hidden[1, 2:])
+    assert torch.equal(second, padded.hidden[1, 2:] * 2)
+
+
+def test_a_linear_called_twice_that_shares_its_input_is_refused():
+    linears, shared = {name: nn.Linear(4, 4) for name in ("q", "k")}, torch.randn(1, 3, 4)
+    with recording(linears) as record, torch.no_grad():
+        linears["q"](shared)
+        linears["k"](linears["k"](shared))
+    with pytest.raises(RunError, match="shares its first input"):
+        record.sites()
 
 
 def test_hooks_are_gone_afterwards():
