@@ -66,6 +66,8 @@ class SparseCheckpointWriter(PruneCallback):
             trainer.manifest[key] = started[key]
         if "survey" in started:
             trainer.manifest["survey"] = started["survey"]
+        # Without calibration nothing else would keep the writing process from going on to the next state of the file.
+        trainer.processes.barrier()
 
     def _start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
         assert pl_module.folder is not None

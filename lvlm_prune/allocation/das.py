@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.allocation.base import Allocation, block_of
-from lvlm_prune.allocation.water_filling import checked_maximum, fill_groups, largest_sparsity
+from lvlm_prune.allocation.base import block_of
+from lvlm_prune.allocation.water_filling import WaterFillingAllocation
 from lvlm_prune.diversity import Pairs, mean_diversity, modality_diversity
 from lvlm_prune.errors import InputError
 from lvlm_prune.survey import SumOverProcesses
@@ -16,7 +16,7 @@ from lvlm_prune.tokens import Tokens
 Variant = Literal["linears", "all_token", "per_block"]
 
 
-class DASAllocation(Allocation):
+class DASAllocation(WaterFillingAllocation):
     r"""Sparsity inversely related to the diversity of a Linear's output tokens (TAMP, ACL Findings 2025, section 3.2).
 
     .. math:: c_l = \operatorname{mean}_{samples} \tfrac13 (s_v + s_l + s_{vl})
@@ -64,13 +64,9 @@ class DASAllocation(Allocation):
         self.variant: Variant = variant
         self.pairs: Pairs = pairs
         self.aggregate = aggregate
-        self.max_sparsity = checked_maximum(max_sparsity)
+        super().__init__(max_sparsity)
         self._sums: dict[str, list[float]] = {}
         self._diversity: dict[str, float] = {}
-
-    def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
-        """Refuse a target above the maximum."""
-        largest_sparsity(sparsity, self.max_sparsity)
 
     def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:
         """Diversity of the outputs of each Linear."""
@@ -117,5 +113,4 @@ class DASAllocation(Allocation):
             groups = {name: block_of(name) for name in shapes}
             members = {group: sum(other == group for other in groups.values()) for group in groups.values()}
             scores = {name: score / members[groups[name]] for name, score in scores.items()}
-        maximum = largest_sparsity(sparsity, self.max_sparsity)
-        return fill_groups(scores, shapes, groups, sparsity, maximum, average=self.aggregate == "avg")
+        return self.fill(scores, shapes, groups, sparsity, average=self.aggregate == "avg")

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.allocation.base import Allocation, block_of
-from lvlm_prune.allocation.water_filling import checked_maximum, fill_groups, largest_sparsity
+from lvlm_prune.allocation.base import block_of
+from lvlm_prune.allocation.water_filling import WaterFillingAllocation
 from lvlm_prune.blocks.tail import Change, DecoderTail
 from lvlm_prune.errors import InputError
 from lvlm_prune.survey import SumOverProcesses
 
 
-class ECoFLaPAllocation(Allocation):
+class ECoFLaPAllocation(WaterFillingAllocation):
     r"""Sparsity from zeroth-order sensitivity of the loss (ECoFLaP, ICLR 2024).
 
     .. math:: c_l = \sum_{samples} \frac{|L(W_l + \epsilon z) - L(W_l - \epsilon z)|}{2 \epsilon}, \quad
@@ -69,13 +69,9 @@ class ECoFLaPAllocation(Allocation):
         self.epsilon = epsilon
         self.samples = self.survey_samples = samples
         self.seed = seed
-        self.max_sparsity = checked_maximum(max_sparsity)
+        super().__init__(max_sparsity)
         self._sums: dict[str, float] = {}
         self._importance: dict[str, float] = {}
-
-    def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
-        """Refuse a target above the maximum."""
-        largest_sparsity(sparsity, self.max_sparsity)
 
     def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail) -> str:
         """Block forwards and losses of this process, and the seconds that they will take about."""
@@ -130,10 +126,9 @@ class ECoFLaPAllocation(Allocation):
 
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:
         """Water-filling over the attention and the MLP of each block."""
-        maximum = largest_sparsity(sparsity, self.max_sparsity)
         groups = {name: f"{block_of(name)}/{'attention' if _in_attention(name) else 'MLP'}" for name in shapes}
         scores = {name: self._importance[name] for name in shapes}
-        return fill_groups(scores, shapes, groups, sparsity, maximum)
+        return self.fill(scores, shapes, groups, sparsity)
 
 
 def _in_attention(name: str) -> bool:

@@ -8,6 +8,7 @@ keep │ ██ full      each group first keeps what the largest allowed sparsi
 
 from collections.abc import Mapping, Sequence
 
+from lvlm_prune.allocation.base import Allocation
 from lvlm_prune.errors import InputError
 
 MARGIN = 0.1
@@ -103,24 +104,40 @@ def fill_groups(
     return {name: found[groups[name]] for name in shapes}
 
 
-def largest_sparsity(sparsity: float, max_sparsity: float | None) -> float:
-    """The largest sparsity that a Linear may get: as given, or 0.1 above the target.
+class WaterFillingAllocation(Allocation):
+    """An allocation that deals out by water-filling. Subclass it and call `fill` with the scores.
+
+    Args:
+        max_sparsity: Largest sparsity that a group may get. Default: 0.1 above the target.
 
     Raises:
-        InputError: The target is larger than the maximum.
+        InputError: `max_sparsity` is no share.
     """
-    if max_sparsity is not None and sparsity > max_sparsity:
-        problem = f"below the target {sparsity:g}, which no allocation can reach under this maximum"
-        raise InputError("pruning.allocation.max_sparsity", max_sparsity, problem)
-    return min(sparsity + MARGIN, 1.0) if max_sparsity is None else max_sparsity
 
+    def __init__(self, max_sparsity: float | None = None) -> None:
+        if max_sparsity is not None and not 0 < max_sparsity <= 1:
+            raise InputError("pruning.allocation.max_sparsity", max_sparsity, "must be larger than 0, and at most 1")
+        self.max_sparsity = max_sparsity
 
-def checked_maximum(max_sparsity: float | None) -> float | None:
-    """`max_sparsity` as it is.
+    def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
+        """Refuse a target above the maximum."""
+        self._maximum(sparsity)
 
-    Raises:
-        InputError: It is no share.
-    """
-    if max_sparsity is not None and not 0 < max_sparsity <= 1:
-        raise InputError("pruning.allocation.max_sparsity", max_sparsity, "must be larger than 0, and at most 1")
-    return max_sparsity
+    def fill(
+        self,
+        scores: Mapping[str, float],
+        shapes: Mapping[str, tuple[int, int]],
+        groups: Mapping[str, str],
+        sparsity: float,
+        average: bool = False,
+    ) -> dict[str, float]:
+        """Sparsity of each Linear, see `fill_groups`."""
+        return fill_groups(scores, shapes, groups, sparsity, self._maximum(sparsity), average)
+
+    def _maximum(self, sparsity: float) -> float:
+        if self.max_sparsity is None:
+            return min(sparsity + MARGIN, 1.0)
+        if sparsity > self.max_sparsity:
+            problem = f"below the target {sparsity:g}, which no allocation can reach under this maximum"
+            raise InputError("pruning.allocation.max_sparsity", self.max_sparsity, problem)
+        return self.max_sparsity

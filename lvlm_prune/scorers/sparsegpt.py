@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.patterns import Pattern, SemiStructured, ZeroCount
+from lvlm_prune.patterns import Pattern, SemiStructured, ZeroCount, kth_lowest
 from lvlm_prune.scorers.base import Scorer
 from lvlm_prune.statistics import Gram, Statistic
 
@@ -161,10 +161,10 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
     columns = weight.T.contiguous()
     spread = upper / upper.diagonal()[:, None]
     if isinstance(pattern, SemiStructured):
-        gone = torch.zeros_like(columns, dtype=torch.bool)
+        gone = torch.zeros_like(columns)
     else:
         score = _score(weight, upper)
-        gone = (score <= score.flatten().kthvalue(int(score.numel() * sparsity) + 1).values).T.contiguous()
+        gone = (score <= kth_lowest(score.reshape(1, -1), int(score.numel() * sparsity) + 1)).float().T.contiguous()
     few = _NEXT_COLUMNS
     if isinstance(pattern, SemiStructured):
         few = _multiple(few, pattern.group_size)
@@ -176,4 +176,4 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
                 gone[group] = pattern.mask(_score(columns[group].T, upper[group, group]), sparsity).T
             columns[index + 1 : end].addr_(spread[index, index + 1 : end], columns[index] * gone[index], alpha=-1)
         columns[end:] -= spread[start:end, end:].T @ (columns[start:end] * gone[start:end])
-    return columns.T, gone.T
+    return columns.T, gone.T.bool()

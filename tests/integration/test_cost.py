@@ -22,7 +22,6 @@ SAMPLES, LINEARS, SITES = 8, 7, 4  # q/k/v share a site, gate/up share one
 OPERATIONS = {
     "aten::sort": "sorts",
     "aten::argsort": "sorts",
-    "aten::kthvalue": "partitions",
     "aten::topk": "nearest neighbours",
     "aten::linalg_cholesky_ex": "factorisations",
     "aten::_linalg_eigh": "eigenvalues",
@@ -85,6 +84,9 @@ def count(monkeypatch):
                     f"{module}.modality_diversity",
                     counted(lvlm_prune.diversity.modality_diversity, "diversities"),
                 )
+            partition = counted(lvlm_prune.patterns.kth_lowest, "partitions")
+            for module in ("lvlm_prune.patterns", "lvlm_prune.scorers.sparsegpt"):
+                patch.setattr(f"{module}.kth_lowest", partition)
             patch.setattr(
                 "lvlm_prune.pools.amia.inner_products",
                 counted(lvlm_prune.products.inner_products, "kernels"),
