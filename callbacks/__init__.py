@@ -6,12 +6,14 @@ from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation
 from lvlm_prune.callbacks.frozen_masks import FrozenMasks
 from lvlm_prune.callbacks.progress import PruneProgressBar
 from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.callbacks.reconstruction import BlockwiseReconstruction
 from lvlm_prune.callbacks.report import PruningReport
 from lvlm_prune.callbacks.sparse_lora import SparseLoRA
 from lvlm_prune.callbacks.survey import PluginSurvey
 
 __all__ = [
     "BlockwisePruning",
+    "BlockwiseReconstruction",
     "EmbeddedEvaluation",
     "FrozenMasks",
     "PluginSurvey",

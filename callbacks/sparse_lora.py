@@ -4,6 +4,7 @@ trainer = LVLMTrainer(callbacks=[SparseLoRA(rank=8)])
 trainer.recover(LVLMModule("runs/my-pruned-model"), RecoveryDataModule(), output="runs/recovered")
 """
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.recovery.masked_lora import Gradient
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from lvlm_prune.module import LVLMModule
 
 
@@ -56,16 +59,32 @@ class SparseLoRA(Callback):
         self.rank, self.alpha, self.dropout, self.gradient, self.seed = rank, alpha, dropout, gradient, seed
         self.targets = [targets] if isinstance(targets, str) else list(targets)
 
-    def select(self, pl_module: "LVLMModule") -> list[str]:
+    def select(self, pruned: Iterable[str]) -> list[str]:
         """Paths of the Linears that get an adapter.
+
+        Args:
+            pruned: Paths of all pruned Linears.
 
         Raises:
             InputError: A pattern matches no pruned Linear.
         """
+        pruned = list(pruned)
         for pattern in self.targets:
-            if not any(fnmatchcase(name, pattern) for name in pl_module.pruned):
+            if not any(fnmatchcase(name, pattern) for name in pruned):
                 raise InputError("lora.targets", pattern, "matches no pruned Linear of the decoder blocks")
-        return [name for name in pl_module.pruned if any(fnmatchcase(name, pattern) for pattern in self.targets)]
+        return [name for name in pruned if any(fnmatchcase(name, pattern) for pattern in self.targets)]
+
+    def config(self, selected: list[str]) -> "LoraConfig":
+        """What PEFT is to know about the adapters of these Linears."""
+        from lvlm_prune.recovery.adapter_layer import sparse_lora_config
+
+        return sparse_lora_config(
+            self.gradient,
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=selected,
+        )
 
     def setup(self, trainer: Trainer, pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Inject the adapters, before the optimizer is made."""
@@ -77,30 +96,18 @@ class SparseLoRA(Callback):
         """Put an adapter on each selected Linear of a loaded model; nothing else is trainable afterwards."""
         from peft import inject_adapter_in_model
 
-        from lvlm_prune.recovery.adapter_layer import SparseLoraLinear, sparse_lora_config
+        from lvlm_prune.recovery.adapter_layer import SparseLoraLinear
 
-        selected = self.select(pl_module)
-        config = sparse_lora_config(
-            self.gradient,
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=selected,
-        )
+        selected = self.select(pl_module.pruned)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            inject_adapter_in_model(config, pl_module.model)
+            inject_adapter_in_model(self.config(selected), pl_module.model)
         layers = {
             path: module for path, module in pl_module.model.named_modules() if isinstance(module, SparseLoraLinear)
         }
         pl_module.adapted = {name: layers[name] for name in selected}
         for layer in layers.values():
-            # PEFT gives adapters the dtype of their base, in which small steps would be rounded away.
-            for part in (layer.lora_A, layer.lora_B):
-                part.float()
-            # The base stays in evaluation mode; dropout on the way to an adapter is all that training adds.
-            layer.train()
-            layer.get_base_layer().eval()
+            layer.prepare_to_train()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Dropout follows from the number of the batch: a resumed run draws what an uninterrupted one would."""

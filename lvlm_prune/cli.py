@@ -31,6 +31,8 @@ _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": _QUIET | {"enable_checkpointing": False},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
+# Options of `recover` that a method does not use.
+_LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
 
 
 class LVLMParser(LightningArgumentParser):
@@ -48,7 +50,7 @@ class LVLMCLI(LightningCLI):
 
     Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data`, `output`, `resume`, `evaluate`; for
     `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `recover`, whose data is a
-    RecoveryDataModule, `lora` (SparseLoRA), `method` and `optimization`.
+    RecoveryDataModule, `lora` (SparseLoRA), `method`, `optimization`, `dense`, `distillation` and `reconstruction`.
     """
 
     _verb: str
@@ -74,7 +76,7 @@ class LVLMCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a configuration file that gives a plain value where options belong."""
-        for key in ("trainer", "model", "data", "pruning", "lora", "optimization"):
+        for key in ("trainer", "model", "data", "pruning", "lora", "optimization", "distillation", "reconstruction"):
             value = self._get(self.config, key)
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
@@ -99,18 +101,17 @@ class LVLMCLI(LightningCLI):
         self.trainer.run_config = self._run_config("prune")
 
     def before_recover(self) -> None:
-        """The same, and refuse options of LoRA where none is trained.
+        """The same, and refuse options of what the method leaves out.
 
         Raises:
-            InputError: The method is `full`, and an option of `lora` is not at its default.
+            InputError: One of them is not at its default.
         """
         config = self.trainer.run_config = self._run_config("recover")
-        if config["method"] == "full":
-            lora = config.pop("lora")
-            defaults = self._parser("recover").get_defaults()["lora"]
-            for name, value in lora.items():
-                if value != defaults[name]:
-                    raise InputError(f"lora.{name}", value, "does nothing with --method full")
+        defaults = self._parser("recover").get_defaults()
+        for section in _LEFT_OUT[config["method"]]:
+            for name, value in config.pop(section).items():
+                if value != defaults[section][name]:
+                    raise InputError(f"{section}.{name}", value, f"does nothing with --method {config['method']}")
 
     def _run_config(self, verb: str) -> dict[str, Any]:
         parser, values = self._parser(verb), self.config[verb]

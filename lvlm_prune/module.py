@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,12 @@ from lvlm_prune.blocks import (
     prunable_linears,
     resolve,
 )
+from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
+from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.errors import InputError
+from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.masks import pruned_linears
 from lvlm_prune.recovery.optimization import Optimization
 
@@ -59,6 +63,7 @@ class LVLMModule(L.LightningModule):
         self.processor: Any = None
         self.runner: BlockRunner
         self.optimization = Optimization()
+        self.teacher: Teacher | None = None
         self.pruned: dict[str, nn.Linear] = {}
         self.adapted: dict[str, nn.Module] = {}
         # A training checkpoint holds what is trained; the base is read from its own folder.
@@ -109,6 +114,30 @@ class LVLMModule(L.LightningModule):
         """
         if self.pruned:
             return
+        self.load_whole()
+        pruned = pruned_linears(self.linears())
+        self.refuse_unpruned(pruned)
+        self.pruned = pruned
+        for linear in self.pruned.values():
+            # Tools that multiply with a mask leave -0.0 behind.
+            linear.weight.data.masked_fill_(linear.weight == 0, 0.0)
+
+    def refuse_unpruned(self, pruned: Collection[str]) -> None:
+        """Raise where the names of the pruned Linears are none.
+
+        Raises:
+            InputError: They are none.
+        """
+        if not pruned:
+            problem = "no Linear of its decoder blocks is pruned; make it sparse with `lvlm-prune prune` first"
+            raise InputError("model.path", self.path, problem)
+
+    def load_whole(self) -> None:
+        """Bring the whole model into memory, pruned or not.
+
+        Raises:
+            InputError: The checkpoint cannot be used.
+        """
         self.open()
         if self.folder is not None:
             attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
@@ -122,13 +151,6 @@ class LVLMModule(L.LightningModule):
             )
             self.model = loaded.eval().requires_grad_(False)
             self.runner = BlockRunner(self.model)
-        self.pruned = pruned_linears(self.linears())
-        if not self.pruned:
-            problem = "no Linear of its decoder blocks is pruned; make it sparse with `lvlm-prune prune` first"
-            raise InputError("model.path", self.path, problem)
-        for linear in self.pruned.values():
-            # Tools that multiply with a mask leave -0.0 behind.
-            linear.weight.data.masked_fill_(linear.weight == 0, 0.0)
 
     def linears(self) -> dict[str, nn.Linear]:
         """Full name of every Linear of the decoder blocks that could be pruned, in the order of the blocks."""
@@ -159,34 +181,50 @@ class LVLMModule(L.LightningModule):
         return next(self.runner.block(0).parameters()).dtype
 
     # ---- training ----------------------------------------------------------------------------------------------------
-    def answer_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Cross-entropy of the answer tokens, summed over a batch, and their number."""
-        total, count = torch.zeros((), device=self.device), 0
-        for group in batch:
-            inputs = {name: self._cast(value) for name, value in group.items() if name != "labels"}
-            predicted = group["labels"][:, 1:]
-            # Nobody asks for logits before the first answer token: behind an image they are the most.
-            first = int((predicted != IGNORED).any(dim=0).nonzero()[0])
-            if self._takes_logits_to_keep:
-                inputs["logits_to_keep"] = predicted.shape[1] - first + 1
-            logits = self.model(**inputs, use_cache=False).logits
-            logits = logits[:, -(predicted.shape[1] - first + 1) : -1].float()
-            target = predicted[:, first:]
-            loss = cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
-            total, count = total + loss, count + int((target != IGNORED).sum())
-        return total, count
+    def answer_logits(self, group: Inputs) -> tuple[Tensor, Tensor]:
+        """What the model says where answer tokens follow, in a group of samples that can be stacked.
+
+        Returns:
+            Logits, float32 of shape (answer tokens, vocabulary), sample by sample; the tokens, int64.
+        """
+        inputs = {name: self._cast(value) for name, value in group.items() if name not in ("labels", SAMPLE_NUMBER)}
+        predicted = group["labels"][:, 1:]
+        # Nobody asks for logits before the first answer token: behind an image they are the most.
+        first = int((predicted != IGNORED).any(dim=0).nonzero()[0])
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = predicted.shape[1] - first + 1
+        logits = self.model(**inputs, use_cache=False).logits
+        answers = predicted[:, first:] != IGNORED
+        return logits[:, -(predicted.shape[1] - first + 1) : -1][answers].float(), predicted[:, first:][answers]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch's answer tokens."""
-        total, count = self.answer_loss(batch)
+        """Mean cross-entropy of the batch's answer tokens, mixed with the divergence from the dense model if asked."""
+        total, divergence, count = self.answer_losses(batch)
         loss = total / count
+        if self.teacher is not None:
+            self.log("train_cross_entropy", loss, batch_size=count)
+            self.log("train_divergence", divergence / count, batch_size=count)
+            loss = self.teacher.options.mixed(loss, divergence / count)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
         return loss
 
+    def answer_losses(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Cross-entropy and (with a teacher, else 0) divergence, summed over a batch's answer tokens; their number."""
+        total, divergence, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
+        for group in batch:
+            logits, target = self.answer_logits(group)
+            total = total + cross_entropy(logits, target, reduction="sum")
+            count += len(target)
+            if self.teacher is not None:
+                divergence = divergence + self.teacher.divergence(logits, group[SAMPLE_NUMBER].tolist())
+        return total, divergence, count
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log `validation_loss`, the mean over all answer tokens of the validation samples."""
-        total, count = self.answer_loss(batch)
+        """Log `validation_loss`, the mean cross-entropy of all answer tokens of the validation samples."""
+        total, divergence, count = self.answer_losses(batch)
         self.log("validation_loss", total / count, prog_bar=True, batch_size=count, sync_dist=True)
+        if self.teacher is not None:
+            self.log("validation_divergence", divergence / count, batch_size=count, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trainable; see `Optimization`."""

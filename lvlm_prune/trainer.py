@@ -55,7 +55,9 @@ from lvlm_prune.output_folder import choose_folder, folder_bytes
 from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe
 from lvlm_prune.processes import Processes
+from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
+from lvlm_prune.recovery.reconstruction import Reconstruction
 from lvlm_prune.survey import surveyed_samples
 
 
@@ -173,8 +175,11 @@ class LVLMTrainer(L.Trainer):
         output: str = "",
         resume: bool = False,
         evaluate: bool = True,
-        method: Literal["lora", "full"] = "lora",
+        method: Literal["lora", "full", "blockwise"] = "lora",
         optimization: Optimization = Optimization(),  # noqa: B008  (jsonargparse shows its fields; never changed)
+        dense: str = "",
+        distillation: Distillation = Distillation(),  # noqa: B008
+        reconstruction: Reconstruction = Reconstruction(),  # noqa: B008
     ) -> Manifest:
         """Train a pruned checkpoint to give back accuracy; every pruned weight stays zero.
 
@@ -184,15 +189,24 @@ class LVLMTrainer(L.Trainer):
             output: Folder to write, new or empty. Default: `runs/<model>-recovered`.
             resume: Go on with the unfinished run in `output`, from its last validation.
             evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
-            method: Train sparse LoRA adapters, or the pruned Linears themselves (`full`).
+            method: Train sparse LoRA adapters on answers, or the pruned Linears themselves (`full`); or fit the
+                adapters of each block to the dense block's outputs, one block in memory at a time (`blockwise`).
             optimization: Learning rate and its schedule.
+            dense: Dense checkpoint, for distillation and `blockwise`. Default: the one that the pruned model's record
+                names.
+            distillation: How far the dense model's own answers count in the loss.
+            reconstruction: How the adapters of a block are fitted.
 
         Returns:
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
-        from lvlm_prune.recovery.run import RecoveryRun
+        from lvlm_prune.recovery.blockwise import BlockwiseRun
+        from lvlm_prune.recovery.fitting import FittingRun
+        from lvlm_prune.recovery.run import Recipe, RecoveryRun
 
-        run = RecoveryRun(self, model, datamodule, output, resume, evaluate, method, optimization)
+        recipe = Recipe(method, optimization, dense, distillation, reconstruction)
+        kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
+        run = kind(self, model, datamodule, recipe, output, resume, evaluate)
         self.output_folder = run.folder
         return run()
 

@@ -34,7 +34,7 @@ class BlockRunner:
     is the model's own forward bit for bit, also when blocks are changed on the way. Nothing here knows a model family.
 
     For each batch the blocks must be run in order, from the first to the last: some hand keys and values to later ones.
-    Gradients are off throughout.
+    Gradients are off but in `run_with_gradients`.
 
     Args:
         model: A transformers model in eval mode. Its blocks may be on the meta device while batches are caught.
@@ -139,6 +139,14 @@ class BlockRunner:
 
         Where the decoder skips this block, the output is `batch.hidden` itself.
         """
+        return self._run(i, batch)
+
+    @torch.enable_grad()
+    def run_with_gradients(self, i: int, batch: CaughtBatch) -> Tensor:
+        """The same as `run`, for backward to whatever in block `i` requires gradients."""
+        return self._run(i, batch)
+
+    def _run(self, i: int, batch: CaughtBatch) -> Tensor:
         if not self.calls(i, batch):
             return batch.hidden
         # What the block leaves behind for later blocks must not be there when it runs again.

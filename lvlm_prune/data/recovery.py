@@ -7,12 +7,16 @@ trainer.fit(module, datamodule=data)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import lazy_instance
+from torch.utils.data import DataLoader, Dataset
 
-from lvlm_prune.data.batches import Inputs
+from lvlm_prune.data.batches import Inputs, digest, fingerprint
 from lvlm_prune.data.bucketing import BucketedLoader
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedQuestions
@@ -21,8 +25,29 @@ from lvlm_prune.data.processing import pad_token_of
 from lvlm_prune.data.selection import choose
 from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.plugins import own_instance, plugin_class
 
 _LARGEST_DEFAULT_VALIDATION = 128
+
+SAMPLE_NUMBER = "sample_number"
+"""Entry of every sample beside its model inputs: its number in the source, int64 of shape (1,)."""
+
+
+@dataclass
+class Examination:
+    """What going through all samples once has shown.
+
+    Args:
+        tokens: Tokens of all samples.
+        longest: Tokens of the longest one.
+        answers: Tokens that are to be learnt.
+        fingerprint: SHA-256 of all samples, training before validation.
+    """
+
+    tokens: int
+    longest: int
+    answers: int
+    fingerprint: str
 
 
 class RecoveryDataModule(L.LightningDataModule):
@@ -59,7 +84,8 @@ class RecoveryDataModule(L.LightningDataModule):
         ):
             if value is not None and value < least:
                 raise InputError(f"data.{name}", value, f"must be at least {least}")
-        self.source, self.num_samples, self.validation_samples = source, num_samples, validation_samples
+        self.source, self.num_samples = own_instance(source), num_samples
+        self.validation_samples = validation_samples
         self.seed, self.batch_size, self.num_workers = seed, batch_size, num_workers
         self.train_indices: list[int] = []
         self.validation_indices: list[int] = []
@@ -78,10 +104,10 @@ class RecoveryDataModule(L.LightningDataModule):
         self._processor, self._context_length = processor, context_length
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the source, choose and split the samples, and check what can be checked without encoding them.
+        """Open the source, choose and split the samples, and check what can be checked without reading them all.
 
         Raises:
-            InputError: The source cannot be read or holds too few samples, or the first sample has no answer.
+            InputError: The source cannot be read or holds too few samples, or a sample is visibly wrong.
         """
         if self.train_indices:
             return
@@ -101,15 +127,27 @@ class RecoveryDataModule(L.LightningDataModule):
         self.validation_indices = [number for place, number in enumerate(selection) if place in validation]
         self.train_indices = [number for place, number in enumerate(selection) if place not in validation]
         self.source.verify(selection)
-        # Ready-made inputs are cheap to read, so all are checked; of conversations the first one tells the format.
-        for number in selection[:1] if self.source.needs_processor else selection:
-            try:
-                self._refuse_unanswered(self.source[number])
-            except RunError as error:
-                raise InputError("data.source", type(self.source).__name__, f"sample {number} {error}") from None
+
+    def examine(self) -> Examination:
+        """Go through all samples once, before anything is trained on them.
+
+        Raises:
+            InputError: A sample is broken, has no answer, or is longer than the model's context.
+        """
+        samples = [*self.train_indices, *self.validation_indices]
+        examined = _Examined(self, samples)
+        lengths, answers, digests = [], 0, []
+        for found in DataLoader(examined, batch_size=None, num_workers=self.num_workers):
+            if isinstance(found, str):
+                raise InputError("data.source", plugin_class(self.source).__name__, found)
+            length, count, content = found
+            lengths.append(length)
+            answers += count
+            digests.append(content)
+        return Examination(sum(lengths), max(lengths), answers, fingerprint(digests))
 
     def encode(self, number: int) -> Inputs:
-        """Model inputs of a sample of the source, with `labels`.
+        """Model inputs of a sample of the source, with `labels` and its number.
 
         Raises:
             RunError: The sample is broken, has no answer, or is longer than the model's context.
@@ -118,7 +156,7 @@ class RecoveryDataModule(L.LightningDataModule):
         try:
             sample = self.source[number]
             name = getattr(sample, "id", "") or name
-            self._refuse_unanswered(sample)
+            self._refuse_unlabelled(sample)
             inputs = self._encode(sample)
             length = inputs["input_ids"].shape[1]
             if self._context_length is not None and length > self._context_length:
@@ -126,8 +164,8 @@ class RecoveryDataModule(L.LightningDataModule):
             if not (inputs["labels"][:, 1:] != IGNORED).any():
                 raise RunError("has no answer tokens: nothing could be learnt from it")
         except RunError as error:
-            raise RunError(f"recovery data, {name}: {error}") from None
-        return inputs
+            raise RunError(f"{name}: {error}") from None
+        return inputs | {SAMPLE_NUMBER: torch.tensor([number])}
 
     def _encode(self, sample: Any) -> Inputs:
         if not isinstance(sample, (Conversation, Document)):
@@ -138,24 +176,17 @@ class RecoveryDataModule(L.LightningDataModule):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(f"{type(self._processor).__name__} refuses it: {reason}") from error
 
-    def _refuse_unanswered(self, sample: Any) -> None:
-        """Raise for a sample without anything to learn, as far as that is seen before it is encoded."""
-        if isinstance(sample, Document):
-            return
+    def _refuse_unlabelled(self, sample: Any) -> None:
+        """Raise for a sample that says nowhere what is to be learnt."""
         if isinstance(sample, Conversation):
             if not any(message["role"] == "assistant" for message in sample.messages):
                 raise RunError("has no answer: no turn of the assistant to learn from")
-            return
-        if "labels" not in sample:
-            raise RunError("has no answer tokens: ready-made inputs need an entry `labels` (-100 where none is)")
-        if sample["labels"].shape != sample["input_ids"].shape:
-            shapes = f"{tuple(sample['labels'].shape)}, input_ids {tuple(sample['input_ids'].shape)}"
-            raise RunError(f"has labels of shape {shapes}; they must agree")
-        length = sample["input_ids"].shape[1]
-        if self._context_length is not None and length > self._context_length:
-            raise RunError(f"has {length} tokens, the model's context is {self._context_length}; shorten it")
-        if not (sample["labels"][:, 1:] != IGNORED).any():
-            raise RunError("has no answer tokens: all labels are -100")
+        elif not isinstance(sample, Document):
+            if "labels" not in sample:
+                raise RunError("has no answer tokens: ready-made inputs need an entry `labels` (-100 where none is)")
+            if sample["labels"].shape != sample["input_ids"].shape:
+                shapes = f"{tuple(sample['labels'].shape)}, input_ids {tuple(sample['input_ids'].shape)}"
+                raise RunError(f"has labels of shape {shapes}; they must agree")
 
     def train_dataloader(self) -> BucketedLoader:
         """Batches in an order of their own in each epoch; after `load_state_dict`, from where the state was taken."""
@@ -176,6 +207,10 @@ class RecoveryDataModule(L.LightningDataModule):
         """Batches in the order of the source; empty without validation samples."""
         return self._loader(self.validation_indices, None) if self.validation_indices else []
 
+    def batches(self, samples: Sequence[int]) -> BucketedLoader:
+        """Batches of these samples, in about their order, on one process."""
+        return self._loader(list(samples), None)
+
     def _loader(self, samples: list[int], seed: int | None) -> BucketedLoader:
         trainer = self.trainer
         pad_token_id = pad_token_of(self._processor) if self._processor is not None else 0
@@ -189,3 +224,21 @@ class RecoveryDataModule(L.LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
         )
+
+
+class _Examined(Dataset):
+    """(tokens, answer tokens, digest) of each sample, or what is wrong with it."""
+
+    def __init__(self, data: RecoveryDataModule, samples: Sequence[int]) -> None:
+        self.data, self.samples = data, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[int, int, str] | str:
+        try:
+            inputs = self.data.encode(self.samples[index])
+        except RunError as error:
+            return str(error)
+        answers = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        return inputs["input_ids"].shape[1], answers, digest(inputs)

@@ -23,7 +23,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.manifest import replace_durably
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     from lvlm_prune.recovery.masked_lora import Gradient
 
@@ -44,25 +44,26 @@ def mask_digest(weight: Tensor) -> str:
 
 
 def save_sparse_adapter(
-    model: nn.Module, folder: str | Path, masks: Mapping[str, str], gradient: Gradient = "exact"
+    folder: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    masks: Mapping[str, str],
+    gradient: Gradient = "exact",
 ) -> None:
-    """Write the adapter of a model in PEFT's format, with the marker that it belongs to these zeros.
+    """Write an adapter in PEFT's format, with the marker that it belongs to these zeros.
 
     Args:
-        model: The model with injected adapters (not wrapped in a `PeftModel`).
         folder: Where to write; made if it is not there.
+        config: PEFT's configuration of the adapter.
+        tensors: As `get_peft_model_state_dict` gives them, for example `model.layers.0.mlp.up_proj.lora_A.weight`.
         masks: Path of each adapted Linear in the model -> `mask_digest` of its weight.
         gradient: What the adapter was trained with; loading it trains on with the same.
     """
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    configs: Any = model.peft_config
-    config = configs["default"]
     config.save_pretrained(folder)
-    tensors = get_peft_model_state_dict(model, adapter_name="default")
     named = {_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): tensor.cpu() for name, tensor in tensors.items()}
     replace_durably(folder / "adapter_model.safetensors", save({k: v.contiguous() for k, v in named.items()}))
     marker = {

@@ -35,6 +35,14 @@ class SparseLoraLinear(LoraLinear):
         if self.lora_variant:
             raise ValueError(f"sparse LoRA has no variants, got {', '.join(map(str, self.lora_variant.values()))}")
 
+    def prepare_to_train(self) -> None:
+        """Adapters in float32, dropout on; the base stays in evaluation mode."""
+        # PEFT gives adapters the dtype of their base, in which small steps would be rounded away.
+        for part in (self.lora_A, self.lora_B):
+            part.float()
+        self.train()
+        self.get_base_layer().eval()
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update that merging adds, shape (out, in); +0.0 wherever the base weight is zero."""
         base: Any = self.get_base_layer()
@@ -86,6 +94,11 @@ class StraightThroughSparseLoraLinear(SparseLoraLinear):
     gradient: Gradient = "straight_through"
 
 
+def sparse_lora_class(gradient: Gradient) -> type[SparseLoraLinear]:
+    """The layer with this kind of gradient."""
+    return SparseLoraLinear if gradient == "exact" else StraightThroughSparseLoraLinear
+
+
 def sparse_lora_config(gradient: Gradient = "exact", **options: Any) -> LoraConfig:
     """A `LoraConfig` of PEFT whose Linears are masked by the zeros of their base.
 
@@ -104,7 +117,5 @@ def sparse_lora_config(gradient: Gradient = "exact", **options: Any) -> LoraConf
         tensor([0., 0., 0., 0.])
     """
     config = LoraConfig(**options)
-    config._register_custom_module(
-        {nn.Linear: SparseLoraLinear if gradient == "exact" else StraightThroughSparseLoraLinear}
-    )
+    config._register_custom_module({nn.Linear: sparse_lora_class(gradient)})
     return config

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from lvlm_prune.errors import RunError
 from lvlm_prune.patterns import Pattern, SemiStructured
+
+if TYPE_CHECKING:
+    from lvlm_prune.blocks import StreamedWeights
 
 # A dense weight has a few zeros by chance, above all in low precision.
 LEAST_SPARSITY = 0.01
@@ -25,9 +29,12 @@ def pruned_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
         >>> list(pruned_linears({"sparse": sparse, "dense": dense}))
         ['sparse']
     """
-    return {
-        name: linear for name, linear in linears.items() if (linear.weight == 0).float().mean().item() >= LEAST_SPARSITY
-    }
+    return {name: linear for name, linear in linears.items() if is_pruned(linear.weight)}
+
+
+def is_pruned(weight: Tensor) -> bool:
+    """Whether at least one in a hundred of its entries is zero."""
+    return (weight == 0).float().mean().item() >= LEAST_SPARSITY
 
 
 class ZeroMask:
@@ -60,6 +67,29 @@ class ZeroMask:
         bits = weight.detach().view(_BITS[weight.element_size()])
         wrong = ((bits != 0) & self.tensor().to(weight.device)).nonzero()
         return (int(wrong[0, 0]), int(wrong[0, 1])) if len(wrong) else None
+
+
+class StoredMasks(Mapping[str, ZeroMask]):
+    """The zeros of pruned Linears in a checkpoint, read when they are asked for: one in memory at a time.
+
+    Args:
+        names: The Linears.
+        weights: The checkpoint.
+    """
+
+    def __init__(self, names: Sequence[str], weights: StreamedWeights) -> None:
+        self._names, self._weights = list(names), weights
+
+    def __getitem__(self, name: str) -> ZeroMask:
+        if name not in self._names:
+            raise KeyError(name)
+        return ZeroMask(self._weights.stored(f"{name}.weight"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def verify_zeros(name: str, mask: ZeroMask, weight: Tensor, pattern: Pattern | None = None) -> None:

@@ -1,7 +1,7 @@
 """One recovery from a pruned checkpoint to a better one with the same zeros.
 
-check ─► load the base ─► inject adapters ─► Trainer.fit ─► merge into a copy, verify ─► adapter, record, scores
-(nothing written)                            checkpoints/                                checkpoints/ removed
+check ─► what the dense model says ─► train ─────────────────► merge into a copy, verify ─► adapter, record, scores
+(nothing written)  teacher/           checkpoints/ or blocks/                              these folders removed
 """
 
 from __future__ import annotations
@@ -9,79 +9,133 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
 from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
-from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, release
+from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable
 from lvlm_prune.patterns import Pattern, parse_pattern
-from lvlm_prune.recovery.merging import verify_merged, write_merged
+from lvlm_prune.recovery.distillation import Distillation
+from lvlm_prune.recovery.masks import ZeroMask, is_pruned
+from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.optimization import Optimization
+from lvlm_prune.recovery.reconstruction import Reconstruction
+from lvlm_prune.recovery.summary import RECORD_NAME, summary
 
 if TYPE_CHECKING:
-    from lvlm_prune.callbacks import FrozenMasks, SparseLoRA
+    from lvlm_prune.callbacks import SparseLoRA
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
 
-RECORD_NAME = "recovery.json"
 DEMO_SPARSITY = 0.7
-Method = Literal["lora", "full"]
+Method = Literal["lora", "full", "blockwise"]
 
+# Folders of an unfinished run, inside its output.
+CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
 # Of the run that made the base; they would be taken for records of this run.
-_RECORDS = (FILE_NAME, RECORD_NAME, "config.yaml", "report.html", "statistics.safetensors", "adapter", "checkpoints")
+_RECORDS = (FILE_NAME, RECORD_NAME, "config.yaml", "report.html", "statistics.safetensors", "adapter", *WORK_FOLDERS)
 
 
-class RecoveryRun:
-    """See `LVLMTrainer.recover` for the arguments."""
+@dataclass
+class Recipe:
+    """How to recover; see `LVLMTrainer.recover`."""
+
+    method: Method = "lora"
+    optimization: Optimization = field(default_factory=Optimization)
+    dense: str = ""
+    distillation: Distillation = field(default_factory=Distillation)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss asks the dense model."""
+        return self.distillation.weight > 0
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model takes part."""
+        return self.distils or self.method == "blockwise"
+
+
+class RecoveryRun(ABC):
+    """What all methods share: checks before anything is written, and what follows training.
+
+    Args:
+        trainer: Devices, loggers, callbacks.
+        model: The pruned model.
+        datamodule: What to train on.
+        recipe: How.
+        output: Folder to write.
+        resume: Go on with an unfinished run.
+        evaluate: Score the embedded model.
+    """
 
     def __init__(
         self,
         trainer: LVLMTrainer,
         model: LVLMModule,
         datamodule: RecoveryDataModule,
+        recipe: Recipe,
         output: str,
         resume: bool,
         evaluate: bool,
-        method: Method,
-        optimization: Optimization,
     ) -> None:
-        self.trainer, self.model, self.datamodule = trainer, model, datamodule
-        self.resume, self.evaluate, self.method = resume, evaluate, method
+        self.trainer, self.model, self.datamodule, self.recipe = trainer, model, datamodule, recipe
+        self.resume, self.evaluate = resume, evaluate
         self.started = time.perf_counter()
-        model.optimization = optimization
+        model.optimization = recipe.optimization
         self.folder = self._output_folder(output)
         self.record = Manifest()
+        self.weights: StreamedWeights
+        self.dense: LVLMModule | None = None
+        self.lora: SparseLoRA | None = None
 
     def __call__(self) -> Manifest:
         """Do all of it, or what an interrupted run left."""
         earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
         self._find_base(earlier)
-        weights = self._prepare(earlier)
+        self._check(earlier)
         if earlier is not None and earlier.get("status") == "complete":
             self._say(f"{self.folder} is complete already")
             return earlier
-        masks = self._compose()
-        self._fit()
+        self._examine(earlier)
+        try:
+            self._begin(earlier)
+            self._train()
+            if self.trainer.is_global_zero:
+                self._write()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"go on with --resume true --output {self.folder}") from None
+        except OSError as error:
+            if error.errno is None:  # of a library, about something else than the disk
+                raise
+            reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
+            raise RunError(f"--output {self.folder}: {reason}") from None
         if self.trainer.is_global_zero:
-            try:
-                self._write(weights, masks)
-            except OSError as error:
-                reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
-                raise RunError(f"--output {self.folder}: {reason}") from None
             self._score()
             self._finish()
         return self.record
 
+    @abstractmethod
+    def _train(self) -> None:
+        """Train, and fill `record["training"]`."""
+
+    @abstractmethod
+    def _write(self) -> None:
+        """Write and verify the recovered checkpoint."""
+
     # ---- before training ---------------------------------------------------------------------------------------------
     def _output_folder(self, output: str) -> Path:
+        if not output and self.trainer.world_size > 1:
+            raise InputError("output", "''", "several processes write into one folder: name it")
         label = "demo-atv-70" if self.model.path == "demo" else self.model.label
         return choose_folder(output, f"{label}-recovered", self.resume)
 
@@ -119,15 +173,9 @@ class RecoveryRun:
         assert pruner.output_folder is not None
         return pruner.output_folder
 
-    def _prepare(self, earlier: Manifest | None) -> StreamedWeights:
-        """Check everything that can be checked, then load the base.
-
-        Returns:
-            Where the base keeps its weights; made before adapters change the names of modules.
-        """
+    def _check(self, earlier: Manifest | None) -> None:
+        """Check everything that can be checked without going through the data."""
         model, data = self.model, self.datamodule
-        if self.method == "full" and model.dtype_option == "auto":
-            model.dtype_option = "float32"  # in bfloat16 most updates of a weight would be rounded away
         model.open()
         assert model.folder is not None
         if self.trainer.is_global_zero:
@@ -137,14 +185,60 @@ class RecoveryRun:
         data.connect(model.processor, model.context_length)
         data.setup("fit")
         self.base_record = _record_of(model.folder.path)
-        if not self.trainer.max_epochs and self.trainer.max_steps == -1:
-            raise InputError("trainer.max_epochs", self.trainer.max_epochs, "nothing would be trained")
+        # Made before adapters change the names of modules.
+        self.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, "cpu")
+        self.lora = self._adapters()
+        self._refuse_unpruned()
+        if self.recipe.needs_dense:
+            from lvlm_prune.recovery.dense import open_dense
+
+            self.dense = open_dense(self.recipe.dense, model, self.base_record)
+        elif self.recipe.dense:
+            raise InputError(
+                "dense", self.recipe.dense, "does nothing without --distillation.weight or --method blockwise"
+            )
         self.record.update(self._provenance())
         if earlier is not None:
             earlier.refuse_other(self.record, self.folder)
-        weights = StreamedWeights(model.model, model.runner.decoder, model.folder, "cpu")
-        model.load()
-        return weights
+
+    def _adapters(self) -> SparseLoRA | None:
+        """The user's adapters, or default ones; None for a method that trains none."""
+        from lvlm_prune.callbacks import SparseLoRA
+
+        if self.recipe.method == "full":
+            return None
+        given = (callback for callback in self.trainer.callbacks if isinstance(callback, SparseLoRA))
+        return next(given, None) or SparseLoRA()
+
+    def _refuse_unpruned(self) -> None:
+        """Find the pruned Linears, one weight in memory at a time.
+
+        Raises:
+            InputError: There are none, or none where an adapter is to be.
+        """
+        linears = self.model.linears()
+        self.pruned_names = [name for name in linears if is_pruned(self.weights.stored(f"{name}.weight"))]
+        self.model.refuse_unpruned(self.pruned_names)
+        if self.lora is not None:
+            self.lora.select(self.pruned_names)
+
+    def _examine(self, earlier: Manifest | None) -> None:
+        """Go through the data once, before anything is written; an interrupted run did already."""
+        if earlier is not None and "examined" in earlier["data"]:
+            self.record["data"]["examined"] = earlier["data"]["examined"]
+        elif self.trainer.is_global_zero:
+            self.record["data"]["examined"] = asdict(self.datamodule.examine())
+
+    def _begin(self, earlier: Manifest | None) -> None:
+        """From here on the folder can be resumed."""
+        if not self.trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.record["status"] = "training"
+        self.record.write(self.folder, RECORD_NAME)
+        if self.record["config"]:
+            config = yaml.safe_dump(self.record["config"], sort_keys=False)
+            replace_durably(self.folder / "config.yaml", config.encode())
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
         refuse_unusable(self.folder, base.path, RECORD_NAME, self.resume)
@@ -156,96 +250,37 @@ class RecoveryRun:
         if "model" in config:
             config["model"] = dict(config["model"]) | {"path": model.path}
         found = self.trainer._provenance(model, self.datamodule)
-        return {
-            "config": config or {"method": self.method, "optimization": vars(model.optimization)},
+        record = {
+            "config": config or {"method": self.recipe.method, "optimization": vars(model.optimization)},
             "model": found["model"],
             "data": found["calibration"] | {"samples": len(self.datamodule.train_indices)},
-            "method": self.method,
+            "method": self.recipe.method,
             "versions": found["versions"] | {"peft": _version("peft")},
             "processes": found["processes"],
             "device": found["device"],
         }
-
-    # ---- training ----------------------------------------------------------------------------------------------------
-    def _compose(self) -> FrozenMasks:
-        """Callbacks: the user's, `FrozenMasks`, `SparseLoRA` for the method `lora`, checkpoints to go on from."""
-        from lvlm_prune.callbacks import FrozenMasks, SparseLoRA
-
-        trainer = self.trainer
-        callbacks: list[Callback] = [
-            callback
-            for callback in trainer.callbacks
-            if not _is_lightnings_own(callback) and not (self.method == "full" and isinstance(callback, SparseLoRA))
-        ]
-        masks = next((callback for callback in callbacks if isinstance(callback, FrozenMasks)), None)
-        if masks is None:
-            masks = FrozenMasks()
-            callbacks.append(masks)
-        if self.method == "lora":
-            lora = next((callback for callback in callbacks if isinstance(callback, SparseLoRA)), None)
-            if lora is None:
-                lora = SparseLoRA()
-                callbacks.append(lora)
-            lora.select(self.model)
-            self.lora: SparseLoRA | None = lora
-        else:
-            self.lora = None
-            for linear in self.model.pruned.values():
-                linear.weight.requires_grad_(True)
-        self.checkpoints = ModelCheckpoint(
-            dirpath=self.folder / "checkpoints",
-            filename="best",
-            monitor="validation_loss" if self.datamodule.validation_indices else None,
-            save_last=True,
-            enable_version_counter=False,
-        )
-        trainer.callbacks = _CallbackConnector._reorder_callbacks([*callbacks, self.checkpoints])
-        return masks
-
-    def _fit(self) -> None:
-        if self.trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.record["status"] = "training"
-            self.record.write(self.folder, RECORD_NAME)
-            if self.record["config"]:
-                replace_durably(
-                    self.folder / "config.yaml", yaml.safe_dump(self.record["config"], sort_keys=False).encode()
-                )
-        last = self.folder / "checkpoints" / "last.ckpt"
-        clock = time.perf_counter()
-        try:
-            self.trainer.fit(
-                self.model, datamodule=self.datamodule, ckpt_path=last if self.resume and last.is_file() else None
-            )
-        except SystemExit:  # how Lightning passes on an interruption
-            raise KeyboardInterrupt(f"go on with --resume true --output {self.folder}") from None
-        best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
-        if best:
-            trained = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
-            self.model.load_state_dict(trained, strict=False)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        score = self.checkpoints.best_model_score
-        metrics = {name: value.item() for name, value in self.trainer.logged_metrics.items()}
-        self.record["training"] = {
-            "trainable_parameters": sum(parameter.numel() for parameter in trainable),
-            "steps": self.trainer.global_step,
-            "epochs": self.trainer.current_epoch,
-            "train_loss": metrics.get("train_loss"),
-            "validation_loss": score.item() if best and score is not None else metrics.get("validation_loss"),
-            "seconds": time.perf_counter() - clock,
-        }
+        if self.dense is not None:
+            assert self.dense.folder is not None
+            folder = self.dense.folder
+            record["dense"] = {"path": self.dense.path, "folder": str(folder.path), "fingerprint": folder.fingerprint()}
+        elif "dense" in self.base_record:
+            record["dense"] = self.base_record["dense"]
+        return record
 
     # ---- after training ----------------------------------------------------------------------------------------------
-    def _write(self, weights: StreamedWeights, masks: FrozenMasks) -> None:
+    def _copy_base(self) -> CheckpointFolder:
+        """A copy of the base to overwrite; nobody can load it yet."""
         base = self.model.folder
         assert base is not None
-        self.record["status"] = "writing"
-        self.record.write(self.folder, RECORD_NAME)
         copy_checkpoint(base.path, self.folder, leave_out=_RECORDS)
-        written = base.at(self.folder)
-        write_merged(self.model, base, written, weights, masks.masks)
+        return base.at(self.folder)
+
+    def _verify(self, masks: Mapping[str, ZeroMask]) -> None:
+        """Read what was written again, and note what it holds."""
+        base = self.model.folder
+        assert base is not None
         pattern = self._pattern()
-        found = verify_merged(base, written, weights, masks.masks, pattern)
+        found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern)
         zeros = found.pop("zeros")
         self.record["verified"] = found
         self.record["pattern"] = str(pattern) if pattern is not None else "unstructured"
@@ -255,14 +290,8 @@ class RecoveryRun:
                 "zeros": zeros[name],
                 "achieved": zeros[name] / (mask.shape[0] * mask.shape[1]),
             }
-            for name, mask in masks.masks.items()
+            for name, mask in masks.items()
         }
-        if self.lora is not None:
-            from lvlm_prune.recovery.adapter_folder import mask_digest, save_sparse_adapter
-
-            digests = {name: mask_digest(self.model.pruned[name].weight) for name in self.model.adapted}
-            save_sparse_adapter(self.model.model, self.folder / "adapter", digests, self.lora.gradient)
-        release(self.folder)
 
     def _pattern(self) -> Pattern | None:
         """The pattern that the base was pruned to, where its record says so."""
@@ -295,7 +324,8 @@ class RecoveryRun:
         }
 
     def _finish(self) -> None:
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for name in WORK_FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
         self.record.write(self.folder, RECORD_NAME)
@@ -306,59 +336,21 @@ class RecoveryRun:
             print(text, flush=True)
 
 
-def summary(record: Manifest, folder: Path) -> str:
-    """What a recovery did, in about a hundred words."""
-    training, verified = record["training"], record["verified"]
-    how = "LoRA" if record["method"] == "lora" else "full fine-tuning"
-    losses = [
-        f"{name.replace('_', ' ')} {training[name]:.3f}" for name in ("train_loss", "validation_loss") if training[name]
-    ]
-    lines = [
-        f"recovered by {how}: {training['trainable_parameters'] / 1e6:.2f} M trainable parameters · "
-        f"{training['steps']} steps in {training['seconds']:.0f} s · {' · '.join(losses)}",
-        f"verified: sparsity {verified['sparsity']:.4g} ({record['pattern']}), every pruned weight +0.0 in "
-        f"{len(record['linears'])} Linears, {verified['untouched_tensors']} other tensors untouched",
-    ]
-    if "evaluation" in record:
-        lines.append(_scores_table(record["evaluation"]))
-    written = "merged checkpoint" + (" · adapter/" if (folder / "adapter").is_dir() else "")
-    return "\n".join([*lines, f"wrote {folder} ({written} · {RECORD_NAME}) · {record['seconds']:.0f} s"])
-
-
-def _scores_table(evaluation: dict[str, Any]) -> str:
-    kept = evaluation["retention"]
-    lines = [f"{'':16}{'dense':>8}{'pruned':>9}{'recovered':>11}{'retained':>20}"]
-    rows = {group: ("groups", group) for group in evaluation["dense"]["groups"]} | {"average": ("average", "")}
-    for label, (kind, group) in rows.items():
-        values = [
-            scores[kind][group] if group else scores[kind]
-            for scores in (
-                evaluation["dense"],
-                evaluation["pruned"],
-                evaluation["recovered"],
-                kept["pruned"],
-                kept["recovered"],
-            )
-        ]
-        dense, pruned, recovered, before, after = (100 * value for value in values)
-        lines.append(f"{label:16}{dense:8.1f}{pruned:9.1f}{recovered:11.1f}{before:11.1f}% → {after:.1f}%")
-    return "\n".join(lines)
-
-
 def _record_of(base: Path) -> dict[str, Any]:
-    """What the run that made the base wrote about it; empty where it was made by other tools."""
+    """What the run that made the base wrote about it; empty where it was made by other tools.
+
+    `dense` says from which checkpoint the base was pruned.
+    """
     for name in (RECORD_NAME, FILE_NAME):
         if (base / name).is_file():
             try:
-                return dict(json.loads((base / name).read_text()))
+                record = dict(json.loads((base / name).read_text()))
             except ValueError:
                 continue
+            if name == FILE_NAME:
+                record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
+            return record
     return {}
-
-
-def _is_lightnings_own(callback: Callback) -> bool:
-    """Lightning's default checkpoint callback, which nobody asked for."""
-    return type(callback) is ModelCheckpoint and callback.dirpath is None and callback.monitor is None
 
 
 def _embedded() -> Path:

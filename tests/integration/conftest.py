@@ -1,0 +1,55 @@
+"""Pruned checkpoints and labelled samples to recover on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import lvlm_prune
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
+from tests.conftest import GOLDEN
+
+CALIBRATION = GOLDEN / "calib.safetensors"
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Pruned checkpoints: unstructured and 2:4, in float32 and bfloat16."""
+    folder = tmp_path_factory.mktemp("bases")
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        dense = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=dtype)
+        dense.save_pretrained(folder / f"dense-{name}", max_shard_size="300KB")
+        for pattern in ("unstructured", "2:4"):
+            pruning = BlockwisePruning(pattern=pattern, exclude="*.k_proj")
+            output = folder / f"{pattern}-{name}"
+            lvlm_prune.prune(folder / f"dense-{name}", TensorSource(str(CALIBRATION)), pruning, output)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """The calibration samples with the last tokens of each as its answer."""
+    samples = load_file(CALIBRATION)
+    for name in [name for name in samples if name.endswith(".input_ids")]:
+        labels = samples[name].clone()
+        labels[..., : -5 - int(name[1]) % 3] = -100
+        samples[name.replace("input_ids", "labels")] = labels
+    path = tmp_path_factory.mktemp("data") / "labelled.safetensors"
+    save_file(samples, path)
+    return path
+
+
+@pytest.fixture
+def recover(labelled):
+    def run(base: Path, output: Path, *options: str, data: Path = labelled) -> int:
+        arguments = [f"--model.path={base}", "--data.source=TensorSource", f"--data.source.path={data}"]
+        arguments += ["--data.validation_samples=2", "--data.batch_size=2", "--trainer.enable_progress_bar=false"]
+        arguments += ["--trainer.accelerator=cpu"]
+        return main(["recover", *arguments, f"--output={output}", *options])
+
+    return run
