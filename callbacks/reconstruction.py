@@ -6,6 +6,7 @@ samples at block ┤                      │
                                             ─► merge ─► samples at the next block
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -196,8 +197,8 @@ class BlockwiseReconstruction(PruneCallback):
                 self._step += 1
                 self._bar.update(1)
             mean = torch.stack(losses).mean().item()
-            if mean != mean:
-                raise RunError(f"NaN while block {block.name} is fitted; lower --optimization.learning_rate")
+            if not math.isfinite(mean):
+                raise RunError(f"NaN or infinity while {block.name} is fitted; lower --optimization.learning_rate")
             for logger in trainer.loggers:
                 logger.log_metrics({"block": index, "train_error": mean}, step=self._step)
         after = self._error(runner, index, layers, validation, targets)
@@ -206,7 +207,7 @@ class BlockwiseReconstruction(PruneCallback):
         if not after < before:
             after = before
             for layer in layers.values():
-                nn.init.zeros_(layer.lora_B["default"].weight)
+                nn.init.zeros_(layer.lora_B["default"].get_parameter("weight"))
         return {"steps": total, "error_before": before, "error_after": after}
 
     @staticmethod

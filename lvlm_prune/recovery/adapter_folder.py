@@ -63,7 +63,7 @@ def save_sparse_adapter(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     named = {_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): tensor.cpu() for name, tensor in tensors.items()}
     replace_durably(folder / "adapter_model.safetensors", save({k: v.contiguous() for k, v in named.items()}))
     marker = {

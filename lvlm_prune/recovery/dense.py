@@ -55,7 +55,7 @@ def _recorded(record: Mapping[str, Any]) -> str:
     named = record.get("dense") or {}
     folder = named.get("folder")
     moved = named.get("path") == "demo" or not folder or not Path(folder).is_dir()
-    return (named.get("path") or "") if moved else folder
+    return str((named.get("path") or "") if moved else folder)
 
 
 def _refuse_other_tokens(dense: LVLMModule, base: LVLMModule) -> None:
@@ -115,7 +115,7 @@ def write_teacher(
     dense.model.to(device)
 
     def logits_of(samples: Sequence[int]) -> dict[int, Tensor]:
-        found = {}
+        found: dict[int, Tensor] = {}
         for group in (group for batch in data.batches(samples) for group in batch):
             group = {name: value.to(device) for name, value in group.items()}
             logits, _ = dense.answer_logits(group)

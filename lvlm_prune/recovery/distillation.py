@@ -190,7 +190,8 @@ class Teacher:
         missing = set(self.missing())
         for number, samples in enumerate(self._parts):
             if number in missing:
-                tensors, logits = {}, logits_of(samples)
+                tensors: dict[str, Tensor] = {}
+                logits = logits_of(samples)
                 for index, sample in enumerate(samples):
                     values, tokens = largest(logits[sample], self.options.top_k, self.options.temperature)
                     tensors |= {f"{index}.log_probabilities": values.cpu(), f"{index}.tokens": tokens.cpu()}

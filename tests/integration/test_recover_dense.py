@@ -177,9 +177,7 @@ class KillProcess(PruneCallback):
 
 
 @pytest.mark.parametrize("inputs", ["dense", pytest.param("pruned", marks=pytest.mark.slow)])
-def test_killed_and_resumed_reconstruction_ends_with_the_same_bytes(
-    inputs, bases, labelled, run_cli, recover, tmp_path
-):
+def test_killed_and_resumed_reconstruction_is_byte_identical(inputs, bases, labelled, run_cli, recover, tmp_path):
     base = bases / "unstructured-float32"
     options = ["--method=blockwise", f"--reconstruction.inputs={inputs}", "--lora.dropout=0.1"]
     assert recover(base, tmp_path / "whole", *options) == 0
