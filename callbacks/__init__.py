@@ -4,6 +4,8 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.checkpoint import SparseCheckpointWriter
 from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation
 from lvlm_prune.callbacks.frozen_masks import FrozenMasks
+from lvlm_prune.callbacks.metrics import BlockMetrics
+from lvlm_prune.callbacks.modality_probe import ModalityProbe
 from lvlm_prune.callbacks.progress import PruneProgressBar
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.callbacks.reconstruction import BlockwiseReconstruction
@@ -12,10 +14,12 @@ from lvlm_prune.callbacks.sparse_lora import SparseLoRA
 from lvlm_prune.callbacks.survey import PluginSurvey
 
 __all__ = [
+    "BlockMetrics",
     "BlockwisePruning",
     "BlockwiseReconstruction",
     "EmbeddedEvaluation",
     "FrozenMasks",
+    "ModalityProbe",
     "PluginSurvey",
     "PruneCallback",
     "PruneProgressBar",

@@ -26,6 +26,7 @@ from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.output_folder import copy_checkpoint, refuse_unusable, release
 from lvlm_prune.plugins import describe
+from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.verification import Expectation, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class SparseCheckpointWriter(PruneCallback):
         if trainer.run_config is not None:
             replace_durably(folder / "config.yaml", yaml.safe_dump(dict(trainer.run_config), sort_keys=False).encode())
         # The input may have been pruned itself: its own records would be taken for ours.
-        copy_checkpoint(pl_module.folder.path, folder, leave_out=(FILE_NAME, "config.yaml", "report.html"))
+        copy_checkpoint(pl_module.folder.path, folder, leave_out=(FILE_NAME, "config.yaml", PAGE_NAME, FIGURE_FOLDER))
         pl_module.folder.at(folder).sync()
         manifest["status"] = "pruning"
         manifest.write(folder)

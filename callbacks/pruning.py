@@ -20,6 +20,7 @@ from lvlm_prune.allocation import Allocation, UniformAllocation
 from lvlm_prune.blocks import MODALITIES, ExpertMatrix
 from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.effects import BlockEffects
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
@@ -207,7 +208,12 @@ class BlockwisePruning(PruneCallback):
         self._calibration: BlockCalibration | None = None
         if self.scorer.statistic is not None:
             self._calibration = BlockCalibration(
-                block.index, self._targets, self.pool, self.scorer.statistic, self.record
+                block.index,
+                self._targets,
+                self.pool,
+                self.scorer.statistic,
+                self.record,
+                example=None if trainer.picture is None else trainer.picture.sample,
             )
 
     def on_calibration_batch_end(
@@ -225,6 +231,7 @@ class BlockwisePruning(PruneCallback):
             devices = {name: matrix.weight.device for name, matrix in matrices.items()}
             block.record.update(calibration.finish(trainer.processes, devices))
         linears: dict[str, dict[str, Any]] = {}
+        effects = BlockEffects()
         for name, full_name in self._targets.items():
             weight = matrices[name].weight
             statistic = None if calibration is None else calibration.statistic_of(name)
@@ -237,6 +244,8 @@ class BlockwisePruning(PruneCallback):
                 linears[full_name] = {"shape": list(weight.shape), "target": 0.0, "note": "saw no calibration token"}
                 continue
             pruned, mask = self.scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
+            if self.targets[full_name] > 0:
+                effects.add(full_name, weight, pruned, mask, statistic, self.scorer.score(weight, statistic))
             weight.data.copy_(pruned)
             block.masks[name] = mask
             if self.scorer.updates_weights:
@@ -248,6 +257,10 @@ class BlockwisePruning(PruneCallback):
             }
             if notes := self.scorer.notes(statistic, mask, self.targets[full_name]):
                 linears[full_name]["scorer"] = notes
+        for full_name, error in effects.errors().items():
+            linears[full_name]["error"] = error
+        if (scores := effects.scores()) is not None:
+            block.record["scores"] = scores
         block.record["linears"] = linears
         if self.record and calibration is not None:
             num_samples = trainer.manifest["calibration"]["num_samples"]

@@ -1,12 +1,11 @@
 """The report: one self-contained page about a run, from the manifest alone."""
 
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
-
 from lvlm_prune.callbacks.base import PruneCallback
-from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.manifest import FILE_NAME
+from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -14,23 +13,35 @@ if TYPE_CHECKING:
 
 
 class PruningReport(PruneCallback):
-    """Writes `report.html` beside the checkpoint and says where everything is."""
+    """Writes `report.html` beside the checkpoint, its figures as PNG into `report/`, and says where everything is."""
+
+    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Keep the picture of one calibration sample, over which selected tokens will be drawn."""
+        pruning = next((callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning)), None)
+        if pruning is not None and pruning.scorer.statistic is not None:
+            trainer.manifest["reconstruction"] = pruning.scorer.statistic.energy
+        folder, picture = trainer.output_folder, trainer.picture
+        if picture is None:
+            return
+        trainer.manifest["picture"] = {"sample": picture.sample, "grid": list(picture.grid)}
+        if folder is not None and trainer.report_run and trainer.processes.is_main:
+            (folder / FIGURE_FOLDER).mkdir(exist_ok=True)
+            picture.image.save(folder / FIGURE_FOLDER / PICTURE_NAME)
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Render the manifest."""
         folder = trainer.output_folder
         if folder is None or not trainer.processes.is_main:
             return
+        trainer.manifest["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         trainer.manifest.write(folder)
-        replace_durably(folder / "report.html", render_report(trainer.manifest).encode())
+        if trainer.report_run:
+            # Matplotlib takes its time to load; who wants no page does not wait for it.
+            from lvlm_prune.report.page import write_page
+            from lvlm_prune.report.pruning import pruning_page
+
+            write_page(folder, *pruning_page(trainer.manifest, folder))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         seconds = trainer.manifest["seconds"]
-        trainer.say(f"wrote {folder} ({size / 1e6:.1f} MB) · report.html · {FILE_NAME} · {seconds:.0f} s")
-
-
-def render_report(manifest: Manifest) -> str:
-    """The page as HTML; every number on it stands in the manifest."""
-    template = files("lvlm_prune.callbacks").joinpath("report.html.j2").read_text()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    blocks = [block | {"sparsity": manifest.achieved_sparsity(block["index"])} for block in manifest["blocks"]]
-    return environment.from_string(template).render(run=manifest, blocks=blocks)
+        page = f"{PAGE_NAME} · " if trainer.report_run else ""
+        trainer.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{FILE_NAME} · {seconds:.0f} s")

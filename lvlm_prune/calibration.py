@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.activations import Activations
+from lvlm_prune.composition import PoolComposition
 from lvlm_prune.errors import RunError
 from lvlm_prune.pools import Pool
 from lvlm_prune.processes import Processes
@@ -33,12 +34,20 @@ class BlockCalibration:
         pool: Which tokens count.
         statistic: What is summed up.
         record: Keep selections and saliencies for `statistics.safetensors`.
+        example: Number of the sample whose visual tokens are noted one by one in the manifest; None for none.
     """
 
     def __init__(
-        self, block: int, targets: Mapping[str, str], pool: Pool, statistic: type[Statistic], record: bool
+        self,
+        block: int,
+        targets: Mapping[str, str],
+        pool: Pool,
+        statistic: type[Statistic],
+        record: bool,
+        example: int | None = None,
     ) -> None:
         self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
+        self._composition = PoolComposition(example)
         self._statistics: dict[str, Statistic] = {}
         self._site_of: dict[str, str] = {}
         self._held: list[tuple[str, int, Tensor, int, float]] = []
@@ -57,6 +66,8 @@ class BlockCalibration:
         order = len(self._samples)
         self._samples.append(sample.sample)
         shared = None if self.pool.per_linear else self.pool.select(tokens)
+        if shared is not None:
+            self._composition.add(tokens, shared)
         if self.record:
             self._selections[sample.sample] = (tokens.visual, shared)
         for site, inputs, repeats in sample.site_inputs():
@@ -70,6 +81,7 @@ class BlockCalibration:
                 selection = shared
                 if selection is None and repeats > 0:
                     selection = self.pool.select(tokens, key)
+                    self._composition.add(tokens, selection)
                     if self.record:
                         self._linear_selections[sample.sample, key] = selection.weights
                 self._add(key, inputs, repeats, selection, order, sample.row.weight)
@@ -149,7 +161,7 @@ class BlockCalibration:
             + [self._routed_tokens[name] for name in sorted(self._routed_tokens)]
         )
         self._chosen_of = dict(zip(self._samples, cutoffs))
-        found: dict[str, Any] = dict(self.pool.summary())
+        found: dict[str, Any] = dict(self.pool.summary()) | self._composition.finish(self._chosen_of, processes)
         everywhere = processes.gather(self._chosen_of)
         if any(everywhere):
             together = {sample: count for part in everywhere for sample, count in part.items()}

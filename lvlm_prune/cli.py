@@ -1,7 +1,8 @@
-"""The command line: LightningCLI with `prune` and `recover` as subcommands.
+"""The command line: LightningCLI with `prune`, `recover` and `probe` as subcommands.
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
 lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
+lvlm-prune probe --model.path CHECKPOINT --probing.sparsities [0.5,0.6] --output DIR
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune import __version__
-from lvlm_prune.callbacks import BlockwisePruning, SparseLoRA
+from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.errors import InputError, LVLMPruneError
 from lvlm_prune.module import LVLMModule
@@ -29,6 +30,7 @@ from lvlm_prune.trainer import LVLMTrainer
 _QUIET = {"logger": False, "enable_model_summary": False}
 _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": _QUIET | {"enable_checkpointing": False},
+    "probe": _QUIET | {"enable_checkpointing": False},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
 # Options of `recover` that a method does not use.
@@ -49,8 +51,9 @@ class LVLMCLI(LightningCLI):
     """LightningCLI with the verbs of this project.
 
     Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data`, `output`, `resume`, `evaluate`; for
-    `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `recover`, whose data is a
-    RecoveryDataModule, `lora` (SparseLoRA), `method`, `optimization`, `dense`, `distillation` and `reconstruction`.
+    `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `probe`, whose data is the same,
+    `probing` (ModalityProbe); for `recover`, whose data is a RecoveryDataModule, `lora` (SparseLoRA), `method`,
+    `optimization`, `dense`, `distillation` and `reconstruction`.
     """
 
     _verb: str
@@ -58,12 +61,12 @@ class LVLMCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs, and which of their arguments the CLI builds itself."""
-        return {"prune": {"model", "datamodule"}, "recover": {"model", "datamodule"}}
+        return {verb: {"model", "datamodule"} for verb in ("prune", "recover", "probe")}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._verb = subcommand
         self.trainer_defaults = _TRAINER_DEFAULTS[subcommand]
-        data = CalibrationDataModule if subcommand == "prune" else RecoveryDataModule
+        data = RecoveryDataModule if subcommand == "recover" else CalibrationDataModule
         self.datamodule_class = self._datamodule_class = data
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
@@ -71,12 +74,24 @@ class LVLMCLI(LightningCLI):
         """The callback that does the work has a key of its own."""
         if self._verb == "prune":
             parser.add_lightning_class_args(BlockwisePruning, "pruning")
+        elif self._verb == "probe":
+            parser.add_lightning_class_args(ModalityProbe, "probing")
         else:
             parser.add_lightning_class_args(SparseLoRA, "lora")
 
     def before_instantiate_classes(self) -> None:
         """Refuse a configuration file that gives a plain value where options belong."""
-        for key in ("trainer", "model", "data", "pruning", "lora", "optimization", "distillation", "reconstruction"):
+        for key in (
+            "trainer",
+            "model",
+            "data",
+            "pruning",
+            "probing",
+            "lora",
+            "optimization",
+            "distillation",
+            "reconstruction",
+        ):
             value = self._get(self.config, key)
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
@@ -99,6 +114,10 @@ class LVLMCLI(LightningCLI):
     def before_prune(self) -> None:
         """Hand the trainer the configuration that repeats the run."""
         self.trainer.run_config = self._run_config("prune")
+
+    def before_probe(self) -> None:
+        """The same."""
+        self.trainer.run_config = self._run_config("probe")
 
     def before_recover(self) -> None:
         """The same, and refuse options of what the method leaves out.

@@ -13,7 +13,7 @@ from lvlm_prune.errors import InputError
 FILE_NAME = "pruning.json"
 
 # Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
-_FREE_TO_CHANGE = ("output", "resume", "evaluate", "trainer", "config")
+_FREE_TO_CHANGE = ("output", "resume", "evaluate", "report", "trainer", "config")
 
 
 class Manifest(dict[str, Any]):

@@ -5,6 +5,7 @@ A statistic belongs to an input *site*: Linears that are fed by the same tensor 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class Statistic(ABC):
         channels: Number of input channels of the site.
         device: Where the sums live.
     """
+
+    energy: ClassVar[str] = "diagonal"
+    """What `output_energy` is: `exact`, or `diagonal`, which takes channels for uncorrelated."""
 
     @abstractmethod
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None: ...
@@ -56,6 +60,20 @@ class Statistic(ABC):
     def squared_norms(self) -> Tensor | None:
         """Squared norm of each channel over the pool, float64 of shape (channels,); None where it is not known."""
         return None
+
+    def output_energy(self, weight: Tensor) -> Tensor | None:
+        r"""Squared norm of what a weight makes of the pool, as far as the sums tell; float64 without dimension.
+
+        .. math:: \sum_t w_t^2 \lVert W x_t \rVert^2 \approx \sum_{ij} W_{ij}^2 \sum_t w_t^2 x_{tj}^2
+
+        Args:
+            weight: float32 of shape (rows, channels).
+
+        Returns:
+            None where the squared norms are not known.
+        """
+        norms = self.squared_norms()
+        return None if norms is None else weight.square().sum(dim=0).double() @ norms
 
 
 class ChannelNorm(Statistic):
@@ -114,6 +132,8 @@ class Gram(Statistic):
                 [ 7.,  2.]], dtype=torch.float64)
     """
 
+    energy = "exact"
+
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         # Symmetric: only what is on and below the diagonal is summed up.
         self._lower = torch.zeros(channels, channels, dtype=torch.float64, device=device)
@@ -152,6 +172,15 @@ class Gram(Statistic):
     def squared_norms(self) -> Tensor:
         """The diagonal."""
         return self._lower.diagonal()
+
+    def output_energy(self, weight: Tensor) -> Tensor:
+        r"""Exactly :math:`\operatorname{tr} W H W^\top`."""
+        diagonal = weight.square().sum(dim=0).double() @ self._lower.diagonal()
+        below = diagonal.new_zeros(())
+        for rows in stripes(weight.shape[1]):
+            products = self._lower[rows, : rows.stop].float().tril(rows.start - 1)
+            below += ((weight[:, rows] @ products) * weight[:, : rows.stop]).sum(dtype=torch.float64)
+        return diagonal + 2 * below
 
     def inverse_factor(self, damping: float) -> InverseFactor:
         r"""Upper Cholesky factor of the damped inverse, computed once for all Linears of the site.

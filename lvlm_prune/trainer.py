@@ -22,8 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lvlm_prune.activations import SampleRow, rows_of
-from lvlm_prune.blocks import StreamedWeights, Weights, existing_folder
+from lvlm_prune.blocks import IMAGE, MODALITIES, VIDEO, StreamedWeights, Weights, existing_folder
 from lvlm_prune.callbacks import (
+    BlockMetrics,
     BlockwisePruning,
     EmbeddedEvaluation,
     PluginSurvey,
@@ -58,6 +59,7 @@ from lvlm_prune.processes import Processes
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
+from lvlm_prune.report.picture import Picture, picture_of
 from lvlm_prune.survey import surveyed_samples
 
 
@@ -69,6 +71,7 @@ class LVLMTrainer(L.Trainer):
         rows: The calibration samples of this process.
         sample_numbers: Numbers of the calibration samples of all processes, ascending.
         processes: All processes of the run.
+        picture: One calibration sample whose visual tokens can be drawn; None where there is none.
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
         run_config: The configuration that repeats the run, as plain data.
         held: The samples while they are in work.
@@ -88,10 +91,12 @@ class LVLMTrainer(L.Trainer):
     processes: Processes
     weights: Weights
     recorded: dict[str, Tensor]
+    picture: Picture | None = None
     run_config: Mapping[str, Any] | None = None
     output_folder: Path | None = None
     resume_run: bool = False
     evaluate_run: bool = True
+    report_run: bool = True
     quiet: bool = False
     held: HiddenStates | None = None
 
@@ -108,6 +113,7 @@ class LVLMTrainer(L.Trainer):
         output: str = "",
         resume: bool = False,
         evaluate: bool = True,
+        report: bool = True,
         plan: bool = False,
     ) -> Manifest:
         """Prune a checkpoint block by block and write a sparse one.
@@ -119,15 +125,15 @@ class LVLMTrainer(L.Trainer):
                 in memory is pruned in place and nothing is written.
             resume: Go on with the unfinished run in `output`.
             evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+            report: Write `report.html` and its figures.
             plan: Only say what would be pruned and what memory and disk that needs; write nothing.
 
         Returns:
             The manifest; empty after a plan.
         """
         started = time.perf_counter()
-        self.resume_run, self.evaluate_run, self.held = resume, evaluate, None
-        self.manifest, self.recorded, self.rows, self.sample_numbers = Manifest(), {}, [], []
-        self._sizes: list[BatchSize] = []
+        self.resume_run, self.evaluate_run, self.report_run = resume, evaluate, report
+        self._forget_samples()
         model.open()
         datamodule.setup("prune")
         callbacks = self._prune_callbacks()
@@ -138,8 +144,7 @@ class LVLMTrainer(L.Trainer):
             model.processor = load_processor(model.folder.path, model.trust_remote_code)
         fabric = self._fabric(callbacks)
         self._raise_hook(fabric, model, "setup", stage="prune")
-        self._available = (available_device_memory(self.strategy.root_device), available_host_memory())
-        self._sampler = MemorySampler()
+        self._watch_memory()
         if plan:
             print(self._plan(model, datamodule, callbacks))
             self._sampler.close()
@@ -162,10 +167,7 @@ class LVLMTrainer(L.Trainer):
             raise
         finally:
             self._raise_hook(fabric, model, "teardown", stage="prune")
-            self.processes.close()
-            self._sampler.close()
-            if self.held is not None:
-                self.held.placement.close()
+            self._let_go()
         return self.manifest
 
     def recover(
@@ -209,6 +211,24 @@ class LVLMTrainer(L.Trainer):
         run = kind(self, model, datamodule, recipe, output, resume, evaluate)
         self.output_folder = run.folder
         return run()
+
+    def probe(
+        self, model: LVLMModule, datamodule: CalibrationDataModule, output: str = "", evaluate: bool = True
+    ) -> Manifest:
+        """Split QKV and feed-forward Linears into a text and a visual pathway, and see what pruning each one costs.
+
+        Args:
+            model: The dense model; it is not changed, and no checkpoint is written.
+            datamodule: The calibration set, with text and visual tokens.
+            output: Folder to write, new or empty. Default: `runs/<model>-probe`.
+            evaluate: Score every cell of the grid on the embedded model (other models are not scored).
+
+        Returns:
+            What was found; also `probe.json` in the output folder, beside `report.html`.
+        """
+        from lvlm_prune.probing.run import ProbeRun
+
+        return ProbeRun(self, model, datamodule, output, evaluate)()
 
     def _prune(
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
@@ -324,6 +344,7 @@ class LVLMTrainer(L.Trainer):
                 self.held.add(rows[0].batch)
                 self._sizes.append(BatchSize.of(batch.inputs, model.model.config, self._visual(callbacks)))
                 self.rows += rows
+                self.picture = self.picture or _first_picture(batch, rows, model.model.config)
                 digests.update(zip(batch.indices, batch.digests, strict=True))
         except Exception as problem:
             error = problem
@@ -339,7 +360,16 @@ class LVLMTrainer(L.Trainer):
             "num_samples": len(numbers),
             "fingerprint": fingerprint(everywhere[number] for number in numbers),
             "skipped": [item for part in self.processes.gather(datamodule.skipped) for item in part],
+            "tokens": self._count_tokens(),
         }
+        pictures = [picture for picture in self.processes.gather(self.picture) if picture is not None]
+        self.picture = min(pictures, key=lambda picture: picture.sample, default=None)
+
+    def _count_tokens(self) -> dict[str, int]:
+        """Modality -> number of real tokens of all calibration samples."""
+        counts = [sum(int((row.modality == code).sum()) for row in self.rows) for code in MODALITIES.values()]
+        summed = self.processes.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+        return {name: int(count) for name, count in zip(MODALITIES, summed) if count}
 
     @torch.no_grad()
     def _catch_batch(self, fabric: Fabric, model: LVLMModule, batch: CalibrationBatch) -> list[SampleRow]:
@@ -353,6 +383,19 @@ class LVLMTrainer(L.Trainer):
             raise RunError(f"NaN or infinity before the first block for calibration sample {samples}")
         return rows_of(caught, model.model.config, batch.indices)
 
+    def _forget_samples(self) -> None:
+        """Nothing done yet, no sample caught."""
+        self.manifest, self.recorded, self.rows, self.sample_numbers = Manifest(), {}, [], []
+        self.held, self.picture = None, None
+        self._sizes: list[BatchSize] = []
+
+    def _let_go(self) -> None:
+        """Leave the group of processes, and give memory and files back."""
+        self.processes.close()
+        self._sampler.close()
+        if self.held is not None:
+            self.held.placement.close()
+
     # ---- memory ------------------------------------------------------------------------------------------------------
     def _footprint(self, model: LVLMModule, pruning: BlockwisePruning, callbacks: list[Callback]) -> Footprint:
         """Predicts the memory of this process."""
@@ -365,6 +408,11 @@ class LVLMTrainer(L.Trainer):
         )
         output = 0 if model.folder is None else folder_bytes(model.folder.path)
         return Footprint(model, method, self._sizes, self.strategy.root_device, self._sampler.start, output)
+
+    def _watch_memory(self) -> None:
+        """Note how much there is, and measure from now on how much is taken."""
+        self._available = (available_device_memory(self.strategy.root_device), available_host_memory())
+        self._sampler = MemorySampler()
 
     def _settle(self, model: LVLMModule, callbacks: list[Callback]) -> None:
         """Choose where the samples wait, now that their sizes are known, and note what memory the run will need."""
@@ -407,12 +455,12 @@ class LVLMTrainer(L.Trainer):
 
     # ---- composition of the run --------------------------------------------------------------------------------------
     def _prune_callbacks(self) -> list[Callback]:
-        """The user's callbacks, then survey, writer, progress bar, evaluation, report; each unless the user gave one.
+        """The user's callbacks, then survey, writer, progress bar, evaluation, metrics, report; each unless given.
 
         The survey comes before the writer, which keeps what was found.
         """
         given: list[Callback] = [callback for callback in self.callbacks if not isinstance(callback, ProgressBar)]
-        tail: list[Callback] = [SparseCheckpointWriter(), EmbeddedEvaluation(), PruningReport()]
+        tail: list[Callback] = [SparseCheckpointWriter(), EmbeddedEvaluation(), BlockMetrics(), PruningReport()]
         if isinstance(self.progress_bar_callback, PruneProgressBar):
             tail.insert(1, self.progress_bar_callback)
         elif self.progress_bar_callback is not None:  # Lightning's default bar knows nothing of pruning
@@ -503,3 +551,13 @@ class LVLMTrainer(L.Trainer):
 def _needs(callbacks: list[Callback], name: str) -> frozenset[str]:
     """What any of the callbacks wants recorded of a forward."""
     return frozenset().union(*(getattr(callback, name, ()) for callback in callbacks))
+
+
+def _first_picture(batch: CalibrationBatch, rows: list[SampleRow], config: Any) -> Picture | None:
+    """Of the samples of a batch, the first one whose visual tokens have known places."""
+    for number, row in enumerate(rows):
+        images, videos = (int((row.modality == code).sum()) for code in (IMAGE, VIDEO))
+        found = None if videos else picture_of(batch.inputs, number, row.sample, images, config)
+        if found is not None:
+            return found
+    return None

@@ -16,6 +16,8 @@ GOLDEN_ARGUMENTS = [
     f"--model.path={GOLDEN / 'model'}",
     "--data.source=TensorSource",
     f"--data.source.path={GOLDEN / 'calib.safetensors'}",
+    # Figures take seconds; tests of the report ask for it.
+    "--report=false",
 ]
 
 

@@ -114,6 +114,7 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
 def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a figure as PNG on white, the same bytes for the same figure."""
     with house_style():
+        _arrange(figure)
         figure.savefig(path, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
@@ -129,6 +130,7 @@ def inline_svg(figure: Figure, description: str) -> Markup:
     """
     drawn = io.BytesIO()
     with house_style():
+        _arrange(figure)
         figure.savefig(drawn, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(drawn.getvalue())
     for element in root.findall(f"{{{_SVG}}}metadata"):
@@ -141,6 +143,13 @@ def inline_svg(figure: Figure, description: str) -> Markup:
     text = ElementTree.tostring(root, encoding="unicode")
     colours = "|".join(_VARIABLES)
     return Markup(re.sub(colours, lambda found: f"var({_VARIABLES[found[0]]})", text))
+
+
+def _arrange(figure: Figure) -> None:
+    """Lay the figure out once; drawing it as SVG and as PNG would do it anew, which takes half of the time."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def theme_css() -> str:

@@ -20,9 +20,7 @@ from matplotlib.figure import Figure
 
 from lvlm_prune.figures.style import inline_svg, save_png, theme_css
 from lvlm_prune.manifest import replace_durably
-
-PAGE_NAME = "report.html"
-FIGURE_FOLDER = "report"
+from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
 
 _UNITS = {
     "count": lambda value: f"{value:,.0f}".replace(",", " "),
@@ -50,7 +48,7 @@ class Plate:
     Args:
         name: Name of its PNG without the suffix, and its anchor in the page.
         drawing: The figure.
-        caption: What it shows, in a sentence or two.
+        caption: What it shows, in a sentence or two; `Markup` where a number in it is `show`n.
         table: The numbers that it is drawn from; None where the page shows them elsewhere.
     """
 
@@ -62,7 +60,8 @@ class Plate:
     @cached_property
     def svg(self) -> Markup:
         """The drawing as part of a page."""
-        return inline_svg(self.drawing, self.caption)
+        plain = self.caption.striptags() if isinstance(self.caption, Markup) else self.caption
+        return inline_svg(self.drawing, plain)
 
 
 def show(record: Any, *path: str | int, unit: str = "small") -> Markup:

@@ -127,7 +127,6 @@ def test_damping_that_had_to_be_raised_is_one_line(golden_arguments, tmp_path, c
     raised = {name: entry["scorer"]["damping"] for name, entry in manifest["linears"].items() if "scorer" in entry}
     assert f"at {len(raised)} Linears" in lines[0]
     assert all(damping > 0 for damping in raised.values())
-    assert "singular Gram matrix" in (output / "report.html").read_text()
 
 
 def test_a_linear_that_sees_only_zeros_is_left_dense(capsys):

@@ -1,0 +1,105 @@
+"""The numbers of a run, to Lightning's loggers, while it runs: CSV, TensorBoard, Weights & Biases, ...
+
+lvlm-prune prune --trainer.logger CSVLogger --trainer.logger.save_dir runs/logs
+
+    step 0, 1, 2, ...   one step per block: survey/* of the dense model, then block/* of the pruned one
+    last step           run/* of the whole run
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.loop import Block
+from lvlm_prune.measuring import Stopwatch, peak_memory
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+
+class BlockMetrics(PruneCallback):
+    """Logs what the manifest says of a block as soon as the block is done; without a logger it does nothing."""
+
+    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Log the options of the run."""
+        for logger in trainer.loggers:
+            if trainer.run_config is not None:
+                logger.log_hyperparams(dict(trainer.run_config))
+
+    def on_survey_block_start(
+        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+    ) -> None:
+        """Start the clock."""
+        self._clock = Stopwatch()
+
+    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Log what surveying the block took."""
+        found = {"survey/seconds": self._clock.lap(), "survey/peak_memory_bytes": float(peak_memory())}
+        self._log(trainer, found, block.index)
+
+    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Log what the survey found, block by block where it says so of blocks or of their Linears."""
+        found = _numbers(trainer.manifest["survey"], "survey")
+        for index in range(len(pl_module.runner)):
+            name = pl_module.runner.name(index)
+            of_block = {
+                path.replace(f"{name}.", "").replace(f"/{name}", ""): value
+                for path, value in found
+                if any(part == name or part.startswith(f"{name}.") for part in path.split("/"))
+            }
+            if of_block:
+                self._log(trainer, of_block, index)
+
+    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Log the block's numbers of the manifest."""
+        record = trainer.manifest["blocks"][-1]
+        found = dict(_numbers({key: record[key] for key in record if key not in _NOT_NUMBERS}, "block"))
+        found["block/sparsity"] = trainer.manifest.achieved_sparsity(block.index)
+        budgets = record.get("visual_tokens")
+        if budgets:
+            found["block/visual_tokens"] = sum(budgets) / len(budgets)
+        for name, entry in trainer.manifest["linears"].items():
+            if entry["block"] == block.index:
+                of = name.removeprefix(f"{block.name}.")
+                found[f"sparsity/{of}"] = entry["achieved"]
+                if "error" in entry:
+                    found[f"error/{of}"] = entry["error"]
+        self._log(trainer, found, block.index)
+
+    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+        """Log sparsity, time and retention of the whole run, and let the loggers write."""
+        manifest = trainer.manifest
+        found = {"run/sparsity": manifest["sparsity"]["achieved"]}
+        if "seconds" in manifest:
+            found["run/seconds"] = manifest["seconds"]
+        if "evaluation" in manifest:
+            found |= dict(_numbers(manifest["evaluation"]["retention"], "run/retention"))
+        self._log(trainer, found, max(len(pl_module.runner) - 1, 0))
+        if trainer.processes.is_main:
+            for logger in trainer.loggers:
+                logger.finalize("success")
+
+    @staticmethod
+    def _log(trainer: "LVLMTrainer", found: Mapping[str, float], step: int) -> None:
+        if trainer.processes.is_main:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(found), step=step)
+                logger.save()  # what a run that dies had found is there
+
+
+# Lists and names, or what the step says already.
+_NOT_NUMBERS = frozenset({"index", "name", "visual_tokens", "scores", "example"})
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """Path of every number in nested mappings -> the number."""
+    found: list[tuple[str, float]] = []
+    for key, value in values.items():
+        path = f"{prefix}/{key}"
+        if isinstance(value, Mapping):
+            found += _numbers(value, path)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((path, float(value)))
+    return found

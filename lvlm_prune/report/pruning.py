@@ -1,0 +1,286 @@
+"""The page about a pruning run, made from its manifest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+
+from lvlm_prune.composition import unpack
+from lvlm_prune.effects import BINS_PER_DECADE
+from lvlm_prune.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
+from lvlm_prune.manifest import Manifest
+from lvlm_prune.report.names import FIGURE_FOLDER, PICTURE_NAME
+from lvlm_prune.report.page import Plate, Table, render_page, show
+
+_WORST = 10
+_PHASES = {
+    "read": "reading weights",
+    "gather": "gathering statistics",
+    "score": "scoring and masking",
+    "propagate": "propagating",
+}
+
+
+def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, dict[str, Plate]]:
+    """The page as HTML, and the figures on it.
+
+    Args:
+        manifest: What the run did; every number on the page stands there, or in `summarise` of it.
+        folder: The folder that the run wrote, where the picture of one calibration sample is.
+    """
+    run = dict(manifest) | {"summary": summarise(manifest)}
+    plates = {plate.name: plate for plate in _plates(run, folder) if plate is not None}
+    title = f"{manifest['model']['path']}: {manifest['method']['init_args']['name']}"
+    text = render_page(
+        "pruning.html.j2",
+        title,
+        run=run,
+        plates=plates,
+        facts=_facts(run),
+        scores=_scores(run),
+        worst=_linears(run, run["summary"]["worst"]),
+        linears=_linears(run, run["linears"]),
+        show=show,
+        left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
+    )
+    return text, plates
+
+
+def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Sums and means of a manifest's numbers that the page shows.
+
+    Returns:
+        `sparsity` and `error`: kind of Linear (last part of its name) -> block -> share of zeros, and mean relative
+        reconstruction error; `visual_tokens`: block -> mean per sample; `pool`: modality -> block -> share of the
+        pool's tokens; `seconds`: phase -> seconds; `worst`: names of the Linears of largest error; `peak_memory_bytes`;
+        `num_linears`, `num_blocks`, `num_weights`.
+    """
+    zeros: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    errors: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, entry in manifest["linears"].items():
+        kind, size = name.rpartition(".")[2], entry["shape"][0] * entry["shape"][1]
+        zeros[kind][entry["block"]] += entry["achieved"] * size
+        sizes[kind][entry["block"]] += size
+        if "error" in entry:
+            errors[kind][entry["block"]].append(entry["error"])
+    blocks = manifest["blocks"]
+    seconds = {"catching block inputs": manifest["catch_seconds"]}
+    if "seconds" in manifest.get("survey", {}):
+        seconds["surveying the dense model"] = manifest["survey"]["seconds"]
+    for phase, name in _PHASES.items():
+        seconds[name] = sum(block["seconds"][phase] for block in blocks)
+    seconds["starting and writing"] = max(manifest["seconds"] - sum(seconds.values()), 0.0)
+    modalities = list(dict.fromkeys(name for block in blocks for name in block.get("pool", {})))
+    ranked = sorted(manifest["linears"].items(), key=lambda item: -item[1].get("error", 0.0))
+    return {
+        "sparsity": {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros},
+        "error": {kind: {block: sum(v) / len(v) for block, v in of.items()} for kind, of in errors.items()},
+        "visual_tokens": {
+            block["index"]: sum(block["visual_tokens"]) / len(block["visual_tokens"])
+            for block in blocks
+            if block.get("visual_tokens")
+        },
+        "pool": {
+            name: {
+                block["index"]: block["pool"].get(name, 0.0) / sum(block["pool"].values())
+                for block in blocks
+                if block.get("pool")
+            }
+            for name in modalities
+        },
+        "seconds": seconds,
+        "worst": [name for name, entry in ranked if "error" in entry][:_WORST],
+        "peak_memory_bytes": max((block["peak_memory_bytes"] for block in blocks), default=0),
+        "num_linears": len(manifest["linears"]),
+        "num_blocks": len(blocks),
+        "num_weights": sum(sum(of.values()) for of in sizes.values()),
+    }
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": Path(run["model"]["path"]).name,
+        "method": run["method"]["init_args"]["name"],
+        "sparsity": show(run, "sparsity", "achieved", unit="percent"),
+        "pattern": run.get("pattern", run["method"]["init_args"]["pattern"]),
+    }
+    if "evaluation" in run:
+        facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
+    if "size_bytes" in run:
+        facts["checkpoint"] = show(run, "size_bytes", unit="megabytes")
+    facts["time"] = show(run, "seconds", unit="seconds")
+    facts["peak memory"] = show(run, "summary", "peak_memory_bytes", unit="megabytes")
+    facts["weights considered"] = show(run, "summary", "num_weights", unit="count")
+    if "num_samples" in run["calibration"]:
+        facts["calibration samples"] = show(run, "calibration", "num_samples", unit="count")
+    return facts
+
+
+def _scores(run: Mapping[str, Any]) -> Table | None:
+    if "evaluation" not in run:
+        return None
+    rows = [
+        [task, *(show(run, "evaluation", which, "tasks", task, unit="percent") for which in ("dense", "pruned")), kept]
+        for task in run["evaluation"]["dense"]["tasks"]
+        for kept in [
+            show(run, "evaluation", "retention", "tasks", task, unit="percent")
+            if task in run["evaluation"]["retention"]["tasks"]
+            else "–"
+        ]
+    ]
+    rows.append(
+        ["average"]
+        + [show(run, "evaluation", which, "average", unit="percent") for which in ("dense", "pruned", "retention")]
+    )
+    return Table(["task", "dense", "pruned", "retained"], rows)
+
+
+def _linears(run: Mapping[str, Any], names: Any) -> Table:
+    rows = []
+    for name in names:
+        entry = run["linears"][name]
+        shape = [show(run, "linears", name, "shape", place, unit="count") for place in (0, 1)]
+        numbers = [show(run, "linears", name, key, unit="share") for key in ("target", "achieved")]
+        error = show(run, "linears", name, "error", unit="share") if "error" in entry else "–"
+        rows.append([name, *shape, *numbers, error])
+    return Table(["Linear", "outputs", "inputs", "target", "achieved", "error"], rows)
+
+
+def _plates(run: dict[str, Any], folder: Path | None) -> list[Plate | None]:
+    return [
+        _sparsity(run),
+        _saliency(run),
+        _pool(run),
+        _score_distribution(run),
+        _error(run),
+        _seconds(run),
+        _picture(run, folder),
+    ]
+
+
+def _sparsity(run: dict[str, Any]) -> Plate:
+    values = run["summary"]["sparsity"]
+    percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
+    drawing = heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10)
+    caption = "Sparsity of each kind of Linear in each block."
+    return Plate("sparsity", drawing, caption, _by_kind(run, "sparsity", "percent"))
+
+
+def _error(run: dict[str, Any]) -> Plate | None:
+    if not run["summary"]["error"]:
+        return None
+    kind = run["reconstruction"]
+    how = {
+        "exact": "from the Gram matrix of its inputs",
+        "diagonal": "estimated from the norms of its input channels, taken for uncorrelated",
+    }[kind]
+    caption = (
+        "Relative reconstruction error of each Linear on the calibration tokens of the pool, "
+        f"‖(W − W′) X‖ / ‖W X‖, {how}. Of large Linears evenly spaced rows are taken."
+    )
+    drawing = heat_map(run["summary"]["error"], "relative reconstruction error", least_span=0.1)
+    return Plate("reconstruction-error", drawing, caption, _by_kind(run, "error", "share"))
+
+
+def _by_kind(run: dict[str, Any], what: str, unit: str) -> Table:
+    values = run["summary"][what]
+    blocks = sorted({block for of in values.values() for block in of})
+    rows = [
+        [block]
+        + [show(run, "summary", what, kind, block, unit=unit) if block in values[kind] else "–" for kind in values]
+        for block in blocks
+    ]
+    return Table(["block", *values], rows)
+
+
+def _saliency(run: dict[str, Any]) -> Plate | None:
+    blocks = run["blocks"]
+    means = list(dict.fromkeys(key for block in blocks for key in block if key.startswith("mean_")))
+    panels: dict[str, dict[str, dict[int, float]]] = {
+        key.replace("_", " "): {"": {block["index"]: block[key] for block in blocks if key in block}} for key in means
+    }
+    tokens = run["summary"]["visual_tokens"]
+    if tokens:
+        panels["visual tokens\nper sample"] = {"": tokens}
+    if not panels:
+        return None
+    rows = [
+        [block["index"]]
+        + [show(run, "blocks", place, key) if key in block else "–" for key in means]
+        + ([show(run, "summary", "visual_tokens", block["index"], unit="number")] if tokens else [])
+        for place, block in enumerate(blocks)
+    ]
+    columns = ["block", *(key.replace("_", " ") for key in means), *(["visual tokens per sample"] if tokens else [])]
+    caption = (
+        "How salient visual tokens are at each block, and how many of them calibrate it: the mean over samples of the "
+        "number selected."
+    )
+    return Plate("saliency", curves(panels), caption, Table(columns, rows))
+
+
+def _pool(run: dict[str, Any]) -> Plate | None:
+    parts = run["summary"]["pool"]
+    if not parts:
+        return None
+    rows = [
+        [block["index"]]
+        + [
+            cell
+            for name in parts
+            for cell in (
+                show(run, "blocks", place, "pool", name, unit="number") if name in block["pool"] else "–",
+                show(run, "summary", "pool", name, block["index"], unit="percent"),
+            )
+        ]
+        for place, block in enumerate(run["blocks"])
+        if block.get("pool")
+    ]
+    caption = "Which tokens calibrate each block, by modality; tokens with a weight count as much as their weight."
+    columns = ["block", *(column for name in parts for column in (f"{name} tokens", f"{name} share"))]
+    return Plate("pool", shares(parts, "tokens of the pool"), caption, Table(columns, rows))
+
+
+def _score_distribution(run: dict[str, Any]) -> Plate | None:
+    found = {block["index"]: block["scores"] for block in run["blocks"] if "scores" in block}
+    if not found:
+        return None
+    rows = [
+        [block["index"], *(show(run, "blocks", place, "scores", "threshold", quantile) for quantile in range(3))]
+        for place, block in enumerate(run["blocks"])
+        if "scores" in block
+    ]
+    caption = (
+        "Scores of the weights of each block before any is changed, and the threshold under which they go. Every row "
+        "has its own threshold: its largest score that went. Of large Linears evenly spaced rows are shown."
+    )
+    table = Table(["block", "lowest tenth of thresholds", "median", "highest tenth"], rows)
+    return Plate("scores", score_distribution(found, BINS_PER_DECADE), caption, table)
+
+
+def _seconds(run: dict[str, Any]) -> Plate:
+    seconds = run["summary"]["seconds"]
+    rows = [[name, show(run, "summary", "seconds", name)] for name in seconds]
+    caption = "Where the time went, before verification and evaluation."
+    return Plate("seconds", bars(seconds, "seconds"), caption, Table(["phase", "seconds"], rows))
+
+
+def _picture(run: dict[str, Any], folder: Path | None) -> Plate | None:
+    path = None if folder is None else folder / FIGURE_FOLDER / PICTURE_NAME
+    if path is None or not path.is_file() or not run.get("picture"):
+        return None
+    rows, columns = run["picture"]["grid"]
+    packed = {block["index"]: unpack(block["example"]).tolist() for block in run["blocks"] if "example" in block}
+    if not packed or any(len(weights) != rows * columns for weights in packed.values()):
+        return None
+    caption = (
+        Markup("Visual tokens of calibration sample {} that calibrate a block; all others are darkened.")
+    ).format(show(run, "picture", "sample", unit="count"))
+    with Image.open(path) as picture:
+        drawing = tokens_on_picture(picture, (rows, columns), packed)
+    return Plate("tokens", drawing, caption)

@@ -1,0 +1,145 @@
+"""The page about a recovery, made from its record."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.figures.blocks import heat_map
+from lvlm_prune.figures.training import loss_curves
+from lvlm_prune.report.page import Plate, Table, render_page, show
+
+
+def recovery_page(record: Mapping[str, Any]) -> tuple[str, dict[str, Plate]]:
+    """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`."""
+    run = dict(record) | {"summary": summarise(record)}
+    plates = {plate.name: plate for plate in (_losses(run), _sparsity(run)) if plate is not None}
+    title = f"{run['model']['path']}: recovered by {'LoRA' if run['method'] == 'lora' else run['method']}"
+    text = render_page(
+        "recovery.html.j2",
+        title,
+        run=run,
+        plates=plates,
+        facts=_facts(run),
+        scores=_scores(run),
+        linears=_linears(run),
+        show=show,
+    )
+    return text, plates
+
+
+def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Means of a record's numbers that the page shows.
+
+    Returns:
+        `sparsity`: kind of Linear (last part of its name) -> number of the block -> share of zeros; `num_linears`.
+    """
+    zeros: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for name, entry in record["linears"].items():
+        block = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+        kind = name.rpartition(".")[2]
+        zeros[kind][block] += entry["zeros"]
+        sizes[kind][block] += entry["shape"][0] * entry["shape"][1]
+    return {
+        "sparsity": {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros},
+        "num_linears": len(record["linears"]),
+    }
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "base": Path(run["model"]["path"]).name,
+        "method": "LoRA" if run["method"] == "lora" else run["method"],
+        "sparsity": show(run, "verified", "sparsity", unit="percent"),
+        "pattern": run["pattern"],
+    }
+    if "evaluation" in run:
+        for which in ("pruned", "recovered"):
+            facts[f"retained, {which}"] = show(run, "evaluation", "retention", which, "average", unit="percent")
+    training = run["training"]
+    for key in ("trainable_parameters", "steps"):
+        if training.get(key) is not None:
+            facts[key.replace("_", " ")] = show(run, "training", key, unit="count")
+    for key in ("train_loss", "validation_loss"):
+        if training.get(key) is not None:
+            facts[key.replace("_", " ")] = show(run, "training", key, unit="share")
+    facts["time"] = show(run, "seconds", unit="seconds")
+    return facts
+
+
+def _scores(run: Mapping[str, Any]) -> Table | None:
+    if "evaluation" not in run:
+        return None
+    found = run["evaluation"]
+    names = ("dense", "pruned", "recovered")
+    rows = []
+    for task in found["dense"]["tasks"]:
+        cells = [show(run, "evaluation", which, "tasks", task, unit="percent") for which in names]
+        kept = [
+            show(run, "evaluation", "retention", which, "tasks", task, unit="percent")
+            if task in found["retention"][which]["tasks"]
+            else "–"
+            for which in names[1:]
+        ]
+        rows.append([task, *cells, *kept])
+    rows.append(
+        ["average"]
+        + [show(run, "evaluation", which, "average", unit="percent") for which in names]
+        + [show(run, "evaluation", "retention", which, "average", unit="percent") for which in names[1:]]
+    )
+    return Table(["task", *names, "retained, pruned", "retained, recovered"], rows)
+
+
+def _losses(run: Mapping[str, Any]) -> Plate | None:
+    history = {name: points for name, points in run["training"].get("history", {}).items() if points}
+    if not history:
+        return None
+    rows = [
+        [
+            name.replace("_", " "),
+            *(
+                show(run, "training", "history", name, place, part, unit=unit)
+                for place in (0, -1)
+                for part, unit in ((0, "count"), (1, "share"))
+            ),
+        ]
+        for name in history
+    ]
+    table = Table(["loss", "first step", "value", "last step", "value"], rows)
+    return Plate(
+        "losses", loss_curves(history), "Losses of training and, where samples were held back, of validation.", table
+    )
+
+
+def _sparsity(run: Mapping[str, Any]) -> Plate:
+    values = run["summary"]["sparsity"]
+    percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
+    blocks = sorted({block for of in values.values() for block in of})
+    rows = [
+        [block]
+        + [
+            show(run, "summary", "sparsity", kind, block, unit="percent") if block in of else "–"
+            for kind, of in values.items()
+        ]
+        for block in blocks
+    ]
+    caption = "Sparsity of each kind of Linear in each block, that of the base."
+    return Plate(
+        "sparsity", heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10), caption, Table(["block", *values], rows)
+    )
+
+
+def _linears(run: Mapping[str, Any]) -> Table:
+    rows = [
+        [
+            name,
+            *(show(run, "linears", name, "shape", place, unit="count") for place in (0, 1)),
+            show(run, "linears", name, "zeros", unit="count"),
+            show(run, "linears", name, "achieved", unit="share"),
+        ]
+        for name in run["linears"]
+    ]
+    return Table(["Linear", "outputs", "inputs", "zeros", "sparsity"], rows)

@@ -1,0 +1,107 @@
+"""The page of a pruning run shows the manifest's numbers, and needs nothing from outside."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from lvlm_prune.cli import main
+from lvlm_prune.manifest import Manifest
+from lvlm_prune.report.pruning import pruning_page, summarise
+from tests.conftest import GOLDEN_ARGUMENTS
+
+FIGURES = ["sparsity", "saliency", "pool", "scores", "reconstruction-error", "seconds", "tokens"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "out"
+    arguments = [*GOLDEN_ARGUMENTS, "--report=true", "--pruning.record=true", "--pruning.sparsity=0.6"]
+    assert main([*arguments, f"--output={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(folder):
+    return json.loads((folder / "pruning.json").read_text())
+
+
+def test_every_number_is_the_manifests(folder, manifest, read_page, look_up):
+    page = read_page((folder / "report.html").read_text())
+    record = manifest | {"summary": summarise(manifest)}
+    assert len(page.numbers) > 28 * 5
+    for path, value, unit, text in page.numbers:
+        exact = look_up(record, path)
+        assert value == exact, path
+        shown = float(re.sub(r"[^0-9.e+-]", "", text.replace("e-0", "e-")))
+        scale = {"percent": 100, "megabytes": 1e-6}.get(unit, 1)
+        assert shown == pytest.approx(exact * scale, rel=6e-3, abs=0.051 if unit != "share" else 6e-5), path
+    # No number stands on the page that does not say where it comes from.
+    assert not re.search(r"\d", page.text), re.findall(r".{20}\d.{20}", page.text)
+    for name, entry in manifest["linears"].items():
+        shown = {path.rpartition("/")[2]: value for path, value, _, _ in page.numbers if f"linears/{name}/" in path}
+        assert shown["achieved"] == entry["achieved"]
+        assert shown["error"] == entry["error"]
+
+
+def test_sums_and_means_are_those_of_the_manifest(manifest):
+    summary = summarise(manifest)
+    for kind, blocks in summary["sparsity"].items():
+        for block, value in blocks.items():
+            (entry,) = [e for n, e in manifest["linears"].items() if n.endswith(kind) and e["block"] == block]
+            assert value == entry["achieved"]
+            assert summary["error"][kind][block] == entry["error"]
+    for block in manifest["blocks"]:
+        assert summary["visual_tokens"][block["index"]] == pytest.approx(np.mean(block["visual_tokens"]))
+        # All text tokens calibrate, and of each sample the visual tokens that were selected.
+        assert block["pool"] == {
+            "text": manifest["calibration"]["tokens"]["text"],
+            "image": sum(block["visual_tokens"]),
+        }
+    errors = sorted((entry["error"] for entry in manifest["linears"].values()), reverse=True)
+    assert [manifest["linears"][name]["error"] for name in summary["worst"]] == errors[:10]
+    assert sum(summary["seconds"].values()) == pytest.approx(manifest["seconds"])
+
+
+def test_tokens_drawn_are_those_recorded(folder, manifest):
+    from lvlm_prune.composition import unpack
+
+    recorded = load_file(folder / "statistics.safetensors")
+    sample = manifest["picture"]["sample"]
+    for block in manifest["blocks"]:
+        selected = unpack(block["example"]).nonzero().flatten()
+        assert selected.tolist() == recorded[f"sel.{block['index']}.{sample}"].tolist()
+
+
+def test_the_page_is_self_contained_and_has_all_figures(folder, read_page):
+    text = (folder / "report.html").read_text()
+    assert not re.search(r"""\b(?:src|href)=["'](?!#|data:)""", text)
+    assert "@import" not in text
+    assert "<script" not in text
+    assert "viewport" in text
+    assert read_page(text).figures == FIGURES
+    for name in FIGURES:
+        # A figure that is one colour shows nothing.
+        assert np.asarray(Image.open(folder / "report" / f"{name}.png").convert("L")).std() > 10
+
+
+def test_names_cannot_inject_markup(manifest):
+    hostile = json.loads(json.dumps(manifest))
+    hostile["model"]["path"] = "<script>alert(1)</script>"
+    hostile["warnings"] = ["<b>singular</b> Gram matrix"]
+    hostile["linears"]["<img src=x>.q_proj"] = next(iter(manifest["linears"].values()))
+    text, _ = pruning_page(Manifest(hostile))
+    assert "<script>" not in text
+    assert "<img" not in text
+    assert "&lt;b&gt;singular" in text
+
+
+def test_a_run_without_activations_has_a_page_too(tmp_path, read_page):
+    arguments = [*GOLDEN_ARGUMENTS, "--report=true", "--pruning.scorer=MagnitudeScorer"]
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
+    page = read_page((tmp_path / "out" / "report.html").read_text())
+    assert page.figures == ["sparsity", "scores", "seconds"]
+    assert "uses no activations" in page.text
