@@ -47,7 +47,7 @@ class PathwayPruning(BlockwisePruning):
     """
 
     def __init__(self, pathway: Pathway, pool: str, sparsity: float, scorer: Scorer, visual: list[str]) -> None:
-        super().__init__(sparsity=sparsity, pool=POOLS[pool](), scorer=scorer, visual=visual)
+        super().__init__(sparsity=sparsity, pool=POOLS[pool](), scorer=scorer, visual=visual, experts="keep")
         self.pathway, self.pool_name = pathway, pool
         self.pruned: dict[str, Tensor] = {}
         """Full name of each Linear done so far -> its pruned weight, on the CPU."""
