@@ -8,9 +8,10 @@ After a crash at any moment the blocks that pruning.json names are completely wr
 from the input checkpoint.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import yaml
@@ -20,11 +21,18 @@ from torch import Tensor
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
-from lvlm_prune.errors import LVLMPruneError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.measuring import Stopwatch
-from lvlm_prune.output_folder import copy_checkpoint, refuse_unusable, release
+from lvlm_prune.output_folder import (
+    copy_checkpoint,
+    is_occupied,
+    lock_folder,
+    make_folder,
+    refuse_unusable,
+    release,
+    writing,
+)
 from lvlm_prune.plugins import describe
 from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.verification import Expectation, verify_checkpoint
@@ -33,12 +41,16 @@ if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
 
+Result = TypeVar("Result")
+
 
 class SparseCheckpointWriter(PruneCallback):
     """Writes the sparse checkpoint and its manifest, verifies them, and makes the run resumable.
 
     A model that was handed over in memory is not written.
     """
+
+    _lock: int | None = None
 
     def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Refuse an output folder that cannot be written, before anything is done.
@@ -51,8 +63,14 @@ class SparseCheckpointWriter(PruneCallback):
             return
         assert pl_module.folder is not None
         refuse_unusable(folder, pl_module.folder.path, FILE_NAME, trainer.resume_run)
-        if trainer.resume_run and folder.is_dir() and any(folder.iterdir()):
+        if trainer.resume_run and is_occupied(folder, FILE_NAME):
             Manifest.read(folder)
+
+    def teardown(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
+        """Let other runs into the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Copy the input folder, or find out where an unfinished run stands."""
@@ -61,33 +79,31 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.manifest.setdefault("linears", {})
         if folder is None:
             return
-        _on_main(trainer, folder, lambda: self._start(trainer, pl_module, folder))
-        started = Manifest.read(folder)
+        started = _on_main(trainer, folder, lambda: self._start(trainer, pl_module, folder))
         for key in ("status", "blocks", "linears"):
             trainer.manifest[key] = started[key]
         if "survey" in started:
             trainer.manifest["survey"] = started["survey"]
-        # Without calibration nothing else would keep the writing process from going on to the next state of the file.
-        trainer.processes.barrier()
 
-    def _start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
+    def _start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
         manifest = trainer.manifest
+        make_folder(folder)
+        self._lock = lock_folder(folder)
         if (folder / FILE_NAME).is_file():
             started = Manifest.read(folder)
             started.refuse_other(manifest, folder)
             if started.get("status") != "copying":
-                return
+                return started
         manifest["status"] = "copying"
-        folder.mkdir(parents=True, exist_ok=True)
         manifest.write(folder)
         if trainer.run_config is not None:
             replace_durably(folder / "config.yaml", yaml.safe_dump(dict(trainer.run_config), sort_keys=False).encode())
         # The input may have been pruned itself: its own records would be taken for ours.
         copy_checkpoint(pl_module.folder.path, folder, leave_out=(FILE_NAME, "config.yaml", PAGE_NAME, FIGURE_FOLDER))
-        pl_module.folder.at(folder).sync()
         manifest["status"] = "pruning"
         manifest.write(folder)
+        return manifest
 
     def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the survey found: an interrupted run that goes on does not survey again."""
@@ -159,15 +175,16 @@ class SparseCheckpointWriter(PruneCallback):
         """
         folder = trainer.output_folder
         if trainer.manifest.get("status") == "complete":
+            if folder is not None:
+                _on_main(trainer, folder, lambda: _remove_parts(folder))
             return
         if folder is None:
             self._summarise(trainer)
             return
-        _on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder))
-        trainer.manifest.update(Manifest.read(folder))
+        trainer.manifest.update(_on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder)))
         trainer.say(_verified_line(trainer.manifest))
 
-    def _finish(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> None:
+    def _finish(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
         pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
         linears = trainer.manifest["linears"]
@@ -194,8 +211,8 @@ class SparseCheckpointWriter(PruneCallback):
         release(folder)
         trainer.manifest["status"] = "complete"
         trainer.manifest.write(folder)
-        for part in folder.glob(_statistics_part("*")):
-            part.unlink()
+        _remove_parts(folder)
+        return trainer.manifest
 
     @staticmethod
     def _summarise(trainer: "LVLMTrainer") -> None:
@@ -238,23 +255,24 @@ def _by_parameter(block: Block) -> dict[str, dict[str, Callable[[Tensor], Tensor
     return found
 
 
+def _remove_parts(folder: Path) -> None:
+    for part in folder.glob(_statistics_part("*")):
+        part.unlink()
+
+
 def _statistics_part(block: int | str) -> str:
     return f"statistics.{block}.part"
 
 
-def _on_main(trainer: "LVLMTrainer", folder: Path, work: Callable[[], None]) -> None:
-    """Do what only the process that writes does; where it fails, every process ends with its error.
+def _on_main(trainer: "LVLMTrainer", folder: Path, work: Callable[[], Result]) -> Result:
+    """Write on the main process only.
 
     Raises:
         RunError: The disk is full, or cannot be written for another reason.
     """
-    problem: Exception | None = None
-    if trainer.processes.is_main:
-        try:
-            work()
-        except LVLMPruneError as error:
-            problem = error
-        except OSError as error:
-            reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
-            problem = RunError(f"--output {folder}: {reason}")
-    trainer.processes.agree(problem)
+
+    def written() -> Result:
+        with writing(folder):
+            return work()
+
+    return trainer.processes.on_main(written)

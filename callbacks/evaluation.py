@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.output_folder import writing
 
 if TYPE_CHECKING:
     from lvlm_prune.evaluation.scores import Scores
@@ -35,7 +36,8 @@ class EmbeddedEvaluation(PruneCallback):
             "pruned": pruned.to_dict(),
             "retention": kept.to_dict(),
         }
-        trainer.manifest.write(folder)
+        with writing(folder):
+            trainer.manifest.write(folder)
         trainer.say(retention_table(dense, pruned))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
-from torch import Tensor, nn
+from torch import nn
 
 from lvlm_prune.activations import Activations
 from lvlm_prune.allocation import Allocation, UniformAllocation
@@ -26,6 +26,7 @@ from lvlm_prune.loop import Block
 from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
 from lvlm_prune.plugins import own_instance, plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
+from lvlm_prune.processes import Processes, deal
 from lvlm_prune.saliency import DriftSaliency
 from lvlm_prune.scorers import MagnitudeScorer, Scorer, WandaScorer
 from lvlm_prune.statistics import Statistic
@@ -225,38 +226,43 @@ class BlockwisePruning(PruneCallback):
             self._calibration.add(sample, tokens)
 
     def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
-        """Finish the statistics, then score, mask and overwrite each Linear's weight."""
+        """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share."""
         calibration, matrices = self._calibration, block.matrices()
         if calibration is not None:
             devices = {name: matrix.weight.device for name, matrix in matrices.items()}
             block.record.update(calibration.finish(trainer.processes, devices))
         linears: dict[str, dict[str, Any]] = {}
         effects = BlockEffects()
+        owners = self._deal(calibration, matrices, trainer.processes.count)
         for name, full_name in self._targets.items():
             weight = matrices[name].weight
             statistic = None if calibration is None else calibration.statistic_of(name)
-            if calibration is not None and isinstance(matrices[name], ExpertMatrix):
-                routed = calibration.routed_tokens(name)
-                if routed < self.min_expert_tokens or _saw_nothing(statistic):
-                    linears[full_name] = self._rare_expert(block, name, weight, routed)
-                    continue
-            if calibration is not None and _saw_nothing(statistic):
-                linears[full_name] = {"shape": list(weight.shape), "target": 0.0, "note": "saw no calibration token"}
-                continue
-            pruned, mask = self.scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
-            if self.targets[full_name] > 0:
-                effects.add(full_name, weight, pruned, mask, statistic, self.scorer.score(weight, statistic))
-            weight.data.copy_(pruned)
-            block.masks[name] = mask
-            if self.scorer.updates_weights:
+            entry = linears[full_name] = {"shape": list(weight.shape), "target": self.targets[full_name]}
+            if calibration is not None:
+                entry |= self._lack_of_tokens(calibration, name, statistic, isinstance(matrices[name], ExpertMatrix))
+            if "note" in entry:
+                del owners[name]
+            elif owners[name] == trainer.processes.rank:
+                scorer = self.scorer_of(entry)
+                pruned, block.masks[name] = scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
+                if scorer.updates_weights and not torch.isfinite(pruned).all():
+                    raise RunError(f"NaN or infinity in the updated weight of {full_name}")
+                if scorer is self.scorer and entry["target"] > 0:
+                    score = scorer.score(weight, statistic)
+                    effects.add(full_name, weight, pruned, block.masks[name], statistic, score)
+                weight.data.copy_(pruned)
+                if notes := scorer.notes(statistic, block.masks[name], self.targets[full_name]):
+                    entry["scorer"] = notes
+            else:
+                block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
+        self._exchange(block, owners, linears, trainer.processes)
+        for name in owners:
+            entry = linears[f"{block.name}.{name}"]
+            entry["pruned"] = int(block.masks[name].sum())
+            if self.scorer_of(entry).updates_weights:
                 block.updated.add(name)
-            linears[full_name] = {
-                "shape": list(weight.shape),
-                "target": self.targets[full_name],
-                "pruned": int(mask.sum()),
-            }
-            if notes := self.scorer.notes(statistic, mask, self.targets[full_name]):
-                linears[full_name]["scorer"] = notes
+        if trainer.processes.count > 1:
+            effects = BlockEffects.of_all(trainer.processes.gather(effects.on_cpu()))
         for full_name, error in effects.errors().items():
             linears[full_name]["error"] = error
         if (scores := effects.scores()) is not None:
@@ -267,16 +273,50 @@ class BlockwisePruning(PruneCallback):
             trainer.recorded.update(calibration.recorded(trainer.processes, num_samples))
         self._calibration = None
 
-    def _rare_expert(self, block: Block, name: str, weight: Tensor, routed: int) -> dict[str, Any]:
-        """Do what `rare_experts` says with an expert that too few tokens were sent to; its entry in the manifest."""
-        full_name = f"{block.name}.{name}"
-        entry = {"shape": list(weight.shape), "target": 0.0, "routed_tokens": routed}
+    def _lack_of_tokens(
+        self, calibration: BlockCalibration, name: str, statistic: Statistic | None, is_expert: bool
+    ) -> dict[str, Any]:
+        """What the manifest says of a matrix that saw too few tokens; with a `note` it stays dense."""
+        if not is_expert:
+            return {"target": 0.0, "note": "saw no calibration token"} if _saw_nothing(statistic) else {}
+        routed = calibration.routed_tokens(name)
+        if routed >= self.min_expert_tokens and not _saw_nothing(statistic):
+            return {}
         if self.rare_experts == "keep":
-            return entry | {"note": "too few calibration tokens were sent to this expert"}
-        pruned, mask = _BY_MAGNITUDE.prune(weight, None, self.targets[full_name], self.pattern)
-        weight.data.copy_(pruned)
-        block.masks[name] = mask
-        return entry | {"target": self.targets[full_name], "pruned": int(mask.sum()), "scored_by": "magnitude"}
+            note = "too few calibration tokens were sent to this expert"
+            return {"target": 0.0, "routed_tokens": routed, "note": note}
+        return {"routed_tokens": routed, "scored_by": "magnitude"}
+
+    def _deal(self, calibration: BlockCalibration | None, matrices: Mapping[str, Any], count: int) -> dict[str, int]:
+        """Name of each Linear -> rank of the process that prunes it; Linears of one statistic stay together."""
+        shares: dict[str, list[str]] = {}
+        for name in self._targets:
+            shares.setdefault(name if calibration is None else calibration.site_of(name), []).append(name)
+        costs = {}
+        for share, names in shares.items():
+            weights = [matrices[name].weight for name in names]
+            costs[share] = self.scorer.cost(sum(len(weight) for weight in weights), weights[0].shape[1])
+        owners = deal(costs, count)
+        return {name: owners[share] for share, names in shares.items() for name in names}
+
+    def _exchange(
+        self, block: Block, owners: Mapping[str, int], linears: dict[str, dict[str, Any]], processes: Processes
+    ) -> None:
+        """Give every process what the others pruned."""
+        if processes.count == 1:
+            return
+        matrices = block.matrices()
+        for rank in range(processes.count):
+            names = [name for name, owner in owners.items() if owner == rank]
+            processes.copy_from(rank, [block.masks[name] for name in names])
+            if self.scorer.updates_weights:
+                processes.copy_from(rank, [matrices[name].weight.data for name in names])
+            elif rank != processes.rank:
+                for name in names:
+                    matrices[name].weight.data.masked_fill_(block.masks[name], 0.0)
+        notes = {name: entry["scorer"] for name, entry in linears.items() if "scorer" in entry}
+        for name, note in (item for part in processes.gather(notes) for item in part.items()):
+            linears[name]["scorer"] = note
 
     def scorer_of(self, entry: Mapping[str, Any]) -> Scorer:
         """What scored a matrix, given its entry in the manifest."""

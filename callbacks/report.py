@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.manifest import FILE_NAME
+from lvlm_prune.output_folder import writing
 from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME
 
 if TYPE_CHECKING:
@@ -33,14 +34,15 @@ class PruningReport(PruneCallback):
         folder = trainer.output_folder
         if folder is None or not trainer.processes.is_main:
             return
-        trainer.manifest["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        trainer.manifest.write(folder)
-        if trainer.report_run:
-            # Matplotlib takes its time to load; who wants no page does not wait for it.
-            from lvlm_prune.report.page import write_page
-            from lvlm_prune.report.pruning import pruning_page
+        with writing(folder):
+            trainer.manifest["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            trainer.manifest.write(folder)
+            if trainer.report_run:
+                # Matplotlib takes its time to load; who wants no page does not wait for it.
+                from lvlm_prune.report.page import write_page
+                from lvlm_prune.report.pruning import pruning_page
 
-            write_page(folder, *pruning_page(trainer.manifest, folder))
+                write_page(folder, *pruning_page(trainer.manifest, folder))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         seconds = trainer.manifest["seconds"]
         page = f"{PAGE_NAME} · " if trainer.report_run else ""

@@ -83,10 +83,10 @@ class PluginSurvey(PruneCallback):
         """Show the sample to each plugin that takes it."""
         linears = self._linears(block)
         inputs: dict[str, Tensor] = {}
-        for site, tokens, _ in sample.site_inputs():
+        for site, values, _ in sample.site_inputs():
             for name in sample.sites[site]:
                 if name in linears:
-                    inputs[name] = torch.cat([inputs[name], tokens]) if name in inputs else tokens
+                    inputs[name] = torch.cat([inputs[name], values]) if name in inputs else values
         for option, plugin in self.surveyors.items():
             if sample.sample not in self._samples[option]:
                 continue

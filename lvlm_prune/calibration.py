@@ -56,6 +56,7 @@ class BlockCalibration:
         self._samples: list[int] = []
         self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
         self._linear_selections: dict[tuple[int, str], Tensor] = {}
+        self._totals: dict[str, list[tuple[int, Tensor]]] = {}
 
     def add(self, sample: Activations, tokens: Tokens) -> None:
         """Add the tokens that the pool selects; hold its candidates.
@@ -93,11 +94,11 @@ class BlockCalibration:
         if key not in self._statistics:
             self._statistics[key] = self.statistic(inputs.shape[1], inputs.device)
         if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
-            self._statistics[key].add(inputs, _scaled(_all(inputs), sample_weight))
+            self._sum_up(key, inputs, _scaled(_all(inputs), sample_weight), order)
             return
         assert selection is not None
         weights = selection.weights if repeats == 1 else selection.weights.repeat(repeats)
-        self._statistics[key].add(inputs, _scaled(weights, sample_weight))
+        self._sum_up(key, inputs, _scaled(weights, sample_weight), order)
         if selection.candidates is not None and len(selection.candidates):
             streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
             self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats, sample_weight))
@@ -115,7 +116,7 @@ class BlockCalibration:
                 self._statistics[name] = self.statistic(inputs.shape[1], inputs.device)
                 self._routed_tokens[name] = torch.zeros((), dtype=torch.float64, device=inputs.device)
             weights = selection.weights[routed.tokens]
-            self._statistics[name].add(inputs, _scaled(weights, sample.row.weight))
+            self._sum_up(name, inputs, _scaled(weights, sample.row.weight), order)
             self._routed_tokens[name] += (weights > 0).sum()
             if selection.candidates is None or not len(selection.candidates):
                 continue
@@ -126,6 +127,13 @@ class BlockCalibration:
             own_ranks = ranks[routed.tokens][held]
             self._held_routed.append((name, order, inputs[held], own_ranks, sample.row.weight))
 
+    def _sum_up(self, key: str, inputs: Tensor, weights: Tensor, order: int) -> None:
+        statistic = self._statistics[key]
+        statistic.add(inputs, weights)
+        if (norms := statistic.squared_norms()) is not None:
+            # Looked at only where the sums turn out to be broken: to look at once would make a GPU wait.
+            self._totals.setdefault(key, []).append((self._samples[order], norms.sum()))
+
     def finish(self, processes: Processes, devices: Mapping[str, torch.device]) -> dict[str, Any]:
         """Add the candidates that count, and sum over all processes.
 
@@ -135,17 +143,20 @@ class BlockCalibration:
 
         Returns:
             Numbers for the manifest: what the pool says of the block, and the visual tokens of each sample.
+
+        Raises:
+            RunError: A sum is NaN or infinite; names the Linears and the sample.
         """
         cutoffs = self.pool.cutoffs(processes.sum)
         for key, order, inputs, repeats, sample_weight in self._held:
             chosen = inputs[: cutoffs[order] * repeats]
             if not len(chosen):
                 continue
-            self._statistics[key].add(chosen, _scaled(_all(chosen), sample_weight))
+            self._sum_up(key, chosen, _scaled(_all(chosen), sample_weight), order)
         self._held.clear()
         for name, order, inputs, ranks, sample_weight in self._held_routed:
             chosen = inputs[ranks < cutoffs[order]]
-            self._statistics[name].add(chosen, _scaled(_all(chosen), sample_weight))
+            self._sum_up(name, chosen, _scaled(_all(chosen), sample_weight), order)
             self._routed_tokens[name] += len(chosen)
         self._held_routed.clear()
         known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
@@ -160,6 +171,7 @@ class BlockCalibration:
             [tensor for key in sorted(self._statistics) for tensor in self._statistics[key].tensors()]
             + [self._routed_tokens[name] for name in sorted(self._routed_tokens)]
         )
+        self._refuse_faults(processes)
         self._chosen_of = dict(zip(self._samples, cutoffs))
         found: dict[str, Any] = dict(self.pool.summary()) | self._composition.finish(self._chosen_of, processes)
         everywhere = processes.gather(self._chosen_of)
@@ -168,16 +180,28 @@ class BlockCalibration:
             found["visual_tokens"] = [together[sample] for sample in sorted(together)]
         return found
 
-    def statistic_of(self, name: str) -> Statistic | None:
-        """The sums over the pool of a Linear's input; None where no sample called it.
+    def site_of(self, name: str) -> str:
+        """What a Linear's statistic is kept under: Linears of one site share it."""
+        return self._site_of.get(name, name)
 
-        Raises:
-            RunError: They hold NaN or infinity.
-        """
-        statistic = self._statistics.get(self._site_of.get(name, ""))
-        if statistic is not None and not all(torch.isfinite(part.sum()) for part in statistic.tensors()):
-            raise RunError(f"NaN or infinity in the calibration statistics of {self.targets[name]}")
-        return statistic
+    def _refuse_faults(self, processes: Processes) -> None:
+        """Stop at NaN or infinity; the sums are the same on all processes, so all of them stop here or none."""
+        finite = {
+            key: torch.stack([torch.isfinite(part.sum()) for part in statistic.tensors()]).all()
+            for key, statistic in sorted(self._statistics.items())
+        }
+        if not finite or torch.stack(list(finite.values())).all():
+            return
+        key = next(key for key, is_finite in finite.items() if not is_finite)
+        own = [sample for sample, total in self._totals.get(key, []) if not torch.isfinite(total)][:1]
+        samples = sorted(sample for part in processes.gather(own) for sample in part)
+        names = ", ".join(self.targets[name] for name, site in sorted(self._site_of.items()) if site == key)
+        where = f" for calibration sample {samples[0]}" if samples else ""
+        raise RunError(f"NaN or infinity in the calibration statistics of {names}{where}")
+
+    def statistic_of(self, name: str) -> Statistic | None:
+        """The sums over the pool of a Linear's input; None where no sample called it."""
+        return self._statistics.get(self._site_of.get(name, ""))
 
     def routed_tokens(self, name: str) -> int:
         """How many tokens that count were sent to the expert of a matrix, over all samples."""

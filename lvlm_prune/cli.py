@@ -21,7 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lvlm_prune import __version__
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.errors import InputError, LVLMPruneError
+from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed
+from lvlm_prune.launching import is_first_process
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.option_errors import OptionError, explain
 from lvlm_prune.plugins import load_installed_plugins
@@ -104,15 +105,19 @@ class LVLMCLI(LightningCLI):
         """
         try:
             return super().instantiate_trainer(**kwargs)  # type: ignore[return-value]
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, RuntimeError, ValueError) as error:
             option = next((name for name in ("accelerator", "devices", "strategy") if name in str(error)), "devices")
             value = self._get(self.config, f"trainer.{option}")
-            raise InputError(f"trainer.{option}", value, str(error).split(". ")[0].replace("\n", " ")) from None
+            said = str(error).replace("\n", " ")
+            # What SLURM lacks is said with the way out.
+            problem = said if isinstance(error, RuntimeError) else said.split(". ")[0]
+            raise InputError(f"trainer.{option}", value, problem) from None
 
     trainer: LVLMTrainer
 
     def before_prune(self) -> None:
-        """Hand the trainer the configuration that repeats the run."""
+        """Hand the trainer the configuration that repeats the run; the process is all its own."""
+        self.trainer.exits_when_interrupted = True
         self.trainer.run_config = self._run_config("prune")
 
     def before_probe(self) -> None:
@@ -168,13 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     try:
         _run(arguments)
+    except OtherProcessFailed as failure:
+        return failure.status
     except LVLMPruneError as error:
-        # With several processes all fail alike, and one speaks.
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        # Before they know of each other all processes fail alike, and one speaks.
+        if error.agreed or is_first_process():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
+        if is_first_process():
+            print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     return 0
 

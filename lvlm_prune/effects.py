@@ -9,6 +9,7 @@ All numbers stay on the device until the block is done.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,23 @@ class BlockEffects:
         counts = torch.bincount(bins.flatten(), minlength=2 * _BINS)
         self._counts = counts if self._counts is None else self._counts + counts
         self._thresholds.append(score.masked_fill(~mask, -torch.inf).amax(dim=1))
+
+    def on_cpu(self) -> BlockEffects:
+        """The same in host memory, to be sent to other processes."""
+        return self.of_all([self])
+
+    @classmethod
+    def of_all(cls, parts: Sequence[BlockEffects]) -> BlockEffects:
+        """What was collected in several parts, each about other Linears."""
+        together = cls()
+        for part in parts:
+            for name, (lost, whole) in part._errors.items():
+                together._errors[name] = (lost.cpu(), whole.cpu())
+            if part._counts is not None:
+                counts = part._counts.cpu()
+                together._counts = counts if together._counts is None else together._counts + counts
+            together._thresholds += [threshold.cpu() for threshold in part._thresholds]
+        return together
 
     def errors(self) -> dict[str, float]:
         r"""Relative reconstruction error of each Linear, full name -> share of the norm of its outputs.

@@ -9,6 +9,9 @@ class LVLMPruneError(Exception):
     Everything else (an exception of a plugin, a bug) keeps its traceback.
     """
 
+    agreed: bool = False
+    """True once the processes of a run agreed that this one, of those that failed, shows its error."""
+
 
 class InputError(LVLMPruneError):
     """A bad option or a bad file behind an option.
@@ -37,3 +40,37 @@ class RunError(LVLMPruneError):
 
     The output folder stays as it is and can be resumed.
     """
+
+
+class ProcessLost(RunError):
+    """A process of the run is gone without a word: killed, or out of memory.
+
+    Args:
+        what: What is known of it.
+    """
+
+    def __init__(self, what: str = "a process of this run ended without a word (killed, or out of memory)") -> None:
+        super().__init__(f"{what}; nothing is lost, resume with --resume true")
+
+
+class OtherProcessFailed(Exception):
+    """Another process of the run failed and shows its error; this one ends with the same exit status.
+
+    Args:
+        rank: Number of the process.
+        problem: Its error, in one line or more.
+        status: Its exit status.
+    """
+
+    def __init__(self, rank: int, problem: str, status: int) -> None:
+        super().__init__(f"process {rank} failed: {problem}")
+        self.status = status
+
+
+def exit_status(error: BaseException) -> int:
+    """Exit status of the command line: 2 what the user can mend, 130 interrupted, 1 everything else."""
+    if isinstance(error, OtherProcessFailed):
+        return error.status
+    if isinstance(error, LVLMPruneError):
+        return 2
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

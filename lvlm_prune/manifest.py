@@ -65,20 +65,41 @@ class Manifest(dict[str, Any]):
                 if section == "config" and key.split(".")[0] in _FREE_TO_CHANGE:
                     continue
                 if before.get(key) != now.get(key):
+                    if key == "fingerprint":
+                        raise _other_input(section, other, folder)
                     name = key if section == "config" else f"{section}.{key}"
                     problem = f"the unfinished run in {folder} used {before.get(key)}; repeat it, or write elsewhere"
                     raise InputError(name, now.get(key), problem)
 
 
+def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputError:
+    if section == "model":
+        problem = f"has changed: it is not the checkpoint that the unfinished run in {folder} started from"
+        return InputError("model.path", other["model"].get("path"), problem)
+    source = other["calibration"].get("source", {})
+    problem = f"gives other calibration samples now than in the unfinished run in {folder}"
+    return InputError("data.source", source.get("class_path", source), problem)
+
+
 def replace_durably(path: Path, content: bytes) -> None:
     """Write a file so that after a crash either the old or the new content is there, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # room for the next attempt
+        raise
     sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Return only once the content of a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,10 +5,17 @@ Until the run is complete and verified `config.json` is held back, so that nobod
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lvlm_prune.errors import InputError
-from lvlm_prune.manifest import sync_folder
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.manifest import sync_file, sync_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 HELD_BACK = "config.json.unfinished"
 
@@ -55,21 +62,79 @@ def refuse_unusable(folder: Path, source: Path, record: str, resume: bool) -> No
         raise InputError("output", folder, f"holds the input checkpoint {source}")
     if folder.exists() and not folder.is_dir():
         raise InputError("output", folder, "is a file")
-    occupied = folder.is_dir() and any(folder.iterdir())
+    occupied = is_occupied(folder, record)
     if occupied and not resume:
         way_out = "go on with --resume true, or " if (folder / record).is_file() else ""
         raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
-    needed, free = folder_bytes(source), shutil.disk_usage(existing).free
-    if not occupied and needed > free:
+    there = {path.relative_to(folder): path.stat().st_size for path in _files(folder)} if occupied else {}
+    needed = sum(
+        max(path.stat().st_size - there.get(path.relative_to(source), 0), 0)
+        for path in _files(source)
+        if path.name != "config.json"  # it may be held back under another name, and is small
+    )
+    free = shutil.disk_usage(existing).free
+    if needed > free:
         problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
         raise InputError("output", folder, problem)
 
 
+def is_occupied(folder: Path, record: str) -> bool:
+    """Whether there is more in a folder than what a run leaves that dies before its manifest `record` is written."""
+    return folder.is_dir() and any(path.name != f"{record}.tmp" for path in folder.iterdir())
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it; they are there after a crash too."""
+    missing = [parent for parent in (folder, *folder.resolve().parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Keep other runs out of an output folder until the descriptor that is returned is closed, or the process ends.
+
+    Returns:
+        An open descriptor; None where the file system knows no locks.
+
+    Raises:
+        InputError: Another run is writing it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError("output", folder, "is being written by another run") from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What goes wrong while something is written into the output folder becomes one line.
+
+    Raises:
+        RunError: The disk is full, or cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a library, about something else than the disk
+            raise
+        reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
+        raise RunError(f"--output {folder}: {reason}") from None
+
+
 def copy_checkpoint(source: Path, folder: Path, leave_out: tuple[str, ...]) -> None:
-    """Copy a checkpoint folder, with `config.json` held back.
+    """Copy a checkpoint folder, with `config.json` held back; the copy is on the disk when this returns.
 
     Args:
         source: The input checkpoint.
@@ -78,14 +143,18 @@ def copy_checkpoint(source: Path, folder: Path, leave_out: tuple[str, ...]) -> N
             them is left out with all that is in it.
     """
     source = source.resolve()
+    folders = {folder}
     for path in _files(source):
         relative = path.relative_to(source)
         if str(relative) in leave_out or relative.parts[0] in leave_out:
             continue
         target = folder / (HELD_BACK if str(relative) == "config.json" else relative)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         shutil.copyfile(path, target)
-    sync_folder(folder)
+        sync_file(target)
+        folders.add(target.parent)
+    for changed in folders:
+        sync_folder(changed)
 
 
 def release(folder: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,6 @@ import lightning as L
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lvlm_prune.activations import SampleRow, rows_of
@@ -48,6 +48,8 @@ from lvlm_prune.hidden_states import (
     available_host_memory,
     checked_place,
 )
+from lvlm_prune.interruption import ends_within_a_second
+from lvlm_prune.launching import Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
 from lvlm_prune.measuring import MemorySampler, Stopwatch
@@ -75,6 +77,7 @@ class LVLMTrainer(L.Trainer):
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
         run_config: The configuration that repeats the run, as plain data.
         held: The samples while they are in work.
+        exits_when_interrupted: Whether Ctrl-C may end the whole process where the run does not end at once.
 
     Args:
         hidden_states: Where hidden states and what else belongs to a calibration sample wait for their turn: on the
@@ -99,6 +102,8 @@ class LVLMTrainer(L.Trainer):
     report_run: bool = True
     quiet: bool = False
     held: HiddenStates | None = None
+    exits_when_interrupted: bool = False
+    _sizes: list[BatchSize]
 
     def __init__(self, hidden_states: Wanted = "auto", scratch: str = "", **options: Any) -> None:
         self.hidden_states, self.scratch = checked_place(hidden_states), scratch
@@ -134,40 +139,29 @@ class LVLMTrainer(L.Trainer):
         started = time.perf_counter()
         self.resume_run, self.evaluate_run, self.report_run = resume, evaluate, report
         self._forget_samples()
-        model.open()
-        datamodule.setup("prune")
         callbacks = self._prune_callbacks()
-        self.output_folder = self._output_folder(model, output, callbacks) if model.folder is not None else None
-        finished = self._finished_run(model, datamodule) if resume else None
-        if self._needs_samples(callbacks) and datamodule.source.needs_processor and model.processor is None:
-            assert model.folder is not None
-            model.processor = load_processor(model.folder.path, model.trust_remote_code)
-        fabric = self._fabric(callbacks)
-        self._raise_hook(fabric, model, "setup", stage="prune")
-        self._watch_memory()
-        if plan:
-            print(self._plan(model, datamodule, callbacks))
-            self._sampler.close()
-            return self.manifest
-        if finished is None:
-            fabric.launch()
-        self.processes = Processes(fabric if finished is None else None)
-        try:
-            if finished is None:
-                self._prune(fabric, model, datamodule, callbacks)
-                self.manifest["seconds"] = time.perf_counter() - started
-            else:
-                self.manifest = finished
-                self.say(f"{self.output_folder} is complete already")
-            self._raise_hook(fabric, model, "on_prune_end")
-        except BaseException as error:
-            self._raise_hook(fabric, model, "on_exception", exception=error)
-            if isinstance(error, KeyboardInterrupt) and self._is_resumable():
-                raise KeyboardInterrupt(f"go on with --resume true --output {self.output_folder}") from None
-            raise
-        finally:
-            self._raise_hook(fabric, model, "teardown", stage="prune")
-            self._let_go()
+        launch = Launch(self, callbacks)
+        self.processes = launch.processes
+        with self._ending_soon(launch), launch.together():
+            try:
+                if launch.joins:
+                    launch.start()
+                finished = self._prepare(launch.fabric, model, datamodule, callbacks, output)
+                if finished is None and not plan:
+                    launch.start()
+                self.processes = launch.processes
+                if plan:
+                    self.say(str(self._plan(model, datamodule, callbacks)))
+                else:
+                    self._carry_out(launch.fabric, model, datamodule, callbacks, finished, started)
+            except BaseException as error:
+                self._raise_hook(launch.fabric, model, "on_exception", exception=error)
+                if isinstance(error, KeyboardInterrupt) and self._is_resumable():
+                    raise KeyboardInterrupt(self._how_to_go_on()) from None
+                raise
+            finally:
+                self._raise_hook(launch.fabric, model, "teardown", stage="prune")
+                self._let_go()
         return self.manifest
 
     def recover(
@@ -230,6 +224,49 @@ class LVLMTrainer(L.Trainer):
 
         return ProbeRun(self, model, datamodule, output, evaluate)()
 
+    def _prepare(
+        self,
+        fabric: Fabric,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        callbacks: list[Callback],
+        output: str,
+    ) -> Manifest | None:
+        """Check everything that can be checked before any work, on each process by itself.
+
+        Returns:
+            The manifest of a finished run that is asked to go on; None where there is something to do.
+        """
+        model.open()
+        datamodule.setup("prune")
+        self.output_folder = self._output_folder(model, output, callbacks) if model.folder is not None else None
+        finished = self._finished_run(model, datamodule) if self.resume_run else None
+        if self._needs_samples(callbacks) and datamodule.source.needs_processor and model.processor is None:
+            assert model.folder is not None
+            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        self._raise_hook(fabric, model, "setup", stage="prune")
+        self._watch_memory()
+        return finished
+
+    def _carry_out(
+        self,
+        fabric: Fabric,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        callbacks: list[Callback],
+        finished: Manifest | None,
+        started: float,
+    ) -> None:
+        if finished is None:
+            # A folder that is named after what is there already may be another one on each process.
+            self.output_folder = self.processes.on_main(lambda: self.output_folder)
+            self._prune(fabric, model, datamodule, callbacks)
+            self.manifest["seconds"] = time.perf_counter() - started
+        else:
+            self.manifest = finished
+            self.say(f"{self.output_folder} is complete already")
+        self._raise_hook(fabric, model, "on_prune_end")
+
     def _prune(
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
     ) -> None:
@@ -276,6 +313,21 @@ class LVLMTrainer(L.Trainer):
 
     def _is_resumable(self) -> bool:
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with --resume true --output {self.output_folder}"
+
+    def _ending_soon(self, launch: Launch) -> AbstractContextManager[None]:
+        """Where the whole process belongs to the run: Ctrl-C ends it within a second."""
+        return ends_within_a_second(lambda: self._advice(launch)) if self.exits_when_interrupted else nullcontext()
+
+    def _advice(self, launch: Launch) -> str:
+        """What to say where the run is ended the hard way."""
+        if not self.processes.is_main:
+            return ""
+        if launch.lost_child:
+            return f"error: {launch.settled(KeyboardInterrupt())}"
+        return f"interrupted: {self._how_to_go_on()}" if self._is_resumable() else "interrupted"
 
     def _survey(self, fabric: Fabric, model: LVLMModule, callbacks: list[Callback]) -> None:
         """Look at the dense model before any block is pruned, unless an interrupted run already did.
@@ -387,12 +439,12 @@ class LVLMTrainer(L.Trainer):
         """Nothing done yet, no sample caught."""
         self.manifest, self.recorded, self.rows, self.sample_numbers = Manifest(), {}, [], []
         self.held, self.picture = None, None
-        self._sizes: list[BatchSize] = []
+        self._sizes = []
 
     def _let_go(self) -> None:
-        """Leave the group of processes, and give memory and files back."""
-        self.processes.close()
-        self._sampler.close()
+        """Give memory and files back."""
+        if hasattr(self, "_sampler"):
+            self._sampler.close()
         if self.held is not None:
             self.held.placement.close()
 
@@ -411,7 +463,10 @@ class LVLMTrainer(L.Trainer):
 
     def _watch_memory(self) -> None:
         """Note how much there is, and measure from now on how much is taken."""
-        self._available = (available_device_memory(self.strategy.root_device), available_host_memory())
+        on_device, in_host = available_device_memory(self.strategy.root_device), available_host_memory()
+        # The processes of a node share its memory.
+        sharing = self.num_devices if self.accelerator_name() == "cpu" else 1
+        self._available = (on_device // sharing, in_host // self.num_devices)
         self._sampler = MemorySampler()
 
     def _settle(self, model: LVLMModule, callbacks: list[Callback]) -> None:
@@ -482,33 +537,6 @@ class LVLMTrainer(L.Trainer):
 
     def _raise_hook(self, fabric: Fabric, model: LVLMModule, name: str, **arguments: Any) -> None:
         fabric.call(name, trainer=self, pl_module=model, **arguments)
-
-    def _fabric(self, callbacks: list[Callback]) -> Fabric:
-        """Fabric on the Trainer's devices.
-
-        Raises:
-            InputError: The Trainer's strategy cannot be used, or the launcher started another number of processes.
-        """
-        if isinstance(self.strategy, DDPStrategy):
-            strategy = "ddp"
-        elif isinstance(self.strategy, SingleDeviceStrategy):
-            strategy = "auto"
-        else:
-            problem = "pruning knows `ddp` and a single device; a block always fits on one device"
-            raise InputError("trainer.strategy", type(self.strategy).__name__, problem)
-        launched = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
-        if launched is not None and int(launched) != self.world_size:
-            problem = f"torchrun started {launched} processes, the Trainer was asked for {self.world_size}"
-            raise InputError("trainer.devices", self.num_devices, problem)
-        devices: Any = self.num_devices if self.accelerator_name() == "cpu" else self.device_ids
-        return Fabric(
-            accelerator=self.accelerator_name(),
-            devices=devices,
-            num_nodes=self.num_nodes,
-            strategy=strategy,
-            callbacks=callbacks,
-            loggers=list(self.loggers),
-        )
 
     def say(self, text: str) -> None:
         """Print for the user, once for all processes."""

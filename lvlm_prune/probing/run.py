@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from lightning.fabric import Fabric
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.data import CalibrationDataModule, MixtureSource, load_processor
 from lvlm_prune.errors import InputError
+from lvlm_prune.launching import Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import Manifest, replace_durably
 from lvlm_prune.output_folder import choose_folder
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.probing.pathways import PathwayPruning
 from lvlm_prune.probing.routing import routed
-from lvlm_prune.processes import Processes
 from lvlm_prune.report.names import PAGE_NAME
 from lvlm_prune.report.page import write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page
@@ -81,23 +82,28 @@ class ProbeRun:
         self.probe.targets = {name: name for name in names.shapes}
         for cell in cells:
             cell.plan(model)
-        fabric = trainer._fabric([self.probe])
-        trainer._watch_memory()
-        fabric.launch()
-        trainer.processes = Processes(fabric)
-        try:
-            trainer.weights = model.weights(fabric.device)
-            trainer.manifest.update(trainer._provenance(model, data) | {"probe": describe(self.probe)})
-            trainer._catch(fabric, model, data, [names])
-            trainer._settle(model, [self.probe, names])
-            self.probe.set_of_sample = self._sets()
-            trainer._survey(fabric, model, [self.probe])
-            self._score_dense()
-            trainer.manifest["grid"] = [self._cell(cell) for cell in cells]
-            self._finish()
-        finally:
-            trainer._let_go()
+        launch = Launch(trainer, [self.probe])
+        with launch.together():
+            launch.start()
+            trainer.processes = launch.processes
+            trainer._watch_memory()
+            try:
+                self._measure(launch.fabric, names, cells)
+            finally:
+                trainer._let_go()
         return trainer.manifest
+
+    def _measure(self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning]) -> None:
+        trainer, model, data = self.trainer, self.model, self.datamodule
+        trainer.weights = model.weights(fabric.device)
+        trainer.manifest.update(trainer._provenance(model, data) | {"probe": describe(self.probe)})
+        trainer._catch(fabric, model, data, [names])
+        trainer._settle(model, [self.probe, names])
+        self.probe.set_of_sample = self._sets()
+        trainer._survey(fabric, model, [self.probe])
+        self._score_dense()
+        trainer.manifest["grid"] = [self._cell(cell) for cell in cells]
+        self._finish()
 
     def _sets(self) -> dict[int, str]:
         """Number of each sample -> name of the data set that it comes from."""

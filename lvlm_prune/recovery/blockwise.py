@@ -13,6 +13,7 @@ from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.data import CalibrationBatch
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.errors import InputError
+from lvlm_prune.launching import Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import Manifest
 from lvlm_prune.output_folder import release
@@ -67,8 +68,8 @@ class BlockwiseRun(RecoveryRun):
             set(self.datamodule.validation_indices),
         )
         callbacks = [*(one for one in trainer.callbacks if not isinstance(one, BlockwiseReconstruction)), fitting]
-        fabric = trainer._fabric(callbacks)
-        trainer.processes, trainer.manifest, trainer.recorded = Processes(None), self.record, {}
+        fabric = Launch(trainer, callbacks).fabric
+        trainer.processes, trainer.manifest, trainer.recorded = Processes(), self.record, {}
         trainer.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, fabric.device)
 
         def raise_hook(name: str, **arguments: Any) -> None:

@@ -19,9 +19,9 @@ import yaml
 
 from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.data import RecoveryDataModule, load_processor
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
-from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable
+from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, writing
 from lvlm_prune.patterns import Pattern, parse_pattern
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.masks import ZeroMask, is_pruned
@@ -108,17 +108,13 @@ class RecoveryRun(ABC):
             return earlier
         self._examine(earlier)
         try:
-            self._begin(earlier)
-            self._train()
-            if self.trainer.is_global_zero:
-                self._write()
+            with writing(self.folder):
+                self._begin(earlier)
+                self._train()
+                if self.trainer.is_global_zero:
+                    self._write()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"go on with --resume true --output {self.folder}") from None
-        except OSError as error:
-            if error.errno is None:  # of a library, about something else than the disk
-                raise
-            reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
-            raise RunError(f"--output {self.folder}: {reason}") from None
         if self.trainer.is_global_zero:
             self._score()
             self._finish()

@@ -70,6 +70,15 @@ class Scorer(ABC):
         at_once = min(weights, 2**20) if self.by_row and self.group == "row" else weights
         return weights * itemsize + at_once * 20
 
+    def cost(self, rows: int, columns: int) -> float:
+        """How long Linears of one statistic take, in any unit; work is dealt out over processes by it.
+
+        Args:
+            rows: Their output channels together.
+            columns: Their input channels.
+        """
+        return float(rows * columns)
+
     def check(self, pattern: Pattern) -> None:  # noqa: B027
         """Refuse a pattern that this scorer cannot prune to, before any work.
 

@@ -94,6 +94,10 @@ class SparseGPTScorer(Scorer):
         rows, width = shape
         return max(rows * width * (8 + itemsize), 2 * 8 * width**2) + 4 * width**2
 
+    def cost(self, rows: int, columns: int) -> float:
+        """One factorisation for all of them, then an update per row and column."""
+        return float(rows + columns) * columns**2
+
     def _column_blocks(self, width: int, pattern: Pattern) -> list[slice]:
         size = self.block_size
         if isinstance(pattern, SemiStructured):

@@ -36,37 +36,6 @@ def test_streamed_result_is_byte_identical_to_the_one_in_memory(golden_arguments
             assert not torch.signbit(weight[weight == 0]).any()
 
 
-def test_two_processes_give_the_masks_of_one(run_cli, golden_arguments, tmp_path):
-    """8 samples less one do not divide by two."""
-    arguments = [*golden_arguments, "--data.num_samples=7", "--pruning.record=true"]
-    assert main([*arguments, f"--output={tmp_path / 'one'}"]) == 0
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    finished = run_cli(*arguments, *devices, f"--output={tmp_path / 'two'}")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("verified: ") == 1
-    name = "model.safetensors"
-    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    one, two = (load_file(tmp_path / run / "statistics.safetensors") for run in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_an_error_in_one_of_two_processes_ends_both_with_one_line(run_cli, golden_arguments, tmp_path):
-    samples = load_file(CALIBRATION)
-    samples["s5.pixel_values"][:] = float("nan")
-    from safetensors.torch import save_file
-
-    save_file(samples, tmp_path / "broken.safetensors")
-    arguments = [argument for argument in golden_arguments if "source.path" not in argument]
-    arguments += [f"--data.source.path={tmp_path / 'broken.safetensors'}", f"--output={tmp_path / 'out'}"]
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    finished = run_cli(*arguments, *devices)
-    assert finished.returncode == 2
-    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "NaN" in errors[0]
-
-
 class ForwardCounter(PruneCallback):
     def __init__(self):
         self.per_block = []

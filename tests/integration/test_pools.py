@@ -1,7 +1,5 @@
 """Pools and saliencies in whole runs: processes, batches, attention implementations, modalities, what they cost."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,31 +54,6 @@ def pruned_golden(pool, **options):
 def share_of_different_masks(one, other):
     different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
     return different / sum(value.numel() for value in one.values())
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "amia",
-        "atv_attention",
-        pytest.param("mllm_pruner", marks=pytest.mark.slow),
-        pytest.param("atv_diversity", marks=pytest.mark.slow),
-    ],
-)
-def test_two_processes_give_the_masks_of_one(recipe, run_cli, golden_arguments, tmp_path):
-    """7 samples do not divide by two; what a survey found is the same too."""
-    arguments = [*golden_arguments, *recipe_arguments(recipe), "--data.num_samples=7"]
-    assert main([*arguments, f"--output={tmp_path / 'one'}"]) == 0
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    finished = run_cli(*arguments, *devices, f"--output={tmp_path / 'two'}")
-    assert finished.returncode == 0, finished.stderr
-    name = "model.safetensors"
-    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    one, two = (load_file(tmp_path / run / "statistics.safetensors") for run in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    found = [json.loads((tmp_path / run / "pruning.json").read_text()).get("survey", {}) for run in ("one", "two")]
-    assert found[0].get("pool") == pytest.approx(found[1].get("pool"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -79,26 +79,6 @@ ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation"]
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_two_processes_allocate_and_prune_as_one(allocation, run_cli, golden_arguments, tmp_path):
-    arguments = [*golden_arguments, "--data.num_samples=7", f"--pruning.allocation={allocation}"]
-    if allocation == "ECoFLaPAllocation":
-        arguments.append("--pruning.allocation.samples=3")
-    assert main([*arguments, f"--output={tmp_path / 'one'}"]) == 0
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    finished = run_cli(*arguments, *devices, f"--output={tmp_path / 'two'}")
-    assert finished.returncode == 0, finished.stderr
-    name = "model.safetensors"
-    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    one, two = (json.loads((tmp_path / run / "pruning.json").read_text()) for run in ("one", "two"))
-    surveyed = 3 if allocation == "ECoFLaPAllocation" else 7
-    assert one["survey"]["block_forwards"] == two["survey"]["block_forwards"] == surveyed * 4
-    targets = {name: entry["target"] for name, entry in one["linears"].items()}
-    assert len(set(targets.values())) > 2
-    for name, entry in two["linears"].items():
-        assert entry["target"] == pytest.approx(targets[name], abs=1e-9)
-
-
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
     allocation, golden_arguments, tmp_path, monkeypatch, capsys
 ):

@@ -1,0 +1,309 @@
+"""Several processes do what one does, and end together.
+
+One spawn per number of processes, with all methods and all failures in it: starting Python takes longer than pruning.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
+
+# 7 samples divide neither by two nor by three.
+RECIPES = {
+    "wanda": [],
+    "atv": ["--pruning.record=true"],
+    "atv_attention": ["--pruning.record=true"],
+    "atv_diversity": [],
+    "amia": ["--pruning.record=true"],
+    "sparsegpt": [],
+    "das": [],
+    "tamp": [],
+    "owl": [],
+    "ecoflap": ["--pruning.allocation.samples=3"],
+    "mllm_pruner": [],
+    "magnitude": [],
+}
+FEWER_SAMPLES_THAN_PROCESSES = {"atv": "atv_one_sample", "sparsegpt": "sparsegpt_one_sample"}
+
+PLUGINS = '''
+from lvlm_prune.scorers import WandaScorer
+from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.callbacks import PruneCallback
+
+class BrokenScorer(WandaScorer):
+    """Fails on one process only: on the one that prunes `down_proj`."""
+    def prune(self, weight, statistic, sparsity, pattern):
+        if weight.shape[1] > 64:
+            raise IndexError("a mistake of the plugin's author")
+        return super().prune(weight, statistic, sparsity, pattern)
+
+class FailingHook(PruneCallback):
+    """Fails on the last process, at a place where nobody asks whether anybody failed."""
+    def on_block_start(self, trainer, pl_module, block):
+        if trainer.processes.rank == trainer.processes.count - 1:
+            raise KeyError("a mistake in a callback")
+
+class FullDisk(PruneCallback):
+    """The disk of the process that writes is full at the second block."""
+    def on_block_end(self, trainer, pl_module, block):
+        write = CheckpointFolder.write
+        def full(*_):
+            CheckpointFolder.write = write
+            raise OSError(28, "No space left on device")
+        if block.index == 1:
+            CheckpointFolder.write = full
+'''
+
+
+def arguments_of(recipe: str, samples: int = 7) -> list[str]:
+    config = REPOSITORY / "configs" / "prune" / f"{recipe}.yaml"
+    return [*GOLDEN_ARGUMENTS, f"--config={config}", f"--data.num_samples={samples}", *RECIPES[recipe]]
+
+
+def failures(folder: Path) -> dict[str, list[str]]:
+    samples = load_file(GOLDEN / "calib.safetensors")
+    samples["s5.pixel_values"][:] = float("nan")
+    save_file(samples, folder / "broken.safetensors")
+    broken = [argument for argument in GOLDEN_ARGUMENTS if "source.path" not in argument]
+    return {
+        "nan": [*broken, f"--data.source.path={folder / 'broken.safetensors'}"],
+        "plugin": [*GOLDEN_ARGUMENTS, "--pruning.scorer=plugins.BrokenScorer"],
+        "hook": [*GOLDEN_ARGUMENTS, "--trainer.callbacks=plugins.FailingHook"],
+        "disk": [*GOLDEN_ARGUMENTS, "--trainer.callbacks=plugins.FullDisk"],
+        "option": [*GOLDEN_ARGUMENTS, "--data.num_samples=9"],
+        "mismatch": [*GOLDEN_ARGUMENTS, "--trainer.devices=5"],
+    }
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """What one process makes of every method."""
+    folder = tmp_path_factory.mktemp("one")
+    for recipe in RECIPES:
+        assert main([*arguments_of(recipe), f"--output={folder / recipe}"]) == 0
+    for recipe, name in FEWER_SAMPLES_THAN_PROCESSES.items():
+        assert main([*arguments_of(recipe, samples=1), f"--output={folder / name}"]) == 0
+    return folder
+
+
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["two processes", "three processes"]
+)
+def many(request, tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
+    """What several processes make of it: the folder of all outputs, and what each process said and returned."""
+    count, folder = request.param, tmp_path_factory.mktemp("many")
+    (folder / "plugins.py").write_text(PLUGINS)
+    jobs = {recipe: arguments_of(recipe) for recipe in RECIPES}
+    jobs |= {name: arguments_of(recipe, samples=1) for recipe, name in FEWER_SAMPLES_THAN_PROCESSES.items()}
+    jobs |= {"atv_again": arguments_of("atv")} | failures(folder)
+    devices = ["--trainer.accelerator=cpu", f"--trainer.devices={count}"]
+    # Like torchrun, this process keeps the store at which the processes of a run meet.
+    stores = {name: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in jobs}
+    described = [
+        {
+            "name": name,
+            "arguments": [*arguments[:1], *devices, *arguments[1:], f"--output={folder / name}"],
+            "port": stores[name].port,
+        }
+        for name, arguments in jobs.items()
+    ]
+    (folder / "jobs.json").write_text(json.dumps(described))
+    run_workers(folder, count)
+    said = {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(count)] for name in jobs}
+    return folder, said
+
+
+def run_workers(folder: Path, count: int) -> None:
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.process_worker", "jobs.json"],
+            cwd=folder,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+    try:
+        assert [worker.wait(600) for worker in workers] == [0] * count
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight == 0 for name, weight in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_masks_do_not_depend_on_the_number_of_processes(recipe, one, many):
+    folder, said = many
+    assert [found["status"] for found in said[recipe]] == [0] * len(said[recipe]), said[recipe]
+    assert "".join(found["stderr"] for found in said[recipe]) == ""
+    assert [found["stdout"].count("verified: ") for found in said[recipe]] == [1] + [0] * (len(said[recipe]) - 1)
+    assert_same_result(one / recipe, folder / recipe)
+
+
+@pytest.mark.parametrize("recipe", FEWER_SAMPLES_THAN_PROCESSES)
+def test_a_process_without_samples_takes_part(recipe, one, many):
+    folder, said = many
+    name = FEWER_SAMPLES_THAN_PROCESSES[recipe]
+    assert [found["status"] for found in said[name]] == [0] * len(said[name]), said[name]
+    assert_same_result(one / name, folder / name)
+
+
+def assert_same_result(expected: Path, found: Path) -> None:
+    manifests = [json.loads((folder / "pruning.json").read_text()) for folder in (expected, found)]
+    if manifests[0]["updates_weights"]:
+        zeros = [zeros_of(folder) for folder in (expected, found)]
+        assert all(torch.equal(zeros[0][name], zeros[1][name]) for name in zeros[0])
+        weights = [load_file(folder / "model.safetensors") for folder in (expected, found)]
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-7)
+    else:
+        assert (expected / "model.safetensors").read_bytes() == (found / "model.safetensors").read_bytes()
+    if (expected / "statistics.safetensors").exists():
+        recorded = [load_file(folder / "statistics.safetensors") for folder in (expected, found)]
+        assert recorded[0].keys() == recorded[1].keys()
+        assert all(torch.equal(recorded[0][name], recorded[1][name]) for name in recorded[0])
+    for name, entry in manifests[0]["linears"].items():
+        assert manifests[1]["linears"][name]["target"] == pytest.approx(entry["target"], abs=1e-9)
+    surveys = [manifest.get("survey", {}) for manifest in manifests]
+    assert surveys[0].get("block_forwards") == surveys[1].get("block_forwards")
+    assert surveys[0].get("pool") == pytest.approx(surveys[1].get("pool"))
+    if "calibration" in manifests[0]:
+        assert manifests[0]["calibration"].get("fingerprint") == manifests[1]["calibration"].get("fingerprint")
+
+
+def test_the_same_number_of_processes_gives_the_same_bytes(many):
+    folder, _ = many
+    for name in ("model.safetensors", "statistics.safetensors"):
+        assert (folder / "atv" / name).read_bytes() == (folder / "atv_again" / name).read_bytes()
+
+
+def spoken(said: list[dict]) -> str:
+    """What the one process said that spoke."""
+    texts = [found["stderr"] for found in said if found["stderr"]]
+    assert len(texts) == 1, texts
+    return texts[0]
+
+
+FAILURES = {
+    "nan": (2, ["error: NaN or infinity before the first block for calibration sample 5"]),
+    "plugin": (1, ["Traceback", "a mistake of the plugin's author"]),
+    "hook": (1, ["Traceback", "a mistake in a callback"]),
+    "disk": (2, ["error: --output", "No space left on device", "--resume true"]),
+    "option": (2, ["error: --data.num_samples 9"]),
+    "mismatch": (2, ["error: --trainer.devices 5: torchrun started", "devices x num_nodes is 5 x 1 = 5"]),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_where_one_process_fails_all_fail_and_one_speaks(failure, many):
+    folder, said = many
+    status, parts = FAILURES[failure]
+    assert [found["status"] for found in said[failure]] == [status] * len(said[failure]), said[failure]
+    text = spoken(said[failure])
+    assert all(part in text for part in parts), text
+    assert status == 1 or len(text.strip().splitlines()) == 1
+    assert not (folder / failure / "config.json").exists()
+
+
+# ---- one command that starts the other processes itself -------------------------------------------------------------
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+
+SLEEPER = '''
+import os, time
+from pathlib import Path
+from lvlm_prune.callbacks import PruneCallback
+
+class Sleeper(PruneCallback):
+    """Is busy in the second block until somebody ends it; a file tells each process' id."""
+    def on_block_start(self, trainer, pl_module, block):
+        if block.index == 1:
+            Path(f"busy.{trainer.processes.rank}").write_text(str(os.getpid()))
+            deadline = time.monotonic() + 300
+            while time.monotonic() < deadline:
+                sum(range(1000))
+'''
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    (folder / "sleeper.py").write_text(SLEEPER)
+    command = [sys.executable, "-m", "lvlm_prune.cli", *arguments, "--trainer.callbacks=sleeper.Sleeper"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_until_busy(folder: Path, count: int) -> list[int]:
+    """Ids of the processes, in the order of ranks."""
+    files = [folder / f"busy.{rank}" for rank in range(count)]
+    deadline = time.monotonic() + 300
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int(file.read_text()) for file in files]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("devices", [[], TWO], ids=["one process", "two processes"])
+def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(devices, tmp_path, one):
+    output = tmp_path / "out"
+    arguments = [*arguments_of("wanda"), f"--output={output}"]
+    run = start(tmp_path, *arguments, *devices)
+    pids = wait_until_busy(tmp_path, 2 if devices else 1)
+    before = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    seconds = time.monotonic() - before
+    assert run.returncode == 130
+    assert said == f"interrupted: go on with --resume true --output {output}\n"
+    assert seconds < 1 + 2 * os.getloadavg()[0] / (os.cpu_count() or 1)
+    assert not any(is_alive(pid) for pid in pids)
+    assert not (output / "config.json").exists()
+    assert main([*arguments, "--resume=true"]) == 0
+    assert (output / "model.safetensors").read_bytes() == (one / "wanda" / "model.safetensors").read_bytes()
+
+
+def test_one_command_starts_the_others_and_outlives_none_of_them(tmp_path, run_cli, one):
+    """First a process is killed in the middle; then the same command goes on, again with two processes."""
+    output = tmp_path / "out"
+    arguments = [*arguments_of("atv"), *TWO, f"--output={output}"]
+    run = start(tmp_path, *arguments)
+    parent, child = wait_until_busy(tmp_path, 2)
+    assert parent == run.pid
+    os.kill(child, signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 2
+    expected = "process 1 of this run ended before its time (signal 9); nothing is lost, resume with --resume true"
+    assert said == f"error: {expected}\n"
+    finished = run_cli(*arguments, "--resume=true")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    assert finished.stdout.count("verified: ") == 1
+    assert_same_result(one / "atv", output)
