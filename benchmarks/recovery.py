@@ -1,24 +1,32 @@
 """What recovery gives back on the embedded model: dense, pruned, recovered; mean of several seeds.
 
-    python benchmarks/recovery.py --seeds 3 --output runs/recovery
+    python benchmarks/recovery.py --seeds 3 --markdown
+    python benchmarks/recovery.py --bases 2:4 --recipes lora blockwise     # a part; the rest can follow
 
 The embedded model is pruned by ATV to 70% and to 2:4. Each is recovered by every recipe on questions of the training
-split, and, for comparison, by the first recipe on captions alone. Training never sees the test split that is scored.
-Writes `recovery.md` (the table) and `recovery.json` (all scores) into the output folder.
+split, and, for comparison, by `lora` on captions alone in equally many steps. Training never sees the test split that
+is scored. Finished runs stand in the JSON file and are not repeated.
 """
 
 import argparse
 import json
+import os
 import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lvlm_prune.blocks import CheckpointFolder
 from lvlm_prune.cli import main as run_command
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.demo import CHECKPOINT
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recover"
 BASES = {"70%": ["--pruning.sparsity=0.7"], "2:4": ["--pruning.pattern=2:4"]}
+CAPTIONS = "lora on captions"
+# A quarter as many captions as questions, so four times: equally many steps.
+_CAPTION_OPTIONS = ["--data.source=EmbeddedSource", "--trainer.max_epochs=4"]
 
 
 def run(*arguments: str) -> None:
@@ -31,65 +39,100 @@ def run(*arguments: str) -> None:
         raise RuntimeError(f"failed: lvlm-prune {' '.join(arguments)}")
 
 
-def recover(base: Path, output: Path, recipe: str, seed: int, captions: bool) -> dict[str, Any]:
-    """The record of one recovery, repeated only if it is not there yet."""
-    if not (output / "recovery.json").is_file():
-        arguments = [f"--config={RECIPES / recipe}", f"--model.path={base}", f"--output={output}"]
+def folder_name(*parts: object) -> str:
+    """For example `70-lora-0`."""
+    return "-".join(map(str, parts)).replace("%", "").replace(":", "of").replace(" ", "-")
+
+
+def pruned_base(base: str, runs: Path) -> Path:
+    """The pruned embedded model; made only if it is not there yet."""
+    folder = runs / folder_name("base", base)
+    if not (folder / "config.json").is_file():
+        run("prune", "--pruning.name=ATV", *BASES[base], "--resume=false", f"--output={folder}")
+    return folder
+
+
+def recover(base: str, recipe: str, seed: int, samples: int | None, runs: Path) -> dict[str, Any]:
+    """One recovery: scores of the dense, the pruned and the recovered model, and what it cost."""
+    captions = recipe == CAPTIONS
+    config = RECIPES / f"{'lora' if captions else recipe}.yaml"
+    output = runs / folder_name(base, recipe, seed)
+    if not (output / "config.json").is_file():
+        arguments = [f"--config={config}", f"--model.path={pruned_base(base, runs)}", f"--output={output}"]
         arguments += [f"--data.seed={seed}", "--trainer.enable_progress_bar=false"]
-        if recipe.startswith("lora"):
-            arguments.append(f"--lora.seed={seed}")
-        if captions:
-            # A quarter as many as questions, so four times: equally many steps.
-            arguments += ["--data.source=EmbeddedSource", "--trainer.max_epochs=4"]
+        arguments += [f"--resume={str((output / 'recovery.json').is_file()).lower()}"]
+        arguments += [] if recipe == "full" else [f"--lora.seed={seed}"]
+        arguments += _CAPTION_OPTIONS if captions else []
+        arguments += [] if samples is None else [f"--data.num_samples={samples}"]
         run("recover", *arguments)
-    return json.loads((output / "recovery.json").read_text())
+    record = json.loads((output / "recovery.json").read_text())
+    evaluation = {name: record["evaluation"][name] for name in ("dense", "pruned", "recovered")}
+    minutes = (record["seconds"] - record["evaluation_seconds"]) / 60
+    steps, sparsity = record["training"]["steps"], record["verified"]["sparsity"]
+    return {"minutes": minutes, "steps": steps, "sparsity": sparsity} | evaluation
 
 
-def row(label: str, records: list[dict[str, Any]]) -> str:
-    """One line of the table: accuracy in percent and the share of the lost accuracy that came back."""
-    cells = []
-    for name in ("dense", "pruned", "recovered"):
-        cells.append(f"{100 * statistics.mean(record['evaluation'][name]['average'] for record in records):.1f}")
-    regained = [
-        (scores["recovered"]["average"] - scores["pruned"]["average"])
-        / (scores["dense"]["average"] - scores["pruned"]["average"])
-        for record in records
-        for scores in [record["evaluation"]]
-    ]
-    spread = f" ± {100 * statistics.stdev(regained):.0f}" if len(regained) > 1 else ""
-    minutes = statistics.mean(record["training"]["seconds"] for record in records) / 60
-    cells += [f"{100 * statistics.mean(regained):.0f}{spread}%", f"{minutes:.1f}"]
-    return f"| {label} | {' | '.join(cells)} |"
+def run_all(
+    bases: Sequence[str], recipes: Sequence[str], seeds: int, samples: int | None, runs: Path, path: Path
+) -> dict[str, Any]:
+    """Every recipe on every base with every seed; goes on where the file ends."""
+    setting = {"model": CheckpointFolder(CHECKPOINT).fingerprint(), "samples": samples}
+    results = json.loads(path.read_text()) if path.is_file() else setting | {"runs": {}}
+    if {name: results[name] for name in setting} != setting:
+        raise SystemExit(f"{path} was made with another embedded model or number of samples; write to another file")
+    results |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    for seed in range(seeds):
+        for base in bases:
+            for recipe in recipes:
+                key = f"{base} | {recipe} | {seed}"
+                if key not in results["runs"]:
+                    results["runs"][key] = recover(base, recipe, seed, samples, runs)
+                    path.write_text(json.dumps(results, indent=1) + "\n")
+                    print(f"{key}: {100 * regained(results['runs'][key]):.0f}% regained", flush=True)
+    return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def regained(found: dict[str, Any]) -> float:
+    """Share of the lost average accuracy that came back."""
+    dense, pruned, recovered = (found[name]["average"] for name in ("dense", "pruned", "recovered"))
+    return (recovered - pruned) / (dense - pruned)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Accuracy and share of the lost accuracy in percent, mean and standard deviation over seeds, as Markdown."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, found in results["runs"].items():
+        base, recipe, _ = key.split(" | ")
+        groups.setdefault((base, recipe), []).append(found)
+    lines = ["| pruned to | recovered by | dense | pruned | recovered | regained | minutes |", "|---" * 7 + "|"]
+    for base, recipe in sorted(groups):
+        runs = groups[base, recipe]
+        cells = [
+            f"{100 * statistics.mean(found[name]['average'] for found in runs):.1f}"
+            for name in ("dense", "pruned", "recovered")
+        ]
+        shares = [100 * regained(found) for found in runs]
+        spread = f" ± {statistics.stdev(shares):.0f}" if len(shares) > 1 else ""
+        cells += [f"{statistics.mean(shares):.0f}%{spread}", f"{statistics.mean(run['minutes'] for run in runs):.1f}"]
+        lines.append(f"| {base} | {recipe} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    recipes = [*sorted(path.stem for path in RECIPES.glob("*.yaml")), CAPTIONS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/recovery.json"), help="results, kept up to date")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recovery"), help="where the checkpoints go")
+    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
+    parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
-    options = parser.parse_args()
-    started = time.perf_counter()
-    recipes = sorted(path.name for path in RECIPES.glob("*.yaml"))
-    lines = ["| Base and training | dense | pruned | recovered | regained | minutes |", "|---|---|---|---|---|---|"]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for base_name, pruning in BASES.items():
-        base = options.output / f"base-{base_name.replace(':', 'of').rstrip('%')}"
-        if not (base / "config.json").is_file():
-            run("prune", "--pruning.name=ATV", *pruning, f"--output={base}")
-        trainings = [(recipe, False) for recipe in recipes] + [("lora.yaml", True)]
-        for recipe, captions in trainings:
-            label = f"{base_name}, {Path(recipe).stem}" + (", captions alone" if captions else "")
-            found[label] = [
-                recover(base, options.output / f"{label}-{seed}".replace(" ", ""), recipe, seed, captions)
-                for seed in range(options.seeds)
-            ]
-            lines.append(row(label, found[label]))
-            print(lines[-1], flush=True)
-    evaluations = {label: [record["evaluation"] for record in records] for label, records in found.items()}
-    (options.output / "recovery.json").write_text(json.dumps(evaluations, indent=1) + "\n")
-    questions = len(EmbeddedBenchmark().questions)
-    lines.append(f"\n{questions} questions, {options.seeds} seeds, {(time.perf_counter() - started) / 60:.0f} minutes")
-    (options.output / "recovery.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    parser.add_argument("--samples", type=int, help="samples to train and validate on; default: all there are")
+    parser.add_argument("--markdown", action="store_true", help="print the table")
+    options = parser.parse_args(arguments)
+    results = run_all(options.bases, options.recipes, options.seeds, options.samples, options.runs, options.json)
+    if options.markdown:
+        print(f"\n{table(results)}")
 
 
 if __name__ == "__main__":

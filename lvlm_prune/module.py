@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks import (
@@ -181,6 +183,19 @@ class LVLMModule(L.LightningModule):
         return next(self.runner.block(0).parameters()).dtype
 
     # ---- training ----------------------------------------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        """Let blocks run again in backward, if asked; also models that could not do so themselves."""
+        if self.optimization.gradient_checkpointing:
+            for index in range(len(self.runner)):
+                block: Any = self.runner.block(index)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def on_fit_end(self) -> None:
+        """Blocks as they were."""
+        if self.optimization.gradient_checkpointing:
+            for index in range(len(self.runner)):
+                self.runner.block(index).__dict__.pop("forward", None)
+
     def answer_logits(self, group: Inputs) -> tuple[Tensor, Tensor]:
         """What the model says where answer tokens follow, in a group of samples that can be stacked.
 

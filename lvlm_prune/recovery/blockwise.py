@@ -31,6 +31,8 @@ class BlockwiseRun(RecoveryRun):
     def _check(self, earlier: Manifest | None) -> None:
         if self.trainer.world_size > 1:
             raise InputError("trainer.devices", self.trainer.world_size, "method blockwise runs on one device")
+        if self.recipe.optimization.gradient_checkpointing:
+            raise InputError("optimization.gradient_checkpointing", True, "does nothing with --method blockwise")
         super()._check(earlier)
         from lvlm_prune.recovery.dense import open_dense_weights
 

@@ -23,6 +23,7 @@ class Optimization:
         weight_decay: Decoupled weight decay.
         warmup: Share of all steps in which the learning rate rises linearly from zero, in [0, 1).
         schedule: What follows: `cosine` or `linear` to zero, or `constant`.
+        gradient_checkpointing: Keep only the inputs of decoder blocks for backward, and run each block once more there.
 
     Raises:
         InputError: A number is out of range.
@@ -37,6 +38,7 @@ class Optimization:
     weight_decay: float = 0.0
     warmup: float = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:

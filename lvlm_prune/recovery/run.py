@@ -116,7 +116,9 @@ class RecoveryRun(ABC):
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"go on with --resume true --output {self.folder}") from None
         if self.trainer.is_global_zero:
+            clock = time.perf_counter()
             self._score()
+            self.record["evaluation_seconds"] = time.perf_counter() - clock
             self._finish()
         return self.record
 

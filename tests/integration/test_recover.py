@@ -15,6 +15,7 @@ from lvlm_prune.callbacks import FrozenMasks
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.errors import InputError
+from lvlm_prune.module import LVLMModule
 from lvlm_prune.recovery import load_sparse_adapter
 from tests.conftest import GOLDEN, REPOSITORY
 
@@ -134,6 +135,50 @@ def test_every_recipe_runs_and_its_written_configuration_repeats_it(recipe, base
     assert main(["recover", f"--config={first / 'config.yaml'}", f"--output={second}"]) == 0
     one, two = CheckpointFolder(first), CheckpointFolder(second)
     assert all(one.read_bytes(key) == two.read_bytes(key) for key in one)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(bases, recover, tmp_path, monkeypatch):
+    base, runs = bases / "2:4-float32", {}
+    step, forwards = LVLMModule.training_step, []
+    for name, options in {"plain": [], "checkpointed": ["--optimization.gradient_checkpointing=true"]}.items():
+
+        def counting(self, batch, batch_idx, options=options):
+            if not forwards:
+                self.runner.block(0).self_attn.register_forward_pre_hook(lambda *_: forwards.append(options))
+            return step(self, batch, batch_idx)
+
+        forwards.clear()
+        monkeypatch.setattr(LVLMModule, "training_step", counting)
+        assert recover(base, tmp_path / name, *options, "--lora.dropout=0.1") == 0
+        runs[name] = len(forwards)
+    assert runs["checkpointed"] > runs["plain"] > 0
+    one, two = (CheckpointFolder(tmp_path / name) for name in runs)
+    assert all(one.read_bytes(key) == two.read_bytes(key) for key in one)
+
+
+def test_mixed_precision_keeps_the_zeros(bases, recover, tmp_path):
+    base = bases / "unstructured-float32"
+    assert recover(base, tmp_path / "out", "--trainer.precision=bf16-mixed") == 0
+    before, after = CheckpointFolder(base), CheckpointFolder(tmp_path / "out")
+    changed = [key for key in before if before.read_bytes(key) != after.read_bytes(key)]
+    assert len(changed) == 24
+    assert all(torch.equal(before.read(key) == 0, after.read(key).view(torch.int32) == 0) for key in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--distillation.weight=0.5"]])
+def test_two_processes(options, bases, labelled, run_cli, tmp_path):
+    base, output = bases / "2:4-float32", tmp_path / "out"
+    arguments = [f"--model.path={base}", "--data.source=TensorSource", f"--data.source.path={labelled}"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    arguments += ["--data.validation_samples=2", "--data.batch_size=2", *options]
+    done = run_cli("recover", *arguments, f"--output={output}", timeout=400)
+    assert done.returncode == 0, done.stderr
+    before, after = CheckpointFolder(base), CheckpointFolder(output)
+    changed = [key for key in before if before.read_bytes(key) != after.read_bytes(key)]
+    assert len(changed) == 24
+    assert all(torch.equal(before.read(key) == 0, after.read(key).view(torch.int32) == 0) for key in changed)
+    assert json.loads((output / "recovery.json").read_text())["processes"] == 2
 
 
 def test_users_of_lightning_find_what_they_know(bases, recover, tmp_path):
