@@ -23,8 +23,13 @@ Gradient = Literal["exact", "straight_through"]
 
 
 def masked_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    r""":math:`M \odot (B A) s`, in the dtype of the adapter, shape (out, in); +0.0 wherever `weight` is zero."""
-    return torch.mm(lora_b, lora_a).mul_(scale).masked_fill_(weight == 0, 0)
+    r""":math:`M \odot (B A) s`, in the dtype of the adapter, shape (out, in)."""
+    return torch.mm(lora_b, lora_a).mul_(scale).mul_(weight != 0)
+
+
+def effective_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """As `masked_weight`, but pruned entries may be -0.0, which no product notices; on a CPU half the time."""
+    return torch.mm(lora_b, lora_a).mul_(scale).add_(weight).mul_(weight != 0).to(weight.dtype)
 
 
 def masked_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -102,7 +107,7 @@ class _MaskedLoraLinear(torch.autograd.Function):
         ctx.save_for_backward(inputs if dropped is None else dropped, weight, lora_a, lora_b)
         ctx.has_dropout, ctx.scale, ctx.exact = dropped is not None, scale, exact
         if dropped is None:
-            return linear(inputs, masked_weight(weight, lora_a, lora_b, scale), bias)
+            return linear(inputs, effective_weight(weight, lora_a, lora_b, scale), bias)
         update = masked_update(weight, lora_a, lora_b, scale).to(weight.dtype)
         return linear(inputs, weight, bias) + linear(dropped, update)
 
@@ -118,13 +123,13 @@ class _MaskedLoraLinear(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dropped = output @ masked_update(weight, lora_a, lora_b, ctx.scale).to(weight.dtype)
         elif ctx.needs_input_grad[0]:
-            inputs = output @ masked_weight(weight, lora_a, lora_b, ctx.scale)
+            inputs = output @ effective_weight(weight, lora_a, lora_b, ctx.scale)
         rows, columns = output.reshape(-1, output.shape[-1]), seen.reshape(-1, seen.shape[-1])
         if ctx.needs_input_grad[3]:
             bias = rows.sum(0)
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             if ctx.exact:
-                whole = torch.mm(rows.t(), columns).to(lora_a.dtype).masked_fill_(weight == 0, 0)
+                whole = torch.mm(rows.t(), columns).to(lora_a.dtype).mul_(weight != 0)
                 d_b, d_a = torch.mm(whole, lora_a.t()).mul_(ctx.scale), torch.mm(lora_b.t(), whole).mul_(ctx.scale)
             else:
                 rows, columns = rows.to(lora_a.dtype), columns.to(lora_a.dtype)
