@@ -13,6 +13,7 @@ BATCHES: dict[str, tuple[list[Sample], str]] = {
     "padded_right": ([Sample(3, 0, 5), Sample(2, 1, 9), Sample(6, 2, 2)], "right"),
     "padded_left": ([Sample(3, 0, 5), Sample(2, 1, 9), Sample(6, 2, 2)], "left"),
     "text": ([Sample(4, None, 3)], "right"),
+    "text_padded_left": ([Sample(4, None, 3), Sample(2, None, 9)], "left"),
 }
 
 
