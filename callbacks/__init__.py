@@ -4,6 +4,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.checkpoint import SparseCheckpointWriter
 from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation
 from lvlm_prune.callbacks.frozen_masks import FrozenMasks
+from lvlm_prune.callbacks.loss_history import LossHistory
 from lvlm_prune.callbacks.metrics import BlockMetrics
 from lvlm_prune.callbacks.modality_probe import ModalityProbe
 from lvlm_prune.callbacks.progress import PruneProgressBar
@@ -19,6 +20,7 @@ __all__ = [
     "BlockwiseReconstruction",
     "EmbeddedEvaluation",
     "FrozenMasks",
+    "LossHistory",
     "ModalityProbe",
     "PluginSurvey",
     "PruneCallback",

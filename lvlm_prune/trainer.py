@@ -171,6 +171,7 @@ class LVLMTrainer(L.Trainer):
         output: str = "",
         resume: bool = False,
         evaluate: bool = True,
+        report: bool = True,
         method: Literal["lora", "full", "blockwise"] = "lora",
         optimization: Optimization = Optimization(),  # noqa: B008  (jsonargparse shows its fields; never changed)
         dense: str = "",
@@ -185,6 +186,7 @@ class LVLMTrainer(L.Trainer):
             output: Folder to write, new or empty. Default: `runs/<model>-recovered`.
             resume: Go on with the unfinished run in `output`, from its last validation.
             evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+            report: Write `report.html` and its figures.
             method: Train sparse LoRA adapters on answers, or the pruned Linears themselves (`full`); or fit the
                 adapters of each block to the dense block's outputs, one block in memory at a time (`blockwise`).
             optimization: Learning rate and its schedule.
@@ -202,7 +204,7 @@ class LVLMTrainer(L.Trainer):
 
         recipe = Recipe(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
-        run = kind(self, model, datamodule, recipe, output, resume, evaluate)
+        run = kind(self, model, datamodule, recipe, output, resume, evaluate, report)
         self.output_folder = run.folder
         return run()
 

@@ -69,7 +69,7 @@ def routed(model: nn.Module, pruned: Mapping[str, Tensor], pathway: Pathway) -> 
 
     Args:
         model: A transformers model, called with `input_ids`.
-        pruned: Full name of each Linear -> weight of the second pathway, on the model's device.
+        pruned: Full name of each Linear -> weight of the second pathway, brought to the Linear's device and dtype.
         pathway: Whose tokens take it.
 
     Raises:
@@ -88,5 +88,5 @@ def routed(model: nn.Module, pruned: Mapping[str, Tensor], pathway: Pathway) -> 
         for name, weight in pruned.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            stack.callback(route(linear, weight, lambda: current["taken"], name).remove)
+            stack.callback(route(linear, weight.to(linear.weight), lambda: current["taken"], name).remove)
         yield

@@ -114,8 +114,8 @@ class ProbeRun:
         labels = [f"{part + 1} {plugin_class(each).__name__}" for part, each in enumerate(source.sources)]
         return {number: labels[source.part_of(selection[number])] for number in numbers}
 
-    def _cell(self, cell: PathwayPruning) -> dict[str, Any]:
-        """Prune one pathway through the loop, and score the model."""
+    def _prune(self, cell: PathwayPruning) -> None:
+        """Prune one pathway block by block; later blocks are calibrated on what the earlier ones now put out."""
         trainer, model = self.trainer, self.model
         cell.on_prune_start(trainer, model)
         loop = BlockLoop(
@@ -129,6 +129,11 @@ class ProbeRun:
             placement=None if trainer.held is None else trainer.held.placement,
         ).fork()
         loop.run()
+
+    def _cell(self, cell: PathwayPruning) -> dict[str, Any]:
+        """Prune one pathway, and score the model."""
+        trainer = self.trainer
+        self._prune(cell)
         result: dict[str, Any] = {
             "pathway": cell.pathway,
             "pool": cell.pool_name,

@@ -19,7 +19,7 @@ from lvlm_prune.recovery.run import CHECKPOINTS, TEACHER, RecoveryRun
 from lvlm_prune.recovery.summary import RECORD_NAME
 
 if TYPE_CHECKING:
-    from lvlm_prune.callbacks import FrozenMasks
+    from lvlm_prune.callbacks import FrozenMasks, LossHistory
     from lvlm_prune.module import LVLMModule
 
 
@@ -27,6 +27,7 @@ class FittingRun(RecoveryRun):
     """The methods `lora` and `full`."""
 
     masks: FrozenMasks
+    history: LossHistory
 
     def _check(self, earlier: Manifest | None) -> None:
         if self.recipe.method == "full" and self.model.dtype_option == "auto":
@@ -82,7 +83,7 @@ class FittingRun(RecoveryRun):
 
     def _compose(self) -> None:
         """Callbacks: the user's, `FrozenMasks`, `SparseLoRA` for the method `lora`, checkpoints to go on from."""
-        from lvlm_prune.callbacks import FrozenMasks, SparseLoRA
+        from lvlm_prune.callbacks import FrozenMasks, LossHistory, SparseLoRA
 
         trainer = self.trainer
         callbacks: list[Callback] = [
@@ -100,6 +101,8 @@ class FittingRun(RecoveryRun):
         else:
             for linear in self.model.pruned.values():
                 linear.weight.requires_grad_(True)
+        self.history = LossHistory()
+        callbacks.append(self.history)
         self.checkpoints = ModelCheckpoint(
             dirpath=self.folder / CHECKPOINTS,
             filename="best",
@@ -131,6 +134,7 @@ class FittingRun(RecoveryRun):
             "epochs": self.trainer.current_epoch,
             "train_loss": metrics.get("train_loss"),
             "validation_loss": score.item() if best and score is not None else metrics.get("validation_loss"),
+            "history": self.history.points,
             "seconds": time.perf_counter() - clock,
         }
 

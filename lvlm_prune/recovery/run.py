@@ -29,6 +29,7 @@ from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
 from lvlm_prune.recovery.summary import RECORD_NAME, summary
+from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import SparseLoRA
@@ -41,7 +42,16 @@ Method = Literal["lora", "full", "blockwise"]
 # Folders of an unfinished run, inside its output.
 CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
 # Of the run that made the base; they would be taken for records of this run.
-_RECORDS = (FILE_NAME, RECORD_NAME, "config.yaml", "report.html", "statistics.safetensors", "adapter", *WORK_FOLDERS)
+_RECORDS = (
+    FILE_NAME,
+    RECORD_NAME,
+    "config.yaml",
+    PAGE_NAME,
+    FIGURE_FOLDER,
+    "statistics.safetensors",
+    "adapter",
+    *WORK_FOLDERS,
+)
 
 
 @dataclass
@@ -76,6 +86,7 @@ class RecoveryRun(ABC):
         output: Folder to write.
         resume: Go on with an unfinished run.
         evaluate: Score the embedded model.
+        report: Write `report.html` and its figures.
     """
 
     def __init__(
@@ -87,9 +98,10 @@ class RecoveryRun(ABC):
         output: str,
         resume: bool,
         evaluate: bool,
+        report: bool = True,
     ) -> None:
         self.trainer, self.model, self.datamodule, self.recipe = trainer, model, datamodule, recipe
-        self.resume, self.evaluate = resume, evaluate
+        self.resume, self.evaluate, self.report = resume, evaluate, report
         self.started = time.perf_counter()
         model.optimization = recipe.optimization
         self.folder = self._output_folder(output)
@@ -167,7 +179,7 @@ class RecoveryRun(ABC):
             callbacks=[BlockwisePruning(sparsity=DEMO_SPARSITY, name="ATV"), *bar],
         )
         pruner.quiet = self.trainer.quiet
-        pruner.prune(LVLMModule("demo"), CalibrationDataModule(), evaluate=self.evaluate)
+        pruner.prune(LVLMModule("demo"), CalibrationDataModule(), evaluate=self.evaluate, report=self.report)
         assert pruner.output_folder is not None
         return pruner.output_folder
 
@@ -327,6 +339,12 @@ class RecoveryRun(ABC):
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
         self.record.write(self.folder, RECORD_NAME)
+        if self.report:
+            # Matplotlib takes its time to load; who wants no page does not wait for it.
+            from lvlm_prune.report.page import write_page
+            from lvlm_prune.report.recovery import recovery_page
+
+            write_page(self.folder, *recovery_page(self.record))
         self._say(summary(self.record, self.folder))
 
     def _say(self, text: str) -> None:

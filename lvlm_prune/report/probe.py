@@ -44,7 +44,7 @@ def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `iou`: sparsity -> kind of Linear -> block -> mean overlap; `mean_iou`: sparsity -> mean over Linears;
-        `diversity`: term -> kind of Linear -> block -> mean; `num_linears`.
+        `diversity`: term -> kind of Linear -> block -> mean; `sparsities`; `num_linears`.
     """
     overlaps: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for name, entry in record["linears"].items():
@@ -63,6 +63,7 @@ def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
             sparsity: _mean([entry["iou"][sparsity] for entry in record["linears"].values()]) for sparsity in overlaps
         },
         "diversity": {term: _means(diversity)[term] for term in _TERMS if term in diversity},
+        "sparsities": {sparsity: float(sparsity) for sparsity in overlaps},
         "num_linears": len(record["linears"]),
     }
 
@@ -118,10 +119,10 @@ def _grids(run: Mapping[str, Any]) -> dict[str, Table]:
 def _overlaps(run: dict[str, Any]) -> list[Plate]:
     plates = []
     for sparsity, values in run["summary"]["iou"].items():
-        caption = (
-            f"Overlap (intersection over union) of the weights that go at {float(sparsity):.0%} by text tokens alone "
-            "and by visual tokens alone, in the dense model. 1: both modalities give up the same weights."
-        )
+        caption = Markup(
+            "Overlap (intersection over union) of the weights that go at {} by text tokens alone and by visual tokens "
+            "alone, in the dense model. One: both modalities give up the same weights."
+        ).format(show(run, "summary", "sparsities", sparsity, unit="percent"))
         table = _by_kind(run, "summary", "iou", sparsity)
         plates.append(
             Plate(

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.figures.blocks import heat_map
+from lvlm_prune.figures.blocks import curves, heat_map
 from lvlm_prune.figures.training import loss_curves
 from lvlm_prune.report.page import Plate, Table, render_page, show
+
+_METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
 
 
 def recovery_page(record: Mapping[str, Any]) -> tuple[str, dict[str, Plate]]:
     """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`."""
     run = dict(record) | {"summary": summarise(record)}
-    plates = {plate.name: plate for plate in (_losses(run), _sparsity(run)) if plate is not None}
-    title = f"{run['model']['path']}: recovered by {'LoRA' if run['method'] == 'lora' else run['method']}"
+    plates = {plate.name: plate for plate in (_losses(run), _errors(run), _sparsity(run)) if plate is not None}
+    title = f"{run['model']['path']}: recovered by {_METHODS[run['method']]}"
     text = render_page(
         "recovery.html.j2",
         title,
@@ -52,7 +54,7 @@ def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "base": Path(run["model"]["path"]).name,
-        "method": "LoRA" if run["method"] == "lora" else run["method"],
+        "method": _METHODS[run["method"]],
         "sparsity": show(run, "verified", "sparsity", unit="percent"),
         "pattern": run["pattern"],
     }
@@ -63,7 +65,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("trainable_parameters", "steps"):
         if training.get(key) is not None:
             facts[key.replace("_", " ")] = show(run, "training", key, unit="count")
-    for key in ("train_loss", "validation_loss"):
+    for key in ("train_loss", "validation_loss", "error_before", "error_after"):
         if training.get(key) is not None:
             facts[key.replace("_", " ")] = show(run, "training", key, unit="share")
     facts["time"] = show(run, "seconds", unit="seconds")
@@ -112,6 +114,18 @@ def _losses(run: Mapping[str, Any]) -> Plate | None:
     return Plate(
         "losses", loss_curves(history), "Losses of training and, where samples were held back, of validation.", table
     )
+
+
+def _errors(run: Mapping[str, Any]) -> Plate | None:
+    """Of block-wise reconstruction: how far each block is from the dense one."""
+    places = {place: block["index"] for place, block in enumerate(run.get("blocks", [])) if "error_after" in block}
+    if not places:
+        return None
+    keys = {"before": "error_before", "after": "error_after"}
+    lines = {name: {index: run["blocks"][place][key] for place, index in places.items()} for name, key in keys.items()}
+    rows = [[index, *(show(run, "blocks", place, key) for key in keys.values())] for place, index in places.items()]
+    caption = "Relative error of a block's outputs against the dense block, before and after its adapters were fitted."
+    return Plate("errors", curves({"relative error": lines}), caption, Table(["block", *keys], rows))
 
 
 def _sparsity(run: Mapping[str, Any]) -> Plate:

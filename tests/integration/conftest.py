@@ -49,7 +49,7 @@ def recover(labelled):
     def run(base: Path, output: Path, *options: str, data: Path = labelled) -> int:
         arguments = [f"--model.path={base}", "--data.source=TensorSource", f"--data.source.path={data}"]
         arguments += ["--data.validation_samples=2", "--data.batch_size=2", "--trainer.enable_progress_bar=false"]
-        arguments += ["--trainer.accelerator=cpu"]
+        arguments += ["--trainer.accelerator=cpu", "--report=false"]
         return main(["recover", *arguments, f"--output={output}", *options])
 
     return run

@@ -1,5 +1,6 @@
 """Reading a page as a test needs it."""
 
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -19,7 +20,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        if tag in ("svg", "style", "code", "pre", "data", "title", "h1", "td", "dd"):
+        if tag in ("svg", "style", "code", "pre", "data", "title", "h1", "th", "td", "dd"):
             self._inside.append(tag)
         found = dict(attributes)
         if tag == "data":
@@ -49,11 +50,12 @@ def value_at(record, path: str):
     return record
 
 
-@pytest.fixture
-def read_page():
-    return Page
-
-
-@pytest.fixture
-def look_up():
-    return value_at
+def refuse_other_numbers(page: Page, record: dict) -> None:
+    """Fail where a page shows a number that is not the record's, or does not say where it comes from."""
+    for path, value, unit, text in page.numbers:
+        exact = value_at(record, path)
+        assert value == exact, path
+        shown = float(re.sub(r"[^0-9.e+-]", "", text))
+        scale = {"percent": 100, "megabytes": 1e-6}.get(unit, 1)
+        assert shown == pytest.approx(exact * scale, rel=6e-3, abs=6e-5 if unit == "share" else 0.051), path
+    assert not re.search(r"\d", page.text), re.findall(r".{0,20}\d.{0,20}", page.text)
