@@ -39,7 +39,7 @@ def _no_leaks():
 def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run `lvlm-prune` as a user does, in a process of its own, in an empty working directory."""
 
-    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 180, **environment: str):
+    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 600, **environment: str):
         command = [sys.executable, "-m", "lvlm_prune.cli", *map(str, arguments)]
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
