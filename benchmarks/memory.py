@@ -38,8 +38,8 @@ _HEAD = 128
 def decoder_sizes(nbytes: float, blocks: int) -> dict[str, int]:
     """Sizes of a decoder whose `blocks` blocks take about `nbytes` in bfloat16."""
     weights = nbytes / 2 / blocks
-    heads = max(round((weights / 12) ** 0.5 / _HEAD), 1)
-    hidden, kv_heads = heads * _HEAD, max(heads // 4, 1)
+    kv_heads = max(round((weights / 12) ** 0.5 / _HEAD / 4), 1)
+    heads, hidden = 4 * kv_heads, 4 * kv_heads * _HEAD
     attention = 2 * hidden**2 + 2 * hidden * kv_heads * _HEAD
     intermediate = max(round((weights - attention) / 3 / hidden / 64), 1) * 64
     return {

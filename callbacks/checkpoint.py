@@ -114,7 +114,8 @@ class SparseCheckpointWriter(PruneCallback):
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block's pruned weights, then the manifest that says so."""
         matrices = block.matrices()
-        zeros = {f"{block.name}.{name}": int((matrices[name].weight == 0).sum()) for name in block.masks}
+        weights = {name: matrices[name].weight for name in block.masks}
+        zeros = {f"{block.name}.{name}": one.numel() - int(one.count_nonzero()) for name, one in weights.items()}
         for name, entry in block.record.pop("linears", {}).items():
             rows, columns = entry["shape"]
             achieved = zeros.get(name, 0) / (rows * columns)

@@ -20,7 +20,7 @@ from lvlm_prune.allocation import Allocation, UniformAllocation
 from lvlm_prune.blocks import MODALITIES, ExpertMatrix
 from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
-from lvlm_prune.effects import BlockEffects
+from lvlm_prune.effects import BlockEffects, scored_rows
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
@@ -204,7 +204,7 @@ class BlockwisePruning(PruneCallback):
         full_names = {name: f"{block.name}.{name}" for name in matrices}
         self._targets = {name: full_name for name, full_name in full_names.items() if full_name in self.targets}
         for name, full_name in self._targets.items():
-            if not torch.isfinite(matrices[name].weight).all():
+            if not torch.isfinite(torch.stack(matrices[name].weight.aminmax())).all():
                 raise RunError(f"NaN or infinity in the weight of {full_name}")
         self._calibration: BlockCalibration | None = None
         if self.scorer.statistic is not None:
@@ -248,7 +248,9 @@ class BlockwisePruning(PruneCallback):
                 if scorer.updates_weights and not torch.isfinite(pruned).all():
                     raise RunError(f"NaN or infinity in the updated weight of {full_name}")
                 if scorer is self.scorer and entry["target"] > 0:
-                    score = scorer.score(weight, statistic)
+                    rows = scored_rows(weight)
+                    in_part = scorer.by_row and scorer.group == "row"
+                    score = scorer.score(weight[rows], statistic) if in_part else scorer.score(weight, statistic)[rows]
                     effects.add(full_name, weight, pruned, block.masks[name], statistic, score)
                 weight.data.copy_(pruned)
                 if notes := scorer.notes(statistic, block.masks[name], self.targets[full_name]):
@@ -258,7 +260,7 @@ class BlockwisePruning(PruneCallback):
         self._exchange(block, owners, linears, trainer.processes)
         for name in owners:
             entry = linears[f"{block.name}.{name}"]
-            entry["pruned"] = int(block.masks[name].sum())
+            entry["pruned"] = int(block.masks[name].count_nonzero())
             if self.scorer_of(entry).updates_weights:
                 block.updated.add(name)
         if trainer.processes.count > 1:

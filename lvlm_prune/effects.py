@@ -21,8 +21,8 @@ BINS_PER_DECADE = 10
 _LOWEST, _BINS = -16 * BINS_PER_DECADE, 32 * BINS_PER_DECADE
 # Scores of so many weights of a Linear describe their distribution; taking logarithms of all would cost time.
 _WEIGHTS_LOOKED_AT = 2**17
-# So many rows of a Linear describe its error; all of a large one would take a few copies of it in float32.
-_ROWS_LOOKED_AT = 1024
+# Rows of a Linear with so many weights describe its error; all of it would take a few copies of it in float32.
+_WEIGHTS_OF_ERROR = 2**20
 
 
 class BlockEffects:
@@ -58,16 +58,15 @@ class BlockEffects:
             after: Its pruned weight, same shape.
             mask: True where pruned.
             statistic: Sums over the pool of its input; None where there are none.
-            score: Importance of each weight, same shape.
+            score: Importance of each weight of `scored_rows(before)`.
         """
         if statistic is not None:
-            rows = _some(before.shape[0], _ROWS_LOOKED_AT)
+            rows = _some(before.shape[0], max(_WEIGHTS_OF_ERROR // before.shape[1], 1))
             dense, changed = before[rows].float(), before[rows].float() - after[rows].float()
             whole, lost = statistic.output_energy(dense), statistic.output_energy(changed)
             if whole is not None and lost is not None:
                 self._errors[name] = (lost, whole)
-        rows = _some(score.shape[0], max(_WEIGHTS_LOOKED_AT // score.shape[1], 1))
-        score, mask = score[rows].float(), mask[rows]
+        score, mask = score.float(), mask[scored_rows(before)]
         tenths = (score.clamp(min=1e-30).log10() * BINS_PER_DECADE).floor().clamp(_LOWEST, _LOWEST + _BINS - 1)
         bins = tenths.long() - _LOWEST + _BINS * mask
         counts = torch.bincount(bins.flatten(), minlength=2 * _BINS)
@@ -125,6 +124,11 @@ class BlockEffects:
             "kept": kept[first:last],
             "threshold": [deciles[0], deciles[4], deciles[8]] if deciles else [],
         }
+
+
+def scored_rows(weight: Tensor) -> slice:
+    """The rows of a weight that describe how its scores are distributed."""
+    return _some(weight.shape[0], max(_WEIGHTS_LOOKED_AT // weight.shape[1], 1))
 
 
 def _some(rows: int, most: int) -> slice:

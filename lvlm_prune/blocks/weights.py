@@ -6,6 +6,8 @@ memory ██ frame: towers, embeddings  ──► released once all batches are
             ░▓▓ block 1 ──► released ...       ░ read in the background while block 0 is in work
 """
 
+import ctypes
+import platform
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,11 @@ from lvlm_prune.blocks.decoder import Decoder
 from lvlm_prune.blocks.prefetch import Prefetch
 from lvlm_prune.blocks.sources import WeightSource, find_sources
 from lvlm_prune.errors import InputError
+
+_LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+# As in malloc.h.
+_M_MMAP_THRESHOLD = -3
+_LARGE = 2**22
 
 
 class Weights(ABC):
@@ -119,6 +126,7 @@ class StreamedWeights(Weights):
         self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
         self._decoder_path = f"{decoder.name}." if decoder.name else ""
         self._coming: tuple[int, Prefetch] | None = None
+        _give_back_large()
         self._refuse_unfit([*in_blocks, *self._frame_names])
         self._refuse_missing(in_blocks)
 
@@ -193,6 +201,7 @@ class StreamedWeights(Weights):
             needed = keep_token_embedding if is_embedding else name.startswith(self._decoder_path)
             if not needed:
                 self._release(name)
+        _give_back_freed()
 
     def load_output_embedding(self) -> None:
         self._load(self._output_names, self._folder)
@@ -211,11 +220,13 @@ class StreamedWeights(Weights):
         self._load(self._block_names[i], folder or self._folder)
 
     def prefetch_block(self, i: int) -> None:
+        _give_back_freed()  # what scoring took, above all
         self._coming = (i, Prefetch(self._read(self._block_names[i], self._folder, "cpu")))
 
     def release_block(self, i: int) -> None:
         for name in self._block_names[i]:
             self._release(name)
+        _give_back_freed()
 
     def _load(self, names: list[str], folder: CheckpointFolder) -> None:
         for name, tensor in self._read(names, folder, self._device):
@@ -280,6 +291,22 @@ class StreamedWeights(Weights):
             if name in self._frame_names:
                 # Checkpoints on the hub lack heads of vision towers that no forward uses.
                 self._model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(partial(_fail, error))
+
+
+def _give_back_large() -> None:
+    """Make glibc give the memory of a large tensor back to the system as soon as the tensor is gone.
+
+    By itself it learns to keep pieces of up to 32 MB: what is read and released block by block leaves holes behind that
+    add up to several blocks.
+    """
+    if _LIBC is not None:
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _give_back_freed() -> None:
+    """Give the memory of smaller tensors back, too."""
+    if _LIBC is not None:
+        _LIBC.malloc_trim(0)
 
 
 def _fail(error: InputError, *_: Any) -> None:

@@ -68,7 +68,7 @@ class Scorer(ABC):
         """
         weights = shape[0] * shape[1]
         at_once = min(weights, 2**20) if self.by_row and self.group == "row" else weights
-        return weights * itemsize + at_once * 20
+        return weights * itemsize + at_once * 40
 
     def cost(self, rows: int, columns: int) -> float:
         """How long Linears of one statistic take, in any unit; work is dealt out over processes by it.
