@@ -35,7 +35,7 @@ _SHARD = 2**30
 _HEAD = 128
 
 
-def decoder_sizes(nbytes: float, blocks: int) -> dict[str, int]:
+def decoder_sizes(nbytes: float, blocks: int, vocabulary: int = 32000) -> dict[str, int]:
     """Sizes of a decoder whose `blocks` blocks take about `nbytes` in bfloat16."""
     weights = nbytes / 2 / blocks
     kv_heads = max(round((weights / 12) ** 0.5 / _HEAD / 4), 1)
@@ -48,7 +48,7 @@ def decoder_sizes(nbytes: float, blocks: int) -> dict[str, int]:
         "intermediate": intermediate,
         "heads": heads,
         "kv_heads": kv_heads,
-        "vocabulary": 32000,
+        "vocabulary": vocabulary,
     }
 
 
@@ -113,31 +113,50 @@ def sampled_peak(process: subprocess.Popen, interval: float = 0.005) -> int:
     return peak
 
 
-def measure(gigabytes: float, blocks: int, samples: int, recipe: str, folder: Path, *options: str) -> dict[str, Any]:
-    """Write a checkpoint into `folder`, prune it there in a child process, and report its memory.
+def write_inputs(gigabytes: float, blocks: int, samples: int, folder: Path, vocabulary: int = 32000) -> dict[str, Any]:
+    """Write a checkpoint and calibration samples of about 270 tokens; sizes of the decoder, tokens, bytes by tensor.
 
     Args:
         gigabytes: Size of the decoder's blocks, 10^9 bytes.
         blocks: Number of blocks.
-        samples: Calibration samples of about 270 tokens.
-        recipe: Name of a file in `configs/prune`.
+        samples: Number of calibration samples.
         folder: An empty folder.
-        options: More options of the command.
+        vocabulary: Size of the vocabulary.
 
     Raises:
-        RuntimeError: There is no room on the disk, or the command fails.
+        RuntimeError: There is no room on the disk for it and what `measure` writes.
     """
-    sizes = decoder_sizes(1e9 * gigabytes, blocks)
+    sizes = decoder_sizes(1e9 * gigabytes, blocks, vocabulary)
     free = shutil.disk_usage(folder).free
     if free < 2.5e9 * (gigabytes + 0.3):
         raise RuntimeError(f"{folder} has {free / 1e9:.1f} GB free, {2.5 * (gigabytes + 0.3):.1f} are needed")
-    checkpoint, calibration, output = folder / "dense", folder / "calibration.safetensors", folder / "pruned"
-    checkpoint.mkdir()
-    tensors = write_checkpoint(checkpoint, random_config(sizes))
-    inputs = random_samples(samples, 200, 60, sizes["vocabulary"], torch.float32, "cpu")
-    save_file({f"s{j}.{name}": value for j, sample in enumerate(inputs) for name, value in sample.items()}, calibration)
+    (folder / "dense").mkdir()
+    tensors = write_checkpoint(folder / "dense", random_config(sizes))
+    inputs = random_samples(samples, 200, 60, vocabulary, torch.float32, "cpu")
+    save_file(
+        {f"s{j}.{name}": value for j, sample in enumerate(inputs) for name, value in sample.items()},
+        folder / "calibration.safetensors",
+    )
+    tokens = sum(sample["input_ids"].numel() for sample in inputs)
+    return {"decoder": sizes, "samples": samples, "tokens": tokens, "tensors": tensors}
+
+
+def measure(folder: Path, written: dict[str, Any], recipe: str, *options: str) -> dict[str, Any]:
+    """Prune what `write_inputs` wrote into `folder` in a child process, and report its memory.
+
+    Args:
+        folder: The folder.
+        written: What `write_inputs` returned.
+        recipe: Name of a file in `configs/prune`.
+        options: More options of the command.
+
+    Raises:
+        RuntimeError: The command fails.
+    """
+    output = folder / recipe
     command = [sys.executable, "-m", "lvlm_prune.cli", "prune", f"--config={RECIPES / recipe}.yaml"]
-    command += [f"--model.path={checkpoint}", "--data.source=TensorSource", f"--data.source.path={calibration}"]
+    command += [f"--model.path={folder / 'dense'}", "--data.source=TensorSource"]
+    command += [f"--data.source.path={folder / 'calibration.safetensors'}"]
     command += [f"--output={output}", "--trainer.accelerator=cpu", *options]
     started = time.perf_counter()
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as child:
@@ -147,6 +166,8 @@ def measure(gigabytes: float, blocks: int, samples: int, recipe: str, folder: Pa
         if child.returncode:
             raise RuntimeError(said.read().decode()[-2000:])
     manifest = json.loads((output / "pruning.json").read_text())
+    shutil.rmtree(output)
+    tensors, blocks = written["tensors"], written["decoder"]["blocks"]
     memory = manifest["memory"]
     of_block = [sum(size for name, size in tensors.items() if f".layers.{index}." in name) for index in range(blocks)]
     frame = sum(size for name, size in tensors.items() if ".layers." not in name and not name.startswith("lm_head"))
@@ -156,9 +177,7 @@ def measure(gigabytes: float, blocks: int, samples: int, recipe: str, folder: Pa
         "recipe": recipe,
         "options": list(options),
         "checkpoint_bytes": sum(tensors.values()),
-        "decoder": sizes,
-        "samples": samples,
-        "tokens": sum(sample["input_ids"].numel() for sample in inputs),
+        **{name: written[name] for name in ("decoder", "samples", "tokens")},
         "hidden_states": memory["hidden_states"],
         "peak_bytes": peak,
         "peak_of_manifest_bytes": memory["measured"]["host"],
@@ -192,7 +211,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoint and output are written; default: temporary")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = measure(options.gigabytes, options.blocks, options.samples, options.recipe, Path(folder))
+        written = write_inputs(options.gigabytes, options.blocks, options.samples, Path(folder))
+        found = measure(Path(folder), written, options.recipe)
     hardware = machine(argparse.Namespace(device="cpu", threads=os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     results = {"date": str(date.today()), "machine": hardware} | found
     options.json.write_text(json.dumps(results, indent=1) + "\n")

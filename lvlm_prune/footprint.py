@@ -12,7 +12,7 @@ The peak is the largest of these lines. What plugins take they say themselves (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.blocks import MODALITIES, Place, modality_of_tokens, prunable_linears
+from lvlm_prune.blocks import (
+    MODALITIES,
+    ExpertMatrix,
+    Place,
+    find_expert_stacks,
+    modality_of_tokens,
+    prunable_linears,
+)
 from lvlm_prune.hidden_states import Wanted, choose_place
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.pools import Pool
@@ -162,8 +169,9 @@ class Footprint:
         found = {"catching": max(map(self._catching, self.batches), default=0) + self.frame_bytes * bool(self.batches)}
         for size, block in zip(self.block_bytes, self._blocks):
             statistics = 0 if pool is None else block.statistics(scorer, pool)
-            masks = sum(prod(shape) for shape in block.shapes)
-            scoring = max(scorer.working_bytes(shape, self.itemsize) for shape in block.shapes) if block.shapes else 0
+            matrices = (*block.shapes, *block.experts)
+            masks = sum(map(prod, matrices))
+            scoring = max((scorer.working_bytes(shape, self.itemsize) for shape in matrices), default=0)
             phases = {
                 "scoring": size + statistics + masks + scoring,
                 "passing on": 2 * size + masks + max((self._forward(block, one) for one in self.batches), default=0),
@@ -282,10 +290,12 @@ class _BlockSize:
     Args:
         shapes: (C_out, C_in) of each.
         sites: (C_in, Linears that share this input) of each input site.
+        experts: (C_out, C_in) of each matrix of a routed expert.
     """
 
     shapes: tuple[tuple[int, int], ...]
     sites: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, block: nn.Module, width: int) -> _BlockSize:
@@ -303,7 +313,8 @@ class _BlockSize:
             sites += inputs.items()
             if ends:
                 sites.append((group[-1].in_features, 1))
-        return cls(tuple((one.out_features, one.in_features) for one in linears.values()), tuple(sites))
+        experts = [matrix for stack in find_expert_stacks(block) for matrix in stack.matrices()]
+        return cls(_shapes(linears.values()), tuple(sites), _shapes(experts))
 
     def statistics(self, scorer: Scorer, pool: Pool) -> int:
         if scorer.statistic is None:
@@ -311,7 +322,11 @@ class _BlockSize:
         each = [
             scorer.statistic.nbytes(channels) * (shared if pool.per_linear else 1) for channels, shared in self.sites
         ]
-        return sum(each)
+        return sum(each) + sum(scorer.statistic.nbytes(channels) for _, channels in self.experts)
+
+
+def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, int], ...]:
+    return tuple((matrix.out_features, matrix.in_features) for matrix in matrices)
 
 
 def _weight_sizes(module: LVLMModule) -> tuple[int, list[int], int]:

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from benchmarks.memory import measure, write_inputs
 from lvlm_prune.blocks import BlockRunner, CheckpointFolder, StreamedWeights, build_skeleton
 from lvlm_prune.blocks import placement as placement_module
 from lvlm_prune.cli import main
@@ -79,3 +80,22 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
     alive = {name for name, reference in tensors.items() if reference() is not None}
     assert alive == {"model.language_model.norm.weight"}
     assert torch.isfinite(batch.hidden).all()
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "blocks", "recipes"),
+    [
+        (0.06, 3, {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": [], "amia": []}),
+        pytest.param(0.6, 12, {"atv": []}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_path):
+    written = write_inputs(gigabytes, blocks, samples=3, folder=tmp_path, vocabulary=8000)
+    for recipe, options in recipes.items():
+        found = measure(tmp_path, written, recipe, *options)
+        assert found["predicted_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2), recipe
+        assert found["peak_of_manifest_bytes"] == pytest.approx(found["peak_bytes"], rel=0.1), recipe
+        above = found["peak_bytes"] - found["libraries_bytes"]
+        assert found["predicted_bytes"] - found["libraries_bytes"] == pytest.approx(above, rel=0.35), recipe
+        if recipe == "atv":
+            assert found["peak_bytes"] <= found["limit_bytes"]
