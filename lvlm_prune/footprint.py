@@ -37,6 +37,9 @@ from lvlm_prune.tokens import ATTENTION_NEEDS
 # What libraries set up in the first forwards, in bytes.
 _WARM_UP = 2**24
 
+# Rows of a weight before and after, in float32, that tell how far its outputs move.
+_EFFECTS = 2**24
+
 # Elements that become one patch of a vision tower: 14 x 14 pixels of three colours.
 _PATCH = 588
 
@@ -171,7 +174,7 @@ class Footprint:
             statistics = 0 if pool is None else block.statistics(scorer, pool)
             matrices = (*block.shapes, *block.experts)
             masks = sum(map(prod, matrices))
-            scoring = max((scorer.working_bytes(shape, self.itemsize) for shape in matrices), default=0)
+            scoring = max((scorer.working_bytes(shape, self.itemsize) for shape in matrices), default=0) + _EFFECTS
             phases = {
                 "scoring": size + statistics + masks + scoring,
                 "passing on": 2 * size + masks + max((self._forward(block, one) for one in self.batches), default=0),

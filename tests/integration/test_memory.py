@@ -97,5 +97,5 @@ def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_
         assert found["peak_of_manifest_bytes"] == pytest.approx(found["peak_bytes"], rel=0.1), recipe
         above = found["peak_bytes"] - found["libraries_bytes"]
         assert found["predicted_bytes"] - found["libraries_bytes"] == pytest.approx(above, rel=0.35), recipe
-        if recipe == "atv":
+        if gigabytes > 0.5:  # with smaller blocks what libraries take is more than three of them
             assert found["peak_bytes"] <= found["limit_bytes"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lvlm_prune.effects import BlockEffects
+from lvlm_prune.effects import BlockEffects, scored_rows
 from lvlm_prune.patterns import Unstructured
 from lvlm_prune.scorers import SparseGPTScorer, WandaScorer
 from lvlm_prune.statistics import ChannelNorm, Gram
@@ -18,7 +18,7 @@ def pruned_with(scorer, statistic, sparsity=0.5, rows=24):
     sums.add(inputs, torch.ones(200, dtype=torch.bool))
     after, mask = scorer.prune(weight, sums, sparsity, Unstructured())
     effects = BlockEffects()
-    effects.add("linear", weight, after, mask, sums, scorer.score(weight, sums))
+    effects.add("linear", weight, after, mask, sums, scorer.score(weight, sums)[scored_rows(weight)])
     return effects, inputs.double(), weight.double(), after.double(), mask, scorer.score(weight, sums)
 
 
@@ -29,7 +29,7 @@ def test_with_a_gram_matrix_the_error_is_exact():
 
 
 def test_of_many_rows_some_speak_for_all(monkeypatch):
-    monkeypatch.setattr("lvlm_prune.effects._ROWS_LOOKED_AT", 100)
+    monkeypatch.setattr("lvlm_prune.effects._WEIGHTS_OF_ERROR", 100 * pruned_with(SparseGPTScorer(), Gram)[2].shape[1])
     effects, inputs, weight, after, _, _ = pruned_with(SparseGPTScorer(), Gram, rows=1000)
     lost, whole = (((matrix[::10]) @ inputs.T).norm() for matrix in (weight - after, weight))
     assert effects.errors()["linear"] == pytest.approx((lost / whole).item(), rel=1e-5)
