@@ -32,7 +32,7 @@ def inner_products(vectors: Tensor) -> Tensor:
         vectors: Shape (n, C), float.
 
     Returns:
-        Symmetric, shape (n, n), same dtype.
+        Symmetric within rounding, shape (n, n), same dtype.
 
     Example:
         >>> inner_products(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
