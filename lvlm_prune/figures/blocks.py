@@ -15,6 +15,7 @@ from lvlm_prune.figures.style import SEQUENTIAL, SERIES, WIDTH, house_style, ink
 
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++")
 _MOST_PICTURES = 12
+_FADED = 0.7 * 215.0  # a light grey lies over what does not count
 
 
 @house_style()
@@ -178,7 +179,7 @@ def bars(values: Mapping[str, float], label: str) -> Figure:
 
 @house_style()
 def tokens_on_picture(picture: Image.Image, grid: tuple[int, int], weights: Mapping[int, Sequence[float]]) -> Figure:
-    """Which visual tokens count in which block, over the picture: what does not count is darkened.
+    """Which visual tokens count in which block, over the picture: what does not count is faded.
 
     Args:
         picture: The picture.
@@ -199,7 +200,7 @@ def tokens_on_picture(picture: Image.Image, grid: tuple[int, int], weights: Mapp
         counts = Image.fromarray((255 * np.reshape(weights[block], grid)).astype(np.uint8))
         share = np.asarray(counts.resize(small.size, Image.Resampling.NEAREST), dtype=float)[..., None] / 255
         colours = np.asarray(small, dtype=float)
-        axes.imshow((colours * (0.25 + 0.75 * share)).astype(np.uint8))
+        axes.imshow((colours * share + (0.3 * colours + _FADED) * (1 - share)).astype(np.uint8))
         axes.set_title(f"block {block}", pad=2, fontsize=9)
         axes.set_axis_off()
     return figure

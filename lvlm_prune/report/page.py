@@ -23,7 +23,7 @@ from lvlm_prune.manifest import replace_durably
 from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
 
 _UNITS = {
-    "count": lambda value: f"{value:,.0f}".replace(",", " "),
+    "count": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
     "number": lambda value: f"{value:.1f}",
     "percent": lambda value: f"{100 * value:.1f}%",
     "share": lambda value: f"{value:.4f}",

@@ -278,9 +278,9 @@ def _picture(run: dict[str, Any], folder: Path | None) -> Plate | None:
     packed = {block["index"]: unpack(block["example"]).tolist() for block in run["blocks"] if "example" in block}
     if not packed or any(len(weights) != rows * columns for weights in packed.values()):
         return None
-    caption = (
-        Markup("Visual tokens of calibration sample {} that calibrate a block; all others are darkened.")
-    ).format(show(run, "picture", "sample", unit="count"))
+    caption = (Markup("Visual tokens of calibration sample {} that calibrate a block; all others are faded.")).format(
+        show(run, "picture", "sample", unit="count")
+    )
     with Image.open(path) as picture:
         drawing = tokens_on_picture(picture, (rows, columns), packed)
     return Plate("tokens", drawing, caption)
