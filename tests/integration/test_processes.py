@@ -6,6 +6,7 @@ One spawn per number of processes, with all methods and all failures in it: star
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -307,3 +308,54 @@ def test_one_command_starts_the_others_and_outlives_none_of_them(tmp_path, run_c
     assert finished.stderr == ""
     assert finished.stdout.count("verified: ") == 1
     assert_same_result(one / "atv", output)
+
+
+# ---- other launchers ------------------------------------------------------------------------------------------------
+def run_all(folder: Path, environments: list[dict[str, str]], *arguments: str) -> list[tuple[int, str, str]]:
+    """Run the same command several times side by side; status, output and errors of each."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lvlm_prune.cli", *arguments],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    said = [run.communicate(timeout=600) for run in runs]
+    return [(run.returncode, *texts) for run, texts in zip(runs, said)]
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, one):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    arguments = [*arguments_of("atv"), *TWO, f"--output={tmp_path / 'out'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "lvlm_prune.cli", *arguments]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("verified: ") == 1
+    assert_same_result(one / "atv", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "two nodes by hand"])
+def test_processes_that_are_started_side_by_side(launcher, tmp_path, one):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    if launcher == "slurm":
+        shared = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+        shared |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "prune"}
+        own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+        devices = TWO
+    else:
+        shared, own = {}, [{"NODE_RANK": str(rank)} for rank in range(2)]
+        devices = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=2"]
+    arguments = [*arguments_of("atv"), *devices, f"--output={tmp_path / 'out'}"]
+    said = run_all(tmp_path, [meeting | shared | each for each in own], *arguments)
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert [output.count("verified: ") for _, output, _ in said] == [1, 0]
+    assert_same_result(one / "atv", tmp_path / "out")

@@ -1,0 +1,113 @@
+"""Killed by the system at any moment, with one process and with two: what is left goes on to the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN_ARGUMENTS
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = [*GOLDEN_ARGUMENTS, "--pruning.record=true"]
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+
+KILLER = '''
+import os, signal
+from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.callbacks import PruneCallback
+
+class KillInWrite(PruneCallback):
+    """Half of the bytes of one tensor arrive, then the process is gone."""
+    def __init__(self, number: int):
+        write, self.count = CheckpointFolder.write, 0
+        def dying(folder, key, tensor):
+            self.count += 1
+            if self.count == number:
+                tensor = tensor.clone()
+                tensor[: len(tensor) // 2] = 7
+                write(folder, key, tensor)
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(folder, key, tensor)
+        CheckpointFolder.write = dying
+'''
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lvlm_prune.cli", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=folder, env=environment, **streams)
+
+
+def wait_for(path: Path, run: subprocess.Popen) -> None:
+    while not path.exists() and run.poll() is None:
+        time.sleep(0.001)
+
+
+def assert_goes_on(output: Path, whole: Path) -> None:
+    if (output / "config.json").exists():
+        assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert main([*ARGUMENTS, f"--output={output}", "--resume=true"]) == 0
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in output.iterdir()) == names
+    for name in ("model.safetensors", "statistics.safetensors", "config.json"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*ARGUMENTS, f"--output={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def seconds(request, tmp_path_factory) -> tuple[list[str], float]:
+    """Options for one process or two, and how long such a run has an output folder before it is done."""
+    folder, devices = tmp_path_factory.mktemp("seconds"), TWO if request.param == 2 else []
+    run = start(folder, *ARGUMENTS, *devices, f"--output={folder / 'out'}")
+    wait_for(folder / "out", run)
+    begun = time.monotonic()
+    assert run.wait(600) == 0
+    return devices, time.monotonic() - begun
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_a_random_moment(seed, seconds, whole, tmp_path):
+    """Of two processes, one or the other is killed; the other one ends by itself."""
+    devices, duration = seconds
+    if devices and seed >= 5:
+        pytest.skip("five times with two processes")
+    chance = random.Random(seed)
+    output = tmp_path / "out"
+    run = start(tmp_path, *ARGUMENTS, *devices, f"--output={output}")
+    wait_for(output, run)
+    time.sleep(chance.random() * duration)
+    try:
+        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children()]
+        chance.choice(processes).send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:
+        processes = []
+    run.wait(60)
+    _, alive = psutil.wait_procs([process for process in processes if process.pid != run.pid], timeout=60)
+    assert not alive
+    assert_goes_on(output, whole)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_in_the_middle_of_a_write(seed, whole, tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    number = random.Random(seed).randint(1, 28)
+    kill = ["--trainer.callbacks=killer.KillInWrite", f"--trainer.callbacks.number={number}"]
+    run = start(tmp_path, *ARGUMENTS, *kill, f"--output={tmp_path / 'out'}")
+    assert run.wait(600) == -signal.SIGKILL
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert_goes_on(tmp_path / "out", whole)
