@@ -196,7 +196,7 @@ class BlockLoop:
         for batch, here in self.placement.stream(called, block.index):
             hidden_out = self._observe(block, batch, here, self.runner.run, "on_calibration_batch_end")
             totals.append((batch, hidden_out.float().sum()))
-        self._refuse_faults(totals, f"in the output of block {block.name}")
+        self._refuse_faults(totals, f"in the output of block {block.name}", lambda batch: self._origin(block, batch))
 
     def _survey_block(self, block: Block) -> None:
         totals = []
@@ -235,13 +235,36 @@ class BlockLoop:
                 self.raise_hook("on_propagation_batch_end", block=block)
         self._refuse_faults(totals, f"in the output of pruned block {block.name}")
 
-    def _refuse_faults(self, totals: list[tuple[CaughtBatch, Tensor]], where: str) -> None:
+    def _refuse_faults(
+        self, totals: list[tuple[CaughtBatch, Tensor]], where: str, origin: Callable[[CaughtBatch], str] | None = None
+    ) -> None:
         """Stop at NaN or infinity, with one look at the sums of all batches: a look at each would make a GPU wait."""
         if not totals or torch.isfinite(torch.stack([total for _, total in totals])).all():
             return
         batch = next(batch for batch, total in totals if not torch.isfinite(total))
         samples = ", ".join(str(row.sample) for row in self.rows_of_batch[id(batch)])
-        raise RunError(f"NaN or infinity {where} for calibration sample {samples}")
+        first = origin(batch) if origin is not None else ""
+        raise RunError(f"NaN or infinity {where}{first} for calibration sample {samples}")
+
+    def _origin(self, block: Block, batch: CaughtBatch) -> str:
+        """The first Linear of the block at which NaN or infinity shows up, found by running the batch once more."""
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                for what, value in (("input", arguments[0]), ("output", output)):
+                    if not found and not torch.isfinite(value).all():
+                        found.append(f", first in the {what} of {name},")
+
+            return hook
+
+        handles = [linear.register_forward_hook(look(name)) for name, linear in block.linears.items()]
+        try:
+            self.runner.run(block.index, self.placement.fetched(batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return "".join(found)
 
 
 def _tail_sample(row: SampleRow) -> TailSample:

@@ -16,7 +16,7 @@ import torch
 from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.plugins import own_instance
 from lvlm_prune.pools.base import Pool
 from lvlm_prune.pools.matching import MatchedTotal
@@ -102,12 +102,17 @@ class AsymmetricPool(Pool):
 
     def _start_block(self) -> None:
         self._total, self._count = 0.0, 0
+        self._fault = ""
         self._sizes: list[tuple[int, int]] = []
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Text tokens in any case; visual tokens as candidates, most salient first."""
         saliency = self.saliency(tokens)
-        self._total += saliency.double().sum().item()
+        total = saliency.double().sum().item()
+        if not (math.isfinite(total) or self._fault):
+            # Said only if the block's own output is finite, which is looked at first and tells more.
+            self._fault = f"visual tokens at block {tokens.block} for calibration sample {tokens.sample}"
+        self._total += total
         self._count += len(saliency)
         self._sizes.append((tokens.num_text, len(saliency)))
         # K can never exceed this, so no more candidates need to be held until the mean is known.
@@ -124,7 +129,13 @@ class AsymmetricPool(Pool):
         return torch.zeros_like(tokens.text).index_fill_(0, among[kept], True)
 
     def cutoffs(self, sum_over_processes: SumOverProcesses) -> list[int]:
-        """K of each sample, once the mean saliency over all samples of all processes is known."""
+        """K of each sample, once the mean saliency over all samples of all processes is known.
+
+        Raises:
+            RunError: A saliency is NaN or infinite; names the sample.
+        """
+        if self._fault:
+            raise RunError(f"NaN or infinity in the {self.saliency.name} of the {self._fault}")
         total, count = sum_over_processes(torch.tensor([self._total, self._count], dtype=torch.float64)).tolist()
         self._mean = total / max(count, 1)
         budgets = [self._budget_of(self._factor * self._mean, *size) for size in self._sizes]

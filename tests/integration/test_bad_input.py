@@ -273,6 +273,27 @@ def test_nan_in_an_input_names_the_sample(golden_arguments, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("factor", "pool", "said"),
+    [
+        (1e38, "AsymmetricPool", "layers.1, first in the output of mlp.up_proj, for calibration sample 0"),
+        (1e21, "AsymmetricPool", "statistics of model.language_model.layers.1.mlp.down_proj for calibration sample 0"),
+    ],
+)
+def test_overflow_names_block_linear_and_sample(factor, pool, said, golden_arguments, tmp_path, capsys):
+    """Finite weights whose products are not: of one Linear, of the block, or only squared."""
+    shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    next(weight for name, weight in weights.items() if "layers.1.mlp.up_proj" in name).mul_(factor)
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    arguments = [a for a in golden_arguments if "model.path" not in a] + [f"--model.path={tmp_path / 'model'}"]
+    assert main([*arguments, f"--pruning.pool={pool}", f"--output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "NaN or infinity" in error
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
 def test_help_and_printed_configuration_work(run_cli, golden_arguments, tmp_path):
     assert "prune" in run_cli("--help").stdout
     shown = run_cli("prune", "--help").stdout

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.pools import AsymmetricPool
 from lvlm_prune.saliency import AttentionSaliency, DiversitySaliency, DriftSaliency, RandomSaliency
 from tests.unit.pools.conftest import make_tokens
@@ -132,3 +132,14 @@ def test_where_drift_buys_nothing_the_other_saliency_buys_nothing():
 def test_a_budget_that_is_always_zero_ends_the_search():
     _, findings = surveyed(DiversitySaliency(), alpha=0.0)
     assert findings["visual_tokens"] == findings["visual_tokens_of_drift"] == 0
+
+
+def test_a_saliency_that_is_not_finite_names_block_and_sample():
+    class Infinite(DriftSaliency):
+        def __call__(self, tokens):
+            return super().__call__(tokens) / 0
+
+    pool = AsymmetricPool(Infinite())
+    pool.select(samples_of_a_block(0)[1])
+    with pytest.raises(RunError, match="NaN or infinity in the drift .* block 0 for calibration sample 0"):
+        pool.cutoffs(alone)
