@@ -141,5 +141,5 @@ def test_a_saliency_that_is_not_finite_names_block_and_sample():
 
     pool = AsymmetricPool(Infinite())
     pool.select(samples_of_a_block(0)[1])
-    with pytest.raises(RunError, match="NaN or infinity in the drift .* block 0 for calibration sample 0"):
+    with pytest.raises(RunError, match=r"NaN or infinity in the drift .* block 0 for calibration sample 0"):
         pool.cutoffs(alone)
