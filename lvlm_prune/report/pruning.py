@@ -148,8 +148,8 @@ def _linears(run: Mapping[str, Any], names: Any) -> Table:
         shape = [show(run, "linears", name, "shape", place, unit="count") for place in (0, 1)]
         numbers = [show(run, "linears", name, key, unit="share") for key in ("target", "achieved")]
         error = show(run, "linears", name, "error", unit="share") if "error" in entry else "–"
-        rows.append([name, *shape, *numbers, error])
-    return Table(["Linear", "outputs", "inputs", "target", "achieved", "error"], rows)
+        rows.append([name, error, *numbers, *shape])
+    return Table(["Linear", "error", "target", "achieved", "outputs", "inputs"], rows)
 
 
 def _plates(run: dict[str, Any], folder: Path | None) -> list[Plate | None]:
