@@ -2,7 +2,7 @@
 
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.checkpoint import SparseCheckpointWriter
-from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation
+from lvlm_prune.callbacks.evaluation import EmbeddedEvaluation, RetentionEvaluation
 from lvlm_prune.callbacks.frozen_masks import FrozenMasks
 from lvlm_prune.callbacks.loss_history import LossHistory
 from lvlm_prune.callbacks.metrics import BlockMetrics
@@ -26,6 +26,7 @@ __all__ = [
     "PruneCallback",
     "PruneProgressBar",
     "PruningReport",
+    "RetentionEvaluation",
     "SparseCheckpointWriter",
     "SparseLoRA",
 ]

@@ -59,6 +59,17 @@ def rows_of(batch: CaughtBatch, config: object, samples: Iterable[int]) -> list[
     return rows
 
 
+def fork_rows(rows: Iterable[SampleRow]) -> list[SampleRow]:
+    """Copies of the samples that go their own way through the decoder; the given ones stay where they are."""
+    copies: dict[int, CaughtBatch] = {}
+    forked = []
+    for row in rows:
+        if id(row.batch) not in copies:
+            copies[id(row.batch)] = row.batch.fork()
+        forked.append(replace(row, batch=copies[id(row.batch)]))
+    return forked
+
+
 @dataclass
 class Recording:
     """What a block computed in one forward of one batch: inputs of its Linears, and what else was asked for."""

@@ -1,8 +1,9 @@
-"""The command line: LightningCLI with `prune`, `recover` and `probe` as subcommands.
+"""The command line: LightningCLI with `prune`, `recover`, `sweep` and `probe` as subcommands.
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
 lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
 lvlm-prune probe --model.path CHECKPOINT --probing.sparsities [0.5,0.6] --output DIR
+lvlm-prune sweep --recipes 'configs/prune/*.yaml' --grid '{pruning.sparsity: [0.5, 0.6]}' --seeds '[0, 1]' --output DIR
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _QUIET = {"logger": False, "enable_model_summary": False}
 _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": _QUIET | {"enable_checkpointing": False},
     "probe": _QUIET | {"enable_checkpointing": False},
+    "sweep": _QUIET | {"enable_checkpointing": False},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
 # Options of `recover` that a method does not use.
@@ -54,7 +56,7 @@ class LVLMCLI(LightningCLI):
     Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data`, `output`, `resume`, `evaluate`; for
     `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `probe`, whose data is the same,
     `probing` (ModalityProbe); for `recover`, whose data is a RecoveryDataModule, `lora` (SparseLoRA), `method`,
-    `optimization`, `dense`, `distillation` and `reconstruction`.
+    `optimization`, `dense`, `distillation` and `reconstruction`; for `sweep`, `recipes`, `grid`, `seeds` and `engine`.
     """
 
     _verb: str
@@ -62,7 +64,7 @@ class LVLMCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs, and which of their arguments the CLI builds itself."""
-        return {verb: {"model", "datamodule"} for verb in ("prune", "recover", "probe")}
+        return {verb: {"model", "datamodule"} for verb in ("prune", "recover", "sweep", "probe")}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._verb = subcommand
@@ -77,7 +79,7 @@ class LVLMCLI(LightningCLI):
             parser.add_lightning_class_args(BlockwisePruning, "pruning")
         elif self._verb == "probe":
             parser.add_lightning_class_args(ModalityProbe, "probing")
-        else:
+        elif self._verb == "recover":
             parser.add_lightning_class_args(SparseLoRA, "lora")
 
     def before_instantiate_classes(self) -> None:
@@ -123,6 +125,10 @@ class LVLMCLI(LightningCLI):
     def before_probe(self) -> None:
         """The same."""
         self.trainer.run_config = self._run_config("probe")
+
+    def before_sweep(self) -> None:
+        """Hand the trainer the configuration that repeats the sweep."""
+        self.trainer.run_config = self._run_config("sweep")
 
     def before_recover(self) -> None:
         """The same, and refuse options of what the method leaves out.

@@ -171,6 +171,33 @@ class Launch:
         os.environ.update(self._variables)
 
 
+class Joined(Launch):
+    """Another Fabric, with other callbacks, for processes that an earlier launch brought together and will end.
+
+    Args:
+        trainer: As for `Launch`.
+        callbacks: Whose hooks Fabric is to raise.
+        launch: The launch that was started.
+    """
+
+    def __init__(self, trainer: LVLMTrainer, callbacks: Sequence[Callback], launch: Launch) -> None:
+        super().__init__(trainer, callbacks)
+        self.processes = launch.processes
+
+    @property
+    def joins(self) -> bool:
+        """The processes are together already."""
+        return False
+
+    def start(self) -> None:
+        """Nothing is left to do."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The launch that brought the processes together sees to their end."""
+        yield
+
+
 def _follow(parent: int) -> None:
     """End this process when its parent is gone."""
     while os.getppid() == parent:

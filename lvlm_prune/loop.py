@@ -11,13 +11,13 @@ The loop knows nothing about pruning; callbacks do everything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.activations import Activations, SampleRow, recording
+from lvlm_prune.activations import Activations, SampleRow, fork_rows, recording
 from lvlm_prune.blocks import (
     TEXT,
     BlockRunner,
@@ -104,8 +104,7 @@ class BlockLoop:
 
     def fork(self) -> BlockLoop:
         """A loop over copies of the samples, which leaves those of this loop where they are."""
-        copies = {key: rows[0].batch.fork() for key, rows in self.rows_of_batch.items()}
-        rows = [replace(row, batch=copies[id(row.batch)]) for row in self.rows]
+        rows = fork_rows(self.rows)
         return BlockLoop(
             self.runner, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree, self.placement
         )

@@ -51,7 +51,7 @@ def explain(message: str, arguments: Sequence[str] = ()) -> str:
 
 
 def _split_key(text: str) -> tuple[str, str]:
-    found = re.match(r'Parser key "(?:(?:prune|recover)\.)?([\w.]+)":\s*(.*)', text)
+    found = re.match(r'Parser key "(?:(?:prune|recover|sweep|evaluate|probe)\.)?([\w.]+)":\s*(.*)', text)
     return (found[1], found[2]) if found else ("", text)
 
 

@@ -1,4 +1,4 @@
-"""The Trainer: Lightning's, with `prune` and `recover` beside `fit`.
+"""The Trainer: Lightning's, with `prune`, `recover`, `probe` and `sweep` beside `fit`.
 
 prune()  check everything ─► launch processes ─► catch block-0 inputs ─► block loop ─► verify, report
          (nothing written)                       (rank r takes its share of the samples)
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse import lazy_instance
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from torch import Tensor
@@ -30,6 +31,7 @@ from lvlm_prune.callbacks import (
     PluginSurvey,
     PruneProgressBar,
     PruningReport,
+    RetentionEvaluation,
     SparseCheckpointWriter,
 )
 from lvlm_prune.data import (
@@ -40,6 +42,8 @@ from lvlm_prune.data import (
     load_processor,
 )
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.builtin import BuiltinEngine
+from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.footprint import BatchSize, Footprint, Method, Peak
 from lvlm_prune.hidden_states import (
     HiddenStates,
@@ -49,20 +53,22 @@ from lvlm_prune.hidden_states import (
     checked_place,
 )
 from lvlm_prune.interruption import ends_within_a_second
-from lvlm_prune.launching import Launch
+from lvlm_prune.launching import Joined, Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
 from lvlm_prune.measuring import MemorySampler, Stopwatch
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output_folder import choose_folder, folder_bytes
 from lvlm_prune.planning import Plan, make_plan
-from lvlm_prune.plugins import describe
+from lvlm_prune.plugins import describe, own_instance
 from lvlm_prune.processes import Processes
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
 from lvlm_prune.report.picture import Picture, picture_of
+from lvlm_prune.sharing import CaughtSamples, SharedCalibration, survey_key
 from lvlm_prune.survey import surveyed_samples
+from lvlm_prune.sweep.results import FinishedRun
 
 
 class LVLMTrainer(L.Trainer):
@@ -78,6 +84,7 @@ class LVLMTrainer(L.Trainer):
         run_config: The configuration that repeats the run, as plain data.
         held: The samples while they are in work.
         exits_when_interrupted: Whether Ctrl-C may end the whole process where the run does not end at once.
+        shared: What this run has in common with others of a sweep; None: it is the only one.
 
     Args:
         hidden_states: Where hidden states and what else belongs to a calibration sample wait for their turn: on the
@@ -104,6 +111,7 @@ class LVLMTrainer(L.Trainer):
     held: HiddenStates | None = None
     exits_when_interrupted: bool = False
     _sizes: list[BatchSize]
+    shared: SharedCalibration | None = None
 
     def __init__(self, hidden_states: Wanted = "auto", scratch: str = "", **options: Any) -> None:
         self.hidden_states, self.scratch = checked_place(hidden_states), scratch
@@ -140,7 +148,7 @@ class LVLMTrainer(L.Trainer):
         self.resume_run, self.evaluate_run, self.report_run = resume, evaluate, report
         self._forget_samples()
         callbacks = self._prune_callbacks()
-        launch = Launch(self, callbacks)
+        launch = Launch(self, callbacks) if self.shared is None else Joined(self, callbacks, self.shared.launch)
         self.processes = launch.processes
         with self._ending_soon(launch), launch.together():
             try:
@@ -269,6 +277,48 @@ class LVLMTrainer(L.Trainer):
             self.say(f"{self.output_folder} is complete already")
         self._raise_hook(fabric, model, "on_prune_end")
 
+    def sweep(
+        self,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        recipes: list[str] | str = [],  # noqa: B006
+        grid: dict[str, Any] = {},  # noqa: B006
+        seeds: list[int] | int | None = None,
+        engine: Engine = lazy_instance(BuiltinEngine),
+        output: str = "",
+        part: str = "",
+        keep: bool = False,
+        across: str = "",
+    ) -> list[FinishedRun]:
+        """Prune with every combination of recipes, options and seeds, score each, and write one table and one figure.
+
+        Samples are caught, and the dense model is surveyed, once for all runs on the same calibration set. The same
+        command goes on where an earlier one stopped, with whatever of a changed grid is finished already.
+
+        Args:
+            model: The model to prune.
+            datamodule: The calibration set.
+            recipes: YAML files like those in `configs/prune`, or patterns of such; their `pruning` key is read.
+                Default: ATV.
+            grid: Option to vary -> its values, `{pruning.sparsity: [0.5, 0.6], pruning.pool.alpha: [1, 2]}`; any option
+                under `pruning` or `data`. A recipe that does not know an option runs without it.
+            seeds: Calibration seeds. Default: that of `data`.
+            engine: What scores the checkpoints.
+            output: Folder to write, new, empty or of an earlier sweep. Default: `runs/<model>-sweep`.
+            part: `1/2` does the first half of the runs; several processes can share a folder in this way, and the last
+                one, or the command without `part`, writes the whole table.
+            keep: Keep the pruned checkpoints, with their reports, under `checkpoints`.
+            across: Option that the columns of the table and the figure's axis stand for. Default: the sparsity.
+
+        Returns:
+            The finished runs of the grid.
+        """
+        from lvlm_prune.sweep.grid import Grid
+        from lvlm_prune.sweep.run import SweepRun
+
+        points = Grid.of(recipes, grid, seeds, datamodule)
+        return SweepRun(self, model, points, own_instance(engine), output, part, keep, across)()
+
     def _prune(
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
     ) -> None:
@@ -317,6 +367,8 @@ class LVLMTrainer(L.Trainer):
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
 
     def _how_to_go_on(self) -> str:
+        if self.shared is not None:
+            return "the same command goes on behind the last finished run"
         return f"go on with --resume true --output {self.output_folder}"
 
     def _ending_soon(self, launch: Launch) -> AbstractContextManager[None]:
@@ -336,6 +388,9 @@ class LVLMTrainer(L.Trainer):
 
         Findings are in `manifest["survey"]` afterwards, and the samples are where they were: at the input of block 0.
         """
+        key = self._survey_key(callbacks)
+        if key is not None and self.shared is not None and (found := self.shared.take_survey(key)) is not None:
+            self.manifest["survey"] = found
         if self.manifest.get("survey"):
             self._raise_hook(fabric, model, "on_survey_restored")
             return
@@ -358,6 +413,17 @@ class LVLMTrainer(L.Trainer):
         forwards = self.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
         self.manifest["survey"] |= {"block_forwards": int(forwards.item()), "seconds": clock.lap()}
         self._raise_hook(fabric, model, "on_survey_end")
+        if key is not None and self.shared is not None:
+            self.shared.keep_survey(key, self.manifest["survey"])
+
+    def _survey_key(self, callbacks: list[Callback]) -> str | None:
+        """What the survey depends on; None where that is not known."""
+        asking = [callback for callback in callbacks if getattr(callback, "wants_survey", False)]
+        plugins = [name for callback in asking if isinstance(callback, PluginSurvey) for name in callback.surveyors]
+        options = (self.run_config or {}).get("pruning")
+        if options is None or not all(isinstance(callback, PluginSurvey) for callback in asking):
+            return None
+        return survey_key(options, plugins)
 
     def _finished_run(self, model: LVLMModule, datamodule: CalibrationDataModule) -> Manifest | None:
         """The manifest of the output folder if nothing is left to do there but, at most, evaluation and report.
@@ -386,10 +452,17 @@ class LVLMTrainer(L.Trainer):
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
     ) -> None:
         """Run everything before block 0 for this process' samples; afterwards vision tower and embeddings can go."""
-        digests: dict[int, str] = {}
-        error: BaseException | None = None
         catching = self._available[1] // 2
         self.held = HiddenStates(self.hidden_states, fabric.device, self._scratch_folder(), catching)
+        if self.shared is not None and self.shared.samples is not None:
+            taken = self.shared.samples.fork()
+            self.rows, self._sizes, self.sample_numbers = taken.rows, taken.sizes, taken.numbers
+            self.manifest["calibration"], self.picture = taken.calibration, taken.picture
+            for caught in {id(row.batch): row.batch for row in self.rows}.values():
+                self.held.add(caught)
+            return
+        digests: dict[int, str] = {}
+        error: BaseException | None = None
         self.weights.load_frame()
         try:
             batches = datamodule.calibration_batches(model.processor, self.processes.rank, self.processes.count)
@@ -418,6 +491,9 @@ class LVLMTrainer(L.Trainer):
         }
         pictures = [picture for picture in self.processes.gather(self.picture) if picture is not None]
         self.picture = min(pictures, key=lambda picture: picture.sample, default=None)
+        if self.shared is not None:
+            samples = CaughtSamples(self.rows, self._sizes, numbers, self.manifest["calibration"], self.picture)
+            self.shared.samples = samples.fork()
 
     def _count_tokens(self) -> dict[str, int]:
         """Modality -> number of real tokens of all calibration samples."""
@@ -517,7 +593,11 @@ class LVLMTrainer(L.Trainer):
         The survey comes before the writer, which keeps what was found.
         """
         given: list[Callback] = [callback for callback in self.callbacks if not isinstance(callback, ProgressBar)]
-        tail: list[Callback] = [SparseCheckpointWriter(), EmbeddedEvaluation(), BlockMetrics(), PruningReport()]
+        # Only what is written and verified can be scored.
+        evaluations = [callback for callback in given if isinstance(callback, RetentionEvaluation)]
+        given = [callback for callback in given if callback not in evaluations]
+        tail: list[Callback] = [SparseCheckpointWriter(), *(evaluations or [EmbeddedEvaluation()]), BlockMetrics()]
+        tail.append(PruningReport())
         if isinstance(self.progress_bar_callback, PruneProgressBar):
             tail.insert(1, self.progress_bar_callback)
         elif self.progress_bar_callback is not None:  # Lightning's default bar knows nothing of pruning

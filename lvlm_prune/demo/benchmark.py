@@ -5,12 +5,12 @@ from functools import cached_property
 from lvlm_prune.demo.questions import TEXT_TASKS, text_question, vision_questions
 from lvlm_prune.demo.splits import Split, random_for
 from lvlm_prune.demo.world import draw_indexed
-from lvlm_prune.evaluation.scores import Question
+from lvlm_prune.evaluation.scores import Benchmark, Question
 
 __all__ = ["EmbeddedBenchmark", "Question"]
 
 
-class EmbeddedBenchmark:
+class EmbeddedBenchmark(Benchmark):
     """Questions about generated images, one of each task that an image allows, and questions without an image.
 
     Args:

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lvlm_prune.evaluation.scores import Question, Retention, Scores, retention
+from lvlm_prune.processes import Processes
 
 __all__ = ["Question", "Retention", "Scores", "answer", "retention", "score"]
 
@@ -33,7 +34,8 @@ def score(
     processor: ProcessorMixin,
     questions: Sequence[Question],
     batch_size: int = 128,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
+    processes: Processes | None = None,
 ) -> Scores:
     """Share of questions that the model answers to the letter, per task.
 
@@ -42,14 +44,15 @@ def score(
         processor: Its processor, with a chat template.
         questions: What to ask.
         batch_size: Questions per batch.
-        progress: Called after each batch with the number of questions answered so far.
+        progress: Called after each batch with the number of questions that were answered in it, by all processes.
+        processes: All processes that share the work; each of them calls this function and gets the same scores.
 
     Raises:
         ValueError: There are no questions, or `batch_size` is not positive.
     """
     if not questions:
         raise ValueError("`questions` is empty")
-    answers = answer(model, processor, questions, batch_size, progress)
+    answers = answer(model, processor, questions, batch_size, progress, processes)
     right: dict[str, list[bool]] = {}
     for question, given in zip(questions, answers):
         right.setdefault(question.task, []).append(given == question.answer)
@@ -66,7 +69,8 @@ def answer(
     processor: ProcessorMixin,
     questions: Sequence[Question],
     batch_size: int = 128,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
+    processes: Processes | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of the questions; arguments as for :func:`score`."""
     if batch_size < 1:
@@ -74,16 +78,18 @@ def answer(
     was_training = model.training
     model.eval()
     answerer = _Answerer(model, processor)
-    answers: list[str] = [""] * len(questions)
-    done = 0
-    for batch in _batches(questions, batch_size):
-        for index, given in zip(batch, answerer([questions[index] for index in batch])):
-            answers[index] = given
-        done += len(batch)
+    processes = processes or Processes()
+    answers: dict[int, str] = {}
+    # Whole batches are dealt out, so the answers do not depend on the number of processes.
+    batches = _batches(questions, batch_size)
+    for start in range(0, len(batches), processes.count):
+        for batch in batches[start + processes.rank : start + processes.rank + 1]:
+            answers.update(zip(batch, answerer([questions[index] for index in batch])))
         if progress is not None:
-            progress(done)
+            progress(sum(map(len, batches[start : start + processes.count])))
     model.train(was_training)
-    return answers
+    everywhere = {index: given for part in processes.gather(answers) for index, given in part.items()}
+    return [everywhere[index] for index in range(len(questions))]
 
 
 def _batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Questions with exact answers, and what comes out of asking them."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,15 @@ class Question:
     question: str
     answer: str
     image: Image.Image | None = None
+
+
+class Benchmark(ABC):
+    """A set of questions. The constructor only keeps its arguments."""
+
+    @property
+    @abstractmethod
+    def questions(self) -> Sequence[Question]:
+        """The questions, always in the same order."""
 
 
 def _means(values: Mapping[str, float], task_groups: Mapping[str, str]) -> dict[str, float]:

@@ -317,7 +317,7 @@ class RecoveryRun(ABC):
         self.record["origin"] = origin
         if not (self.evaluate and origin == "demo"):
             return
-        from lvlm_prune.callbacks.evaluation import score_checkpoint
+        from lvlm_prune.evaluation.builtin import BuiltinEngine
         from lvlm_prune.evaluation.scores import Scores, retention
 
         assert self.model.folder is not None
@@ -325,7 +325,7 @@ class RecoveryRun(ABC):
         folders = {"dense": _embedded(), "pruned": self.model.folder.path, "recovered": self.folder}
         known = {"dense": earlier.get("dense"), "pruned": earlier.get("recovered", earlier.get("pruned"))}
         scores = {
-            name: Scores.from_dict(saved) if (saved := known.get(name)) else score_checkpoint(str(folder))
+            name: Scores.from_dict(saved) if (saved := known.get(name)) else BuiltinEngine().score(folder, title=name)
             for name, folder in folders.items()
         }
         self.record["evaluation"] = {name: found.to_dict() for name, found in scores.items()}

@@ -13,6 +13,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, EmbeddedSource
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.exact_match import score
 from lvlm_prune.evaluation.scores import Scores, retention
 from lvlm_prune.pools import MixedPool, TextOnlyPool, VisualOnlyPool
@@ -29,8 +30,8 @@ def processor():
 
 
 def test_a_run_shows_retention_and_leaves_a_model_that_answers(tmp_path, monkeypatch, capsys, questions, processor):
-    small = functools.partial(EmbeddedBenchmark, num_images=30, num_text=60)
-    monkeypatch.setattr("lvlm_prune.demo.benchmark.EmbeddedBenchmark", small)
+    small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=30, num_text=60))
+    monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
     output = tmp_path / "pruned"
     assert main(["prune", "--pruning.sparsity=0.5", "--data.num_samples=24", f"--output={output}"]) == 0
     shown = capsys.readouterr().out

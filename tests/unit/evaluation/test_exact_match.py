@@ -95,8 +95,8 @@ def test_progress_counts_questions(untrained, questions):
     model, processor = untrained
     done: list[int] = []
     score(model, processor, questions, batch_size=16, progress=done.append)
-    assert done == sorted(set(done))
-    assert done[-1] == len(questions)
+    assert len(done) > 1
+    assert sum(done) == len(questions)
 
 
 def test_the_model_is_left_as_it_was(untrained, questions):
