@@ -137,7 +137,10 @@ class BlockwisePruning(PruneCallback):
             InputError: An `exclude` pattern matches nothing, everything is excluded, or a width does not fit N:M.
         """
         matrices: dict[str, nn.Linear | ExpertMatrix] = dict(pl_module.linears())
-        experts = pl_module.expert_matrices() if self.experts == "prune" else {}
+        experts = pl_module.expert_matrices()
+        if self.experts == "keep":
+            matrices = {name: linear for name, linear in matrices.items() if not _is_of_routed_expert(name)}
+            experts = {}
         shapes = {name: (matrix.out_features, matrix.in_features) for name, matrix in {**matrices, **experts}.items()}
         for pattern in self.exclude:
             if not any(_matches(name, pattern) for name in shapes):
@@ -404,6 +407,16 @@ def _readable(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {letter}"
     return str(count)
+
+
+def _is_of_routed_expert(name: str) -> bool:
+    """Whether a Linear belongs to one of several experts, where a model keeps each expert as a module of its own.
+
+    Example:
+        >>> _is_of_routed_expert("layers.0.mlp.experts.3.up_proj"), _is_of_routed_expert("layers.0.shared_experts.up")
+        (True, False)
+    """
+    return re.search(r"\.experts\.\d+\.", name) is not None
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -61,8 +61,8 @@ class LlavaJsonSource(CalibrationSource):
         return Conversation(messages, images, id=str(record.get("id", index)))  # type: ignore[arg-type]
 
     def _images(self, record: dict[str, Any]) -> list[Path]:
-        if record.get("video"):
-            raise ValueError("it is about a video; this source reads images and text")
+        if (kind := next((name for name in ("video", "audio") if record.get(name)), None)) is not None:
+            raise ValueError(f"it has the entry {kind!r}; this source reads images and text")
         names = record.get("image") or []
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

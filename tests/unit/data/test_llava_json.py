@@ -114,7 +114,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ('{"conversations": [{"from": "robot", "value": "x"}]}', "sample 0: turn 0 has the role 'robot'"),
         ('{"conversations": [{"from": "gpt"}]}', "sample 0: turn 0 has no text"),
         ('{"image": 5, "conversations": []}', "sample 0: `image` is neither a file name nor a list"),
-        ('{"video": "a.mp4", "conversations": []}', "sample 0: it is about a video"),
+        ('{"video": "a.mp4", "conversations": []}', "sample 0: it has the entry 'video'; this source"),
+        ('{"audio": "a.wav", "conversations": []}', "sample 0: it has the entry 'audio'"),
         (
             '{"conversations": [{"from": "human", "value": "<image> <image>"}]}',
             "more image placeholders (2) than images (0)",
