@@ -149,6 +149,8 @@ def _flat(processor: Any, message: Message) -> Message:
 
 def _without_video(base: Any) -> Any:
     """The processor class with None where its video processor was."""
+    from transformers import ProcessorMixin
+
     modalities = [name for name in base.get_attributes() if "video" not in name]
 
     class Parts(base):
@@ -166,6 +168,13 @@ def _without_video(base: Any) -> Any:
             if argument is None and "video" in argument_name:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
+
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().apply_chat_template(*args, **kwargs)
+            except AttributeError:
+                # SmolVLM asks its video processor for a default that no image needs.
+                return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
 
     # transformers looks at the name of the class, and so do users.
     Parts.__name__ = WithoutVideo.__name__ = base.__name__
