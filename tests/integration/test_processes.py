@@ -251,8 +251,19 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "lvlm_prune.cli", *arguments, "--trainer.callbacks=sleeper.Sleeper"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interruptions,
     )
+
+
+def heed_interruptions() -> None:
+    """A test session in the background ignores Ctrl-C, and what it starts would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until_busy(folder: Path, count: int) -> list[int]:

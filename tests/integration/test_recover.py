@@ -297,9 +297,9 @@ def test_bad_data(case, said, bases, recover, labelled, tmp_path, capsys):
 
 def test_the_input_is_never_written(bases, recover, tmp_path):
     shutil.copytree(bases / "2:4-float32", tmp_path / "base")
-    before = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
     assert recover(tmp_path / "base", tmp_path / "out") == 0
-    assert before == {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
 
 
 def test_an_interruption_says_how_to_go_on(bases, recover, tmp_path, capsys, monkeypatch):
