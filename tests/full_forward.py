@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lvlm_prune.blocks import Decoder, find_decoder, prunable_linears
+from lvlm_prune.blocks import BlockRunner, CaughtBatch, Decoder, find_decoder, prunable_linears
 
 
 def own_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
@@ -69,6 +69,16 @@ class _ExpertProducts(TorchFunctionMode):
                         squares = own.reshape(-1, own.shape[-1]).double().square().sum(0)
                         self.norms[name][index] = self.norms[name].get(index, 0) + squares
         return function(*arguments, **(keywords or {}))
+
+
+def prune_on_the_way(runner: BlockRunner, batches: list[CaughtBatch]) -> None:
+    """Run all blocks one after the other, each halved before its outputs become the next one's inputs."""
+    for index in range(len(runner)):
+        for batch in batches:
+            runner.run(index, batch)
+        halve(runner.block(index))
+        for batch in batches:
+            runner.advance(index, batch)
 
 
 def compute_experts_one_by_one(model: nn.Module) -> nn.Module:

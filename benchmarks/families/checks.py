@@ -18,7 +18,7 @@ from lvlm_prune.blocks import BlockRunner, find_decoder
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.errors import InputError
 from lvlm_prune.pools import MixedPool
-from tests.full_forward import halve, own_forward, prune_by_full_forwards
+from tests.full_forward import own_forward, prune_by_full_forwards, prune_on_the_way
 
 EXACT = "exact"
 
@@ -139,12 +139,7 @@ def _pruned_on_the_way(name: str, batches: list[Inputs]) -> str:
     model = tiny_model(name)
     runner = BlockRunner(model)
     caught = [runner.catch(inputs) for inputs in batches]
-    for index in range(len(runner)):
-        for batch in caught:
-            runner.run(index, batch)
-        halve(runner.block(index))
-        for batch in caught:
-            runner.advance(index, batch)
+    prune_on_the_way(runner, caught)
     for inputs, batch in zip(batches, caught):
         if problem := _difference(runner.finish(batch), own_forward(model, inputs)[1], "output"):
             return problem

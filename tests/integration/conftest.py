@@ -53,3 +53,16 @@ def recover(labelled):
         return main(["recover", *arguments, f"--output={output}", *options])
 
     return run
+
+
+@pytest.fixture
+def refused(recover, labelled, capsys):
+    def check(said: str, base: Path, output: Path, *options: str, data: Path = labelled) -> None:
+        """One line that says it, exit status 2, and nothing written."""
+        assert recover(base, output, *options, data=data) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert said in lines[0]
+        assert not output.exists()
+
+    return check

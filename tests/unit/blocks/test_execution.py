@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.blocks import BlockRunner, CaughtBatch
+from lvlm_prune.blocks import BlockRunner
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
-from tests.full_forward import halve, own_forward
+from tests.full_forward import own_forward, prune_on_the_way
 
 BATCHES: dict[str, tuple[list[Sample], str]] = {
     "single": ([Sample(3, 0, 5)], "right"),
@@ -19,15 +19,6 @@ BATCHES: dict[str, tuple[list[Sample], str]] = {
 
 def batches_of(family: str, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {name: make_inputs(family, model, samples, side) for name, (samples, side) in BATCHES.items()}
-
-
-def prune_on_the_way(runner: BlockRunner, batches: list[CaughtBatch]) -> None:
-    for i in range(len(runner)):
-        for batch in batches:
-            runner.run(i, batch)
-        halve(runner.block(i))
-        for batch in batches:
-            runner.advance(i, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
