@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import yaml
@@ -44,10 +45,11 @@ class LVLMParser(LightningArgumentParser):
     """A parser whose errors are one line."""
 
     command_line: ClassVar[Sequence[str]] = ()
+    folder: ClassVar[Path] = Path()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
-        raise OptionError(explain(message, self.command_line)) from None
+        raise OptionError(explain(message, self.command_line, self.folder)) from None
 
 
 class LVLMCLI(LightningCLI):
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     load_installed_plugins()
-    LVLMParser.command_line = arguments
+    LVLMParser.command_line, LVLMParser.folder = arguments, Path.cwd()
     LVLMCLI(
         LVLMModule,
         CalibrationDataModule,

@@ -213,13 +213,17 @@ class LVLMModule(L.LightningModule):
         return logits[:, -(predicted.shape[1] - first + 1) : -1][answers].float(), predicted[:, first:][answers]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch's answer tokens, mixed with the divergence from the dense model if asked."""
+        """Mean cross-entropy of the batch's answer tokens, mixed with the divergence from the dense model if asked.
+
+        With several processes, whose gradients are averaged, the mean is over the answer tokens of all of them.
+        """
         total, divergence, count = self.answer_losses(batch)
-        loss = total / count
+        tokens = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
+        loss = total / tokens
         if self.teacher is not None:
             self.log("train_cross_entropy", loss, batch_size=count)
-            self.log("train_divergence", divergence / count, batch_size=count)
-            loss = self.teacher.options.mixed(loss, divergence / count)
+            self.log("train_divergence", divergence / tokens, batch_size=count)
+            loss = self.teacher.options.mixed(loss, divergence / tokens)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
         return loss
 

@@ -1,7 +1,10 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
 
 from lvlm_prune.errors import LVLMPruneError
 
@@ -10,12 +13,13 @@ class OptionError(LVLMPruneError):
     """The command line or a configuration file cannot be understood."""
 
 
-def explain(message: str, arguments: Sequence[str] = ()) -> str:
+def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path()) -> str:
     """One line out of jsonargparse's message.
 
     Args:
         message: What jsonargparse says.
         arguments: The command line; gives options of plugins, which are reported without their place, their full name.
+        folder: Where the command was given. jsonargparse reads a configuration file in the file's own folder.
 
     Example:
         >>> explain('Parser key "prune.pruning.record":\\n  Expected a <class \\'bool\\'>. Got value: maybe')
@@ -26,6 +30,10 @@ def explain(message: str, arguments: Sequence[str] = ()) -> str:
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     key, rest = _split_key(text)
+    if broken := re.match(r"Problems parsing config: (.*)", rest):
+        path = next((path for path in _config_files(arguments) if not _is_yaml(folder / path)), "")
+        said = broken[1].replace(' in "<unicode string>"', "")
+        return f"--config {path}: is no YAML: {said}"
     # A plugin's option is reported inside a report about the plugin; both together are its place.
     while inner := re.match(r"Problem with given class_path '[^']*': ((?:Parser key|Option|Expected).*)", rest):
         inner_key, rest = _split_key(re.sub(r"^Option '([\w.]+)'", r'Parser key "\1": Option', inner[1]))
@@ -59,6 +67,20 @@ def _full_name(key: str, arguments: Sequence[str]) -> str:
     """`--pruning.pool.alpha` for `alpha` where the command line has it, else `--alpha`."""
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     return next((name for name in names if name == f"--{key}" or name.endswith(f".{key}")), f"--{key}")
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument == "--config" or argument.startswith("--config="):
+            yield Path(following if argument == "--config" else argument.removeprefix("--config="))
+
+
+def _is_yaml(path: Path) -> bool:
+    try:
+        yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return True
 
 
 def _choices(expected: str) -> str:

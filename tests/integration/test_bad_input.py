@@ -109,9 +109,17 @@ def test_pattern_that_yaml_reads_as_a_number(refused, golden_arguments, tmp_path
     assert '--pruning.pattern 124: YAML reads an unquoted 2:4 as this number; write pattern: "2:4"' in message
 
 
-@pytest.mark.parametrize("text", ["pruning: [", "pruning:\n  nothing: 3\n", "nothing: 3\n", "pruning: 3\n"])
-def test_bad_configuration_file(text, refused, golden_arguments, tmp_path):
-    refused(*golden_arguments, yaml_file(tmp_path, text))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pruning: [", "config.yaml"),
+        ("pruning:\n  nothing: 3\n", "pruning.nothing"),
+        ("nothing: 3\n", "nothing"),
+        ("pruning: 3\n", "pruning"),
+    ],
+)
+def test_bad_configuration_file(text, said, refused, golden_arguments, tmp_path):
+    assert said in refused(*golden_arguments, yaml_file(tmp_path, text))
 
 
 def test_missing_configuration_file(refused, golden_arguments, tmp_path):

@@ -152,6 +152,24 @@ def test_other_scorers_and_patterns(family: str, options: dict, tmp_path):
     assert all(entry["achieved"] == pytest.approx(0.5, abs=0.03) for entry in experts)
 
 
+@pytest.mark.parametrize("recovery", ["lora", "full"])
+def test_recovery_trains_the_linears_and_leaves_pruned_experts_as_they_are(recovery: str, tmp_path):
+    model = tiny_model("qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "dense")
+    prune(tmp_path / "dense", calibration(model), method(), tmp_path / "pruned")
+    labelled = [sample | {"labels": sample["input_ids"].clone()} for sample in text_samples(3)]
+    save_file(tensors_of(labelled), tmp_path / "labelled.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'labelled.safetensors'}"]
+    options = ["--data.validation_samples=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    paths = [f"--model.path={tmp_path / 'pruned'}", f"--output={tmp_path / 'recovered'}"]
+    assert main(["recover", f"--method={recovery}", *paths, *source, *options]) == 0
+    before, after = CheckpointFolder(tmp_path / "pruned"), CheckpointFolder(tmp_path / "recovered")
+    changed = {key for key in before if before.read_bytes(key) != after.read_bytes(key)}
+    assert changed
+    assert not any(".experts." in key for key in changed)
+    assert all(torch.equal(before.read(key) == 0, after.read(key) == 0) for key in changed)
+
+
 def test_a_plan_lists_the_stacks_as_they_are_on_disk(tmp_path, capsys):
     model = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "dense")

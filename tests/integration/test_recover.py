@@ -181,6 +181,23 @@ def test_two_processes(options, bases, labelled, run_cli, tmp_path):
     assert json.loads((output / "recovery.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--distillation.weight=0.5"]])
+def test_two_processes_train_as_one(options, bases, labelled, run_cli, recover, tmp_path):
+    """The same six samples in each step, with unequally many answer tokens on the two processes."""
+    base = bases / "unstructured-float32"
+    common = ["--trainer.max_epochs=3", "--optimization.learning_rate=0.01", "--data.validation_samples=2", *options]
+    assert recover(base, tmp_path / "one", "--data.batch_size=6", *common) == 0
+    arguments = [f"--model.path={base}", "--data.source=TensorSource", f"--data.source.path={labelled}"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = run_cli("recover", *arguments, "--data.batch_size=3", *common, f"--output={tmp_path / 'two'}", timeout=400)
+    assert done.returncode == 0, done.stderr
+    one, two, before = CheckpointFolder(tmp_path / "one"), CheckpointFolder(tmp_path / "two"), CheckpointFolder(base)
+    assert any((one.read(key) - before.read(key)).abs().max() > 1e-3 for key in one)
+    for key in one:
+        torch.testing.assert_close(two.read(key), one.read(key), rtol=0, atol=1e-4)
+
+
 def test_users_of_lightning_find_what_they_know(bases, recover, tmp_path):
     """Logger, accumulation, early stopping and a checkpoint callback of one's own."""
     options = [
