@@ -218,7 +218,7 @@ class SparseCheckpointWriter(PruneCallback):
     @staticmethod
     def _summarise(trainer: "LVLMTrainer") -> None:
         pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
-        trainer.note_memory()
+        trainer.manifest["memory"]["measured"] = trainer.memory.measured()
         trainer.manifest["method"] = describe(pruning)
         trainer.manifest["sparsity"] = {"target": pruning.sparsity, "achieved": trainer.manifest.achieved_sparsity()}
 

@@ -7,11 +7,10 @@ prune()  check everything ─► launch processes ─► catch block-0 inputs �
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from torch import Tensor
 
 from lvlm_prune.activations import SampleRow, rows_of
-from lvlm_prune.blocks import IMAGE, MODALITIES, VIDEO, StreamedWeights, Weights, existing_folder
+from lvlm_prune.blocks import IMAGE, MODALITIES, VIDEO, StreamedWeights, Weights
 from lvlm_prune.callbacks import (
     BlockMetrics,
     BlockwisePruning,
@@ -44,21 +43,15 @@ from lvlm_prune.data import (
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.footprint import BatchSize, Footprint, Method, Peak
-from lvlm_prune.hidden_states import (
-    HiddenStates,
-    Wanted,
-    available_device_memory,
-    available_host_memory,
-    checked_place,
-)
+from lvlm_prune.footprint import BatchSize, Method
+from lvlm_prune.hidden_states import Wanted, checked_place
 from lvlm_prune.interruption import ends_within_a_second
 from lvlm_prune.launching import Joined, Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
-from lvlm_prune.measuring import MemorySampler, Stopwatch
+from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output_folder import choose_folder, folder_bytes
+from lvlm_prune.output_folder import choose_folder
 from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.plugins import describe, own_instance
 from lvlm_prune.processes import Processes
@@ -66,6 +59,7 @@ from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
 from lvlm_prune.report.picture import Picture, picture_of
+from lvlm_prune.run_memory import RunMemory
 from lvlm_prune.sharing import CaughtSamples, SharedCalibration, survey_key
 from lvlm_prune.survey import surveyed_samples
 from lvlm_prune.sweep.results import FinishedRun
@@ -82,7 +76,7 @@ class LVLMTrainer(L.Trainer):
         picture: One calibration sample whose visual tokens can be drawn; None where there is none.
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
         run_config: The configuration that repeats the run, as plain data.
-        held: The samples while they are in work.
+        memory: Memory of this process, and where its samples wait.
         exits_when_interrupted: Whether Ctrl-C may end the whole process where the run does not end at once.
         shared: What this run has in common with others of a sweep; None: it is the only one.
 
@@ -108,9 +102,8 @@ class LVLMTrainer(L.Trainer):
     evaluate_run: bool = True
     report_run: bool = True
     quiet: bool = False
-    held: HiddenStates | None = None
+    memory: RunMemory
     exits_when_interrupted: bool = False
-    _sizes: list[BatchSize]
     shared: SharedCalibration | None = None
 
     def __init__(self, hidden_states: Wanted = "auto", scratch: str = "", **options: Any) -> None:
@@ -158,10 +151,11 @@ class LVLMTrainer(L.Trainer):
                 if finished is None and not plan:
                     launch.start()
                 self.processes = launch.processes
-                if plan:
-                    self.say(str(self._plan(model, datamodule, callbacks)))
-                else:
-                    self._carry_out(launch.fabric, model, datamodule, callbacks, finished, started)
+                with self._watched_memory() as self.memory:
+                    if plan:
+                        self.say(str(self._plan(model, datamodule, callbacks)))
+                    else:
+                        self._carry_out(launch.fabric, model, datamodule, callbacks, finished, started)
             except BaseException as error:
                 self._raise_hook(launch.fabric, model, "on_exception", exception=error)
                 if isinstance(error, KeyboardInterrupt) and self._is_resumable():
@@ -169,7 +163,6 @@ class LVLMTrainer(L.Trainer):
                 raise
             finally:
                 self._raise_hook(launch.fabric, model, "teardown", stage="prune")
-                self._let_go()
         return self.manifest
 
     def recover(
@@ -255,7 +248,6 @@ class LVLMTrainer(L.Trainer):
             assert model.folder is not None
             model.processor = load_processor(model.folder.path, model.trust_remote_code)
         self._raise_hook(fabric, model, "setup", stage="prune")
-        self._watch_memory()
         return finished
 
     def _carry_out(
@@ -340,7 +332,7 @@ class LVLMTrainer(L.Trainer):
             gathers=lambda: self._gathers(callbacks),
             needs=lambda: _needs(callbacks, "needs"),
             agree=self.processes.agree,
-            placement=self.held.placement if self.held is not None else None,
+            placement=self.memory.placement,
         )
         done = self.manifest.finished_blocks()
         loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
@@ -357,10 +349,9 @@ class LVLMTrainer(L.Trainer):
             raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
         if self._needs_samples(callbacks):
             batches = datamodule.calibration_batches(model.processor, 0, self.world_size)
-            self._sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
+            self.memory.sizes += [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
-        footprint = self._footprint(model, pruning, callbacks)
-        place = footprint.place(self.hidden_states, *self._available)
+        footprint, place = self.memory.predict(model, self._method(pruning, callbacks))
         return make_plan(model, weights, targets, pruning.shapes, footprint, place)
 
     def _is_resumable(self) -> bool:
@@ -407,7 +398,7 @@ class LVLMTrainer(L.Trainer):
             gathers=lambda: True,
             needs=lambda: _needs(callbacks, "survey_needs"),
             agree=self.processes.agree,
-            placement=self.held.placement if self.held is not None else None,
+            placement=self.memory.placement,
         ).fork()
         self._raise_hook(fabric, model, "on_survey_start")
         forwards = self.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
@@ -452,14 +443,13 @@ class LVLMTrainer(L.Trainer):
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
     ) -> None:
         """Run everything before block 0 for this process' samples; afterwards vision tower and embeddings can go."""
-        catching = self._available[1] // 2
-        self.held = HiddenStates(self.hidden_states, fabric.device, self._scratch_folder(), catching)
         if self.shared is not None and self.shared.samples is not None:
             taken = self.shared.samples.fork()
-            self.rows, self._sizes, self.sample_numbers = taken.rows, taken.sizes, taken.numbers
+            self.rows, self.sample_numbers = taken.rows, taken.numbers
             self.manifest["calibration"], self.picture = taken.calibration, taken.picture
-            for caught in {id(row.batch): row.batch for row in self.rows}.values():
-                self.held.add(caught)
+            caught = {id(row.batch): row.batch for row in self.rows}.values()
+            for held, size in zip(caught, taken.sizes, strict=True):
+                self.memory.hold(held, size)
             return
         digests: dict[int, str] = {}
         error: BaseException | None = None
@@ -468,8 +458,8 @@ class LVLMTrainer(L.Trainer):
             batches = datamodule.calibration_batches(model.processor, self.processes.rank, self.processes.count)
             for batch in batches:
                 rows = self._catch_batch(fabric, model, batch)
-                self.held.add(rows[0].batch)
-                self._sizes.append(BatchSize.of(batch.inputs, model.model.config, self._visual(callbacks)))
+                size = BatchSize.of(batch.inputs, model.model.config, self._visual(callbacks))
+                self.memory.hold(rows[0].batch, size)
                 self.rows += rows
                 self.picture = self.picture or _first_picture(batch, rows, model.model.config)
                 digests.update(zip(batch.indices, batch.digests, strict=True))
@@ -492,7 +482,7 @@ class LVLMTrainer(L.Trainer):
         pictures = [picture for picture in self.processes.gather(self.picture) if picture is not None]
         self.picture = min(pictures, key=lambda picture: picture.sample, default=None)
         if self.shared is not None:
-            samples = CaughtSamples(self.rows, self._sizes, numbers, self.manifest["calibration"], self.picture)
+            samples = CaughtSamples(self.rows, self.memory.sizes, numbers, self.manifest["calibration"], self.picture)
             self.shared.samples = samples.fork()
 
     def _count_tokens(self) -> dict[str, int]:
@@ -516,75 +506,33 @@ class LVLMTrainer(L.Trainer):
     def _forget_samples(self) -> None:
         """Nothing done yet, no sample caught."""
         self.manifest, self.recorded, self.rows, self.sample_numbers = Manifest(), {}, [], []
-        self.held, self.picture = None, None
-        self._sizes = []
-
-    def _let_go(self) -> None:
-        """Give memory and files back."""
-        if hasattr(self, "_sampler"):
-            self._sampler.close()
-        if self.held is not None:
-            self.held.placement.close()
+        self.picture = None
 
     # ---- memory ------------------------------------------------------------------------------------------------------
-    def _footprint(self, model: LVLMModule, pruning: BlockwisePruning, callbacks: list[Callback]) -> Footprint:
-        """Predicts the memory of this process."""
-        method = Method(
+    def _watched_memory(self) -> RunMemory:
+        """Look at memory from now on; the output folder is known."""
+        device = self.strategy.root_device
+        return RunMemory(self.hidden_states, device, self.scratch, self.output_folder, sharing=self.num_devices)
+
+    def _settle(self, model: LVLMModule, callbacks: list[Callback]) -> None:
+        """Choose where the samples wait, now that their sizes are known, and note what memory the run will need."""
+        pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
+        if pruning is not None:
+            self.manifest["memory"] = self.memory.settle(model, self._method(pruning, callbacks))
+
+    def _method(self, pruning: BlockwisePruning, callbacks: list[Callback]) -> Method:
+        """What takes memory of what the callbacks do."""
+        return Method(
             pruning.pool if pruning.wants_activations else None,
             pruning.scorer,
             _needs(callbacks, "needs"),
             self._surveys(callbacks),
             _needs(callbacks, "survey_needs"),
         )
-        output = 0 if model.folder is None else folder_bytes(model.folder.path)
-        return Footprint(model, method, self._sizes, self.strategy.root_device, self._sampler.start, output)
-
-    def _watch_memory(self) -> None:
-        """Note how much there is, and measure from now on how much is taken."""
-        on_device, in_host = available_device_memory(self.strategy.root_device), available_host_memory()
-        # The processes of a node share its memory.
-        sharing = self.num_devices if self.accelerator_name() == "cpu" else 1
-        self._available = (on_device // sharing, in_host // self.num_devices)
-        self._sampler = MemorySampler()
-
-    def _settle(self, model: LVLMModule, callbacks: list[Callback]) -> None:
-        """Choose where the samples wait, now that their sizes are known, and note what memory the run will need."""
-        pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
-        if pruning is None:
-            return
-        footprint = self._footprint(model, pruning, callbacks)
-        place = footprint.place(self.hidden_states, *self._available)
-        if self.held is not None:
-            self.held.settle(place)
-            place = self.held.placement.place
-        self.manifest["memory"] = {
-            "hidden_states": place,
-            "baseline": footprint.baseline,
-            "samples": footprint.waiting_bytes(),
-            "phases": footprint.phases(),
-            "predicted": asdict(footprint.peak(place)),
-        }
-
-    def note_memory(self) -> None:
-        """Put the largest memory of this process so far into the manifest, beside what was predicted of it."""
-        device = self.strategy.root_device
-        disk = 0 if self.output_folder is None else folder_bytes(self.output_folder)
-        measured = Peak(
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            self._sampler.peak,
-            disk + (0 if self.held is None else self.held.peak_bytes),
-        )
-        self.manifest.setdefault("memory", {})["measured"] = asdict(measured)
 
     @staticmethod
     def _visual(callbacks: list[Callback]) -> list[str]:
         return next((one.visual for one in callbacks if isinstance(one, BlockwisePruning)), ["image", "video"])
-
-    def _scratch_folder(self) -> Path:
-        """A folder that exists, on the disk where memory-mapped files go."""
-        if self.scratch:
-            return Path(self.scratch)
-        return Path(tempfile.gettempdir()) if self.output_folder is None else existing_folder(self.output_folder)
 
     # ---- composition of the run --------------------------------------------------------------------------------------
     def _prune_callbacks(self) -> list[Callback]:

@@ -86,11 +86,8 @@ class ProbeRun:
         with launch.together():
             launch.start()
             trainer.processes = launch.processes
-            trainer._watch_memory()
-            try:
+            with trainer._watched_memory() as trainer.memory:
                 self._measure(launch.fabric, names, cells)
-            finally:
-                trainer._let_go()
         return trainer.manifest
 
     def _measure(self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning]) -> None:
@@ -126,7 +123,7 @@ class ProbeRun:
             gathers=lambda: True,
             needs=lambda: cell.needs,
             agree=trainer.processes.agree,
-            placement=None if trainer.held is None else trainer.held.placement,
+            placement=trainer.memory.placement,
         ).fork()
         loop.run()
 
