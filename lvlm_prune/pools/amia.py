@@ -4,19 +4,20 @@
     kernel exp(-d) ─► distance between the first k of them and all tokens                 ─► smallest k that will do
 
 The order does not depend on where it is cut: the cut is looked for in one stretch of it after another, O(T) per token.
+All of it needs a few rows of the distances at a time: of a long sample the whole matrix is never held.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lvlm_prune.diversity import Pairs, modality_diversity
 from lvlm_prune.errors import InputError
 from lvlm_prune.pools.base import Pool
-from lvlm_prune.products import inner_products
+from lvlm_prune.products import HELD_PRODUCTS, inner_products
 from lvlm_prune.tokens import Selection, Tokens
 
 _NEIGHBOURS = 3
@@ -26,6 +27,12 @@ _TOLERANCE = 0.1
 
 # Tokens of the order that are found before the cut is looked for. Most samples need few.
 _FIRST_STRETCH = 64
+
+# The most distances that are looked at at once, 16 MiB.
+_AT_ONCE = 2**22
+
+# Shorter vectors have no direction, as in torch.nn.functional.normalize.
+_SHORTEST = 1e-12
 
 
 class AMIAPool(Pool):
@@ -70,8 +77,10 @@ class AMIAPool(Pool):
         self.pairs = pairs
 
     def working_bytes(self, tokens: int, visual: int, width: int, widest: int, itemsize: int) -> int:
-        """See `Pool.working_bytes`: outputs of unit length, distances, and the kernel."""
-        return tokens * widest * (itemsize + 8) + 16 * tokens**2
+        """See `Pool.working_bytes`: outputs of unit length, distances while they are held, a stripe of them."""
+        copies = 4 if self.pairs == "all" else 12
+        held = tokens**2 if tokens**2 <= HELD_PRODUCTS else 0
+        return tokens * widest * copies + 4 * held + 12 * min(tokens**2, _AT_ONCE)
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for the tokens taken."""
@@ -80,34 +89,88 @@ class AMIAPool(Pool):
         count = len(tokens.visual)
         # Streams that run side by side are one vector per token.
         outputs = tokens.outputs[linear].unflatten(0, (-1, count)).movedim(0, 1).flatten(1)
-        unit = normalize(outputs.float(), dim=-1)
-        distance = inner_products(unit).neg_().add_(1)
-        order = selection_order(distance, tokens.attention_last.float())
+        unit = outputs.to(torch.float32, copy=True)
+        unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=_SHORTEST)
+        distances = Distances(unit)
+        around = neighbourhoods(distances)
+        order = selection_order(around, tokens.attention_last.float())
         diversity, _ = modality_diversity(unit, tokens.modality, self.pairs)
-        taken = matching_prefix(distance, order, _TOLERANCE * max(diversity, 0.0) ** 0.5)
+        taken = matching_prefix(distances, around.closeness, order, _TOLERANCE * max(diversity, 0.0) ** 0.5)
         return Selection(torch.zeros_like(tokens.visual).index_fill_(0, taken, True))
 
 
-def selection_order(distance: Tensor, attention: Tensor) -> Iterator[Tensor]:
-    """All tokens in the order in which AMIA takes them, a stretch at a time, each twice as long as the one before.
+class Distances:
+    """Cosine distances between tokens; the matrix of all of them is held while it is small.
+
+    Args:
+        unit: Vectors of length one, float32 of shape (T, C).
+
+    Attributes:
+        at_once: How many rows may be asked for at once.
+    """
+
+    def __init__(self, unit: Tensor) -> None:
+        self._unit = unit
+        self._whole = inner_products(unit).neg_().add_(1) if len(unit) ** 2 <= HELD_PRODUCTS else None
+        self.at_once = max(_AT_ONCE // len(unit), 1)
+
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """Distances of some tokens to all, float32 of shape (n, T); not to be changed."""
+        if self._whole is not None:
+            return self._whole[which]
+        return (self._unit[which] @ self._unit.T).neg_().add_(1)
+
+    def stripes(self) -> Iterator[Tensor]:
+        """All rows, a stripe at a time."""
+        for start in range(0, len(self._unit), self.at_once):
+            yield self.rows(slice(start, start + self.at_once))
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """What AMIA wants to know about each token before it takes the first one.
+
+    Args:
+        neighbours: Its nearest tokens, int64 of shape (T, 3), fewer where there are fewer.
+        near: Their distances, float32 of the same shape.
+        closeness: Mean of the kernel exp(-distance) to all tokens, float32 of shape (T,).
+    """
+
+    neighbours: Tensor
+    near: Tensor
+    closeness: Tensor
+
+
+def neighbourhoods(distances: Distances) -> Neighbourhoods:
+    """Look at every row of the distances once.
 
     The nearest token of all is taken to be the token itself, as in the released code: of identical tokens it may be
     another one.
+    """
+    neighbours, near, closeness = [], [], []
+    for rows in distances.stripes():
+        nearest = rows.topk(min(1 + _NEIGHBOURS, rows.shape[1]), largest=False)
+        neighbours.append(nearest.indices[:, 1:])
+        near.append(nearest.values[:, 1:])
+        closeness.append((-rows).exp_().mean(1))
+    return Neighbourhoods(torch.cat(neighbours), torch.cat(near), torch.cat(closeness))
+
+
+def selection_order(around: Neighbourhoods, attention: Tensor) -> Iterator[Tensor]:
+    """All tokens in the order in which AMIA takes them, a stretch at a time, each twice as long as the one before.
 
     Args:
-        distance: Cosine distances between tokens, float32 of shape (T, T).
+        around: The neighbours of each token.
         attention: Attention of the last token to each, float32 of shape (T,).
 
     Yields:
         Tokens, int64.
     """
-    nearest = distance.topk(min(1 + _NEIGHBOURS, len(distance)), largest=False)
-    near, neighbours = nearest.values[:, 1:], nearest.indices[:, 1:]
-    contribution = attention + (torch.exp(-_GAIN * near) * attention[neighbours]).sum(-1)
+    contribution = attention + (torch.exp(-_GAIN * around.near) * attention[around.neighbours]).sum(-1)
     # Each step changes three numbers and waits for an argmax: on a GPU that would be all waiting.
     values = contribution.cpu().numpy().copy()
-    weakened = neighbours.cpu().numpy()
-    by = torch.exp(-_SUPPRESSION * near).cpu().numpy()
+    weakened = around.neighbours.cpu().numpy()
+    by = torch.exp(-_SUPPRESSION * around.near).cpu().numpy()
     start, length = 0, _FIRST_STRETCH
     while start < len(values):
         order = np.empty(min(length, len(values) - start), dtype=np.int64)
@@ -115,34 +178,33 @@ def selection_order(distance: Tensor, attention: Tensor) -> Iterator[Tensor]:
             order[step] = taken = values.argmax()
             values[weakened[taken]] -= by[taken] * max(values[taken], np.float32(0))
             values[taken] = -np.inf
-        yield torch.from_numpy(order).to(distance.device)
+        yield torch.from_numpy(order).to(attention.device)
         start, length = start + length, 2 * length
 
 
-def matching_prefix(distance: Tensor, order: Iterable[Tensor], tolerance: float) -> Tensor:
+def matching_prefix(distances: Distances, closeness: Tensor, order: Iterable[Tensor], tolerance: float) -> Tensor:
     """The fewest tokens, taken in `order`, whose squared mean discrepancy to all tokens is below `tolerance`.
 
     Args:
-        distance: Cosine distances between tokens, float32 of shape (T, T).
+        distances: Between all tokens.
+        closeness: Mean of the kernel exp(-distance) of each token to all, float32 of shape (T,).
         order: All tokens in the order in which they are taken, int64, in stretches; no more of them are asked for than
             the answer needs.
-        tolerance: Bound on the discrepancy, with the kernel exp(-distance).
+        tolerance: Bound on the discrepancy.
 
     Returns:
         Tokens, int64; all of them where fewer will not do.
     """
-    kernel = (-distance).exp_()
-    to_all = kernel.mean(1)
-    everything = to_all.mean()
-    taken = torch.empty(0, dtype=torch.int64, device=distance.device)
-    across = inside = torch.zeros((), dtype=torch.float64, device=distance.device)
-    for part in order:
+    everything = closeness.mean()
+    taken = torch.empty(0, dtype=torch.int64, device=closeness.device)
+    across = inside = torch.zeros((), dtype=torch.float64, device=closeness.device)
+    for part in (part for stretch in order for part in stretch.split(distances.at_once)):
         before, taken = len(taken), torch.cat([taken, part])
-        sizes = torch.arange(before + 1, len(taken) + 1, device=distance.device)
-        rows = kernel[part[:, None], taken]
+        sizes = torch.arange(before + 1, len(taken) + 1, device=taken.device)
+        rows = distances.rows(part)[:, taken].neg_().exp_()
         added = 2 * rows.tril(before - 1).sum(1) + rows.diagonal(before)
         inside_sums = inside + added.cumsum(0, dtype=torch.float64)
-        across_sums = across + to_all[part].cumsum(0, dtype=torch.float64)
+        across_sums = across + closeness[part].cumsum(0, dtype=torch.float64)
         discrepancy = everything + inside_sums / sizes**2 - 2 * across_sums / sizes
         below = (discrepancy < tolerance).nonzero().flatten()
         if len(below):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvlm_prune.diversity import modality_diversity
 from lvlm_prune.errors import InputError
-from lvlm_prune.pools import AMIAPool
-from lvlm_prune.pools.amia import matching_prefix, selection_order
+from lvlm_prune.pools import AMIAPool, amia
+from lvlm_prune.pools.amia import Distances, matching_prefix, neighbourhoods, selection_order
 from tests.unit.pools.conftest import make_tokens
 
 LINEAR = "mlp.up_proj"
@@ -48,9 +49,9 @@ def test_sums_updated_on_the_way_choose_the_same_tokens(seed):
 def test_a_match_that_comes_late_is_found_across_stretches():
     generator = torch.Generator().manual_seed(0)
     unit = normalize(torch.randn(300, 40, generator=generator), dim=-1)
-    distance = 1 - unit @ unit.T
-    order = torch.randperm(300, generator=generator)
-    kernel = torch.exp(-distance).double()
+    distances, order = Distances(unit), torch.randperm(300, generator=generator)
+    kernel = torch.exp(-distances.rows(slice(None))).double()
+    closeness = neighbourhoods(distances).closeness
     discrepancies = []
     for count in range(1, 301):
         rows = kernel[order[:count]]
@@ -59,8 +60,9 @@ def test_a_match_that_comes_late_is_found_across_stretches():
         tolerance = min(discrepancies[:wanted]) * (1 + 1e-3) + 1e-9
         expected = next(index for index, value in enumerate(discrepancies) if value < tolerance) + 1
         for stretch in (7, 64, 300):
-            assert torch.equal(matching_prefix(distance, order.split(stretch), tolerance), order[:expected])
-    assert torch.equal(matching_prefix(distance, order.split(64), -1.0), order)
+            found = matching_prefix(distances, closeness, order.split(stretch), tolerance)
+            assert torch.equal(found, order[:expected])
+    assert torch.equal(matching_prefix(distances, closeness, order.split(64), -1.0), order)
 
 
 def test_ends_whatever_the_sample(any_tokens):
@@ -73,7 +75,7 @@ def test_ends_whatever_the_sample(any_tokens):
 
 def test_every_token_is_taken_once(any_tokens):
     unit = normalize(any_tokens.outputs[LINEAR], dim=-1)
-    order = torch.cat(list(selection_order(1 - unit @ unit.T, any_tokens.attention_last)))
+    order = torch.cat(list(selection_order(neighbourhoods(Distances(unit)), any_tokens.attention_last)))
     assert sorted(order.tolist()) == list(range(len(unit)))
 
 
@@ -86,6 +88,32 @@ def test_streams_that_run_side_by_side_are_one_vector_per_token():
     weights = AMIAPool().select(double, LINEAR).weights
     assert len(weights) == count
     assert torch.equal(weights, AMIAPool().select(tokens, LINEAR).weights)
+
+
+class Largest(TorchDispatchMode):
+    """Looks at every tensor that is made, and remembers the size of the largest one, in bytes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_a_long_sample_only_a_few_rows_of_the_distances_are_held(seed, monkeypatch):
+    tokens = make_tokens(text=100, image=300, seed=seed, channels=8)
+    whole = AMIAPool().select(tokens, LINEAR).weights
+    monkeypatch.setattr(amia, "HELD_PRODUCTS", 400 * 399)
+    monkeypatch.setattr(amia, "_AT_ONCE", 400 * 30)
+    with Largest() as largest:
+        found = AMIAPool().select(tokens, LINEAR).weights
+    assert torch.equal(found, whole)
+    assert largest.nbytes == 4 * 400 * 30
+    assert AMIAPool().working_bytes(400, 300, 64, 8, 4) == 4 * 400 * 8 + 3 * 4 * 400 * 30
 
 
 def test_unknown_pairs():
