@@ -70,7 +70,7 @@ class Launch:
         else:
             problem = "pruning knows `ddp` and a single device; a block always fits on one device"
             raise InputError("trainer.strategy", type(trainer.strategy).__name__, problem)
-        _refuse_mismatch(trainer)
+        refuse_mismatch(trainer)
         devices: Any = trainer.num_devices if trainer.accelerator_name() == "cpu" else trainer.device_ids
         self.fabric = Fabric(
             accelerator=trainer.accelerator_name(),
@@ -205,8 +205,12 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def _refuse_mismatch(trainer: LVLMTrainer) -> None:
-    """Refuse another number of processes than devices times nodes, before they wait for each other in vain."""
+def refuse_mismatch(trainer: LVLMTrainer) -> None:
+    """Refuse another number of processes than devices times nodes, before they wait for each other in vain.
+
+    Raises:
+        InputError: A launcher started more or fewer, or several nodes are wanted and nothing says where they meet.
+    """
     started = _started_processes()
     wanted = trainer.num_devices * trainer.num_nodes
     if started is not None and started[1] != wanted:

@@ -20,6 +20,7 @@ import yaml
 from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError
+from lvlm_prune.launching import refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, writing
 from lvlm_prune.patterns import Pattern, parse_pattern
@@ -103,6 +104,7 @@ class RecoveryRun(ABC):
         self.trainer, self.model, self.datamodule, self.recipe = trainer, model, datamodule, recipe
         self.resume, self.evaluate, self.report = resume, evaluate, report
         self.started = time.perf_counter()
+        refuse_mismatch(trainer)
         model.optimization = recipe.optimization
         self.folder = self._output_folder(output)
         self.record = Manifest()

@@ -351,22 +351,40 @@ def test_torchrun(tmp_path, one):
     assert_same_result(one / "atv", tmp_path / "out")
 
 
+def slurm(rank: int, per_node: int, nodes: int) -> dict[str, str]:
+    """What SLURM puts into the environment of a task."""
+    node, local = divmod(rank, per_node)
+    numbers = {"NTASKS": per_node * nodes, "NTASKS_PER_NODE": per_node, "NNODES": nodes, "JOB_ID": 7}
+    numbers |= {"PROCID": rank, "NODEID": node, "LOCALID": local}
+    return {f"SLURM_{name}": str(number) for name, number in numbers.items()} | {"SLURM_JOB_NAME": "prune"}
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover"])
+@pytest.mark.parametrize(("per_node", "nodes"), [(3, 1), (2, 2)])
+def test_another_number_of_slurm_tasks_is_refused(verb, per_node, nodes, tmp_path, monkeypatch, capsys):
+    """Before any process waits for one that never comes."""
+    for name, value in slurm(0, per_node, nodes).items():
+        monkeypatch.setenv(name, value)
+    assert main([verb, "--trainer.accelerator=cpu", "--trainer.devices=2", f"--output={tmp_path / 'out'}"]) == 2
+    said = f"--trainer.devices 2: srun started {per_node * nodes} processes, devices x num_nodes is 2 x 1 = 2"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["slurm", "two nodes by hand"])
+@pytest.mark.parametrize("launcher", ["slurm", "slurm on two nodes", "two nodes by hand"])
 def test_processes_that_are_started_side_by_side(launcher, tmp_path, one):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     if launcher == "slurm":
-        shared = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-        shared |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "prune"}
-        own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-        devices = TWO
+        own, devices = [slurm(rank, per_node=2, nodes=1) for rank in range(2)], TWO
     else:
-        shared, own = {}, [{"NODE_RANK": str(rank)} for rank in range(2)]
         devices = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=2"]
+        by_hand = launcher == "two nodes by hand"
+        own = [{"NODE_RANK": str(rank)} if by_hand else slurm(rank, per_node=1, nodes=2) for rank in range(2)]
     arguments = [*arguments_of("atv"), *devices, f"--output={tmp_path / 'out'}"]
-    said = run_all(tmp_path, [meeting | shared | each for each in own], *arguments)
+    said = run_all(tmp_path, [meeting | each for each in own], *arguments)
     assert [status for status, _, _ in said] == [0, 0], said
     assert [output.count("verified: ") for _, output, _ in said] == [1, 0]
     assert_same_result(one / "atv", tmp_path / "out")
