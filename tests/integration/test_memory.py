@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import threading
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from benchmarks.memory import measure, write_inputs
 from lvlm_prune.blocks import BlockRunner, CheckpointFolder, StreamedWeights, build_skeleton
 from lvlm_prune.blocks import placement as placement_module
+from lvlm_prune.callbacks import PruneCallback
 from lvlm_prune.cli import main
 from tests.conftest import REPOSITORY
 from tests.families import Sample, make_inputs, tiny_model
@@ -85,7 +87,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
 @pytest.mark.parametrize(
     ("gigabytes", "blocks", "recipes"),
     [
-        (0.06, 3, {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": [], "amia": []}),
+        (0.06, 3, {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": [], "tamp": []}),
         pytest.param(0.6, 12, {"atv": []}, marks=pytest.mark.slow),
     ],
 )
@@ -99,3 +101,22 @@ def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_
         assert found["predicted_bytes"] - found["libraries_bytes"] == pytest.approx(above, rel=0.35), recipe
         if gigabytes > 0.5:  # with smaller blocks what libraries take is more than three of them
             assert found["peak_bytes"] <= found["limit_bytes"]
+
+
+def test_the_next_block_is_read_while_samples_go_through_this_one(golden_arguments, tmp_path, monkeypatch):
+    """Samples wait in this test until a tensor of the next block has arrived."""
+    read, arrived = CheckpointFolder.read, {f".layers.{index}.": threading.Event() for index in range(4)}
+
+    def reading(folder, key, *rest):
+        tensor = read(folder, key, *rest)
+        if threading.current_thread().name == "prefetch":
+            next(event for block, event in arrived.items() if block in key).set()
+        return tensor
+
+    def wait(self, trainer, pl_module, block):
+        assert arrived[f".layers.{block.index + 1}."].wait(60)
+
+    monkeypatch.setattr(CheckpointFolder, "read", reading)
+    monkeypatch.setattr(PruneCallback, "on_propagation_batch_end", wait)
+    assert main([*golden_arguments, f"--output={tmp_path / 'out'}"]) == 0
+    assert not arrived[".layers.0."].is_set()
