@@ -24,6 +24,7 @@ from lvlm_prune import __version__
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed
+from lvlm_prune.interruption import said_of_interruption
 from lvlm_prune.launching import is_first_process
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.option_errors import OptionError, explain
@@ -120,17 +121,16 @@ class LVLMCLI(LightningCLI):
     trainer: LVLMTrainer
 
     def before_prune(self) -> None:
-        """Hand the trainer the configuration that repeats the run; the process is all its own."""
-        self.trainer.exits_when_interrupted = True
-        self.trainer.run_config = self._run_config("prune")
+        """Hand the process over to the trainer."""
+        self._hand_over("prune")
 
     def before_probe(self) -> None:
         """The same."""
-        self.trainer.run_config = self._run_config("probe")
+        self._hand_over("probe")
 
     def before_sweep(self) -> None:
-        """Hand the trainer the configuration that repeats the sweep."""
-        self.trainer.run_config = self._run_config("sweep")
+        """The same."""
+        self._hand_over("sweep")
 
     def before_recover(self) -> None:
         """The same, and refuse options of what the method leaves out.
@@ -138,12 +138,18 @@ class LVLMCLI(LightningCLI):
         Raises:
             InputError: One of them is not at its default.
         """
-        config = self.trainer.run_config = self._run_config("recover")
+        config = self._hand_over("recover")
         defaults = self._parser("recover").get_defaults()
         for section in _LEFT_OUT[config["method"]]:
             for name, value in config.pop(section).items():
                 if value != defaults[section][name]:
                     raise InputError(f"{section}.{name}", value, f"does nothing with --method {config['method']}")
+
+    def _hand_over(self, verb: str) -> dict[str, Any]:
+        """The trainer gets the configuration that repeats the run, and may end the process, which is all its own."""
+        self.trainer.exits_when_interrupted = True
+        self.trainer.run_config = config = self._run_config(verb)
+        return config
 
     def _run_config(self, verb: str) -> dict[str, Any]:
         parser, values = self._parser(verb), self.config[verb]
@@ -190,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interruption:
         if is_first_process():
-            print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
+            print(said_of_interruption(*interruption.args), file=sys.stderr)
         return 130
     return 0
 

@@ -1,8 +1,10 @@
-"""Ctrl-C ends a run within a second, whatever it is doing.
+"""Ctrl-C says how to go on, and ends a run within a second, whatever it is doing.
 
 Python looks at signals between two of its own instructions: a factorisation of a large matrix, or a wait for a GPU, is
 one instruction. What a run writes survives being killed at any moment, so a thread may end the process the hard way.
 """
+
+from __future__ import annotations
 
 import os
 import signal
@@ -10,21 +12,47 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from lvlm_prune.launching import Launch, is_first_process
 
 _PATIENCE = 0.7
 """Seconds in which the run may end by itself."""
 
 
 @contextmanager
-def ends_within_a_second(advice: Callable[[], str]) -> Iterator[None]:
-    """While the context is open, an interruption that is not over soon ends the process with status 130.
-
-    Does nothing outside of the main thread, which alone gets signals.
+def interruptible(way_on: Callable[[], str], at_once: bool, launch: Launch | None = None) -> Iterator[None]:
+    """While the context is open, an interruption ends the run and says how to go on.
 
     Args:
-        advice: What to say then; an empty text says nothing.
+        way_on: How; an empty text where there is nothing yet to go on from.
+        at_once: The process is all the run's: where the interruption is not over soon, it ends with status 130.
+        launch: The processes of the run; an interruption may stand for the loss of one.
+
+    Raises:
+        KeyboardInterrupt: The run was interrupted; its text says how to go on.
     """
+
+    def last_words() -> str:
+        if launch is not None and launch.lost_child:
+            return f"error: {launch.settled(KeyboardInterrupt())}"
+        return said_of_interruption(way_on())
+
+    with _ends_within_a_second(last_words) if at_once else nullcontext():
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(way_on()) from None
+
+
+def said_of_interruption(way_on: object = "") -> str:
+    """The line that a user reads."""
+    return f"interrupted: {way_on}" if way_on else "interrupted"
+
+
+@contextmanager
+def _ends_within_a_second(last_words: Callable[[], str]) -> Iterator[None]:
+    """Does nothing outside of the main thread, which alone gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,8 +64,8 @@ def ends_within_a_second(advice: Callable[[], str]) -> Iterator[None]:
         while (numbers := arrival.recv(1)) and numbers[0] != signal.SIGINT:
             pass
         if numbers and not over.wait(_PATIENCE):
-            if text := advice():
-                print(text, file=sys.stderr, flush=True)
+            if is_first_process():
+                print(last_words(), file=sys.stderr, flush=True)
             os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -43,23 +43,21 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
     return folder
 
 
-def refuse_unusable(folder: Path, source: Path, record: str, resume: bool) -> None:
+def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool, copies: bool = True) -> None:
     """Refuse an output folder that cannot be written.
 
     Args:
         folder: The output folder, which need not exist.
-        source: The input checkpoint, a copy of which is going to be written.
+        source: The input checkpoint; None for a model in memory.
         record: Name of the manifest that an unfinished run of the same kind left.
         resume: Whether such a run goes on.
+        copies: Whether a copy of the input is going to be written, which needs room.
 
     Raises:
         InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room.
     """
-    source = source.resolve()
-    if folder.resolve().is_relative_to(source):
-        raise InputError("output", folder, f"lies inside the input checkpoint {source}")
-    if source.is_relative_to(folder.resolve()):
-        raise InputError("output", folder, f"holds the input checkpoint {source}")
+    if source is not None:
+        _refuse_overlap(folder, source.resolve())
     if folder.exists() and not folder.is_dir():
         raise InputError("output", folder, "is a file")
     occupied = is_occupied(folder, record)
@@ -69,6 +67,18 @@ def refuse_unusable(folder: Path, source: Path, record: str, resume: bool) -> No
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
+    if source is not None and copies:
+        _refuse_full_disk(folder, source.resolve(), existing, occupied)
+
+
+def _refuse_overlap(folder: Path, source: Path) -> None:
+    if folder.resolve().is_relative_to(source):
+        raise InputError("output", folder, f"lies inside the input checkpoint {source}")
+    if source.is_relative_to(folder.resolve()):
+        raise InputError("output", folder, f"holds the input checkpoint {source}")
+
+
+def _refuse_full_disk(folder: Path, source: Path, existing: Path, occupied: bool) -> None:
     there = {path.relative_to(folder): path.stat().st_size for path in _files(folder)} if occupied else {}
     needed = sum(
         max(path.stat().st_size - there.get(path.relative_to(source), 0), 0)

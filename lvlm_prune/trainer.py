@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +44,7 @@ from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.footprint import BatchSize, Method
 from lvlm_prune.hidden_states import Wanted, checked_place
-from lvlm_prune.interruption import ends_within_a_second
+from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import Joined, Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import FILE_NAME, Manifest
@@ -143,7 +142,8 @@ class LVLMTrainer(L.Trainer):
         callbacks = self._prune_callbacks()
         launch = Launch(self, callbacks) if self.shared is None else Joined(self, callbacks, self.shared.launch)
         self.processes = launch.processes
-        with self._ending_soon(launch), launch.together():
+        at_once = self.exits_when_interrupted and self.shared is None
+        with interruptible(self._way_on, at_once, launch), launch.together():
             try:
                 if launch.joins:
                     launch.start()
@@ -158,8 +158,6 @@ class LVLMTrainer(L.Trainer):
                         self._carry_out(launch.fabric, model, datamodule, callbacks, finished, started)
             except BaseException as error:
                 self._raise_hook(launch.fabric, model, "on_exception", exception=error)
-                if isinstance(error, KeyboardInterrupt) and self._is_resumable():
-                    raise KeyboardInterrupt(self._how_to_go_on()) from None
                 raise
             finally:
                 self._raise_hook(launch.fabric, model, "teardown", stage="prune")
@@ -210,7 +208,12 @@ class LVLMTrainer(L.Trainer):
         return run()
 
     def probe(
-        self, model: LVLMModule, datamodule: CalibrationDataModule, output: str = "", evaluate: bool = True
+        self,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        output: str = "",
+        resume: bool = False,
+        evaluate: bool = True,
     ) -> Manifest:
         """Split QKV and feed-forward Linears into a text and a visual pathway, and see what pruning each one costs.
 
@@ -218,6 +221,7 @@ class LVLMTrainer(L.Trainer):
             model: The dense model; it is not changed, and no checkpoint is written.
             datamodule: The calibration set, with text and visual tokens.
             output: Folder to write, new or empty. Default: `runs/<model>-probe`.
+            resume: Go on with the unfinished probe in `output`, behind its last finished cell.
             evaluate: Score every cell of the grid on the embedded model (other models are not scored).
 
         Returns:
@@ -225,7 +229,7 @@ class LVLMTrainer(L.Trainer):
         """
         from lvlm_prune.probing.run import ProbeRun
 
-        return ProbeRun(self, model, datamodule, output, evaluate)()
+        return ProbeRun(self, model, datamodule, output, resume, evaluate)()
 
     def _prepare(
         self,
@@ -357,22 +361,8 @@ class LVLMTrainer(L.Trainer):
     def _is_resumable(self) -> bool:
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
 
-    def _how_to_go_on(self) -> str:
-        if self.shared is not None:
-            return "the same command goes on behind the last finished run"
-        return f"go on with --resume true --output {self.output_folder}"
-
-    def _ending_soon(self, launch: Launch) -> AbstractContextManager[None]:
-        """Where the whole process belongs to the run: Ctrl-C ends it within a second."""
-        return ends_within_a_second(lambda: self._advice(launch)) if self.exits_when_interrupted else nullcontext()
-
-    def _advice(self, launch: Launch) -> str:
-        """What to say where the run is ended the hard way."""
-        if not self.processes.is_main:
-            return ""
-        if launch.lost_child:
-            return f"error: {launch.settled(KeyboardInterrupt())}"
-        return f"interrupted: {self._how_to_go_on()}" if self._is_resumable() else "interrupted"
+    def _way_on(self) -> str:
+        return f"go on with --resume true --output {self.output_folder}" if self._is_resumable() else ""
 
     def _survey(self, fabric: Fabric, model: LVLMModule, callbacks: list[Callback]) -> None:
         """Look at the dense model before any block is pruned, unless an interrupted run already did.

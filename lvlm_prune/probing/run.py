@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.data import CalibrationDataModule, MixtureSource, load_processor
-from lvlm_prune.errors import InputError
+from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import Launch
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import Manifest, replace_durably
-from lvlm_prune.output_folder import choose_folder
+from lvlm_prune.output_folder import choose_folder, make_folder, refuse_unusable, writing
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.probing.pathways import PathwayPruning
 from lvlm_prune.probing.routing import routed
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 RECORD_NAME = "probe.json"
 
+# What a resumed probe takes from the record that an interrupted one left.
+_FINDINGS = ("survey", "blocks", "linears", "map", "contributions", "dense", "grid")
+
 
 class ProbeRun:
     """See `LVLMTrainer.probe` for the arguments."""
@@ -47,6 +50,7 @@ class ProbeRun:
         model: LVLMModule,
         datamodule: CalibrationDataModule,
         output: str,
+        resume: bool,
         evaluate: bool,
     ) -> None:
         from lvlm_prune.callbacks import ModalityProbe
@@ -54,21 +58,22 @@ class ProbeRun:
         self.trainer, self.model, self.datamodule = trainer, model, datamodule
         given = next((callback for callback in trainer.callbacks if isinstance(callback, ModalityProbe)), None)
         self.probe: ModalityProbe = given or ModalityProbe()
-        self.folder = choose_folder(output, f"{model.label}-probe", resume=False)
+        self.folder, self.resume = choose_folder(output, f"{model.label}-probe", resume), resume
         self.evaluates = evaluate and model.path == "demo"
         self.started = time.perf_counter()
 
     def __call__(self) -> Manifest:
-        """Do all of it.
+        """Do all of it, or what an interrupted probe left.
 
         Raises:
             InputError: Something does not fit; nothing was written.
         """
         trainer, model, data = self.trainer, self.model, self.datamodule
         trainer._forget_samples()
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError("output", self.folder, "exists and is not empty; choose another folder")
         model.open()
+        source = None if model.folder is None else model.folder.path
+        refuse_unusable(self.folder, source, RECORD_NAME, self.resume, copies=False)
+        earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
         data.setup("prune")
         if data.source.needs_processor and model.processor is None:
             assert model.folder is not None
@@ -83,23 +88,41 @@ class ProbeRun:
         for cell in cells:
             cell.plan(model)
         launch = Launch(trainer, [self.probe])
-        with launch.together():
+        with interruptible(self._way_on, trainer.exits_when_interrupted, launch), launch.together():
             launch.start()
             trainer.processes = launch.processes
+            if earlier is not None and earlier.get("status") == "complete":
+                earlier.refuse_other(
+                    {**trainer._provenance(model, data), "calibration": earlier["calibration"]}, self.folder
+                )
+                trainer.say(f"{self.folder} is complete already")
+                return earlier
             with trainer._watched_memory() as trainer.memory:
-                self._measure(launch.fabric, names, cells)
+                self._measure(launch.fabric, names, cells, earlier)
         return trainer.manifest
 
-    def _measure(self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning]) -> None:
-        trainer, model, data = self.trainer, self.model, self.datamodule
+    def _way_on(self) -> str:
+        started = (self.folder / RECORD_NAME).is_file()
+        return f"go on with --resume true --output {self.folder}" if started else ""
+
+    def _measure(
+        self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning], earlier: Manifest | None
+    ) -> None:
+        trainer, model, data, manifest = self.trainer, self.model, self.datamodule, self.trainer.manifest
         trainer.weights = model.weights(fabric.device)
-        trainer.manifest.update(trainer._provenance(model, data) | {"probe": describe(self.probe)})
+        manifest.update(trainer._provenance(model, data) | {"probe": describe(self.probe), "grid": []})
         trainer._catch(fabric, model, data, [names])
         trainer._settle(model, [self.probe, names])
+        if earlier is not None:
+            earlier.refuse_other(manifest, self.folder)
+            manifest.update({name: earlier[name] for name in _FINDINGS if name in earlier})
         self.probe.set_of_sample = self._sets()
         trainer._survey(fabric, model, [self.probe])
+        self._note("probing")
         self._score_dense()
-        trainer.manifest["grid"] = [self._cell(cell) for cell in cells]
+        for cell in cells[len(manifest["grid"]) :]:
+            manifest["grid"].append(self._cell(cell))
+            self._note("probing")
         self._finish()
 
     def _sets(self) -> dict[int, str]:
@@ -154,13 +177,15 @@ class ProbeRun:
         if not (self.evaluates and self.trainer.processes.is_main):
             return
         from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+        from lvlm_prune.evaluation.scores import Scores
 
         assert self.model.folder is not None
         disable_progress_bar()
         self._whole = AutoModelForImageTextToText.from_pretrained(self.model.folder.path, dtype=torch.float32).eval()
         self._processor = AutoProcessor.from_pretrained(self.model.folder.path)
         self._questions = EmbeddedBenchmark(self.probe.images, self.probe.texts).questions
-        self._dense_scores = self._score()
+        known = self.trainer.manifest.get("dense")
+        self._dense_scores = self._score() if known is None else Scores.from_dict(known)
         self.trainer.manifest["dense"] = self._dense_scores.to_dict()
 
     def _score(self, cell: PathwayPruning | None = None) -> Scores:
@@ -170,20 +195,28 @@ class ProbeRun:
         with routed(self._whole, {} if cell is None else cell.pruned, "text" if cell is None else cell.pathway):
             return score(self._whole, self._processor, self._questions)
 
+    def _note(self, status: str) -> None:
+        """Write down what is known; from here on the folder can be resumed."""
+        self.trainer.manifest["status"] = status
+        if self.trainer.processes.is_main:
+            with writing(self.folder):
+                make_folder(self.folder)
+                self.trainer.manifest.write(self.folder, RECORD_NAME)
+
     def _finish(self) -> None:
         trainer, manifest = self.trainer, self.trainer.manifest
         manifest["seconds"] = time.perf_counter() - self.started
         if not trainer.processes.is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if trainer.run_config is not None:
-            config = yaml.safe_dump(dict(trainer.run_config), sort_keys=False)
-            replace_durably(self.folder / "config.yaml", config.encode())
-        manifest.write(self.folder, RECORD_NAME)
         table = grid_markdown(manifest)
-        if table:
-            replace_durably(self.folder / "probe.md", table.encode())
-        write_page(self.folder, *probe_page(manifest))
+        with writing(self.folder):
+            if trainer.run_config is not None:
+                config = yaml.safe_dump(dict(trainer.run_config), sort_keys=False)
+                replace_durably(self.folder / "config.yaml", config.encode())
+            if table:
+                replace_durably(self.folder / "probe.md", table.encode())
+            write_page(self.folder, *probe_page(manifest))
+        self._note("complete")
         trainer.say(
             (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {RECORD_NAME}) · "
             f"{manifest['seconds']:.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -114,12 +115,13 @@ class FittingRun(RecoveryRun):
 
     def _fit(self) -> None:
         last = self.folder / CHECKPOINTS / "last.ckpt"
-        clock = time.perf_counter()
+        clock, handler = time.perf_counter(), signal.getsignal(signal.SIGINT)
         try:
             self.trainer.fit(
                 self.model, datamodule=self.datamodule, ckpt_path=last if self.resume and last.is_file() else None
             )
-        except SystemExit:  # how Lightning passes on an interruption
+        except SystemExit:  # how Lightning passes on an interruption; it ignores any other from then on
+            signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from None
         best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
         if best:

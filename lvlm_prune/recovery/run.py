@@ -20,6 +20,7 @@ import yaml
 from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError
+from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, writing
@@ -114,6 +115,14 @@ class RecoveryRun(ABC):
 
     def __call__(self) -> Manifest:
         """Do all of it, or what an interrupted run left."""
+        with interruptible(self._way_on, self.trainer.exits_when_interrupted):
+            return self._carry_out()
+
+    def _way_on(self) -> str:
+        started = (self.folder / RECORD_NAME).is_file()
+        return f"go on with --resume true --output {self.folder}" if started else ""
+
+    def _carry_out(self) -> Manifest:
         earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
         self._find_base(earlier)
         self._check(earlier)
@@ -121,14 +130,11 @@ class RecoveryRun(ABC):
             self._say(f"{self.folder} is complete already")
             return earlier
         self._examine(earlier)
-        try:
-            with writing(self.folder):
-                self._begin(earlier)
-                self._train()
-                if self.trainer.is_global_zero:
-                    self._write()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"go on with --resume true --output {self.folder}") from None
+        with writing(self.folder):
+            self._begin(earlier)
+            self._train()
+            if self.trainer.is_global_zero:
+                self._write()
         if self.trainer.is_global_zero:
             clock = time.perf_counter()
             self._score()

@@ -21,6 +21,7 @@ from lvlm_prune.callbacks import RetentionEvaluation
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import Launch
 from lvlm_prune.manifest import Manifest, replace_durably
 from lvlm_prune.output_folder import writing
@@ -34,6 +35,9 @@ from lvlm_prune.sweep.tables import csv_table, markdown_table, summary, swept_op
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
+
+
+_WAY_ON = "the same command goes on behind the last finished run"
 
 
 class SweepRun:
@@ -69,7 +73,7 @@ class SweepRun:
         """Do what is not yet done, and write what is known."""
         trainer = self.trainer
         launch = Launch(trainer, [])
-        with launch.together():
+        with interruptible(lambda: _WAY_ON, trainer.exits_when_interrupted, launch), launch.together():
             launch.start()
             trainer.processes = launch.processes
             try:
@@ -161,8 +165,6 @@ class SweepRun:
             wrapped = RunError(f"{point.label}: {error}")
             wrapped.agreed = error.agreed
             raise wrapped from None
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on behind the last finished run") from None
         finally:
             trainer.quiet = quiet
         record = self._record(point, manifest)

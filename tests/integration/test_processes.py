@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
+from tests.busy import about_a_second, heed_interruptions, interrupt
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
 
 # 7 samples divide neither by two nor by three.
@@ -261,11 +262,6 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def heed_interruptions() -> None:
-    """A test session in the background ignores Ctrl-C, and what it starts would too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def wait_until_busy(folder: Path, count: int) -> list[int]:
     """Ids of the processes, in the order of ranks."""
     files = [folder / f"busy.{rank}" for rank in range(count)]
@@ -289,13 +285,10 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(devices, tmp_path, on
     arguments = [*arguments_of("wanda"), f"--output={output}"]
     run = start(tmp_path, *arguments, *devices)
     pids = wait_until_busy(tmp_path, 2 if devices else 1)
-    before = time.monotonic()
-    os.killpg(run.pid, signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    seconds = time.monotonic() - before
+    seconds, said = interrupt(run)
     assert run.returncode == 130
     assert said == f"interrupted: go on with --resume true --output {output}\n"
-    assert seconds < 1 + 2 * os.getloadavg()[0] / (os.cpu_count() or 1)
+    assert seconds < about_a_second()
     assert not any(is_alive(pid) for pid in pids)
     assert not (output / "config.json").exists()
     assert main([*arguments, "--resume=true"]) == 0

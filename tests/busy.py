@@ -1,0 +1,94 @@
+"""Plugins that are busy for minutes with one instruction of Python, which looks at no signal meanwhile.
+
+They are so in a process whose environment names a file, `BUSY`, which they write when they begin.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lvlm_prune.callbacks import PruneCallback
+from lvlm_prune.scorers import WandaScorer
+from tests.conftest import REPOSITORY
+
+
+def be_busy() -> None:
+    if "BUSY" in os.environ:
+        Path(os.environ["BUSY"]).touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+
+class BusyCallback(PruneCallback):
+    """At the start of a block, counted over all runs of a sweep; after a step of training."""
+
+    def __init__(self, block: int = 0, step: int = 0) -> None:
+        self.block, self.step, self._blocks = block, step, 0
+
+    def on_block_start(self, trainer, pl_module, block):
+        self._blocks += 1
+        if self._blocks == self.block:
+            be_busy()
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            be_busy()
+
+
+class BusyScorer(WandaScorer):
+    """At a weight, counted over the survey and all cells of a probe."""
+
+    def __init__(self, weight: int) -> None:
+        super().__init__()
+        self.weight, self._weights = weight, 0
+
+    def prune(self, weight, statistic, sparsity, pattern):
+        self._weights += 1
+        if self._weights == self.weight:
+            be_busy()
+        return super().prune(weight, statistic, sparsity, pattern)
+
+
+def heed_interruptions() -> None:
+    """A test session in the background ignores Ctrl-C, and what it starts would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupt(run: subprocess.Popen) -> tuple[float, str]:
+    """Press Ctrl-C; seconds until the run and all its processes are gone, and what it said."""
+    before = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    return time.monotonic() - before, said
+
+
+def about_a_second() -> float:
+    """A second, and what a busy machine adds to it."""
+    return 1 + 2 * os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def interrupted_while_busy(folder: Path, *arguments: str) -> tuple[float, int, str]:
+    """Run a command until it is busy, then press Ctrl-C; seconds until it ended, exit status, what it said."""
+    begun = folder / "busy"
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lvlm_prune.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "BUSY": str(begun), "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interruptions,
+    )
+    try:
+        while not begun.exists():
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.05)
+        seconds, said = interrupt(run)
+    finally:
+        run.kill()
+    return seconds, run.returncode, said
