@@ -221,7 +221,8 @@ def _qwen3_omni_moe() -> PreTrainedConfig:
         "Qwen3OmniMoeThinkerConfig",
         text_config={**QWEN_LANGUAGE, "head_dim": 8, **experts},
         vision_config=QWEN_3_TOWER,
-        audio_config={**OMNI_AUDIO, "downsample_hidden_size": 8, "n_window_infer": 20},
+        # The model counts tokens in windows of 100 frames, whatever the configuration says.
+        audio_config={**OMNI_AUDIO, "downsample_hidden_size": 8, "n_window": 50, "n_window_infer": 100},
         image_token_id=IMAGE_TOKEN,
         video_token_id=VIDEO_TOKEN,
         audio_token_id=AUDIO_TOKEN,

@@ -5,6 +5,7 @@ models of `tests/families.py` use.
 """
 
 import json
+import wave
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,16 @@ class Parts:
         tokens: Special token to its id.
         names: What the tokenizer calls some of them.
         image_text: What stands for an image in a rendered conversation.
+        sounds: Options of the feature extractor, where the family takes sounds.
     """
 
     processor: str
-    images: tuple[str, dict[str, Any]]
+    images: tuple[str, dict[str, Any]] | None
     options: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=lambda: {"<image>": IMAGE_TOKEN, "<video>": VIDEO_TOKEN})
     names: dict[str, str] = field(default_factory=dict)
     image_text: str = "<image>"
+    sounds: dict[str, Any] | None = None
 
 
 _QWEN = ("Qwen2VLImageProcessorPil", PATCHES | {"temporal_patch_size": 2})
@@ -87,6 +90,7 @@ _OMNI = {
     "tokens": dict(zip(OMNI_NAMES.values(), OMNI_IDS)),
     "names": OMNI_NAMES,
     "image_text": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+    "sounds": {"feature_size": 8},
 }
 
 PARTS: dict[str, Parts] = {
@@ -153,6 +157,12 @@ PARTS: dict[str, Parts] = {
         image_text="<|image_pad|>",
     ),
     "video_llava": Parts("VideoLlavaProcessor", ("VideoLlavaImageProcessor", CLIP[1]), LLAVA),
+    "qwen2_audio": Parts(
+        "Qwen2AudioProcessor",
+        None,
+        tokens={"<|AUDIO|>": AUDIO_TOKEN, "<|audio_bos|>": AUDIO_START_TOKEN, "<|audio_eos|>": 106},
+        sounds={"feature_size": 8, "chunk_length": 1, "hop_length": 500, "n_fft": 1000},
+    ),
 }
 
 
@@ -184,15 +194,18 @@ def write_processor(folder: Path, family: str) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
         + parts.image_text
-        + "{% else %}{{ c['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
+        + "{% elif c['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+        + "{% elif c['type'] == 'video' %}<video>{% else %}{{ c['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
         + "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    class_name, options = parts.images
-    getattr(transformers, class_name)(**options).save_pretrained(folder)
-    if "omni" in family:
-        features = transformers.WhisperFeatureExtractor(feature_size=8)
+    written: dict[str, Any] = {}
+    if parts.images is not None:
+        class_name, options = parts.images
+        getattr(transformers, class_name)(**options).save_pretrained(folder)
         written = json.loads((folder / "preprocessor_config.json").read_text())
+    if parts.sounds is not None:
+        features = transformers.WhisperFeatureExtractor(**parts.sounds)
         (folder / "preprocessor_config.json").write_text(json.dumps(features.to_dict() | written))
     entries = {"processor_class": parts.processor, **parts.options}
     (folder / "processor_config.json").write_text(json.dumps(entries))
@@ -223,3 +236,24 @@ def write_captions(folder: Path, count: int = 8) -> Path:
         rows.append({"id": f"noise-{number}", "image": f"{number}.png", "conversations": turns})
     (folder / "captions.json").write_text(json.dumps(rows))
     return folder / "captions.json"
+
+
+def write_sounds(folder: Path, count: int = 4) -> Path:
+    """Generated sounds of several lengths, each with what is said about it, as LLaVA's JSON; the JSON file."""
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(count):
+        samples = torch.randint(-(2**15), 2**15, (8000 + 2000 * number,), generator=generator, dtype=torch.int16)
+        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes(samples.numpy().tobytes())
+        turns = [
+            {"from": "human", "value": "<audio>\nWhat is it?"},
+            {"from": "gpt", "value": f"It is noise number {number}."},
+        ]
+        rows.append({"id": f"noise-{number}", "audio": f"{number}.wav", "conversations": turns})
+    (folder / "sounds.json").write_text(json.dumps(rows))
+    return folder / "sounds.json"

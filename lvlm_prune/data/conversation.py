@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,23 +17,37 @@ from lvlm_prune.errors import RunError
 Message = dict[str, Any]
 """One turn in Hugging Face's chat format: `{"role": ..., "content": [{"type": "text", "text": ...}, ...]}`."""
 
-IMAGE_PLACEHOLDER = "<image>"
+MEDIA = ("image", "video", "audio")
+"""What a part of a turn may be besides text; in strings `<image>`, `<video>` and `<audio>` mark their places."""
+
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass
 class Conversation:
-    """Chat messages and the images that their placeholders stand for.
+    """Chat messages and the images, videos and sounds that their placeholders stand for.
 
     Args:
-        messages: Turns in Hugging Face's chat format; every image is a part `{"type": "image"}` of its turn's content.
+        messages: Turns in Hugging Face's chat format; every image is a part `{"type": "image"}` of its turn's content,
+            videos and sounds likewise are parts of type `video` and `audio`.
         images: One per image part, in order: an opened image, or a path that is opened when the sample is encoded.
         id: Name of the sample in messages to the user.
+        videos: One file per video part, in order.
+        audios: One file per audio part, in order.
     """
 
     messages: list[Message]
     images: list[Image.Image | Path] = field(default_factory=list)
     id: str = ""
+    videos: list[Path] = field(default_factory=list)
+    audios: list[Path] = field(default_factory=list)
+
+    def beginning(self, turns: int) -> Conversation:
+        """The first turns, with what belongs to them."""
+        messages = self.messages[:turns]
+        kinds = [part["type"] for message in messages for part in message["content"]]
+        images, videos, audios = (kinds.count(kind) for kind in MEDIA)
+        return Conversation(messages, self.images[:images], self.id, self.videos[:videos], self.audios[:audios])
 
 
 @dataclass
@@ -67,6 +83,24 @@ def load_image(image: Image.Image | Path) -> Image.Image:
         raise RunError(f"{name}: cannot be read as an image ({reason})") from None
 
 
+def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """The image in its aspect ratio with no more than `max_pixels` pixels; a smaller one stays as it is.
+
+    Example:
+        >>> shrink(Image.new("RGB", (400, 100)), 10_000).size
+        (200, 50)
+        >>> shrink(Image.new("RGB", (2000, 4)), 100).size
+        (100, 1)
+    """
+    width, height = image.size
+    if max_pixels is None or width * height <= max_pixels:
+        return image
+    share = math.sqrt(max_pixels / (width * height))
+    narrow, wide = sorted((max(int(width * share), 1), max(int(height * share), 1)))
+    wide = min(wide, max_pixels // narrow)
+    return image.resize((wide, narrow) if width > height else (narrow, wide), Image.Resampling.BICUBIC)
+
+
 def open_image_bytes(content: bytes, name: str) -> Image.Image:
     """An image that lies in a data set as encoded bytes; `name` is what messages to the user call it.
 
@@ -81,12 +115,16 @@ def open_image_bytes(content: bytes, name: str) -> Image.Image:
     return opened
 
 
-def messages_from_turns(turns: Sequence[dict[str, Any]]) -> list[Message]:
+def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = ("image",)) -> list[Message]:
     r"""Messages from turns as data sets write them.
 
     Understood are `{"role", "content"}`, where the content is a string or a list of parts, and LLaVA's
     `{"from": "human" | "gpt", "value"}`. In strings `<image>` marks the place of an image; line breaks beside it are
     left out, since chat templates bring their own.
+
+    Args:
+        turns: The turns.
+        media: What there may be besides text, of `MEDIA`; placeholders of others are ordinary characters.
 
     Raises:
         ValueError: A turn is of neither form.
@@ -104,10 +142,10 @@ def messages_from_turns(turns: Sequence[dict[str, Any]]) -> list[Message]:
         if speaker not in _ROLES:
             raise ValueError(f"turn {number} has the role {speaker!r}, expected one of {', '.join(_ROLES)}")
         if isinstance(content, str):
-            parts = _parts_from_text(content)
+            parts = _parts_from_text(content, media)
         elif isinstance(content, (list, tuple)):
             # Columnar files fill the keys that a part does not have with None.
-            parts = [_part(part, number) for part in content]
+            parts = [_part(part, number, media) for part in content]
         else:
             raise ValueError(f"turn {number} has no text")
         messages.append({"role": _ROLES[speaker], "content": parts})
@@ -116,27 +154,30 @@ def messages_from_turns(turns: Sequence[dict[str, Any]]) -> list[Message]:
     return messages
 
 
-def place_images(messages: list[Message], count: int) -> list[Message]:
-    """Messages with exactly `count` image parts: those without a placeholder are put first in the first user turn.
+def place_media(messages: list[Message], count: int, kind: str = "image") -> list[Message]:
+    """Messages with exactly `count` parts of a kind: those without a placeholder are put first in the first user turn.
 
     Raises:
-        ValueError: There are more placeholders than images.
+        ValueError: There are more placeholders than files.
     """
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    placeholders = sum(part["type"] == kind for message in messages for part in message["content"])
     if placeholders > count:
-        raise ValueError(f"more image placeholders ({placeholders}) than images ({count})")
+        raise ValueError(f"more {kind} placeholders ({placeholders}) than {kind}s ({count})")
     if placeholders < count:
         first = next((message for message in messages if message["role"] == "user"), messages[0])
-        first["content"] = [{"type": "image"}] * (count - placeholders) + first["content"]
+        first["content"] = [{"type": kind}] * (count - placeholders) + first["content"]
     return messages
 
 
-def _parts_from_text(text: str) -> list[dict[str, Any]]:
+def _parts_from_text(text: str, media: Sequence[str]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
-    pieces = text.split(IMAGE_PLACEHOLDER)
+    # With a group in the pattern, every other piece is the name of a placeholder.
+    pieces = re.split(f"<({'|'.join(media)})>", text)
     for number, piece in enumerate(pieces):
+        if number % 2:
+            parts.append({"type": piece})
+            continue
         if number > 0:
-            parts.append({"type": "image"})
             piece = piece.lstrip("\n")
         if number < len(pieces) - 1:
             piece = piece.rstrip("\n")
@@ -145,12 +186,12 @@ def _parts_from_text(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _part(part: Any, turn: int) -> dict[str, Any]:
+def _part(part: Any, turn: int, media: Sequence[str]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image":
-        return {"type": "image"}
+    if kind in media:
+        return {"type": kind}
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    raise ValueError(f"turn {turn} has a part of type {kind!r}, expected text or image")
+    raise ValueError(f"turn {turn} has a part of type {kind!r}, expected {' or '.join(('text', *media))}")

@@ -19,7 +19,7 @@ from jsonargparse import lazy_instance
 from lvlm_prune.data.batches import CalibrationBatch, Inputs, batch_key, collate, digest
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedSource
-from lvlm_prune.data.processing import encode, pad_token_of
+from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of
 from lvlm_prune.data.source import CalibrationSource, Sample
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.plugins import own_instance
@@ -39,9 +39,13 @@ class CalibrationDataModule(L.LightningDataModule):
         seed: Another seed takes other samples.
         batch_size: Samples per forward.
         on_error: A sample that cannot be read ends the run (`raise`), or is left out and reported (`skip`).
+        padding_side: Where shorter samples of a batch are padded, `left` or `right`; `auto`: where the processor's
+            tokenizer does, and on the right where the samples are ready-made model inputs.
+        max_pixels: Images with more pixels (width times height) are shrunk to so many, in their aspect ratio, before
+            the processor sees them. Default: as they are.
 
     Raises:
-        InputError: A number is out of range.
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class CalibrationDataModule(L.LightningDataModule):
         seed: int = 0,
         batch_size: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
+        padding_side: Literal["auto", "left", "right"] = "auto",
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
         if num_samples is not None and num_samples < 1:
@@ -61,13 +67,19 @@ class CalibrationDataModule(L.LightningDataModule):
             raise InputError("data.seed", seed, "must not be negative")
         if on_error not in ("raise", "skip"):
             raise InputError("data.on_error", on_error, "must be raise or skip")
+        if padding_side not in ("auto", "left", "right"):
+            raise InputError("data.padding_side", padding_side, "must be auto, left or right")
+        if max_pixels is not None and max_pixels < 1:
+            raise InputError("data.max_pixels", max_pixels, "must be at least 1")
         self.source = own_instance(source)
         self.num_samples = num_samples
         self.seed = seed
         self.batch_size = batch_size
         self.on_error = on_error
+        self.padding_side, self.max_pixels = padding_side, max_pixels
         self.skipped: list[tuple[str, str]] = []
-        """Name of each sample that this process left out, and why."""
+        """Name of each sample that this process left out, and why, the last time that it went through them."""
+        self._warned: set[tuple[str, str]] = set()
         self._selection: list[int] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -106,7 +118,12 @@ class CalibrationDataModule(L.LightningDataModule):
         return self.source.sample_weights([selection[number] for number in numbers])
 
     def calibration_batches(
-        self, processor: Any = None, rank: int = 0, world_size: int = 1, with_labels: bool = False
+        self,
+        processor: Any = None,
+        rank: int = 0,
+        world_size: int = 1,
+        with_labels: bool = False,
+        batch_size: int | None = None,
     ) -> Iterator[CalibrationBatch]:
         """This process' share of the calibration set.
 
@@ -115,14 +132,14 @@ class CalibrationDataModule(L.LightningDataModule):
         without padding anything but tokens (see `batch_key`). A run whose samples are all skipped becomes none, so a
         share can be empty.
 
-        Shorter samples are padded on the right, even if the processor pads on the left for the sake of generation: so
-        every token keeps the position, and a recurrent layer the state, that it has in a batch of its own.
+        Padding never counts in a statistic, on whichever side it is.
 
         Args:
             processor: From `load_processor`; not needed for sources of ready-made inputs.
             rank: Number of this process.
             world_size: Number of processes.
             with_labels: Hand on the entry `labels` of ready-made inputs, if there is one.
+            batch_size: Samples per batch. Default: `data.batch_size`.
 
         Raises:
             RunError: A sample cannot be read (`on_error: raise`), or every one was skipped on a single process.
@@ -130,12 +147,14 @@ class CalibrationDataModule(L.LightningDataModule):
         if processor is None and self.source.needs_processor:
             raise ValueError(f"{type(self.source).__name__} needs the model's processor")
         pad_token_id = pad_token_of(processor) if processor is not None else 0
+        side = padding_side_of(processor) if self.padding_side == "auto" else self.padding_side
         selection = self.select()
         self.skipped = []
-        starts = range(0, len(selection), self.batch_size)
+        batch_size = batch_size or self.batch_size
+        starts = range(0, len(selection), batch_size)
         for start in islice(starts, rank, None, world_size):
             groups: dict[tuple, list[tuple[int, Inputs]]] = {}
-            for index in range(start, min(start + self.batch_size, len(selection))):
+            for index in range(start, min(start + batch_size, len(selection))):
                 inputs = self._read(selection[index], processor)
                 if inputs is not None:
                     if not with_labels:
@@ -143,7 +162,7 @@ class CalibrationDataModule(L.LightningDataModule):
                     groups.setdefault(batch_key(inputs), []).append((index, inputs))
             for group in groups.values():
                 yield CalibrationBatch(
-                    inputs=collate([inputs for _, inputs in group], pad_token_id),
+                    inputs=collate([inputs for _, inputs in group], pad_token_id, side),
                     indices=[index for index, _ in group],
                     digests=[digest(inputs) for _, inputs in group],
                 )
@@ -161,7 +180,9 @@ class CalibrationDataModule(L.LightningDataModule):
         except RunError as error:
             if self.on_error == "raise":
                 raise RunError(f"calibration {name}: {error}") from None
-            log.warning("left out calibration %s: %s", name, error)
+            if (name, str(error)) not in self._warned:
+                log.warning("left out calibration %s: %s", name, error)
+            self._warned.add((name, str(error)))
             self.skipped.append((name, str(error)))
             return None
 
@@ -169,7 +190,7 @@ class CalibrationDataModule(L.LightningDataModule):
         if not isinstance(sample, (Conversation, Document)):
             return dict(sample)
         try:
-            return encode(processor, sample)
+            return encode(processor, sample, max_pixels=self.max_pixels)
         # What processors raise on inputs that they do not like; anything else is a bug and keeps its traceback.
         except (ValueError, IndexError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

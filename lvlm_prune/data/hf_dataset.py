@@ -14,9 +14,9 @@ from lvlm_prune.data.conversation import (
     Message,
     messages_from_turns,
     open_image_bytes,
-    place_images,
+    place_media,
 )
-from lvlm_prune.data.source import CalibrationSource, verify_images
+from lvlm_prune.data.source import CalibrationSource, verify_files
 from lvlm_prune.errors import InputError, RunError
 
 _ROLES = ("image", "images", "question", "answer", "messages", "text", "id")
@@ -131,7 +131,7 @@ class HFDatasetSource(CalibrationSource):
         return rows
 
     def verify(self, indices: Sequence[int]) -> None:
-        verify_images(self, indices, "data.source.path", self.path)
+        verify_files(self, indices, "data.source.path", self.path)
 
     def __len__(self) -> int:
         self.setup()
@@ -154,7 +154,7 @@ class HFDatasetSource(CalibrationSource):
                 messages = messages_from_turns([{"role": "user", "content": values["text"]}])
             else:
                 messages = _question_and_answer(values)
-            return Conversation(place_images(messages, len(images)), images, id=name)
+            return Conversation(place_media(messages, len(images)), images, id=name)
         except ValueError as error:
             raise RunError(str(error)) from None
 

@@ -63,8 +63,7 @@ def _tokens_before(
     tail = tokenizer_of(processor)(rest, add_special_tokens=False)["input_ids"] if rest else []
     if list(tail) == ids[len(ids) - len(tail) :]:
         return len(ids) - len(tail)
-    images = sum(part["type"] == "image" for message in beginning for part in message["content"])
-    head = encode(processor, Conversation(beginning, sample.images[:images]), add_generation_prompt)["input_ids"][0]
+    head = encode(processor, sample.beginning(turns), add_generation_prompt)["input_ids"][0]
     if head.tolist() != ids[: len(head)]:
         raise ValueError("the answers cannot be located among the tokens")
     return len(head)

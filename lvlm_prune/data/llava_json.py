@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.data.conversation import Conversation, messages_from_turns, place_images
+from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media
 from lvlm_prune.data.json_records import JsonRecords
-from lvlm_prune.data.source import CalibrationSource, verify_images
+from lvlm_prune.data.source import CalibrationSource, verify_files
 from lvlm_prune.errors import InputError, RunError
 
 
@@ -17,11 +17,12 @@ class LlavaJsonSource(CalibrationSource):
 
     A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
     {"from": "gpt", "value": "A cat."}]}`. `image` may be a list, or missing in a sample of text only; images that no
-    `<image>` stands for are put first.
+    `<image>` stands for are put first. `video` with `<video>` and `audio` with `<audio>` are the same, for models whose
+    processor takes them.
 
     Args:
         path: The file: a JSON array, or one JSON object per line.
-        image_folder: Folder that image names are relative to. Default: the folder of `path`.
+        image_folder: Folder that the names of images, videos and sounds are relative to. Default: the folder of `path`.
     """
 
     def __init__(self, path: str, image_folder: str | None = None) -> None:
@@ -37,9 +38,9 @@ class LlavaJsonSource(CalibrationSource):
 
     def verify(self, indices: Sequence[int]) -> None:
         if self.image_folder is None:
-            verify_images(self, indices, "data.source.path", self.path, hint="; is data.source.image_folder needed?")
+            verify_files(self, indices, "data.source.path", self.path, hint="; is data.source.image_folder needed?")
         else:
-            verify_images(self, indices, "data.source.image_folder", self.image_folder)
+            verify_files(self, indices, "data.source.image_folder", self.image_folder)
 
     def __len__(self) -> int:
         self.setup()
@@ -51,21 +52,24 @@ class LlavaJsonSource(CalibrationSource):
         assert self._records is not None
         try:
             record = self._records[index]
-            images = self._images(record)
+            files = {kind: self._files(record, kind) for kind in MEDIA}
             turns = record.get("conversations")
             if not isinstance(turns, list):
                 raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
-            messages = place_images(messages_from_turns(turns), len(images))
+            # A sample of images may speak of `<video>`.
+            media = [kind for kind in MEDIA if files[kind] or kind == "image"]
+            messages = messages_from_turns(turns, media)
+            for kind in media:
+                messages = place_media(messages, len(files[kind]), kind)
         except ValueError as error:
             raise RunError(str(error)) from None
-        return Conversation(messages, images, id=str(record.get("id", index)))  # type: ignore[arg-type]
+        name = str(record.get("id", index))
+        return Conversation(messages, [*files["image"]], name, files["video"], files["audio"])
 
-    def _images(self, record: dict[str, Any]) -> list[Path]:
-        if (kind := next((name for name in ("video", "audio") if record.get(name)), None)) is not None:
-            raise ValueError(f"it has the entry {kind!r}; this source reads images and text")
-        names = record.get("image") or []
+    def _files(self, record: dict[str, Any], kind: str) -> list[Path]:
+        names = record.get(kind) or []
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("`image` is neither a file name nor a list of file names")
+            raise ValueError(f"`{kind}` is neither a file name nor a list of file names")
         folder = Path(self.path).parent if self.image_folder is None else Path(self.image_folder)
         return [folder / name for name in names]

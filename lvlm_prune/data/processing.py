@@ -2,7 +2,7 @@
 
     Conversation --- chat template ---> text with placeholders --+
          |                                                       +-- processor --> input_ids, pixel_values, ...
-         +---------- images, opened -----------------------------+
+         +---------- images, opened; sounds, read; videos -------+
 
 Every sample is encoded on its own; padding is added when a batch is put together. So a sample's inputs depend neither
 on the batch size nor on its neighbours.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lvlm_prune.data.conversation import Conversation, Document, Message, load_image
+from lvlm_prune.data.conversation import MEDIA, Conversation, Document, Message, load_image, shrink
+from lvlm_prune.data.media import library_needed, load_sound, refuse_without_videos
 from lvlm_prune.errors import InputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -60,20 +61,32 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     return processor
 
 
-def encode(processor: Any, sample: Conversation | Document, add_generation_prompt: bool = False) -> dict[str, Tensor]:
+def encode(
+    processor: Any,
+    sample: Conversation | Document,
+    add_generation_prompt: bool = False,
+    max_pixels: int | None = None,
+) -> dict[str, Tensor]:
     """Model inputs of one sample: `input_ids` of shape (1, T) and what else the processor makes.
 
     For calibration that is the user's turn and the whole answer. Without a chat template (base models) the text is the
-    image placeholders and the texts of all turns, one turn per line.
+    placeholders and the texts of all turns, one turn per line.
+
+    Args:
+        processor: From `load_processor`.
+        sample: The sample.
+        add_generation_prompt: End the text where the model is to answer.
+        max_pixels: Larger images are shrunk to so many pixels before the processor sees them.
 
     Raises:
-        RunError: An image is missing or broken.
+        RunError: A file is missing or broken, or the processor does not take its kind.
+        InputError: Reading videos or sounds needs a library that is not installed.
         ValueError: The processor refuses the sample (for example, an image of extreme aspect ratio).
     """
     tokenizer = tokenizer_of(processor)
     if isinstance(sample, Document):
         return _encode_document(processor, tokenizer, sample)
-    images = [load_image(image) for image in sample.images]
+    images = [shrink(load_image(image), max_pixels) for image in sample.images]
     if images and tokenizer is processor:
         raise ValueError("the sample has images, but the model's processor takes only text")
     text = render(processor, sample.messages, add_generation_prompt)
@@ -82,11 +95,17 @@ def encode(processor: Any, sample: Conversation | Document, add_generation_promp
     arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt", "add_special_tokens": not starts}
     if images:
         arguments["images"] = [images]
-    return _tensors(processor(**arguments))
+    if sample.videos:
+        refuse_without_videos(processor)
+        arguments["videos"] = [str(video) for video in sample.videos]
+    if sample.audios:
+        arguments["audio"] = [load_sound(processor, audio) for audio in sample.audios]
+    with library_needed("a video" if sample.videos else "an image"):
+        return _tensors(processor(**arguments))
 
 
 def render(processor: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as text, with one placeholder of the processor per image."""
+    """The conversation as text, with one placeholder of the processor per image, video and sound."""
     from jinja2 import TemplateError
 
     # Folders written by older versions keep the template with the tokenizer.
@@ -117,6 +136,11 @@ def pad_token_of(processor: Any) -> int:
     return next((token for token in candidates if token is not None), 0)
 
 
+def padding_side_of(processor: Any) -> Literal["left", "right"]:
+    """The side on which a processor pads shorter samples; on the right where nobody says."""
+    return "left" if getattr(tokenizer_of(processor), "padding_side", None) == "left" else "right"
+
+
 def _encode_document(processor: Any, tokenizer: Any, document: Document) -> dict[str, Tensor]:
     # Web text does contain "<image>" and "</s>"; as special tokens they would be image positions without an image.
     encoded = tokenizer(
@@ -142,8 +166,8 @@ def _tensors(encoded: Any) -> dict[str, Tensor]:
 
 def _flat(processor: Any, message: Message) -> Message:
     """The message with a plain string for its content."""
-    image_token = getattr(processor, "image_token", None) or "<image>"
-    pieces = [image_token if part["type"] == "image" else part["text"] for part in message["content"]]
+    tokens = {kind: getattr(processor, f"{kind}_token", None) or f"<{kind}>" for kind in MEDIA}
+    pieces = [tokens[part["type"]] if part["type"] in tokens else part["text"] for part in message["content"]]
     return {**message, "content": "".join(pieces)}
 
 

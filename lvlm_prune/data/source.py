@@ -99,13 +99,13 @@ class CalibrationSource(ABC):
         """
 
 
-def verify_images(
+def verify_files(
     source: CalibrationSource, indices: Sequence[int], option: str, value: str | None, hint: str = ""
 ) -> None:
-    """Read the chosen conversations and see that their image files exist; no image is decoded.
+    """Read the chosen conversations and see that their images, videos and sounds exist; none is decoded.
 
     Raises:
-        InputError: A sample is malformed or image files are missing; it names `option`, and ends with `hint`.
+        InputError: A sample is malformed or files are missing; it names `option`, and ends with `hint`.
     """
     missing = []
     for index in indices:
@@ -114,10 +114,11 @@ def verify_images(
         except RunError as error:
             raise InputError(option, value, f"sample {index}: {error}") from None
         if isinstance(sample, Conversation):
-            files = (image for image in sample.images if isinstance(image, Path))
-            missing += [(sample.id, file) for file in files if not file.is_file()]
+            files = [("image", image) for image in sample.images if isinstance(image, Path)]
+            files += [("video", video) for video in sample.videos] + [("audio", audio) for audio in sample.audios]
+            missing += [(sample.id, kind, file) for kind, file in files if not file.is_file()]
     if missing:
-        name, file = missing[0]
-        problem = f"image file {file} of sample {name} is missing"
+        name, kind, file = missing[0]
+        problem = f"{kind} file {file} of sample {name} is missing"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(option, value, problem + others + hint)

@@ -15,10 +15,14 @@ from lvlm_prune.blocks import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.data import Conversation, encode, load_processor
 from tests.families import tiny_model
-from tests.hub_folders import PARTS, write_captions, write_folder, write_processor
+from tests.hub_folders import PARTS, write_captions, write_folder, write_processor, write_sounds
 
 QUICK = ("llava", "qwen2_vl", "gemma3", "mllama")
-FAMILIES = [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in PARTS]
+FAMILIES = [
+    family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+    for family, parts in PARTS.items()
+    if parts.images is not None
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,26 @@ def test_a_family_is_pruned_from_images_with_captions(family: str, captions: Pat
     assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.02)
     pruned = reload(model, tmp_path / "out")
     assert len(generated(pruned, tmp_path / "out", captions)) == 5
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe"])
+def test_a_family_is_pruned_from_sounds_that_count_as_visual(family: str, tmp_path: Path):
+    pytest.importorskip("soundfile")
+    pytest.importorskip("soxr")
+    model = write_folder(tmp_path / "dense", family)
+    sounds = write_sounds(tmp_path / "sounds")
+    options = ["--pruning.visual=[image, video, audio]", "--pruning.min_expert_tokens=1", "--data.batch_size=2"]
+    options.append("--pruning.pool.alpha=1e4")
+    assert prune(tmp_path / "dense", sounds, tmp_path / "out", *options) == 0
+    manifest = hold_against(tmp_path / "dense", tmp_path / "out")
+    assert manifest["calibration"]["num_samples"] == 4
+    assert manifest["calibration"]["tokens"]["audio"] >= 4
+    assert all(sum(block["visual_tokens"]) > 0 for block in manifest["blocks"])
+    turn = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "What is it?"}]}
+    question = Conversation([turn], audios=[sounds.parent / "0.wav"])
+    inputs = encode(load_processor(tmp_path / "out"), question, True)
+    tokens = reload(model, tmp_path / "out").generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 5
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -115,20 +115,43 @@ def test_fingerprint_sees_a_pixel_but_not_the_batch_size(tmp_path: Path, llava_j
     assert of(1) != before
 
 
-def test_padding_is_masked_and_moves_no_token(processor):
-    data = CalibrationDataModule(NumberedSource(), num_samples=20, batch_size=4)
-    alone = {batch.indices[0]: batch.inputs for batch in _with(data, batch_size=1).calibration_batches(processor)}
-    for batch in _with(data, batch_size=4).calibration_batches(processor):
+@pytest.mark.parametrize(
+    ("asked", "of_the_tokenizer", "side"), [("auto", "left", -1), ("auto", "right", 1), ("right", "left", 1)]
+)
+def test_padding_is_masked_and_on_the_side_of_the_processor(processor, monkeypatch, asked, of_the_tokenizer, side):
+    monkeypatch.setattr(processor.tokenizer, "padding_side", of_the_tokenizer)
+    data = CalibrationDataModule(NumberedSource(), num_samples=20, batch_size=4, padding_side=asked)
+    alone = {batch.indices[0]: batch.inputs for batch in data.calibration_batches(processor, batch_size=1)}
+    padded = 0
+    for batch in data.calibration_batches(processor):
         for row, index in enumerate(batch.indices):
             kept = batch.inputs["attention_mask"][row].bool()
             assert torch.equal(batch.inputs["input_ids"][row][kept], alone[index]["input_ids"][0])
-            assert bool((kept.int().diff() <= 0).all()), "padded on the right, although the tokenizer pads on the left"
+            assert bool((side * kept.int().diff() <= 0).all())
             assert (batch.inputs["input_ids"][row][~kept] == processor.tokenizer.pad_token_id).all()
+            padded += int((~kept).sum())
+    assert padded
 
 
-def _with(data: CalibrationDataModule, batch_size: int) -> CalibrationDataModule:
-    data.batch_size = batch_size
-    return data
+def test_large_images_are_shrunk_before_the_processor_sees_them(processor, monkeypatch):
+    class Wide(NumberedSource):
+        def __getitem__(self, index: int) -> Conversation:
+            image = Image.new("RGB", (4000, 10), "red")
+            return Conversation([{"role": "user", "content": [{"type": "image"}]}], [image])
+
+    seen = []
+    look = type(processor.image_processor).preprocess
+    monkeypatch.setattr(
+        type(processor.image_processor),
+        "preprocess",
+        lambda own, images, *rest, **options: seen.append(images) or look(own, images, *rest, **options),
+    )
+    for most in (None, 10_000):
+        list(CalibrationDataModule(Wide(), num_samples=1, max_pixels=most).calibration_batches(processor))
+    sizes = [images[0][0].size if isinstance(images[0], list) else images[0].size for images in seen]
+    assert sizes == [(4000, 10), (2000, 5)]
+    with pytest.raises(InputError, match=r"--data\.max_pixels 0: must be at least 1"):
+        CalibrationDataModule(Wide(), max_pixels=0)
 
 
 def test_samples_that_cannot_be_stacked_get_batches_of_their_own(llava_json: Path, processor):

@@ -114,8 +114,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ('{"conversations": [{"from": "robot", "value": "x"}]}', "sample 0: turn 0 has the role 'robot'"),
         ('{"conversations": [{"from": "gpt"}]}', "sample 0: turn 0 has no text"),
         ('{"image": 5, "conversations": []}', "sample 0: `image` is neither a file name nor a list"),
-        ('{"video": "a.mp4", "conversations": []}', "sample 0: it has the entry 'video'; this source"),
-        ('{"audio": "a.wav", "conversations": []}', "sample 0: it has the entry 'audio'"),
+        ('{"video": 5, "conversations": []}', "sample 0: `video` is neither a file name nor a list"),
+        (
+            '{"id": 7, "video": "no.mp4", "conversations": [{"from": "human", "value": "<video>"}]}',
+            "video file {folder}/no.mp4 of sample 7 is missing; is data.source.image_folder needed?",
+        ),
+        (
+            '{"id": 7, "audio": ["no.wav"], "conversations": [{"from": "human", "value": "x"}]}',
+            "audio file {folder}/no.wav of sample 7 is missing",
+        ),
+        (
+            '{"audio": ["a.wav"], "conversations": [{"from": "human", "value": "<audio> <audio>"}]}',
+            "sample 0: more audio placeholders (2) than audios (1)",
+        ),
         (
             '{"conversations": [{"from": "human", "value": "<image> <image>"}]}',
             "more image placeholders (2) than images (0)",
@@ -132,7 +143,7 @@ def test_bad_files_are_one_clear_line_before_the_run(tmp_path: Path, content, me
         path.write_text(content)
     with pytest.raises(InputError) as error:
         CalibrationDataModule(LlavaJsonSource(str(path)), num_samples=None).setup()
-    assert message in str(error.value)
+    assert message.replace("{folder}", str(tmp_path)) in str(error.value)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"--data.source.path {path}: ")
 
