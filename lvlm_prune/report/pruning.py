@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,9 @@ def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, d
         facts=_facts(run),
         scores=_scores(run),
         worst=_linears(run, run["summary"]["worst"]),
-        linears=_linears(run, run["linears"]),
+        linears=_linears(run, [name for name in run["linears"] if _experts_of(name) is None]),
+        experts=_experts(run),
+        worst_experts=_linears(run, run["summary"]["worst_experts"]),
         show=show,
         left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
     )
@@ -55,16 +58,20 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Sums and means of a manifest's numbers that the page shows.
 
     Returns:
-        `sparsity` and `error`: kind of Linear (last part of its name) -> block -> share of zeros, and mean relative
-        reconstruction error; `visual_tokens`: block -> mean per sample; `pool`: modality -> block -> share of the
-        pool's tokens; `seconds`: phase -> seconds; `worst`: names of the Linears of largest error; `peak_memory_bytes`;
-        `num_linears`, `num_blocks`, `num_weights`.
+        `sparsity` and `error`: kind of Linear (last part of its name, after `vision` in a vision tower) -> block ->
+        share of zeros, and mean relative reconstruction error; `visual_tokens`: block -> mean per sample; `pool`:
+        modality -> block -> share of the pool's tokens; `seconds`: phase -> seconds; `worst`, `worst_experts`: names of
+        the Linears, and of the experts' matrices, of largest error; `experts`: matrix of all routed experts of a block
+        -> means over them; `peak_memory_bytes`; `num_linears`, `num_blocks`, `num_vision_blocks`, `num_weights`.
     """
     zeros: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     errors: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    in_tower = {block["index"] for block in manifest["blocks"] if block.get("target") == "vision"}
     for name, entry in manifest["linears"].items():
         kind, size = name.rpartition(".")[2], entry["shape"][0] * entry["shape"][1]
+        if entry["block"] in in_tower:
+            kind = f"vision {kind}"
         zeros[kind][entry["block"]] += entry["achieved"] * size
         sizes[kind][entry["block"]] += size
         if "error" in entry:
@@ -95,12 +102,41 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
             for name in modalities
         },
         "seconds": seconds,
-        "worst": [name for name, entry in ranked if "error" in entry][:_WORST],
+        "worst": [name for name, entry in ranked if "error" in entry and _experts_of(name) is None][:_WORST],
+        "worst_experts": [name for name, entry in ranked if "error" in entry and _experts_of(name)][:_WORST],
+        "experts": _summarise_experts(manifest["linears"]),
         "peak_memory_bytes": max((block["peak_memory_bytes"] for block in blocks), default=0),
         "num_linears": len(manifest["linears"]),
         "num_blocks": len(blocks),
+        "num_vision_blocks": len(in_tower),
         "num_weights": sum(sum(of.values()) for of in sizes.values()),
     }
+
+
+def _experts_of(name: str) -> str | None:
+    """What a matrix of a routed expert is called together with those of the other experts; None for other Linears.
+
+    Example:
+        >>> _experts_of("model.layers.0.mlp.experts.7.down_proj"), _experts_of("model.layers.0.mlp.up_proj")
+        ('model.layers.0.mlp.experts.*.down_proj', None)
+    """
+    together, experts = re.subn(r"\.(\w*experts\w*)\.\d+\.", r".\1.*.", name)
+    return together if experts else None
+
+
+def _summarise_experts(linears: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for name, entry in linears.items():
+        if (together := _experts_of(name)) is not None:
+            groups[together].append(entry)
+    found: dict[str, dict[str, Any]] = {}
+    for together, entries in groups.items():
+        numbers = {key: sum(entry[key] for entry in entries) / len(entries) for key in ("target", "achieved")}
+        found[together] = {"experts": len(entries), "shape": entries[0]["shape"]} | numbers
+        errors = [entry["error"] for entry in entries if "error" in entry]
+        if errors:
+            found[together] |= {"error": sum(errors) / len(errors), "largest_error": max(errors)}
+    return found
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +146,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         "sparsity": show(run, "sparsity", "achieved", unit="percent"),
         "pattern": run.get("pattern", run["method"]["init_args"]["pattern"]),
     }
+    for target in run["sparsity"].get("parts", {}):
+        facts[f"sparsity, {target}"] = show(run, "sparsity", "parts", target, "achieved", unit="percent")
     if "evaluation" in run:
         facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
     if "size_bytes" in run:
@@ -150,6 +188,18 @@ def _linears(run: Mapping[str, Any], names: Any) -> Table:
         error = show(run, "linears", name, "error", unit="share") if "error" in entry else "–"
         rows.append([name, error, *numbers, *shape])
     return Table(["Linear", "error", "target", "achieved", "outputs", "inputs"], rows)
+
+
+def _experts(run: Mapping[str, Any]) -> Table:
+    rows = []
+    for together, entry in run["summary"]["experts"].items():
+        path = ("summary", "experts", together)
+        errors = [show(run, *path, key, unit="share") if key in entry else "–" for key in ("error", "largest_error")]
+        numbers = [show(run, *path, key, unit="share") for key in ("target", "achieved")]
+        shape = [show(run, *path, "shape", place, unit="count") for place in (0, 1)]
+        rows.append([together, show(run, *path, "experts", unit="count"), *errors, *numbers, *shape])
+    names = ["experts", "number", "mean error", "largest error", "target", "achieved", "outputs", "inputs"]
+    return Table(names, rows)
 
 
 def _plates(run: dict[str, Any], folder: Path | None) -> list[Plate | None]:

@@ -98,3 +98,22 @@ def test_a_run_without_activations_has_a_page_too(tmp_path):
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert page.figures == ["sparsity", "scores", "seconds"]
     assert "uses no activations" in page.text
+
+
+def test_a_model_of_many_experts_has_one_row_per_matrix_and_block(manifest):
+    entry = next(iter(manifest["linears"].values()))
+    many = json.loads(json.dumps(manifest))
+    names = [
+        f"model.layers.0.mlp.experts.{number}.{leaf}" for number in range(256) for leaf in ("up_proj", "down_proj")
+    ]
+    for number, name in enumerate(names):
+        many["linears"][name] = entry | {"error": number / 1000, "target": 0.5, "achieved": 0.25}
+    many["linears"][names[0]] |= {"note": "too few calibration tokens were sent to this expert", "target": 0.0}
+    text, _ = pruning_page(Manifest(many))
+    page = Page(text)
+    refuse_other_numbers(page, many | {"summary": summarise(many)})
+    shown = {path.split("/")[1] for path, *_ in page.numbers if path.startswith("linears/")}
+    assert shown == {*manifest["linears"], *names[-10:]}, "of the experts only the worst ones are named"
+    group = summarise(many)["experts"]["model.layers.0.mlp.experts.*.up_proj"]
+    assert (group["experts"], group["achieved"], group["largest_error"]) == (256, 0.25, 0.51)
+    assert group["target"] == pytest.approx(0.5 * 255 / 256)
