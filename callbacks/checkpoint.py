@@ -11,7 +11,7 @@ from the input checkpoint.
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
@@ -120,7 +120,10 @@ class SparseCheckpointWriter(PruneCallback):
             rows, columns = entry["shape"]
             achieved = zeros.get(name, 0) / (rows * columns)
             trainer.manifest["linears"][name] = entry | {"block": block.index, "achieved": achieved}
-        trainer.manifest["blocks"].append({"index": block.index, "name": block.name} | block.record)
+        names = {"index": block.index, "name": block.name}
+        if block.target != "language":
+            names["target"] = block.target
+        trainer.manifest["blocks"].append(names | block.record)
         folder = trainer.output_folder
         if folder is not None:
             _on_main(trainer, folder, lambda: self._write_block(trainer, pl_module, block, folder))
@@ -180,7 +183,7 @@ class SparseCheckpointWriter(PruneCallback):
                 _on_main(trainer, folder, lambda: _remove_parts(folder))
             return
         if folder is None:
-            self._summarise(trainer)
+            self._summarise(trainer, pl_module)
             return
         trainer.manifest.update(_on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder)))
         trainer.say(_verified_line(trainer.manifest))
@@ -205,7 +208,7 @@ class SparseCheckpointWriter(PruneCallback):
             rows, columns = linears[name]["shape"]
             linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
         trainer.manifest["verified"] = found
-        self._summarise(trainer)
+        self._summarise(trainer, pl_module)
         trainer.manifest["pattern"] = str(pruning.pattern)
         trainer.manifest["updates_weights"] = pruning.scorer.updates_weights
         self._join_statistics(trainer, folder)
@@ -216,11 +219,23 @@ class SparseCheckpointWriter(PruneCallback):
         return trainer.manifest
 
     @staticmethod
-    def _summarise(trainer: "LVLMTrainer") -> None:
+    def _summarise(trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
         trainer.manifest["memory"]["measured"] = trainer.memory.measured()
         trainer.manifest["method"] = describe(pruning)
-        trainer.manifest["sparsity"] = {"target": pruning.sparsity, "achieved": trainer.manifest.achieved_sparsity()}
+        found: dict[str, Any] = {
+            "target": pruning.mean_target(),
+            "achieved": trainer.manifest.achieved_sparsity(),
+        }
+        if "vision" in pl_module.targets:
+            found["parts"] = {
+                target: {
+                    "target": pruning.sparsity_of(target),
+                    "achieved": trainer.manifest.achieved_sparsity(trainer.manifest.blocks_of(target)),
+                }
+                for target in dict.fromkeys(part.target for part in pl_module.parts)
+            }
+        trainer.manifest["sparsity"] = found
 
     @staticmethod
     def _join_statistics(trainer: "LVLMTrainer", folder: Path) -> None:
@@ -239,8 +254,12 @@ def _verified_line(manifest: Manifest) -> str:
     untouched = manifest["verified"]["untouched_tensors"]
     left = sum("note" in entry for entry in manifest["linears"].values())
     note = f", {left} Linears left dense that saw too few calibration tokens, or none" if left else ""
-    promised = f"target {target:g}, {manifest['pattern']}"
-    return f"verified: sparsity {achieved:.4g} ({promised}), {untouched} other tensors untouched{note}"
+    promised = f"target {target:.4g}, {manifest['pattern']}"
+    parts = "".join(
+        f", {name} {part['achieved']:.4g} (target {part['target']:g})"
+        for name, part in manifest["sparsity"].get("parts", {}).items()
+    )
+    return f"verified: sparsity {achieved:.4g} ({promised}){parts}, {untouched} other tensors untouched{note}"
 
 
 def _by_parameter(block: Block) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:

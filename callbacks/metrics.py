@@ -42,6 +42,7 @@ class BlockMetrics(PruneCallback):
     def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Log what the survey found, block by block where it says so of blocks or of their Linears."""
         found = _numbers(trainer.manifest["survey"], "survey")
+        first = pl_module.parts[-1].first
         for index in range(len(pl_module.runner)):
             name = pl_module.runner.name(index)
             of_block = {
@@ -50,13 +51,13 @@ class BlockMetrics(PruneCallback):
                 if any(part == name or part.startswith(f"{name}.") for part in path.split("/"))
             }
             if of_block:
-                self._log(trainer, of_block, index)
+                self._log(trainer, of_block, first + index)
 
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Log the block's numbers of the manifest."""
         record = trainer.manifest["blocks"][-1]
         found = dict(_numbers({key: record[key] for key in record if key not in _NOT_NUMBERS}, "block"))
-        found["block/sparsity"] = trainer.manifest.achieved_sparsity(block.index)
+        found["block/sparsity"] = trainer.manifest.achieved_sparsity([block.index])
         budgets = record.get("visual_tokens")
         if budgets:
             found["block/visual_tokens"] = sum(budgets) / len(budgets)
@@ -76,7 +77,7 @@ class BlockMetrics(PruneCallback):
             found["run/seconds"] = manifest["seconds"]
         if "evaluation" in manifest:
             found |= dict(_numbers(manifest["evaluation"]["retention"], "run/retention"))
-        self._log(trainer, found, max(len(pl_module.runner) - 1, 0))
+        self._log(trainer, found, max(pl_module.num_blocks - 1, 0))
         if trainer.processes.is_main:
             for logger in trainer.loggers:
                 logger.finalize("success")

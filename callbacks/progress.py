@@ -19,20 +19,21 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
     """Lightning's tqdm bar, with a bar for `prune` too. Silent where the output is not a terminal."""
 
     def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        """Open the bar: one step per sample gathered, one per batch propagated."""
-        blocks = len(pl_module.runner)
-        finished = len(trainer.manifest.get("blocks", []))
+        """Open the bar: one step per block, part of it with each sample gathered and each batch propagated."""
+        self._blocks, self._findings = pl_module.num_blocks, ""
+        self._count(trainer)
+        self._bar = self._open(trainer, "Pruning", self._blocks, len(trainer.manifest.get("blocks", [])))
+
+    def _count(self, trainer: "LVLMTrainer") -> None:
         batches = len({id(row.batch) for row in trainer.rows})
-        self._per_block = max(len(trainer.rows) + batches, 1)
-        self._blocks, self._samples, self._seen = blocks, len(trainer.rows), 0
-        self._bar = self._open(trainer, "Pruning", blocks * self._per_block, finished * self._per_block)
-        self._findings = ""
+        self._share = 1 / max(len(trainer.rows) + batches, 1)
+        self._samples, self._seen = len(trainer.rows), 0
 
     def on_survey_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        """A bar of its own, in the place of the one of pruning: one step per sample and block."""
+        """A bar of its own, in the place of the one of pruning: one step per block, too."""
         self._bar.leave = False
         self._bar.close()
-        self._bar = self._open(trainer, "Surveying", self._blocks * self._samples)
+        self._bar = self._open(trainer, "Surveying", self._blocks)
 
     def on_survey_block_start(
         self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
@@ -46,17 +47,17 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
     ) -> None:
         """One sample surveyed."""
         self._seen += 1
-        self._bar.update(1)
+        self._bar.update(1 / self._samples)
         self._show(block)
 
     def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Blocks that the decoder skips for a sample count as well."""
-        self._bar.update((block.index + 1) * self._samples - self._bar.n)
+        self._bar.update(block.index + 1 - self._bar.n)
 
     def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """The bar of pruning again."""
         self._bar.close()
-        self._bar = self._open(trainer, "Pruning", self._blocks * self._per_block)
+        self._bar = self._open(trainer, "Pruning", self._blocks)
 
     @staticmethod
     def _open(trainer: "LVLMTrainer", title: str, total: int, initial: int = 0) -> Tqdm:
@@ -69,8 +70,8 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
         )
 
     def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
-        """Show which block it is."""
-        self._seen = 0
+        """Show which block it is; the samples of the vision tower are others than those of the decoder."""
+        self._count(trainer)
         self._show(block)
 
     def on_calibration_batch_end(
@@ -78,22 +79,22 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
     ) -> None:
         """One sample gathered."""
         self._seen += 1
-        self._bar.update(1)
+        self._bar.update(self._share)
         self._show(block)
 
     def on_propagation_batch_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """One batch propagated."""
-        self._bar.update(1)
+        self._bar.update(self._share)
 
     def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Show what the block showed."""
-        self._findings = f" · sparsity {trainer.manifest.achieved_sparsity(block.index):.3f}"
+        self._findings = f" · sparsity {trainer.manifest.achieved_sparsity([block.index]):.3f}"
         self._findings += "".join(
             f" · {name.removeprefix('mean_')} {value:.3f}"
             for name, value in block.record.items()
             if name.startswith("mean_")
         )
-        self._bar.update((block.index + 1) * self._per_block - self._bar.n)
+        self._bar.update(block.index + 1 - self._bar.n)
         self._show(block)
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:

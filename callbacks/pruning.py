@@ -7,7 +7,7 @@ on_block_calibrated       the pool says how many candidates count; score, mask, 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from lvlm_prune.activations import Activations
 from lvlm_prune.allocation import Allocation, UniformAllocation
-from lvlm_prune.blocks import MODALITIES, ExpertMatrix
+from lvlm_prune.blocks import ExpertMatrix, Target
 from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.effects import BlockEffects, scored_rows
@@ -50,6 +50,7 @@ class BlockwisePruning(PruneCallback):
     Args:
         sparsity: Share of each Linear's weights to prune, strictly between 0 and 1. With an N:M pattern it is given by
             the pattern, 1 - N/M. Default: 0.5.
+        vision_sparsity: The same for the vision tower, where `model.targets` names it. Default: `sparsity`.
         pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number).
         pool: Which calibration tokens count.
         scorer: How important each weight is.
@@ -83,10 +84,14 @@ class BlockwisePruning(PruneCallback):
         experts: Literal["prune", "keep"] = "prune",
         min_expert_tokens: int = 16,
         rare_experts: Literal["magnitude", "keep"] = "magnitude",
+        vision_sparsity: float | None = None,
     ) -> None:
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
         self.pattern = _checked_pattern(pattern)
-        self.sparsity = _checked_sparsity(sparsity, self.pattern)
+        self.sparsity = _checked_sparsity(sparsity, self.pattern, "pruning.sparsity")
+        self.vision_sparsity = vision_sparsity
+        if vision_sparsity is not None:
+            _checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
@@ -108,6 +113,7 @@ class BlockwisePruning(PruneCallback):
         self.name = name or _composition(pool, scorer, allocation)
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
+        self._in_towers: Set[str] = frozenset()
         self._prunes_experts = False
 
     @property
@@ -136,15 +142,20 @@ class BlockwisePruning(PruneCallback):
         Raises:
             InputError: An `exclude` pattern matches nothing, everything is excluded, or a width does not fit N:M.
         """
-        matrices: dict[str, nn.Linear | ExpertMatrix] = dict(pl_module.linears())
-        experts = pl_module.expert_matrices()
+        towers = pl_module.tower_linears()
+        matrices: dict[str, nn.Linear | ExpertMatrix] = {}
+        experts: dict[str, ExpertMatrix] = {}
+        if "language" in pl_module.targets:
+            matrices |= pl_module.linears()
+            experts = pl_module.expert_matrices()
         if self.experts == "keep":
             matrices = {name: linear for name, linear in matrices.items() if not _is_of_routed_expert(name)}
             experts = {}
-        shapes = {name: (matrix.out_features, matrix.in_features) for name, matrix in {**matrices, **experts}.items()}
+        everything = {**towers, **matrices, **experts}
+        shapes = {name: (matrix.out_features, matrix.in_features) for name, matrix in everything.items()}
         for pattern in self.exclude:
             if not any(_matches(name, pattern) for name in shapes):
-                raise InputError("pruning.exclude", pattern, "matches no Linear of the decoder blocks")
+                raise InputError("pruning.exclude", pattern, "matches no Linear of the blocks that are pruned")
         self.shapes = {
             name: shape
             for name, shape in shapes.items()
@@ -152,6 +163,12 @@ class BlockwisePruning(PruneCallback):
         }
         if not self.shapes:
             raise InputError("pruning.exclude", self.exclude, "leaves nothing to prune")
+        self._in_towers = towers.keys()
+        if "vision" in pl_module.targets:
+            self._refuse_undefined_for_towers()
+        elif self.vision_sparsity is not None:
+            problem = "needs --model.targets '[language, vision]'; the vision tower is not pruned"
+            raise InputError("pruning.vision_sparsity", self.vision_sparsity, problem)
         self._prunes_experts = not experts.keys().isdisjoint(self.shapes)
         if self._prunes_experts:
             self._refuse_undefined_for_experts()
@@ -163,6 +180,16 @@ class BlockwisePruning(PruneCallback):
         self.allocation.check(self.shapes, self.sparsity)
         if not self.allocation.wants_survey:
             self.allocate()
+
+    def _refuse_undefined_for_towers(self) -> None:
+        """In a vision tower every token is visual, and an allocation deals out over the decoder."""
+        way_out = "`--model.targets '[vision]'` prunes the tower in a run of its own, with another method"
+        if self.wants_activations and not self.pool.in_towers:
+            problem = f"is not defined for the vision tower, where every token is visual; {way_out}"
+            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
+        if not self.allocation.uniform:
+            problem = f"is not defined for the vision tower; {way_out}"
+            raise InputError("pruning.allocation", plugin_class(self.allocation).__name__, problem)
 
     def _refuse_undefined_for_experts(self) -> None:
         """Some methods look at what every Linear makes of every token; an expert sees only the tokens sent to it."""
@@ -177,7 +204,20 @@ class BlockwisePruning(PruneCallback):
 
     def allocate(self) -> None:
         """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""
-        self.targets = self.allocation.allocate(self.shapes, self.sparsity)
+        in_decoder = {name: shape for name, shape in self.shapes.items() if name not in self._in_towers}
+        self.targets = dict.fromkeys(self.shapes, self.sparsity_of("vision"))
+        self.targets |= self.allocation.allocate(in_decoder, self.sparsity) if in_decoder else {}
+
+    def mean_target(self) -> float:
+        """Target sparsity over all weights that are pruned."""
+        if self._in_towers.isdisjoint(self.shapes):
+            return self.sparsity
+        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
+        return sum(self.targets[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    def sparsity_of(self, target: Target) -> float:
+        """Target sparsity of the decoder, or of the vision tower."""
+        return self.vision_sparsity if target == "vision" and self.vision_sparsity is not None else self.sparsity
 
     def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Find the Linears to prune before anything is written."""
@@ -187,18 +227,25 @@ class BlockwisePruning(PruneCallback):
     def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Say what will be done; refuse a pool of visual tokens where there are none."""
         weights = sum(rows * columns for rows, columns in self.shapes.values())
+        blocks, share = f"{pl_module.num_blocks} blocks", f"{100 * self.sparsity:.4g}%"
+        if "vision" in pl_module.targets:
+            blocks += f", {sum(map(len, pl_module.towers))} of them in the vision tower,"
+            if self.sparsity_of("vision") != self.sparsity:
+                share += f", vision tower {100 * self.sparsity_of('vision'):.4g}%,"
         trainer.say(
-            f"{pl_module.label} · {len(pl_module.runner)} blocks · {len(self.shapes)} Linears · "
-            f"{_readable(weights)} weights · {self.name} · {100 * self.sparsity:.4g}% {self.pattern}"
+            f"{pl_module.label} · {blocks} · {len(self.shapes)} Linears · "
+            f"{_readable(weights)} weights · {self.name} · {share} {self.pattern}"
             + (f" · {trainer.manifest['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
-        if not (self.wants_activations and self.pool.needs_visual):
+        if not self.wants_activations:
             return
-        codes = [MODALITIES[name] for name in self.visual]
-        found = sum(int(torch.isin(row.modality, torch.tensor(codes).to(row.modality)).sum()) for row in trainer.rows)
-        if not trainer.processes.sum(torch.tensor([float(found)])).item():
+        tokens = trainer.manifest["calibration"]["tokens"]
+        if self.pool.needs_visual and not any(tokens.get(name) for name in self.visual):
             problem = "needs visual tokens, and no calibration sample has any"
             raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
+        if "vision" in pl_module.targets and not (tokens.get("image") or tokens.get("video")):
+            problem = "no calibration sample has an image or a video"
+            raise InputError("model.targets", "vision", problem)
 
     # ---- at each block -----------------------------------------------------------------------------------------------
     def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
@@ -217,7 +264,7 @@ class BlockwisePruning(PruneCallback):
                 self.pool,
                 self.scorer.statistic,
                 self.record,
-                example=None if trainer.picture is None else trainer.picture.sample,
+                example=None if trainer.picture is None or block.target == "vision" else trainer.picture.sample,
             )
 
     def on_calibration_batch_end(
@@ -390,15 +437,15 @@ def _checked_pattern(pattern: str | int) -> Pattern:
         raise InputError("pruning.pattern", pattern, str(error)) from None
 
 
-def _checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
+def _checked_sparsity(sparsity: float | None, pattern: Pattern, option: str) -> float:
     if isinstance(pattern, SemiStructured):
         if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
             problem = f"contradicts pattern {pattern}, whose sparsity is {pattern.sparsity:g}"
-            raise InputError("pruning.sparsity", sparsity, problem)
+            raise InputError(option, sparsity, problem)
         return pattern.sparsity
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
     if not 0 < sparsity < 1:
-        raise InputError("pruning.sparsity", sparsity, "must lie strictly between 0 and 1")
+        raise InputError(option, sparsity, "must lie strictly between 0 and 1")
     return sparsity
 
 

@@ -72,7 +72,7 @@ class PluginSurvey(PruneCallback):
         """Let the plugins try changed weights; before the first block, let them say what that costs."""
         for name, plugin in self.surveyors.items():
             own = tail.of_samples(self._samples[name])
-            if plugin.wants_survey_losses and block.index == 0:
+            if plugin.wants_survey_losses and block.place == 0:
                 trainer.weights.load_output_embedding()
                 trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), own))
             plugin.survey_block_start(block.name, self._linears(block), own)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune.attention import AttentionCall, recorded_attention, self_attention
-from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, ExpertStack, modality_of_tokens
+from lvlm_prune.blocks import MODALITIES, PADDING, CaughtBatch, ExpertStack, attended, modality_of_tokens
 from lvlm_prune.blocks.experts import RoutedCall, RoutedInput, rows_in_call
 from lvlm_prune.errors import RunError
 from lvlm_prune.tokens import ATTENTION_NEEDS, EXPERTS, NEEDS, Tokens
@@ -57,6 +57,22 @@ def rows_of(batch: CaughtBatch, config: object, samples: Iterable[int]) -> list[
         padded = len(real) < modality.shape[1]
         rows.append(SampleRow(sample, batch, row, real if padded else None, modality[row][real]))
     return rows
+
+
+def row_of_tower(batch: CaughtBatch, sample: int, modality: str) -> SampleRow:
+    """One call of a vision tower, all images of which belong to calibration sample `sample`.
+
+    A patch that no other may attend to is padding.
+    """
+    count = batch.token_shape[1]
+    mask = batch.arguments[min(batch.arguments)].get("attention_mask")
+    real: Tensor | None = None
+    if isinstance(mask, Tensor) and mask.ndim == 4 and batch.hidden.ndim == 3:
+        seen = attended(mask, batch.hidden[..., 0]).flatten()
+        real = None if seen.all() else seen.nonzero().flatten()
+    kept = count if real is None else len(real)
+    codes = torch.full((kept,), MODALITIES[modality], dtype=torch.int8, device=batch.hidden.device)
+    return SampleRow(sample, batch, 0, real, codes)
 
 
 def fork_rows(rows: Iterable[SampleRow]) -> list[SampleRow]:
@@ -178,8 +194,7 @@ class Activations:
     ) -> None:
         self.row, self.sites, self.block = row, sites, block
         self._record, self._hidden_in, self._hidden_out = record, hidden_in, hidden_out
-        assert row.batch.input_ids is not None
-        self._batch_shape = row.batch.input_ids.shape
+        self._batch_shape = row.batch.token_shape
 
     @property
     def sample(self) -> int:
@@ -264,9 +279,13 @@ class Activations:
         return {name: computed[name]() for name in sorted(needs)}
 
     def _decoder_tokens(self, hidden: Tensor) -> Tensor:
-        """(B, S, D) -> (T, D); parallel streams (k, B, S, D) or (B, S, k, D) -> (T, k D)."""
-        if hidden.ndim == 3:
-            return self.row.cut(hidden[self.row.row])
+        """(B, S, D), or (images, patches, D) of one sample -> (T, D).
+
+        Parallel streams (k, B, S, D) or (B, S, k, D) -> (T, k D).
+        """
+        batch_size, length = self._batch_shape
+        if hidden.shape[:-1].numel() == batch_size * length:
+            return self.row.cut(hidden.reshape(batch_size, length, -1)[self.row.row])
         if hidden.shape[:2] == self._batch_shape:
             return self.row.cut(hidden[self.row.row]).flatten(1)
         streams = self.row.cut(hidden.flatten(0, -4)[:, self.row.row].movedim(0, 1))

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lvlm_prune.blocks import Target
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
@@ -82,6 +83,7 @@ def prune(
     processor: Any = None,
     callbacks: Sequence[Callback] = (),
     trainer: LVLMTrainer | None = None,
+    targets: Sequence[Target] = ("language",),
 ) -> Manifest:
     """Prune a model in memory in place, or a checkpoint folder into another one.
 
@@ -93,6 +95,7 @@ def prune(
         processor: The model's processor, where a model in memory is calibrated from conversations.
         callbacks: More callbacks on the same lifecycle.
         trainer: A trainer of your own (devices, loggers); its callbacks must hold the method then.
+        targets: What is pruned: the `language` decoder, the `vision` tower, or both.
 
     Returns:
         The manifest: what was done, to what, with what result.
@@ -113,7 +116,10 @@ def prune(
         True
     """
     in_memory = isinstance(model, nn.Module)
-    module = LVLMModule.from_model(model, processor) if isinstance(model, nn.Module) else LVLMModule(str(model))
+    if isinstance(model, nn.Module):
+        module = LVLMModule.from_model(model, processor, list(targets))
+    else:
+        module = LVLMModule(str(model), targets=list(targets))
     if isinstance(calibration, CalibrationDataModule):
         data = calibration
     elif isinstance(calibration, CalibrationSource):

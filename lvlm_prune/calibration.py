@@ -68,7 +68,7 @@ class BlockCalibration:
         self._samples.append(sample.sample)
         shared = None if self.pool.per_linear else self.pool.select(tokens)
         if shared is not None:
-            self._composition.add(tokens, shared)
+            self._composition.add(tokens, shared, order)
         if self.record:
             self._selections[sample.sample] = (tokens.visual, shared)
         for site, inputs, repeats in sample.site_inputs():
@@ -82,7 +82,7 @@ class BlockCalibration:
                 selection = shared
                 if selection is None and repeats > 0:
                     selection = self.pool.select(tokens, key)
-                    self._composition.add(tokens, selection)
+                    self._composition.add(tokens, selection, order)
                     if self.record:
                         self._linear_selections[sample.sample, key] = selection.weights
                 self._add(key, inputs, repeats, selection, order, sample.row.weight)

@@ -30,19 +30,21 @@ class PoolComposition:
         self._counted: Tensor | None = None
         self._candidates: dict[int, Tensor] = {}
         self._calls: dict[int, int] = {}
+        self._example_calls = 0
         self._example: tuple[Tensor, Tensor] | None = None  # weights of all tokens so far, which of them are visual
         self._example_candidates: Tensor | None = None
 
-    def add(self, tokens: Tokens, selection: Selection) -> None:
-        """Count one selection of one sample."""
+    def add(self, tokens: Tokens, selection: Selection, row: int) -> None:
+        """Count one selection of one sample; `row` numbers what this process saw, a sample or a part of one."""
         sample = tokens.sample
         weights = selection.weights.float()
         counted = torch.stack([weights @ one for one in _one_hot(tokens.modality)])
         self._counted = counted if self._counted is None else self._counted + counted
-        self._calls[sample] = self._calls.get(sample, 0) + 1
+        self._calls[row] = self._calls.get(row, 0) + 1
         if selection.candidates is not None:
             self._candidates[sample] = tokens.modality[selection.candidates]
         if sample == self.example:
+            self._example_calls += 1
             self._example = (weights if self._example is None else self._example[0] + weights, tokens.visual)
             self._example_candidates = selection.candidates
 
@@ -72,7 +74,7 @@ class PoolComposition:
         if self._example is None or self.example is None:
             return None
         weights, visual = self._example
-        weights = weights / self._calls[self.example]
+        weights = weights / self._example_calls
         if self._example_candidates is not None:
             weights = weights.index_fill(0, self._example_candidates[: chosen.get(self.example, 0)], 1.0)
         return pack(weights[visual])

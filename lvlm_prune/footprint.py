@@ -13,7 +13,7 @@ The peak is the largest of these lines. What plugins take they say themselves (`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from lvlm_prune.blocks import (
     MODALITIES,
+    BlockRunner,
     ExpertMatrix,
+    Part,
     Place,
     find_expert_stacks,
     modality_of_tokens,
@@ -42,6 +44,10 @@ _EFFECTS = 2**24
 
 # Elements that become one patch of a vision tower: 14 x 14 pixels of three colours.
 _PATCH = 588
+
+
+# What configurations call the number of experts that a token is sent to.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,21 @@ class BatchSize:
     def positions(self) -> int:
         """Positions in all samples, padding included."""
         return prod(self.shape)
+
+    @property
+    def patches(self) -> int:
+        """About how many patches a vision tower makes of the inputs."""
+        return self.input_elements // _PATCH
+
+    def in_tower(self, patches: int) -> BatchSize:
+        """Size of what a vision tower sees of a batch of one sample: patches, each a visual token."""
+        return BatchSize((1, patches), (0,), (patches,), self.input_elements)
+
+    def samples_in_tower(self) -> list[BatchSize]:
+        """About the same for each sample of a batch, before any tower has run; none for text."""
+        samples = self.shape[0]
+        one = replace(self, input_elements=self.input_elements // samples)
+        return [one.in_tower(one.patches)] * samples if one.patches else []
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor], config: object, visual: Sequence[str]) -> BatchSize:
@@ -112,12 +133,23 @@ class Peak:
     host: int
     disk: int
 
+    def or_more(self, other: Peak) -> Peak:
+        """The larger of both, each kind of memory by itself."""
+        device = None if self.device is None or other.device is None else max(self.device, other.device)
+        return Peak(device, max(self.host, other.host), max(self.disk, other.disk))
+
+
+def larger_phases(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    """Phases of both, with the larger number where both have one."""
+    return {**first, **{name: max(count, first.get(name, 0)) for name, count in second.items()}}
+
 
 class Footprint:
-    """Predicts the memory of one process of a run.
+    """Predicts the memory that one process takes while the decoder, or a vision tower, is in work.
 
     Args:
         module: The opened model; no weights are read.
+        part: The blocks that are in work.
         method: What prunes it.
         batches: The calibration batches of this process.
         device: Where blocks run.
@@ -128,6 +160,7 @@ class Footprint:
     def __init__(
         self,
         module: LVLMModule,
+        part: Part,
         method: Method,
         batches: Sequence[BatchSize],
         device: torch.device,
@@ -137,18 +170,26 @@ class Footprint:
         self.method, self.batches, self.output_bytes = method, batches, output_bytes
         self.baseline = baseline + _WARM_UP
         self.on_gpu = device.type == "cuda"
-        config = module.model.config.get_text_config(decoder=True)
+        self._label = "vision tower, " if part.target == "vision" else ""
+        runner = part.runner
+        config: Any = module.model.config.get_text_config(decoder=True)
         self.width: int = config.hidden_size
+        if part.target == "vision":
+            # What `hidden_size` means differs from tower to tower; their first Linear is that of the attention.
+            config = getattr(runner.model, "config", None)
+            self.width = next(iter(prunable_linears(runner.block(0)).values())).in_features
         self.itemsize = torch.empty((), dtype=module.compute_dtype).element_size()
-        self._heads: int = getattr(config, "num_attention_heads", 1)
+        heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_heads"))
+        self._heads: int = next(filter(None, heads), 1)
         self._head_width: int = getattr(config, "head_dim", None) or self.width // self._heads
         rotary = getattr(config, "rope_parameters", None) or {}
+        self._experts_per_token = max(getattr(config, name, None) or 1 for name in _EXPERTS_PER_TOKEN)
         self._rotary_axes = 3 if "mrope_section" in rotary else 1
         self._eager = getattr(config, "_attn_implementation", "") == "eager"
-        self.frame_bytes, self.block_bytes, self._tower_width = _weight_sizes(module)
+        self.frame_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
         if module.folder is None:  # the weights are in memory already, part of the baseline
             self.frame_bytes, self.block_bytes = 0, [0] * len(self.block_bytes)
-        self._blocks = [_BlockSize.of(module.runner.block(index), self.width) for index in range(len(module.runner))]
+        self._blocks = [_BlockSize.of(runner.block(index), self.width) for index in range(len(runner))]
 
     # ---- what is held all along --------------------------------------------------------------------------------------
     def held_bytes(self) -> int:
@@ -185,13 +226,12 @@ class Footprint:
             if self.method.surveys:
                 survey = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
                 phases["survey"] = 2 * size + survey
-            for name, count in phases.items():
-                found[name] = max(found.get(name, 0), count)
-        return found
+            found = larger_phases(found, phases)
+        return {f"{self._label}{name}": count for name, count in found.items()}
 
     def _catching(self, batch: BatchSize) -> int:
         inputs = batch.input_elements * (4 + self.itemsize)
-        tower = batch.input_elements // _PATCH * self._tower_width * 3 * self.itemsize
+        tower = batch.patches * self._tower_width * 3 * self.itemsize
         return inputs + tower + 4 * batch.positions * self.width * self.itemsize
 
     def _forward(self, block: _BlockSize, batch: BatchSize) -> int:
@@ -232,7 +272,10 @@ class Footprint:
         tokens = sum(
             pool.held_tokens(text, visual) for batch in self.batches for text, visual in zip(batch.text, batch.visual)
         )
-        return tokens * sum(channels for channels, _ in block.sites) * self.itemsize
+        channels = sum(channels for channels, _ in block.sites)
+        # A token is sent to a few experts, and goes through each matrix of theirs.
+        channels += self._experts_per_token * sum({shape: shape[1] for shape in block.experts}.values())
+        return tokens * channels * self.itemsize
 
     # ---- the peak ----------------------------------------------------------------------------------------------------
     def working(self) -> tuple[int, int]:
@@ -332,21 +375,23 @@ def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, in
     return tuple((matrix.out_features, matrix.in_features) for matrix in matrices)
 
 
-def _weight_sizes(module: LVLMModule) -> tuple[int, list[int], int]:
-    """Bytes of the frame, of each block, and the widest Linear of a tower."""
+def _weight_sizes(module: LVLMModule, runner: BlockRunner) -> tuple[int, list[int], int]:
+    """Bytes of the frame, of each of the runner's blocks, and the widest Linear of a tower."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in module.model.state_dict().items()}
-    paths = [f"{module.runner.name(index)}." for index in range(len(module.runner))]
-    blocks = [sum(size for name, size in sizes.items() if name.startswith(path)) for path in paths]
+    paths = tuple(f"{module.runner.name(index)}." for index in range(len(module.runner)))
+    decoder = sum(size for name, size in sizes.items() if name.startswith(paths))
+    names = [f"{runner.name(index)}." for index in range(len(runner))]
+    blocks = [sum(size for name, size in sizes.items() if name.startswith(path)) for path in names]
     output = module.model.get_output_embeddings()
     unused = sum(parameter.numel() * parameter.element_size() for parameter in output.parameters()) if output else 0
     tied = output is not None and output.weight is module.model.get_input_embeddings().weight
     towers: list[Any] = [
         linear
         for name, linear in module.model.named_modules()
-        if isinstance(linear, nn.Linear) and linear is not output and not name.startswith(tuple(paths))
+        if isinstance(linear, nn.Linear) and linear is not output and not name.startswith(paths)
     ]
     widest = max((max(linear.out_features, linear.in_features) for linear in towers), default=0)
-    return sum(sizes.values()) - sum(blocks) - (0 if tied else unused), blocks, widest
+    return sum(sizes.values()) - decoder - (0 if tied else unused), blocks, widest
 
 
 def _power_of_two(count: int) -> int:

@@ -1,4 +1,4 @@
-"""The one loop: calibration samples stream through the decoder, block by block, and hooks are raised.
+"""The one loop: calibration samples stream through decoder or vision tower, block by block, and hooks are raised.
 
     for each block:   load weights ─► forward all samples ─► hooks ─► forward again ─► hooks ─► release weights
                                       gather statistics      prune    propagate       write
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from lvlm_prune.activations import Activations, SampleRow, fork_rows, recording
 from lvlm_prune.blocks import (
     TEXT,
-    BlockRunner,
     CaughtBatch,
     ExpertMatrix,
     ExpertStack,
+    Part,
     Placement,
+    Target,
     Weights,
     find_expert_stacks,
     prunable_linears,
@@ -36,10 +37,12 @@ from lvlm_prune.measuring import Stopwatch, peak_memory
 
 @dataclass
 class Block:
-    """A decoder block while it is being worked on.
+    """A block while it is being worked on.
 
     Args:
-        index: Its number in the decoder.
+        index: Its number among all blocks of the run; those of a vision tower come before those of the decoder.
+        place: Its number in its own decoder or tower.
+        target: `language` or `vision`: what it belongs to.
         name: Its full module path.
         module: The module itself; its weights are loaded.
         linears: Name relative to the block -> every Linear that could be pruned.
@@ -52,6 +55,8 @@ class Block:
     """
 
     index: int
+    place: int
+    target: Target
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
@@ -67,10 +72,10 @@ class Block:
 
 
 class BlockLoop:
-    """Streams calibration batches through the decoder and raises hooks at each block.
+    """Streams calibration batches through a decoder, or a vision tower, and raises hooks at each block.
 
     Args:
-        runner: Runs the decoder's blocks.
+        part: The blocks.
         weights: Brings a block's weights into memory and releases them.
         rows: The calibration samples of this process, in order.
         raise_hook: Called as `raise_hook(name, **arguments)`.
@@ -82,7 +87,7 @@ class BlockLoop:
 
     def __init__(
         self,
-        runner: BlockRunner,
+        part: Part,
         weights: Weights,
         rows: Sequence[SampleRow],
         raise_hook: Callable[..., None],
@@ -91,7 +96,7 @@ class BlockLoop:
         agree: Callable[[BaseException | None], None],
         placement: Placement | None = None,
     ) -> None:
-        self.runner, self.weights = runner, weights
+        self.part, self.runner, self.weights = part, part.runner, weights
         self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
         self.placement = placement or Placement()
         self.rows = rows
@@ -106,7 +111,7 @@ class BlockLoop:
         """A loop over copies of the samples, which leaves those of this loop where they are."""
         rows = fork_rows(self.rows)
         return BlockLoop(
-            self.runner, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree, self.placement
+            self.part, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree, self.placement
         )
 
     @torch.no_grad()
@@ -114,19 +119,19 @@ class BlockLoop:
         """Go through all blocks.
 
         Args:
-            done: Blocks that an earlier run finished; samples only pass through them, and no hook is raised.
-            load_done: Loads the finished weights of such a block.
+            done: Places of blocks that an earlier run finished; samples only pass through them, and no hook is raised.
+            load_done: Loads the finished weights of the block in such a place.
         """
-        last_open = max((index for index in range(len(self.runner)) if index not in set(done)), default=-1)
-        for index in range(last_open + 1):
-            if index in done:
+        last_open = max((place for place in range(len(self.runner)) if place not in set(done)), default=-1)
+        for place in range(last_open + 1):
+            if place in done:
                 assert load_done is not None
-                load_done(index)
-                self._together(self._propagate, self._block(index), hooks=False)
+                load_done(place)
+                self._together(self._propagate, self._block(place), hooks=False)
             else:
-                following = index + 1 if index < last_open and index + 1 not in done else None
-                self._work(index, is_last=index == last_open, following=following)
-            self.weights.release_block(index)
+                following = place + 1 if place < last_open and place + 1 not in done else None
+                self._work(place, is_last=place == last_open, following=following)
+            self.weights.release_block(place)
 
     @torch.no_grad()
     def survey(self) -> int:
@@ -136,16 +141,16 @@ class BlockLoop:
             Forwards of a block, one per calibration batch and block.
         """
         forwards = 0
-        for index in range(len(self.runner)):
-            self.weights.load_block(index)
-            block = self._block(index)
-            start = {"block": block, "tail": self.tail(index)}
+        for place in range(len(self.runner)):
+            self.weights.load_block(place)
+            block = self._block(place)
+            start = {"block": block, "tail": self.tail(place)}
             self._together(self.raise_hook, "on_survey_block_start", **start)
-            if index + 1 < len(self.runner):
-                self.weights.prefetch_block(index + 1)
+            if place + 1 < len(self.runner):
+                self.weights.prefetch_block(place + 1)
             self._together(self._survey_block, block)
             self.raise_hook("on_survey_block_end", block=block)
-            self.weights.release_block(index)
+            self.weights.release_block(place)
             forwards += block.forwards
         return forwards
 
@@ -154,15 +159,16 @@ class BlockLoop:
         samples = [_tail_sample(row) for row in self.rows]
         return DecoderTail(self.runner, self.weights, samples, first, self.placement)
 
-    def _block(self, index: int) -> Block:
-        module = self.runner.block(index)
-        return Block(index, self.runner.name(index), module, prunable_linears(module), find_expert_stacks(module))
+    def _block(self, place: int) -> Block:
+        module, name = self.runner.block(place), self.runner.name(place)
+        linears, stacks = prunable_linears(module), find_expert_stacks(module)
+        return Block(self.part.first + place, place, self.part.target, name, module, linears, stacks)
 
-    def _work(self, index: int, is_last: bool, following: int | None) -> None:
+    def _work(self, place: int, is_last: bool, following: int | None) -> None:
         seconds = {}
         clock = Stopwatch()
-        self.weights.load_block(index)
-        block = self._block(index)
+        self.weights.load_block(place)
+        block = self._block(place)
         seconds["read"] = clock.lap()
         self.raise_hook("on_block_start", block=block)
         if self.gathers():
@@ -191,16 +197,16 @@ class BlockLoop:
 
     def _gather(self, block: Block) -> None:
         totals = []
-        called = [batch for batch in self.batches if self.runner.calls(block.index, batch)]
-        for batch, here in self.placement.stream(called, block.index):
+        called = [batch for batch in self.batches if self.runner.calls(block.place, batch)]
+        for batch, here in self.placement.stream(called, block.place):
             hidden_out = self._observe(block, batch, here, self.runner.run, "on_calibration_batch_end")
             totals.append((batch, hidden_out.float().sum()))
         self._refuse_faults(totals, f"in the output of block {block.name}", lambda batch: self._origin(block, batch))
 
     def _survey_block(self, block: Block) -> None:
         totals = []
-        called = [batch for batch in self.batches if self.runner.calls(block.index, batch)]
-        for batch, here in self.placement.stream(called, block.index):
+        called = [batch for batch in self.batches if self.runner.calls(block.place, batch)]
+        for batch, here in self.placement.stream(called, block.place):
             hidden_out = self._observe(block, batch, here, self.runner.advance, "on_survey_batch_end")
             totals.append((batch, hidden_out.float().sum()))
         self._refuse_faults(totals, f"in the output of block {block.name}")
@@ -216,18 +222,18 @@ class BlockLoop:
         """One forward of one batch, `here` on the device; raises `hook` for each sample with what was computed."""
         hidden_in = here.hidden
         with recording(block.linears, self.needs(), block.stacks) as record:
-            hidden_out = forward(block.index, here)
+            hidden_out = forward(block.place, here)
         block.forwards += 1
         sites = record.sites()
         for row in self.rows_of_batch[id(batch)]:
-            sample = Activations(row, record, sites, hidden_in, hidden_out, block.index)
+            sample = Activations(row, record, sites, hidden_in, hidden_out, block.place)
             self.raise_hook(hook, block=block, sample=sample)
         return hidden_out
 
     def _propagate(self, block: Block, hooks: bool = True) -> None:
         totals = []
-        for batch, here in self.placement.stream(self.batches, block.index):
-            self.runner.advance(block.index, here)
+        for batch, here in self.placement.stream(self.batches, block.place):
+            self.runner.advance(block.place, here)
             block.forwards += 1
             totals.append((batch, here.hidden.float().sum()))
             if hooks:
@@ -259,7 +265,7 @@ class BlockLoop:
 
         handles = [linear.register_forward_hook(look(name)) for name, linear in block.linears.items()]
         try:
-            self.runner.run(block.index, self.placement.fetched(batch))
+            self.runner.run(block.place, self.placement.fetched(batch))
         finally:
             for handle in handles:
                 handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,14 @@ class Manifest(dict[str, Any]):
         """Blocks whose weights are completely written."""
         return [block["index"] for block in self.get("blocks", [])]
 
-    def achieved_sparsity(self, block: int | None = None) -> float:
-        """Share of zeros over the weights of all Linears that were to be pruned, or of those of one block."""
-        entries = [entry for entry in self["linears"].values() if block is None or entry["block"] == block]
+    def blocks_of(self, target: str) -> list[int]:
+        """Numbers of the blocks of the language decoder, or of the vision tower."""
+        return [block["index"] for block in self["blocks"] if block.get("target", "language") == target]
+
+    def achieved_sparsity(self, blocks: Iterable[int] | None = None) -> float:
+        """Share of zeros over the weights of all Linears that were to be pruned, or of those of some blocks."""
+        chosen = None if blocks is None else set(blocks)
+        entries = [entry for entry in self["linears"].values() if chosen is None or entry["block"] in chosen]
         sizes = [entry["shape"][0] * entry["shape"][1] for entry in entries]
         zeros = sum(entry["achieved"] * size for entry, size in zip(entries, sizes))
         return zeros / max(sum(sizes), 1)

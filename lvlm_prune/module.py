@@ -19,11 +19,15 @@ from lvlm_prune.blocks import (
     BlockRunner,
     CheckpointFolder,
     ExpertMatrix,
+    Part,
     ResidentWeights,
     StreamedWeights,
+    Target,
+    TowerRunner,
     Weights,
     build_skeleton,
     find_expert_stacks,
+    find_towers,
     prunable_linears,
     resolve,
 )
@@ -47,6 +51,11 @@ class LVLMModule(L.LightningModule):
         trust_remote_code: Run modelling code that comes with the checkpoint.
         attn_implementation: Attention implementation of transformers, for example `sdpa` or `eager`; default: its own
             choice.
+        targets: What is pruned: the `language` decoder, the `vision` tower, or both. The tower goes first, so that the
+            decoder is calibrated on what the pruned tower gives it.
+
+    Raises:
+        InputError: `targets` is empty, or names something else.
     """
 
     def __init__(
@@ -56,14 +65,19 @@ class LVLMModule(L.LightningModule):
         revision: str = "main",
         trust_remote_code: bool = False,
         attn_implementation: str = "",
+        targets: list[Target] = ["language"],  # noqa: B006
     ) -> None:
         super().__init__()
+        if not targets or not set(targets) <= {"language", "vision"}:
+            raise InputError("model.targets", targets, "must be a list of `language`, `vision` or both")
+        self.targets: frozenset[Target] = frozenset(targets)
         self.path, self.dtype_option, self.revision = path, dtype, revision
         self.trust_remote_code, self.attn_implementation = trust_remote_code, attn_implementation
         self.folder: CheckpointFolder | None = None
         self.model: Any = None
         self.processor: Any = None
         self.runner: BlockRunner
+        self.towers: list[TowerRunner] = []
         self.optimization = Optimization()
         self.teacher: Teacher | None = None
         self.pruned: dict[str, nn.Linear] = {}
@@ -72,17 +86,26 @@ class LVLMModule(L.LightningModule):
         self.strict_loading = False
 
     @classmethod
-    def from_model(cls, model: nn.Module, processor: Any = None) -> LVLMModule:
+    def from_model(
+        cls,
+        model: nn.Module,
+        processor: Any = None,
+        targets: list[Target] = ["language"],  # noqa: B006
+    ) -> LVLMModule:
         """Wrap a transformers model that is already in memory; pruning then changes it in place.
 
         Args:
             model: A transformers image-text-to-text model.
             processor: Its processor; not needed where the calibration source gives ready-made inputs.
+            targets: What is pruned.
+
+        Raises:
+            InputError: There is no vision tower to prune.
         """
-        module = cls(path=str(getattr(model, "name_or_path", "") or type(model).__name__))
+        module = cls(path=str(getattr(model, "name_or_path", "") or type(model).__name__), targets=targets)
         module.model = model.eval().requires_grad_(False)
         module.processor = processor
-        module.runner = BlockRunner(model)
+        module._find_blocks()
         return module
 
     @property
@@ -106,7 +129,39 @@ class LVLMModule(L.LightningModule):
             trust_remote_code=self.trust_remote_code,
             attn_implementation=self.attn_implementation or None,
         )
+        self._find_blocks()
+
+    def _find_blocks(self) -> None:
         self.runner = BlockRunner(self.model)
+        if "vision" in self.targets:
+            decoder = self.runner.decoder
+            self.towers = [TowerRunner(self.model, decoder, tower) for tower in find_towers(self.model, decoder)]
+            if not self.towers:
+                raise InputError("model.targets", "vision", f"{type(self.model).__name__} has no vision tower")
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is pruned, in order: the lists of blocks of the vision tower, the blocks of the decoder."""
+        found: list[Part] = []
+        first = 0
+        for tower in self.towers:
+            found.append(Part("vision", tower, first))
+            first += len(tower)
+        return [*found, Part("language", self.runner, first)] if "language" in self.targets else found
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that are pruned."""
+        return sum(len(part.runner) for part in self.parts)
+
+    def refuse_vision(self, verb: str) -> None:
+        """Raise where the vision tower is a target of a verb that knows only the decoder.
+
+        Raises:
+            InputError: It is.
+        """
+        if "vision" in self.targets:
+            raise InputError("model.targets", "vision", f"`{verb}` works on the language decoder")
 
     def load(self) -> None:
         """Bring the whole model into memory, for training, and find its pruned Linears.
@@ -152,15 +207,15 @@ class LVLMModule(L.LightningModule):
                 **attention,
             )
             self.model = loaded.eval().requires_grad_(False)
-            self.runner = BlockRunner(self.model)
+            self._find_blocks()
 
     def linears(self) -> dict[str, nn.Linear]:
         """Full name of every Linear of the decoder blocks that could be pruned, in the order of the blocks."""
-        return {
-            f"{self.runner.name(index)}.{name}": linear
-            for index in range(len(self.runner))
-            for name, linear in prunable_linears(self.runner.block(index)).items()
-        }
+        return _linears_of(self.runner)
+
+    def tower_linears(self) -> dict[str, nn.Linear]:
+        """The same of the vision tower, where it is a target."""
+        return {name: linear for tower in self.towers for name, linear in _linears_of(tower).items()}
 
     def expert_matrices(self) -> dict[str, ExpertMatrix]:
         """Full name of every matrix of a routed expert, in the order of the blocks."""
@@ -282,3 +337,11 @@ class LVLMModule(L.LightningModule):
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.compute_dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _linears_of(runner: BlockRunner) -> dict[str, nn.Linear]:
+    return {
+        f"{runner.name(index)}.{name}": linear
+        for index in range(len(runner))
+        for name, linear in prunable_linears(runner.block(index)).items()
+    }

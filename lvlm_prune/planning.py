@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 
 from lvlm_prune.blocks import Place, StreamedWeights
-from lvlm_prune.footprint import Footprint, Peak
+from lvlm_prune.footprint import Footprint, Peak, larger_phases
 from lvlm_prune.module import LVLMModule
 
 
@@ -85,8 +86,7 @@ def make_plan(
     weights: StreamedWeights,
     targets: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
-    footprint: Footprint,
-    place: Place,
+    footprints: Sequence[tuple[Footprint, Place]],
 ) -> Plan:
     """Look at a model on the meta device; no weights are read.
 
@@ -95,18 +95,21 @@ def make_plan(
         weights: Knows which tensors on disk hold a parameter.
         targets: Full name of each Linear to prune -> target sparsity.
         shapes: Full name of each Linear to prune -> (C_out, C_in).
-        footprint: Predicts the memory.
-        place: Where the samples wait.
+        footprints: For each part of the model that is pruned, what predicts the memory, and where the samples wait.
     """
     assert module.folder is not None
+    phases: dict[str, int] = {}
+    for footprint, _ in footprints:
+        phases = larger_phases(phases, footprint.phases())
+    footprint, place = max(footprints, key=lambda pair: pair[0].held_bytes())
     return Plan(
         linears=tuple(_planned(module, weights, targets, shapes)),
         weights=sum(prod(shapes[name]) for name in targets),
         model_weights=sum(prod(tensor.shape) for tensor in module.folder.tensors.values()),
-        phases=footprint.phases(),
+        phases=phases,
         held_bytes=footprint.held_bytes(),
         place=place,
-        peak=footprint.peak(place),
+        peak=reduce(Peak.or_more, (each.peak(where) for each, where in footprints)),
         output_bytes=footprint.output_bytes,
         baseline=footprint.baseline,
     )

@@ -7,6 +7,7 @@ catching ─► sizes of the batches ─► footprint ─► place for the sampl
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lvlm_prune.blocks import CaughtBatch, Place, Placement, existing_folder
-from lvlm_prune.footprint import BatchSize, Footprint, Method, Peak
+from lvlm_prune.blocks import CaughtBatch, Part, Place, Placement, existing_folder
+from lvlm_prune.footprint import BatchSize, Footprint, Method, Peak, larger_phases
 from lvlm_prune.hidden_states import HiddenStates, Wanted, available_device_memory, available_host_memory
 from lvlm_prune.measuring import MemorySampler
 from lvlm_prune.module import LVLMModule
@@ -44,8 +45,19 @@ class RunMemory:
         self._in_host = available_host_memory() // sharing
         if not scratch:
             scratch = tempfile.gettempdir() if output_folder is None else str(existing_folder(output_folder))
-        self._held = HiddenStates(wanted, device, Path(scratch), self._in_host // 2)
+        self._scratch = Path(scratch)
+        self._mapped = 0
+        self._hold_nothing()
+
+    def _hold_nothing(self) -> None:
+        self._held = HiddenStates(self._wanted, self._device, self._scratch, self._in_host // 2)
         self.sizes: list[BatchSize] = []
+
+    def forget(self) -> None:
+        """Let go of the samples that are held; others will come."""
+        self._held.placement.close()
+        self._mapped = max(self._mapped, self._held.peak_bytes)
+        self._hold_nothing()
 
     def __enter__(self) -> RunMemory:
         self._sampler = MemorySampler()
@@ -69,14 +81,20 @@ class RunMemory:
         self._held.add(batch)
         self.sizes.append(size)
 
-    def predict(self, model: LVLMModule, method: Method) -> tuple[Footprint, Place]:
-        """What the run will need, and where the samples can wait then, by the sizes of their batches."""
+    def predict(self, model: LVLMModule, part: Part, method: Method) -> tuple[Footprint, Place]:
+        """What these blocks will need, and where the samples can wait then, by the sizes of their batches."""
         output_bytes = 0 if model.folder is None else folder_bytes(model.folder.path)
-        footprint = Footprint(model, method, self.sizes, self._device, self._sampler.start, output_bytes)
+        footprint = Footprint(model, part, method, self.sizes, self._device, self._sampler.start, output_bytes)
         return footprint, footprint.place(self._wanted, self._on_device, self._in_host)
 
-    def settle(self, model: LVLMModule, method: Method) -> dict[str, Any]:
+    def settle(self, model: LVLMModule, part: Part, method: Method, earlier: Mapping[str, Any] = {}) -> dict[str, Any]:
         """All samples are caught: let them wait where there is room.
+
+        Args:
+            model: The opened model.
+            part: The blocks that come next.
+            method: What prunes them.
+            earlier: What was returned about blocks before them.
 
         Returns:
             What the manifest says about it: place, and bytes as predicted.
@@ -84,15 +102,16 @@ class RunMemory:
         Raises:
             RunError: A disk is full, or cannot be written.
         """
-        footprint, place = self.predict(model, method)
+        footprint, place = self.predict(model, part, method)
         self._held.settle(place)
         place = self.placement.place
+        peak = footprint.peak(place)
         return {
             "hidden_states": place,
             "baseline": footprint.baseline,
-            "samples": footprint.waiting_bytes(),
-            "phases": footprint.phases(),
-            "predicted": asdict(footprint.peak(place)),
+            "samples": max(footprint.waiting_bytes(), earlier.get("samples", 0)),
+            "phases": larger_phases(earlier.get("phases", {}), footprint.phases()),
+            "predicted": asdict(peak.or_more(Peak(**earlier["predicted"])) if earlier else peak),
         }
 
     def measured(self) -> dict[str, int | None]:
@@ -100,4 +119,4 @@ class RunMemory:
         on_gpu = self._device.type == "cuda"
         device = torch.cuda.max_memory_allocated(self._device) if on_gpu else None
         disk = 0 if self._output_folder is None else folder_bytes(self._output_folder)
-        return asdict(Peak(device, self._sampler.peak, disk + self._held.peak_bytes))
+        return asdict(Peak(device, self._sampler.peak, disk + max(self._mapped, self._held.peak_bytes)))

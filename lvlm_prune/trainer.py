@@ -20,8 +20,19 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from torch import Tensor
 
-from lvlm_prune.activations import SampleRow, rows_of
-from lvlm_prune.blocks import IMAGE, MODALITIES, VIDEO, StreamedWeights, Weights
+from lvlm_prune.activations import SampleRow, row_of_tower, rows_of
+from lvlm_prune.blocks import (
+    IMAGE,
+    MODALITIES,
+    VIDEO,
+    CaughtBatch,
+    CheckpointFolder,
+    Part,
+    StreamedWeights,
+    TowerRunner,
+    Weights,
+    modality_of_tokens,
+)
 from lvlm_prune.callbacks import (
     BlockMetrics,
     BlockwisePruning,
@@ -320,17 +331,29 @@ class LVLMTrainer(L.Trainer):
     ) -> None:
         self.weights = model.weights(fabric.device)
         self.manifest.update(self._provenance(model, datamodule))
-        clock = Stopwatch()
-        if self._needs_samples(callbacks):
-            self._catch(fabric, model, datamodule, callbacks)
-        self._settle(model, callbacks)
-        self.manifest["catch_seconds"] = clock.lap()
-        self._raise_hook(fabric, model, "on_prune_start")
-        if self._surveys(callbacks):
-            self._survey(fabric, model, callbacks)
+        self.manifest["catch_seconds"] = 0.0
+        finished = self._finished_blocks()
+        *towers, last = model.parts
+        started = False
+        for part in [*(tower for tower in towers if not finished.issuperset(tower.numbers)), last]:
+            clock = Stopwatch()
+            if self._needs_samples(callbacks):
+                self._catch(fabric, model, datamodule, callbacks, part)
+            self._settle(model, callbacks, part)
+            self.manifest["catch_seconds"] += clock.lap()
+            if not started:
+                self._raise_hook(fabric, model, "on_prune_start")
+                started = True
+            if self._surveys(callbacks):
+                self._survey(fabric, model, callbacks)
+            self._prune_part(fabric, model, callbacks, part)
+
+    def _prune_part(self, fabric: Fabric, model: LVLMModule, callbacks: list[Callback], part: Part) -> None:
+        """Prune the blocks that the samples are at, but for those that an interrupted run finished."""
+        weights = self._weights_of(part)
         loop = BlockLoop(
-            model.runner,
-            self.weights,
+            part,
+            weights,
             self.rows if self._gathers(callbacks) else [],
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
             gathers=lambda: self._gathers(callbacks),
@@ -338,8 +361,23 @@ class LVLMTrainer(L.Trainer):
             agree=self.processes.agree,
             placement=self.memory.placement,
         )
-        done = self.manifest.finished_blocks()
-        loop.run(done, load_done=lambda index: self._load_finished_block(model, index))
+        done = [index - part.first for index in self.manifest.finished_blocks() if index in part.numbers]
+        loop.run(done, load_done=lambda place: weights.load_block(place, self._written(model)))
+
+    def _weights_of(self, part: Part) -> Weights:
+        return self.weights if part.target == "language" else self.weights.of(part.runner.decoder)
+
+    def _written(self, model: LVLMModule) -> CheckpointFolder | None:
+        """The checkpoint as far as it is pruned; None for a model in memory."""
+        if model.folder is None or self.output_folder is None:
+            return None
+        return model.folder.at(self.output_folder)
+
+    def _finished_blocks(self) -> set[int]:
+        """Blocks that an interrupted run finished, where it is to go on."""
+        if not self.resume_run or self.output_folder is None or not self._is_resumable():
+            return set()
+        return set(Manifest.read(self.output_folder).finished_blocks())
 
     def _plan(self, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]) -> Plan:
         """What would be pruned. Calibration samples are read, for their lengths; weights are not.
@@ -351,12 +389,17 @@ class LVLMTrainer(L.Trainer):
         pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
         if not isinstance(weights, StreamedWeights) or pruning is None:
             raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
+        sizes: list[BatchSize] = []
         if self._needs_samples(callbacks):
             batches = datamodule.calibration_batches(model.processor, 0, self.world_size)
-            self.memory.sizes += [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
+            sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
-        footprint, place = self.memory.predict(model, self._method(pruning, callbacks))
-        return make_plan(model, weights, targets, pruning.shapes, footprint, place)
+        footprints = []
+        for part in model.parts:
+            in_tower = [each for size in sizes for each in size.samples_in_tower()]
+            self.memory.sizes = in_tower if part.target == "vision" else sizes
+            footprints.append(self.memory.predict(model, part, self._method(pruning, callbacks)))
+        return make_plan(model, weights, targets, pruning.shapes, footprints)
 
     def _is_resumable(self) -> bool:
         return self.output_folder is not None and (self.output_folder / FILE_NAME).is_file()
@@ -381,7 +424,7 @@ class LVLMTrainer(L.Trainer):
         counts = [getattr(callback, "survey_samples", None) for callback in surveying]
         wanted = frozenset().union(*(surveyed_samples(count, self.sample_numbers) for count in counts))
         loop = BlockLoop(
-            model.runner,
+            model.parts[-1],
             self.weights,
             [row for row in self.rows if row.sample in wanted],
             raise_hook=lambda name, **arguments: self._raise_hook(fabric, model, name, **arguments),
@@ -423,16 +466,20 @@ class LVLMTrainer(L.Trainer):
         found.setdefault("seconds", 0.0)
         return found
 
-    def _load_finished_block(self, model: LVLMModule, index: int) -> None:
-        """The pruned weights that an earlier run wrote."""
-        assert self.output_folder is not None
-        assert model.folder is not None
-        self.weights.load_block(index, model.folder.at(self.output_folder))
-
     def _catch(
-        self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]
+        self,
+        fabric: Fabric,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        callbacks: list[Callback],
+        part: Part,
     ) -> None:
-        """Run everything before block 0 for this process' samples; afterwards vision tower and embeddings can go."""
+        """Run everything before the first block of `part` for this process' samples; afterwards the rest can go.
+
+        What comes before it may be pruned already.
+        """
+        self.rows = []
+        self.memory.forget()
         if self.shared is not None and self.shared.samples is not None:
             taken = self.shared.samples.fork()
             self.rows, self.sample_numbers = taken.rows, taken.numbers
@@ -442,32 +489,44 @@ class LVLMTrainer(L.Trainer):
                 self.memory.hold(held, size)
             return
         digests: dict[int, str] = {}
+        tokens = torch.zeros(len(MODALITIES), dtype=torch.float64)
         error: BaseException | None = None
-        self.weights.load_frame()
+        weights = self._weights_of(part)
+        weights.load_frame(self._written(model) if part.first > 0 else None)
+        in_tower = part.target == "vision"
         try:
-            batches = datamodule.calibration_batches(model.processor, self.processes.rank, self.processes.count)
-            for batch in batches:
-                rows = self._catch_batch(fabric, model, batch)
+            ranks = (self.processes.rank, self.processes.count)
+            # In a tower nothing tells the images of several samples apart.
+            batch_size = 1 if in_tower else None
+            for batch in datamodule.calibration_batches(model.processor, *ranks, batch_size=batch_size):
+                catch = self._catch_calls if in_tower else self._catch_batch
+                rows = catch(fabric, model, batch, part)
                 size = BatchSize.of(batch.inputs, model.model.config, self._visual(callbacks))
-                self.memory.hold(rows[0].batch, size)
+                for one in {id(row.batch): row.batch for row in rows}.values():
+                    self.memory.hold(one, size.in_tower(one.token_shape[1]) if in_tower else size)
                 self.rows += rows
-                self.picture = self.picture or _first_picture(batch, rows, model.model.config)
+                modality = modality_of_tokens(
+                    model.model.config, batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+                )
+                tokens += torch.bincount(modality[modality >= 0], minlength=len(MODALITIES)).cpu()
+                self.picture = self.picture or _first_picture(batch, modality, model.model.config)
                 digests.update(zip(batch.indices, batch.digests, strict=True))
         except Exception as problem:
             error = problem
         self.processes.agree(error)
-        self.weights.release_frame(any(row.batch.needs_token_embedding for row in self.rows))
+        weights.release_frame(not in_tower and any(row.batch.needs_token_embedding for row in self.rows))
         everywhere = {index: value for part in self.processes.gather(digests) for index, value in part.items()}
         self.sample_numbers = numbers = sorted(everywhere)
         if not numbers:
             raise RunError("no calibration sample could be read; every one was skipped")
-        weights = dict(zip(numbers, datamodule.sample_weights(numbers)))
-        self.rows = [replace(row, weight=weights[row.sample]) for row in self.rows]
+        shares = dict(zip(numbers, datamodule.sample_weights(numbers)))
+        self.rows = [replace(row, weight=shares[row.sample]) for row in self.rows]
+        summed = self.processes.sum(tokens).tolist()
         self.manifest["calibration"] |= {
             "num_samples": len(numbers),
             "fingerprint": fingerprint(everywhere[number] for number in numbers),
             "skipped": [item for part in self.processes.gather(datamodule.skipped) for item in part],
-            "tokens": self._count_tokens(),
+            "tokens": {name: int(count) for name, count in zip(MODALITIES, summed) if count},
         }
         pictures = [picture for picture in self.processes.gather(self.picture) if picture is not None]
         self.picture = min(pictures, key=lambda picture: picture.sample, default=None)
@@ -475,23 +534,21 @@ class LVLMTrainer(L.Trainer):
             samples = CaughtSamples(self.rows, self.memory.sizes, numbers, self.manifest["calibration"], self.picture)
             self.shared.samples = samples.fork()
 
-    def _count_tokens(self) -> dict[str, int]:
-        """Modality -> number of real tokens of all calibration samples."""
-        counts = [sum(int((row.modality == code).sum()) for row in self.rows) for code in MODALITIES.values()]
-        summed = self.processes.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-        return {name: int(count) for name, count in zip(MODALITIES, summed) if count}
+    @torch.no_grad()
+    def _catch_batch(
+        self, fabric: Fabric, model: LVLMModule, batch: CalibrationBatch, part: Part | None = None
+    ) -> list[SampleRow]:
+        caught = model.runner.catch(_on_device(batch, fabric, model))
+        _refuse_not_finite(caught, batch)
+        return rows_of(caught, model.model.config, batch.indices)
 
     @torch.no_grad()
-    def _catch_batch(self, fabric: Fabric, model: LVLMModule, batch: CalibrationBatch) -> list[SampleRow]:
-        inputs = {
-            name: value.to(fabric.device, model.compute_dtype if value.is_floating_point() else value.dtype)
-            for name, value in batch.inputs.items()
-        }
-        caught = model.runner.catch(inputs)
-        if not torch.isfinite(caught.hidden).all():
-            samples = ", ".join(map(str, batch.indices))
-            raise RunError(f"NaN or infinity before the first block for calibration sample {samples}")
-        return rows_of(caught, model.model.config, batch.indices)
+    def _catch_calls(self, fabric: Fabric, model: LVLMModule, batch: CalibrationBatch, part: Part) -> list[SampleRow]:
+        assert isinstance(part.runner, TowerRunner)
+        calls = part.runner.catch_calls(_on_device(batch, fabric, model))
+        for caught, _ in calls:
+            _refuse_not_finite(caught, batch)
+        return [row_of_tower(caught, batch.indices[0], modality) for caught, modality in calls]
 
     def _forget_samples(self) -> None:
         """Nothing done yet, no sample caught."""
@@ -504,11 +561,12 @@ class LVLMTrainer(L.Trainer):
         device = self.strategy.root_device
         return RunMemory(self.hidden_states, device, self.scratch, self.output_folder, sharing=self.num_devices)
 
-    def _settle(self, model: LVLMModule, callbacks: list[Callback]) -> None:
+    def _settle(self, model: LVLMModule, callbacks: list[Callback], part: Part) -> None:
         """Choose where the samples wait, now that their sizes are known, and note what memory the run will need."""
         pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
         if pruning is not None:
-            self.manifest["memory"] = self.memory.settle(model, self._method(pruning, callbacks))
+            method, earlier = self._method(pruning, callbacks), self.manifest.get("memory", {})
+            self.manifest["memory"] = self.memory.settle(model, part, method, earlier)
 
     def _method(self, pruning: BlockwisePruning, callbacks: list[Callback]) -> Method:
         """What takes memory of what the callbacks do."""
@@ -601,11 +659,24 @@ def _needs(callbacks: list[Callback], name: str) -> frozenset[str]:
     return frozenset().union(*(getattr(callback, name, ()) for callback in callbacks))
 
 
-def _first_picture(batch: CalibrationBatch, rows: list[SampleRow], config: Any) -> Picture | None:
+def _on_device(batch: CalibrationBatch, fabric: Fabric, model: LVLMModule) -> dict[str, Tensor]:
+    return {
+        name: value.to(fabric.device, model.compute_dtype if value.is_floating_point() else value.dtype)
+        for name, value in batch.inputs.items()
+    }
+
+
+def _refuse_not_finite(caught: CaughtBatch, batch: CalibrationBatch) -> None:
+    if not torch.isfinite(caught.hidden).all():
+        samples = ", ".join(map(str, batch.indices))
+        raise RunError(f"NaN or infinity before the first block for calibration sample {samples}")
+
+
+def _first_picture(batch: CalibrationBatch, modality: Tensor, config: Any) -> Picture | None:
     """Of the samples of a batch, the first one whose visual tokens have known places."""
-    for number, row in enumerate(rows):
-        images, videos = (int((row.modality == code).sum()) for code in (IMAGE, VIDEO))
-        found = None if videos else picture_of(batch.inputs, number, row.sample, images, config)
+    for number, sample in enumerate(batch.indices):
+        images, videos = (int((modality[number] == code).sum()) for code in (IMAGE, VIDEO))
+        found = None if videos else picture_of(batch.inputs, number, sample, images, config)
         if found is not None:
             return found
     return None

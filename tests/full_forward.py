@@ -149,3 +149,37 @@ def _add_to(norms: dict[str, Tensor], name: str) -> Callable[..., None]:
         norms[name] = norms.get(name, 0) + tokens.square().sum(0)
 
     return hook
+
+
+@torch.no_grad()
+def prune_towers_by_full_forwards(
+    model: nn.Module, towers: list[str], batches: list[dict[str, Tensor]], sparsity: float
+) -> dict[str, Tensor]:
+    """Wanda of vision blocks, each from a whole forward of the model for each sample.
+
+    Args:
+        model: The model.
+        towers: Paths of the lists of blocks, in the order in which they run.
+        batches: The samples.
+        sparsity: Share of each row that goes.
+
+    Returns:
+        As `prune_by_full_forwards`.
+    """
+    masks = {}
+    for path in [f"{tower}.{index}" for tower in towers for index in range(len(model.get_submodule(tower)))]:
+        norms: dict[str, Tensor] = {}
+        linears = {
+            name: module for name, module in model.get_submodule(path).named_modules() if isinstance(module, nn.Linear)
+        }
+        hooks = [linear.register_forward_pre_hook(_add_to(norms, name)) for name, linear in linears.items()]
+        for batch in batches:
+            model(**batch, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in linears.items():
+            score = linear.weight.abs().double() * norms[name].sqrt()
+            lowest = score.argsort(dim=1, stable=True)[:, : int(score.shape[1] * sparsity)]
+            linear.weight.data.scatter_(1, lowest, 0.0)
+            masks[f"{path}.{name}"] = linear.weight == 0
+    return masks

@@ -3,12 +3,13 @@
 from lvlm_prune.blocks.capture import CaughtBatch
 from lvlm_prune.blocks.checkpoint import CheckpointFolder, TensorInfo
 from lvlm_prune.blocks.decoder import Decoder, find_decoder, prunable_linears
-from lvlm_prune.blocks.execution import BlockRunner
+from lvlm_prune.blocks.execution import BlockRunner, Part, Target
 from lvlm_prune.blocks.experts import ExpertMatrix, ExpertStack, find_expert_stacks
 from lvlm_prune.blocks.hub import resolve
-from lvlm_prune.blocks.modality import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, modality_of_tokens
+from lvlm_prune.blocks.modality import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, attended, modality_of_tokens
 from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
 from lvlm_prune.blocks.skeleton import build_skeleton
+from lvlm_prune.blocks.towers import TowerRunner, find_towers
 from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights
 
 __all__ = [
@@ -25,16 +26,21 @@ __all__ = [
     "Decoder",
     "ExpertMatrix",
     "ExpertStack",
+    "Part",
     "Place",
     "Placement",
     "ResidentWeights",
     "StreamedWeights",
+    "Target",
     "TensorInfo",
+    "TowerRunner",
     "Weights",
+    "attended",
     "build_skeleton",
     "existing_folder",
     "find_decoder",
     "find_expert_stacks",
+    "find_towers",
     "modality_of_tokens",
     "place_batches",
     "prunable_linears",

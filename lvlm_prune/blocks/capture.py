@@ -58,7 +58,8 @@ class CaughtBatch:
 
     Attributes:
         hidden: Input of the block whose turn it is, (B, S, D) in the model's dtype; a few decoders carry several
-            residual streams, (streams, B, S, D). Once all blocks have run: output of the last one.
+            residual streams, (streams, B, S, D), and vision towers see (images, patches, D), or (patches, D). Once all
+            blocks have run: output of the last one.
         arguments: Block to its arguments by name. Blocks that the decoder skips for this batch are absent.
         glue: Blocks after which the decoder itself changes the hidden states.
         decoder_arguments: Positional arguments of the decoder's own call.
@@ -97,6 +98,13 @@ class CaughtBatch:
         memo: dict[int, Any] = {}
         forked = {name: map_tensors(value, lambda tensor: tensor, memo) for name, value in vars(self).items()}
         return replace(self, **forked)
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(samples, positions); what a vision tower sees without token ids belongs to one sample."""
+        if self.input_ids is None:
+            return 1, self.hidden.shape[:-1].numel()
+        return self.input_ids.shape[0], self.input_ids.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -244,7 +252,7 @@ def record(
     ]
     try:
         with stubbed(decoder.layers, stub_for):
-            model(**{**inputs, "use_cache": False})
+            model(**inputs)
     except StopForward:
         pass
     except (ValueError, TypeError, IndexError, AttributeError) as error:

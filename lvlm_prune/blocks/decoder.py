@@ -8,7 +8,8 @@ from torch import nn
 
 from lvlm_prune.errors import InputError
 
-_LIST_NAMES = ("layers", "layer", "h", "blocks")
+# What models of transformers call their lists of blocks.
+LIST_NAMES = ("layers", "layer", "h", "blocks")
 _DEPTH_NAMES = ("num_hidden_layers", "decoder_layers", "num_layers")
 
 # Small projections that decide where a token goes. Zeros there change the route of tokens, not the cost of a block.
@@ -17,7 +18,7 @@ _ROUTING_NAMES = frozenset({"router", "indexer", "shared_expert_gate"})
 
 @dataclass(frozen=True)
 class Decoder:
-    """The module whose forward loops over the blocks, and its blocks.
+    """The module whose forward loops over the blocks, and its blocks; of a language decoder, or of a vision tower.
 
     Attributes:
         module: The module whose `forward` runs the loop.
@@ -66,7 +67,7 @@ def _candidates(model: nn.Module, text_config: Any) -> Iterator[tuple[nn.Module,
         own_type = getattr(getattr(module, "config", None), "model_type", None)
         if module is not root and own_type != text_config.model_type:
             continue
-        for list_name in _LIST_NAMES:
+        for list_name in LIST_NAMES:
             layers = getattr(module, list_name, None)
             if isinstance(layers, nn.ModuleList):
                 yield module, layers

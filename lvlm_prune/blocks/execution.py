@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,31 @@ from lvlm_prune.blocks.capture import (
     record_first,
     stubbed,
 )
-from lvlm_prune.blocks.decoder import find_decoder
+from lvlm_prune.blocks.decoder import Decoder, find_decoder
 from lvlm_prune.blocks.nested import contents_restored
 from lvlm_prune.errors import InputError
+
+Target = Literal["language", "vision"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks that are pruned one after the other, each from the outputs of those before it.
+
+    Args:
+        target: What they belong to: the language decoder, or a vision tower.
+        runner: Runs them.
+        first: Number of the first one among all blocks of the run.
+    """
+
+    target: Target
+    runner: "BlockRunner"
+    first: int = 0
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of these blocks among all blocks of the run."""
+        return range(self.first, self.first + len(self.runner))
 
 
 class BlockRunner:
@@ -38,6 +61,7 @@ class BlockRunner:
 
     Args:
         model: A transformers model in eval mode. Its blocks may be on the meta device while batches are caught.
+        decoder: Its decoder; found where it is not given.
 
     Raises:
         InputError: The model has no decoder that can be recognised.
@@ -53,9 +77,12 @@ class BlockRunner:
             last_hidden_state = runner.finish(batch)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    # What every forward of `model` is called with.
+    _options: ClassVar[Mapping[str, Any]] = {"use_cache": False}
+
+    def __init__(self, model: nn.Module, decoder: Decoder | None = None) -> None:
         self.model = model
-        self.decoder = find_decoder(model)
+        self.decoder = decoder or find_decoder(model)
         # Learned from the first batch, for this model only: another model of the same class may differ.
         self._form: int | None = None
         self._reads_history: bool | None = None
@@ -83,6 +110,7 @@ class BlockRunner:
             InputError: The decoder works in a way that cannot be replayed, or on another number of positions than there
                 are token ids.
         """
+        inputs = {**inputs, **self._options}
         # Version counters, by which changes in place are noticed, do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             recording = self._record(inputs)

@@ -46,7 +46,7 @@ def modality_of_tokens(config: Any, input_ids: Tensor, attention_mask: Tensor | 
         for token_id in placeholder_ids(config, modality):
             codes[input_ids == token_id] = MODALITIES[modality]
     if attention_mask is not None:
-        codes[~_attended(attention_mask, input_ids)] = PADDING
+        codes[~attended(attention_mask, input_ids)] = PADDING
     return codes
 
 
@@ -74,19 +74,29 @@ def _levels(config: Any) -> Iterator[Any]:
             yield from _levels(subconfig)
 
 
-def _attended(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Boolean (B, S): whether any query may attend to the token."""
+def attended(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    """Whether any query may attend to a token.
+
+    Args:
+        attention_mask: As for `modality_of_tokens`.
+        tokens: Any tensor of shape (B, S), for its shape and device.
+
+    Returns:
+        Boolean (B, S).
+
+    Raises:
+        ValueError: The mask does not fit.
+    """
     if attention_mask.ndim == 4:
         if attention_mask.is_floating_point():
             allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
         else:
             allowed = attention_mask.bool()
-        attended = allowed.any(dim=1).any(dim=1)
+        seen = allowed.any(dim=1).any(dim=1)
     else:
-        attended = attention_mask.bool()
-    if attended.ndim != 2 or attended.shape[-1] != input_ids.shape[-1] or len(attended) not in (1, len(input_ids)):
+        seen = attention_mask.bool()
+    if seen.ndim != 2 or seen.shape[-1] != tokens.shape[-1] or len(seen) not in (1, len(tokens)):
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit "
-            f"input_ids of shape {tuple(input_ids.shape)}"
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit tokens of shape {tuple(tokens.shape)}"
         )
-    return attended.expand(input_ids.shape).to(input_ids.device)
+    return seen.expand(tokens.shape).to(tokens.device)

@@ -11,6 +11,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -37,8 +38,16 @@ class Weights(ABC):
     """
 
     @abstractmethod
-    def load_frame(self) -> None:
-        """Bring the frame into memory."""
+    def of(self, blocks: Decoder) -> "Weights":
+        """The same weights, with the blocks of a vision tower as `blocks`; they stay a part of the frame."""
+
+    @abstractmethod
+    def load_frame(self, folder: CheckpointFolder | None = None) -> None:
+        """Bring the frame into memory.
+
+        Args:
+            folder: Another folder of the same layout to read it from.
+        """
 
     @abstractmethod
     def release_frame(self, keep_token_embedding: bool = False) -> None:
@@ -74,8 +83,12 @@ class Weights(ABC):
 class ResidentWeights(Weights):
     """Weights of a model that is in memory as a whole: nothing to bring, nothing to let go."""
 
-    def load_frame(self) -> None:
-        pass
+    def of(self, blocks: Decoder) -> "ResidentWeights":
+        return self
+
+    def load_frame(self, folder: CheckpointFolder | None = None) -> None:
+        if folder is not None:
+            raise ValueError("a model in memory does not read its frame from a folder")
 
     def release_frame(self, keep_token_embedding: bool = False) -> None:
         pass
@@ -114,9 +127,7 @@ class StreamedWeights(Weights):
         self._sources = find_sources(model, folder)
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         self._provider = _providers(model, self._sources, self._dtypes)
-        self._block_names: list[list[str]] = [
-            [name for name in self._dtypes if name.startswith(f"{path}.")] for path in decoder.names
-        ]
+        self._take_blocks(decoder)
         in_blocks = {name for names in self._block_names for name in names}
         unused = _path_of_output_embedding(model)
         self._frame_names = [
@@ -124,11 +135,21 @@ class StreamedWeights(Weights):
         ]
         output = _path_of(model, model.get_output_embeddings())
         self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
-        self._decoder_path = f"{decoder.name}." if decoder.name else ""
-        self._coming: tuple[int, Prefetch] | None = None
         _give_back_large()
         self._refuse_unfit([*in_blocks, *self._frame_names])
         self._refuse_missing(in_blocks)
+
+    def _take_blocks(self, decoder: Decoder) -> None:
+        self._block_names: list[list[str]] = [
+            [name for name in self._dtypes if name.startswith(f"{path}.")] for path in decoder.names
+        ]
+        self._decoder_path = f"{decoder.name}." if decoder.name else ""
+        self._coming: tuple[int, Prefetch] | None = None
+
+    def of(self, blocks: Decoder) -> "StreamedWeights":
+        other = copy(self)
+        other._take_blocks(blocks)
+        return other
 
     def key_of(self, name: str) -> str | None:
         """Name on disk of a parameter of the model, or None where it is stored in another form than it is used in.
@@ -188,17 +209,19 @@ class StreamedWeights(Weights):
             written |= source.store(self._model, folder or self._folder, group)
         return written
 
-    def load_frame(self) -> None:
-        self._load(self._frame_names, self._folder)
+    def load_frame(self, folder: CheckpointFolder | None = None) -> None:
+        self._load(self._frame_names, folder or self._folder)
         for name, buffer in list(self._model.named_buffers(remove_duplicate=False)):
             if buffer.device.type != "meta":
                 self._set(name, buffer.to(self._device))
 
     def release_frame(self, keep_token_embedding: bool = False) -> None:
         embedding = _path_of(self._model, _input_embedding(self._model))
+        in_blocks = {name for names in self._block_names for name in names}
         for name in self._frame_names:
             is_embedding = embedding is not None and name.startswith(f"{embedding}.")
-            needed = keep_token_embedding if is_embedding else name.startswith(self._decoder_path)
+            is_between_blocks = name.startswith(self._decoder_path) and name not in in_blocks
+            needed = keep_token_embedding if is_embedding else is_between_blocks
             if not needed:
                 self._release(name)
         _give_back_freed()

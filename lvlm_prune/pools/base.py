@@ -28,6 +28,9 @@ class Pool(Surveyor, ABC):
     needs_visual: ClassVar[bool] = False
     """True where a calibration set without any visual token makes no sense."""
 
+    in_towers: ClassVar[bool] = False
+    """True where it is defined for a vision tower, too, in which every token is visual."""
+
     @abstractmethod
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Choose among the tokens of one sample.

@@ -14,6 +14,8 @@ class MixedPool(Pool):
         tensor([True, True])
     """
 
+    in_towers = True
+
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for every token."""
         return Selection(torch.ones_like(tokens.visual))

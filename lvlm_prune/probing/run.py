@@ -70,6 +70,7 @@ class ProbeRun:
         """
         trainer, model, data = self.trainer, self.model, self.datamodule
         trainer._forget_samples()
+        model.refuse_vision("probe")
         model.open()
         source = None if model.folder is None else model.folder.path
         refuse_unusable(self.folder, source, RECORD_NAME, self.resume, copies=False)
@@ -111,8 +112,8 @@ class ProbeRun:
         trainer, model, data, manifest = self.trainer, self.model, self.datamodule, self.trainer.manifest
         trainer.weights = model.weights(fabric.device)
         manifest.update(trainer._provenance(model, data) | {"probe": describe(self.probe), "grid": []})
-        trainer._catch(fabric, model, data, [names])
-        trainer._settle(model, [self.probe, names])
+        trainer._catch(fabric, model, data, [names], model.parts[-1])
+        trainer._settle(model, [self.probe, names], model.parts[-1])
         if earlier is not None:
             earlier.refuse_other(manifest, self.folder)
             manifest.update({name: earlier[name] for name in _FINDINGS if name in earlier})
@@ -139,7 +140,7 @@ class ProbeRun:
         trainer, model = self.trainer, self.model
         cell.on_prune_start(trainer, model)
         loop = BlockLoop(
-            model.runner,
+            model.parts[-1],
             trainer.weights,
             trainer.rows,
             raise_hook=lambda name, **arguments: getattr(cell, name)(trainer, model, **arguments),

@@ -86,7 +86,7 @@ class BlockwiseRun(RecoveryRun):
         try:
             raise_hook("on_prune_start")
             loop = BlockLoop(
-                model.runner,
+                model.parts[-1],
                 trainer.weights,
                 trainer.rows,
                 raise_hook=raise_hook,

@@ -194,6 +194,7 @@ class RecoveryRun(ABC):
     def _check(self, earlier: Manifest | None) -> None:
         """Check everything that can be checked without going through the data."""
         model, data = self.model, self.datamodule
+        model.refuse_vision("recover")
         model.open()
         assert model.folder is not None
         if self.trainer.is_global_zero:

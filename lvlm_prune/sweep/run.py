@@ -57,6 +57,7 @@ class SweepRun:
         self.trainer, self.model, self.engine = trainer, model, engine
         self.keep = keep
         self.across = swept_option(across, grid.options)
+        model.refuse_vision("sweep")
         model.open()
         if model.folder is None:
             raise InputError("model.path", model.path, "a sweep needs a checkpoint folder")

@@ -90,6 +90,27 @@ def test_a_family_is_pruned_from_images_with_captions(family: str, captions: Pat
     assert len(generated(pruned, tmp_path / "out", captions)) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family, parts in PARTS.items() if parts.images is not None])
+def test_a_family_is_pruned_with_its_tower(family: str, captions: Path, tmp_path: Path):
+    """Every Linear of the vision blocks that images go through, but for the tower of videos, which saw none."""
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    model = write_folder(tmp_path / "dense", family)
+    options = ["--model.targets=[language, vision]", "--pruning.pool=MixedPool", "--pruning.min_expert_tokens=1"]
+    assert prune(tmp_path / "dense", captions, tmp_path / "out", *options) == 0
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    dense, pruned = CheckpointFolder(tmp_path / "dense"), CheckpointFolder(tmp_path / "out")
+    changed = [key for key in dense if not dense.same_bytes(key, pruned)]
+    assert manifest["verified"]["untouched_tensors"] >= len(list(dense)) - len(changed)
+    of_tower = {block["index"]: block["name"] for block in manifest["blocks"] if block.get("target") == "vision"}
+    assert of_tower
+    for name, entry in manifest["linears"].items():
+        if entry["block"] in of_tower and "video_tower" not in name:
+            assert entry["achieved"] == pytest.approx(0.5, abs=0.04), name
+    assert len(generated(reload(model, tmp_path / "out"), tmp_path / "out", captions)) == 5
+
+
 @pytest.mark.parametrize("family", ["qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe"])
 def test_a_family_is_pruned_from_sounds_that_count_as_visual(family: str, tmp_path: Path):
     pytest.importorskip("soundfile")

@@ -87,7 +87,11 @@ def test_the_papers_models_are_covered_by_their_shapes(name, tmp_path, capsys):
     ]
     assert main(["prune", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    shapes = [(int(words[1]), int(words[3])) for words in map(str.split, lines) if len(words) == 5 and words[2] == "x"]
+    rows = [words for words in map(str.split, lines) if len(words) == 5 and words[2] == "x"]
+    shapes = [(int(words[1]), int(words[3])) for words in rows]
+    checkpoint = CheckpointFolder(folder)
+    assert all(checkpoint[key].shape == shape for (key, *_), shape in zip(rows, shapes, strict=True))
+    assert len({key for key, *_ in rows}) == len(rows)
     head = hidden // heads
     per_block = [(heads * head, hidden), *[(kv_heads * head, hidden)] * 2, (hidden, heads * head)]
     per_block += [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
