@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -88,6 +88,24 @@ def test_a_family_is_pruned_from_images_with_captions(family: str, captions: Pat
     assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.02)
     pruned = reload(model, tmp_path / "out")
     assert len(generated(pruned, tmp_path / "out", captions)) == 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_by_the_processor_changes_no_statistic(family: str, captions: Path, tmp_path: Path):
+    """The tokenizers pad on the left; the captions differ in length."""
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    write_folder(tmp_path / "dense", family)
+    found = []
+    for size in (1, 4):
+        options = [f"--data.batch_size={size}", "--pruning.record=true", "--pruning.pool=MixedPool", "--report=false"]
+        assert prune(tmp_path / "dense", captions, tmp_path / str(size), *options) == 0
+        found.append(load_file(tmp_path / str(size) / "statistics.safetensors"))
+    one, four = found
+    first = [key for key in one if key.startswith("scaler_row.0.")]
+    assert first
+    for key in first:
+        assert (one[key] - four[key]).abs().max() <= 1e-6 * one[key].max(), key
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.pools import MixedPool
+from lvlm_prune.report.pruning import summarise
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import prune_by_full_forwards, prune_towers_by_full_forwards
+from tests.pages import Page, refuse_other_numbers
 
 # Where each family keeps its vision blocks, in the order in which they run.
 TOWERS = {
@@ -162,6 +164,20 @@ def test_batches_do_not_change_the_tower(tmp_path: Path):
         options = [f"--data.batch_size={size}", "--model.targets=[vision]"]
         assert main([*arguments, *options, f"--output={tmp_path / str(size)}"]) == 0
     assert same_bytes(tmp_path / "1", tmp_path / "3")
+
+
+def test_the_page_tells_the_tower_from_the_decoder(tmp_path: Path):
+    arguments = [*write(tmp_path / "dense", "llava"), "--report=true", BOTH, "--pruning.vision_sparsity=0.25"]
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    summary = summarise(manifest)
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    refuse_other_numbers(page, manifest | {"summary": summary})
+    assert summary["num_vision_blocks"] == 3
+    assert set(summary["sparsity"]["vision q_proj"]) == {0, 1, 2}
+    assert set(summary["sparsity"]["q_proj"]) == set(range(3, summary["num_blocks"]))
+    assert all(value == pytest.approx(0.25) for value in summary["sparsity"]["vision q_proj"].values())
+    assert {"sparsity/parts/vision/achieved", "summary/num_vision_blocks"} <= {path for path, *_ in page.numbers}
 
 
 @pytest.mark.slow
