@@ -375,7 +375,7 @@ class BlockwisePruning(PruneCallback):
         return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else self.scorer
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        """Note the mean budget, and say what the scorer found worth reporting."""
+        """Note the mean budget, and say what is worth knowing: what the scorer found, what was left out."""
         budgets = [k for block in trainer.manifest.get("blocks", []) for k in block.get("visual_tokens", [])]
         if budgets:
             trainer.manifest["mean_visual_tokens"] = sum(budgets) / len(budgets)
@@ -383,6 +383,7 @@ class BlockwisePruning(PruneCallback):
         lines = [
             self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}),
             self._rare_experts_line(linears),
+            _skipped_line(trainer.manifest.get("calibration", {})),
         ]
         if lines := [line for line in lines if line]:
             trainer.manifest["warnings"] = lines
@@ -396,6 +397,15 @@ class BlockwisePruning(PruneCallback):
         done = "left dense" if self.rare_experts == "keep" else "pruned by magnitude"
         few = f"fewer than {self.min_expert_tokens} calibration tokens"
         return f"{len(rare)} matrices of experts that {few} were sent to were {done} (the first is {rare[0]})"
+
+
+def _skipped_line(calibration: Mapping[str, Any]) -> str:
+    skipped = calibration.get("skipped", [])
+    if not skipped:
+        return ""
+    name, reason = skipped[0]
+    count, total = len(skipped), len(skipped) + calibration["num_samples"]
+    return f"{count} of {total} calibration samples could not be read and were left out (the first is {name}: {reason})"
 
 
 def _saw_nothing(statistic: Statistic | None) -> bool:

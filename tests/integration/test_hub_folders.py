@@ -108,6 +108,22 @@ def test_padding_by_the_processor_changes_no_statistic(family: str, captions: Pa
         assert (one[key] - four[key]).abs().max() <= 1e-6 * one[key].max(), key
 
 
+def test_broken_and_missing_images_are_left_out_counted_and_named(tmp_path: Path, capsys):
+    captions = write_captions(tmp_path / "captions")
+    write_folder(tmp_path / "dense", "llava")
+    (captions.parent / "2.png").write_bytes((captions.parent / "2.png").read_bytes()[:300])
+    (captions.parent / "5.png").unlink()
+    assert prune(tmp_path / "dense", captions, tmp_path / "out") == 2
+    assert f"image file {captions.parent / '5.png'} of sample noise-5 is missing" in capsys.readouterr().err
+    assert prune(tmp_path / "dense", captions, tmp_path / "out", "--data.on_error=skip") == 0
+    said = "2 of 8 calibration samples could not be read and were left out (the first is noise-2: "
+    assert f"warning: {said}{captions.parent / '2.png'}: cannot be read as an image (" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert manifest["calibration"]["num_samples"] == 6
+    assert [name for name, _ in manifest["calibration"]["skipped"]] == ["noise-2", "noise-5"]
+    assert said in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family, parts in PARTS.items() if parts.images is not None])
 def test_a_family_is_pruned_with_its_tower(family: str, captions: Path, tmp_path: Path):
