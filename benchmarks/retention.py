@@ -1,6 +1,7 @@
 """What each method costs on the embedded model: accuracy and retention by sparsity, over calibration seeds.
 
     python benchmarks/retention.py --json benchmarks/retention.json --markdown
+    python benchmarks/retention.py --json benchmarks/retention.json --recipes wanda atv --figure retention.png
 
 Every run is the loop of `lvlm-prune prune` on the model in memory (float32), then the embedded benchmark. Finished runs
 stand in the JSON file and are not repeated.
@@ -23,8 +24,10 @@ from lvlm_prune.data import CalibrationDataModule, EmbeddedSource
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.errors import InputError
-from lvlm_prune.evaluation.exact_match import score
+from lvlm_prune.evaluation.answers import score
 from lvlm_prune.evaluation.scores import Scores, retention
+from lvlm_prune.figures.style import save_png
+from lvlm_prune.figures.sweeps import retention_curve
 
 RECIPES = Path(__file__).parents[1] / "configs" / "prune"
 
@@ -104,6 +107,18 @@ def table(results: dict, group: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def lines(results: dict, recipes: list[str]) -> dict[str, dict[float, list[float]]]:
+    """Recipe -> sparsity in percent -> retention of each seed, as `retention_curve` takes them; N:M is left out."""
+    dense = Scores.from_dict(results["dense"])
+    found: dict[str, dict[float, list[float]]] = {recipe: {} for recipe in recipes}
+    for key, run in results["runs"].items():
+        recipe, target, _ = key.split()
+        if recipe in found and ":" not in target:
+            kept = retention(Scores.from_dict(run["scores"]), dense)
+            found[recipe].setdefault(100 * float(target), []).append(kept.average)
+    return {recipe: points for recipe, points in found.items() if points}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,10 +130,13 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=600, help="text questions of the benchmark")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--markdown", action="store_true", help="print the tables")
+    parser.add_argument("--figure", type=Path, help="draw retention against sparsity, one line per recipe, as PNG")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = {"num_images": options.images, "num_text": options.text}
     results = run_all(options.recipes, options.targets, options.seeds, size, options.json)
+    if options.figure is not None:
+        save_png(retention_curve(lines(results, options.recipes), "sparsity (%)", height=3.4), options.figure)
     if options.markdown:
         dense = Scores.from_dict(results["dense"])
         print(

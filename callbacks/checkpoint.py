@@ -21,6 +21,7 @@ from torch import Tensor
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.loop import Block
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.measuring import Stopwatch
@@ -100,7 +101,8 @@ class SparseCheckpointWriter(PruneCallback):
         if trainer.run_config is not None:
             replace_durably(folder / "config.yaml", yaml.safe_dump(dict(trainer.run_config), sort_keys=False).encode())
         # The input may have been pruned itself: its own records would be taken for ours.
-        copy_checkpoint(pl_module.folder.path, folder, leave_out=(FILE_NAME, "config.yaml", PAGE_NAME, FIGURE_FOLDER))
+        records = (FILE_NAME, "config.yaml", PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
+        copy_checkpoint(pl_module.folder.path, folder, leave_out=records)
         manifest["status"] = "pruning"
         manifest.write(folder)
         return manifest

@@ -1,7 +1,9 @@
-"""The command line: LightningCLI with `prune`, `recover`, `sweep` and `probe` as subcommands.
+"""The command line: LightningCLI with `prune`, `recover`, `evaluate`, `compare`, `sweep` and `probe` as subcommands.
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
 lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
+lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
+lvlm-prune compare FOLDER FOLDER --output DIR
 lvlm-prune probe --model.path CHECKPOINT --probing.sparsities [0.5,0.6] --output DIR
 lvlm-prune sweep --recipes 'configs/prune/*.yaml' --grid '{pruning.sparsity: [0.5, 0.6]}' --seeds '[0, 1]' --output DIR
 """
@@ -24,6 +26,7 @@ from lvlm_prune import __version__
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed
+from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.interruption import said_of_interruption
 from lvlm_prune.launching import is_first_process
 from lvlm_prune.module import LVLMModule
@@ -36,10 +39,15 @@ _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": _QUIET | {"enable_checkpointing": False},
     "probe": _QUIET | {"enable_checkpointing": False},
     "sweep": _QUIET | {"enable_checkpointing": False},
+    "evaluate": _QUIET | {"enable_checkpointing": False},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
 # Options of `recover` that a method does not use.
 _LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
+
+
+# Classes whose short names the command line is to know, beyond those that its signatures lead to.
+_ENGINES = (LMEvalEngine, LMMSEvalEngine)
 
 
 class LVLMParser(LightningArgumentParser):
@@ -59,22 +67,47 @@ class LVLMCLI(LightningCLI):
     Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data`, `output`, `resume`, `evaluate`; for
     `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `probe`, whose data is the same,
     `probing` (ModalityProbe); for `recover`, whose data is a RecoveryDataModule, `lora` (SparseLoRA), `method`,
-    `optimization`, `dense`, `distillation` and `reconstruction`; for `sweep`, `recipes`, `grid`, `seeds` and `engine`.
+    `optimization`, `dense`, `distillation` and `reconstruction`; for `sweep`, `recipes`, `grid`, `seeds` and `engine`;
+    for `evaluate`, which has no `data`, `baseline` and `engine`. `compare` has only `folders` and `output`.
     """
 
     _verb: str
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The verbs, and which of their arguments the CLI builds itself."""
-        return {verb: {"model", "datamodule"} for verb in ("prune", "recover", "sweep", "probe")}
+        """The verbs, and which of their arguments the CLI builds itself; of a command that begins with one, this one.
+
+        Building the options of all takes longer than most commands need to find a mistake in theirs.
+        """
+        verbs = ("prune", "recover", "evaluate", "compare", "sweep", "probe")
+        named = [verb for verb in LVLMParser.command_line[:1] if verb in verbs]
+        return {verb: {"model", "datamodule"} for verb in named or verbs}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._verb = subcommand
+        if subcommand == "compare":
+            return self._compare_parser(**kwargs)
         self.trainer_defaults = _TRAINER_DEFAULTS[subcommand]
         data = RecoveryDataModule if subcommand == "recover" else CalibrationDataModule
         self.datamodule_class = self._datamodule_class = data
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def _compare_parser(self, **options: Any) -> LightningArgumentParser:
+        """Folders, which have no option before them, and no trainer, model or data."""
+        parser = self.init_parser(**options)
+        parser.add_argument("folders", nargs="+", type=str, help="Two or more output folders of prune and recover.")
+        parser.add_argument("--output", type=str, default="", help="Folder for a page, the record and the table.")
+        self._subcommand_method_arguments["compare"] = ["folders", "output"]
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`trainer`, `model` and, but for `evaluate`, `data`."""
+        if self._verb != "evaluate":
+            super().add_core_arguments_to_parser(parser)
+            return
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(self._model_class, "model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callback that does the work has a key of its own."""
@@ -101,6 +134,21 @@ class LVLMCLI(LightningCLI):
             value = self._get(self.config, key)
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
+
+    def instantiate_classes(self) -> None:
+        """Trainer, model and data, where the subcommand has any."""
+        if self.subcommand != "compare":
+            super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        if self.subcommand != "compare":
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "compare":
+            super()._run_subcommand(subcommand)
+            return
+        LVLMTrainer.compare(self.config["compare"]["folders"], self.config["compare"]["output"])
 
     def instantiate_trainer(self, **kwargs: Any) -> LVLMTrainer:
         """The Trainer; what it says against its options becomes one line.
@@ -131,6 +179,16 @@ class LVLMCLI(LightningCLI):
     def before_sweep(self) -> None:
         """The same."""
         self._hand_over("sweep")
+
+    def before_evaluate(self) -> None:
+        """The same, and refuse a precision that the engine does not hear of.
+
+        Raises:
+            InputError: `model.dtype` is not at its default.
+        """
+        config = self._hand_over("evaluate")
+        if config["model"]["dtype"] != "auto":
+            raise InputError("model.dtype", config["model"]["dtype"], "does nothing here; the engine has `dtype`")
 
     def before_recover(self) -> None:
         """The same, and refuse options of what the method leaves out.

@@ -65,7 +65,7 @@ class Manifest(dict[str, Any]):
             InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
         """
         for section in ("config", "model", "calibration"):
-            before, now = dict(_leaves(self.get(section, {}))), dict(_leaves(other.get(section, {})))
+            before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))
             for key in sorted(before.keys() | now.keys()):
                 if section == "config" and key.split(".")[0] in _FREE_TO_CHANGE:
                     continue
@@ -118,9 +118,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in nested mappings; an empty mapping is a value.
+
+    Example:
+        >>> list(leaves({"pool": {"alpha": 2}, "seed": 0}))
+        [('pool.alpha', 2), ('seed', 0)]
+    """
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value

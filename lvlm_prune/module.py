@@ -209,6 +209,13 @@ class LVLMModule(L.LightningModule):
             self.model = loaded.eval().requires_grad_(False)
             self._find_blocks()
 
+    def unload(self) -> None:
+        """Let the whole model go, and the memory that it took."""
+        self.model = None
+        del self.runner
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def linears(self) -> dict[str, nn.Linear]:
         """Full name of every Linear of the decoder blocks that could be pruned, in the order of the blocks."""
         return _linears_of(self.runner)

@@ -59,7 +59,7 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path()) 
 
 
 def _split_key(text: str) -> tuple[str, str]:
-    found = re.match(r'Parser key "(?:(?:prune|recover|sweep|evaluate|probe)\.)?([\w.]+)":\s*(.*)', text)
+    found = re.match(r'Parser key "(?:(?:prune|recover|sweep|evaluate|compare|probe)\.)?([\w.]+)":\s*(.*)', text)
     return (found[1], found[2]) if found else ("", text)
 
 

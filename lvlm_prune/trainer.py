@@ -1,4 +1,4 @@
-"""The Trainer: Lightning's, with `prune`, `recover`, `probe` and `sweep` beside `fit`.
+"""The Trainer: Lightning's, with `prune`, `recover`, `evaluate`, `compare`, `probe` and `sweep` beside `fit`.
 
 prune()  check everything ─► launch processes ─► catch block-0 inputs ─► block loop ─► verify, report
          (nothing written)                       (rank r takes its share of the samples)
@@ -325,6 +325,48 @@ class LVLMTrainer(L.Trainer):
 
         points = Grid.of(recipes, grid, seeds, datamodule)
         return SweepRun(self, model, points, own_instance(engine), output, part, keep, across)()
+
+    def evaluate(
+        self,
+        model: LVLMModule,
+        baseline: str = "",
+        engine: Engine = lazy_instance(BuiltinEngine),
+        output: str = "",
+    ) -> dict[str, Any]:
+        """Score a checkpoint, and tell what is left of the scores of the dense one.
+
+        Args:
+            model: The checkpoint, for example a pruned one.
+            baseline: Folder or hub id of the dense checkpoint. Default: none, and so no retention.
+            engine: What scores checkpoints: the built-in engine, or a harness in an interpreter of its own.
+            output: Folder for `evaluation.json` and `evaluation.md`, new, empty or of an earlier evaluation. Default:
+                the checkpoint's own where `prune` or `recover` wrote it, so that its report shows the retention; else
+                `runs/<model>-evaluation`.
+
+        Returns:
+            What was found; also `evaluation.json`.
+        """
+        from lvlm_prune.evaluation.run import EvaluationRun
+
+        return EvaluationRun(self, model, baseline, own_instance(engine), output)()
+
+    @staticmethod
+    def compare(folders: list[str], output: str = "") -> dict[str, Any]:
+        """Hold output folders of prune and recover side by side.
+
+        Settings that differ, sparsity per block, overlap of the kept weights, and scores where there are any.
+
+        Args:
+            folders: Two or more folders.
+            output: Folder for `report.html`, `compare.json` and `compare.md`, new, empty or of an earlier comparison.
+                Default: the tables are only printed.
+
+        Returns:
+            What was found; also `compare.json`.
+        """
+        from lvlm_prune.comparison.run import compare
+
+        return compare(folders, output)
 
     def _prune(
         self, fabric: Fabric, model: LVLMModule, datamodule: CalibrationDataModule, callbacks: list[Callback]

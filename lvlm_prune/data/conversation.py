@@ -34,6 +34,7 @@ class Conversation:
         id: Name of the sample in messages to the user.
         videos: One file per video part, in order.
         audios: One file per audio part, in order.
+        task: What the sample is scored under in an evaluation; empty where it does not say.
     """
 
     messages: list[Message]
@@ -41,6 +42,7 @@ class Conversation:
     id: str = ""
     videos: list[Path] = field(default_factory=list)
     audios: list[Path] = field(default_factory=list)
+    task: str = ""
 
     def beginning(self, turns: int) -> Conversation:
         """The first turns, with what belongs to them."""

@@ -19,7 +19,7 @@ from lvlm_prune.data.conversation import (
 from lvlm_prune.data.source import CalibrationSource, verify_files
 from lvlm_prune.errors import InputError, RunError
 
-_ROLES = ("image", "images", "question", "answer", "messages", "text", "id")
+_ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
 _FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -28,7 +28,8 @@ class HFDatasetSource(CalibrationSource):
 
     Roles: `image` or `images` (one image or a list: data of the `Image` feature, encoded bytes, or a file name relative
     to the data set), with `question` and `answer`; or `messages` (chat format, or LLaVA's `from`/`value`) with or
-    without images; or `text` (a document, which does not go through the chat template); and `id`.
+    without images; or `text` (a document, which does not go through the chat template); and `id`, and `task` (what a
+    sample is scored under in an evaluation).
 
     Args:
         path: A folder written by `save_to_disk`, a folder or file of parquet, JSON, JSONL, CSV or images, or the name
@@ -154,7 +155,8 @@ class HFDatasetSource(CalibrationSource):
                 messages = messages_from_turns([{"role": "user", "content": values["text"]}])
             else:
                 messages = _question_and_answer(values)
-            return Conversation(place_media(messages, len(images)), images, id=name)
+            task = str(values.get("task") or "")
+            return Conversation(place_media(messages, len(images)), images, id=name, task=task)
         except ValueError as error:
             raise RunError(str(error)) from None
 

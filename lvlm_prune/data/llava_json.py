@@ -63,8 +63,8 @@ class LlavaJsonSource(CalibrationSource):
                 messages = place_media(messages, len(files[kind]), kind)
         except ValueError as error:
             raise RunError(str(error)) from None
-        name = str(record.get("id", index))
-        return Conversation(messages, [*files["image"]], name, files["video"], files["audio"])
+        name, task = str(record.get("id", index)), str(record.get("task") or "")
+        return Conversation(messages, [*files["image"]], name, files["video"], files["audio"], task)
 
     def _files(self, record: dict[str, Any], kind: str) -> list[Path]:
         names = record.get(kind) or []

@@ -53,7 +53,7 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
         raise InputError("model.path", folder, problem) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError("model.path", folder, _why_not_loaded(folder, error)) from error
-    if isinstance(processor, PreTrainedTokenizerBase) and _takes_images(folder):
+    if isinstance(processor, PreTrainedTokenizerBase) and takes_images(folder):
         problem = f"has a tokenizer but no processor files (preprocessor_config.json, ...); {_WAY_OUT}"
         raise InputError("model.path", folder, problem)
     if not isinstance(processor, (PreTrainedTokenizerBase, ProcessorMixin)):
@@ -219,7 +219,8 @@ def _processor_class(folder: Path) -> Any:
     return None
 
 
-def _takes_images(folder: Path) -> bool:
+def takes_images(folder: Path) -> bool:
+    """Whether the checkpoint in a folder has a vision tower."""
     config = folder / "config.json"
     return config.is_file() and "vision_config" in json.loads(config.read_text(encoding="utf-8"))
 

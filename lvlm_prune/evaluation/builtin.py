@@ -1,29 +1,44 @@
-"""The built-in engine: exact answers to a benchmark's questions, without any other package."""
+"""The built-in engine: answers to a benchmark's questions, without any other package."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lvlm_prune.data import load_processor
+from lvlm_prune.data.processing import load_processor
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.errors import InputError
-from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.evaluation.exact_match import score
+from lvlm_prune.evaluation.answers import score
+from lvlm_prune.evaluation.engine import Engine, Measurement
+from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Benchmark, Scores
 from lvlm_prune.plugins import own_instance
 from lvlm_prune.processes import Processes
 
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+__all__ = ["BuiltinEngine", "EmbeddedBenchmark", "LocalBenchmark"]
+
 
 class BuiltinEngine(Engine):
-    """Loads a checkpoint as a user would and counts the questions that it answers to the letter.
+    """Loads a checkpoint as a user would and counts the questions that it answers rightly.
 
     Args:
-        benchmark: What is asked.
+        benchmark: What is asked: `EmbeddedBenchmark`, or `LocalBenchmark` with a data set of one's own.
         batch_size: Questions per batch.
         dtype: Precision in which the model answers; `auto` takes the checkpoint's own.
+        likelihood: Whether `evaluate` also measures the perplexity of the right answers, and with a baseline how far
+            the model is from it there: KL(dense ‖ pruned).
+        top_k: Logits of the dense model that are kept for each answer token, on the disk of temporary files. Where the
+            vocabulary is larger the divergence takes all other tokens for one, and is never more than the exact one.
 
     Raises:
         InputError: A number is out of range.
@@ -34,32 +49,105 @@ class BuiltinEngine(Engine):
         benchmark: Benchmark = lazy_instance(EmbeddedBenchmark),
         batch_size: int = 128,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+        likelihood: bool = True,
+        top_k: int = 1024,
     ) -> None:
-        if batch_size < 1:
-            raise InputError("engine.batch_size", batch_size, "must be at least 1")
+        for name, value in (("batch_size", batch_size), ("top_k", top_k)):
+            if value < 1:
+                raise InputError(f"engine.{name}", value, "must be at least 1")
         self.benchmark: Benchmark = own_instance(benchmark)
-        self.batch_size = batch_size
-        self.dtype = dtype
+        self.batch_size, self.dtype = batch_size, dtype
+        self.likelihood, self.top_k = likelihood, top_k
+
+    def check(self) -> None:
+        """Open the benchmark."""
+        self.benchmark.check()
 
     def score(
-        self, folder: Path, processes: Processes | None = None, device: torch.device | str = "cpu", title: str = ""
+        self,
+        folder: Path,
+        processes: Processes | None = None,
+        device: torch.device | str = "cpu",
+        title: str = "",
     ) -> Scores:
         """Accuracy per task; each question is answered by one process."""
-        from transformers import AutoModelForImageTextToText
-        from transformers.utils import logging
+        from lvlm_prune.module import LVLMModule
 
-        logging.disable_progress_bar()
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
-        processor, questions = load_processor(folder), self.benchmark.questions
-        processes = processes or Processes()
-        bar = Tqdm(
-            total=len(questions),
-            bar_format=f"Scoring {title} {{bar:24}} {{n_fmt}}/{{total_fmt}} · {{elapsed}} · {{remaining}} left",
-            disable=None if processes.is_main else True,
-            leave=False,
+        with self._loaded(LVLMModule(str(folder), self.dtype), device) as (module, processor):
+            return self._answer(module, processor, processes or Processes(), title)
+
+    def measure(
+        self,
+        model: LVLMModule,
+        baseline: LVLMModule | None,
+        processes: Processes,
+        device: torch.device,
+    ) -> Measurement:
+        """Accuracy per task, and how likely the right answers are."""
+        from lvlm_prune.evaluation.likelihood import AnswerLikelihood
+        from lvlm_prune.recovery.dense import refuse_other_tokens
+
+        dense, more = None, {}
+        if baseline is not None and self.likelihood:
+            try:
+                refuse_other_tokens(baseline, model)
+            except InputError as error:
+                raise InputError("baseline", error.value, error.problem) from None
+        with TemporaryDirectory(prefix="lvlm-prune-") as scratch:
+            questions = self.benchmark.questions
+            likelihood = AnswerLikelihood(questions, self.batch_size, self.top_k, Path(scratch), processes)
+            share = len(likelihood.numbers)
+            if baseline is not None:
+                with self._loaded(baseline, device) as (module, processor):
+                    dense = self._answer(module, processor, processes, "baseline")
+                    if self.likelihood:
+                        with _bar("Right answers, baseline", share, processes) as progress:
+                            more["baseline_perplexity"] = likelihood.dense(module, processor, progress)
+            with self._loaded(model, device) as (module, processor):
+                scores = self._answer(module, processor, processes, "model")
+                if self.likelihood:
+                    with _bar("Right answers, model", share, processes) as progress:
+                        found = likelihood.pruned(module, processor, progress, baseline is not None)
+                    more["perplexity"], divergence = found
+                    if baseline is not None:
+                        more["kl"] = divergence
+        return Measurement(scores, dense, more)
+
+    @contextmanager
+    def _loaded(self, origin: LVLMModule, device: torch.device | str) -> Iterator[tuple[LVLMModule, Any]]:
+        """A whole model of its own in memory while the context is open, and its processor."""
+        from lvlm_prune.module import LVLMModule
+
+        module = LVLMModule(
+            origin.path if origin.folder is None else str(origin.folder.path),
+            self.dtype,
+            trust_remote_code=origin.trust_remote_code,
+            attn_implementation=origin.attn_implementation,
         )
+        module.load_whole()
+        assert module.folder is not None
+        processor = load_processor(module.folder.path, module.trust_remote_code)
         try:
-            return score(model, processor, questions, self.batch_size, bar.update, processes)
+            yield module.to(device), processor
         finally:
-            bar.close()
+            module.unload()
+
+    def _answer(self, module: LVLMModule, processor: Any, processes: Processes, title: str) -> Scores:
+        questions = self.benchmark.questions
+        with _bar(f"Scoring {title}", len(questions), processes) as progress:
+            return score(module.model, processor, questions, self.batch_size, progress, processes)
+
+
+@contextmanager
+def _bar(title: str, total: int, processes: Processes) -> Iterator[Callable[[int], object]]:
+    """A progress bar of the process that prints."""
+    bar = Tqdm(
+        total=total,
+        bar_format=f"{title} {{bar:24}} {{n_fmt}}/{{total_fmt}} · {{elapsed}} · {{remaining}} left",
+        disable=None if processes.is_main else True,
+        leave=False,
+    )
+    try:
+        yield bar.update
+    finally:
+        bar.close()

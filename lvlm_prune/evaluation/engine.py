@@ -1,12 +1,34 @@
 """The interface of an engine: what scores a checkpoint folder."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.processes import Processes
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What an engine says of a model and of the dense one.
+
+    Args:
+        scores: Of the model.
+        baseline: Of the dense model, if there is one.
+        more: What else was measured, as plain data for `evaluation.json`.
+    """
+
+    scores: Scores
+    baseline: Scores | None = None
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Engine(ABC):
@@ -24,7 +46,11 @@ class Engine(ABC):
 
     @abstractmethod
     def score(
-        self, folder: Path, processes: Processes | None = None, device: torch.device | str = "cpu", title: str = ""
+        self,
+        folder: Path,
+        processes: Processes | None = None,
+        device: torch.device | str = "cpu",
+        title: str = "",
     ) -> Scores:
         """Scores of a checkpoint, the same on all processes.
 
@@ -34,3 +60,25 @@ class Engine(ABC):
             device: Where the model goes.
             title: What is scored, for the progress bar.
         """
+
+    def measure(
+        self,
+        model: LVLMModule,
+        baseline: LVLMModule | None,
+        processes: Processes,
+        device: torch.device,
+    ) -> Measurement:
+        """All that `evaluate` tells of a checkpoint; one model is in memory at a time.
+
+        Args:
+            model: The checkpoint, opened, without weights.
+            baseline: The dense one, opened as well.
+            processes: All processes of the run, each of which calls this method.
+            device: Where models go.
+        """
+        assert model.folder is not None
+        dense = None
+        if baseline is not None:
+            assert baseline.folder is not None
+            dense = self.score(baseline.folder.path, processes, device, "baseline")
+        return Measurement(self.score(model.folder.path, processes, device, "model"), dense)

@@ -1,28 +1,75 @@
-"""Questions with exact answers, and what comes out of asking them."""
+"""Questions with one right answer, and what comes out of asking them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from PIL import Image
 
-Group = Literal["vision", "text"]
+from lvlm_prune.data.conversation import Conversation
+from lvlm_prune.evaluation.metrics import MetricName
+
+Group = Literal["vision", "text", "audio"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one right answer. Questions about the same image should share the image object."""
+    """A question with its one right answer.
+
+    Args:
+        task: What it is scored under.
+        group: What it is about: something seen, something heard, or text alone.
+        question: Its text.
+        answer: The right answer.
+        image: What it is about. Questions about the same image should share the object.
+        metric: How an answer is held against the right one, the same for all questions of a task.
+        read: Gives the turns to ask, with their images, each time when they are needed; default: `question` about
+            `image`.
+        image_names: Of the images that `read` gives: equal names, equal images.
+    """
 
     task: str
     group: Group
     question: str
     answer: str
     image: Image.Image | None = None
+    metric: MetricName = "exact_match"
+    read: Callable[[], Conversation] | None = None
+    image_names: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> Conversation:
+        """The turns to ask, up to the answer."""
+        if self.read is not None:
+            return self.read()
+        content: list[dict[str, str]] = [{"type": "text", "text": self.question}]
+        if self.image is not None:
+            content.insert(0, {"type": "image"})
+        return Conversation([{"role": "user", "content": content}], [] if self.image is None else [self.image])
+
+    @property
+    def answered(self) -> Conversation:
+        """The same turns with the right answer behind them."""
+        asked = self.asked
+        turn = {"role": "assistant", "content": [{"type": "text", "text": self.answer}]}
+        return replace(asked, messages=[*asked.messages, turn])
+
+    @property
+    def image_keys(self) -> tuple[Hashable, ...]:
+        """One per image; equal for equal images."""
+        return self.image_names if self.image is None else (id(self.image),)
 
 
 class Benchmark(ABC):
     """A set of questions. The constructor only keeps its arguments."""
+
+    def check(self) -> None:  # noqa: B027
+        """Refuse what can be seen to be wrong before a model is loaded.
+
+        Raises:
+            InputError: For example, a file is missing.
+        """
 
     @property
     @abstractmethod
@@ -39,7 +86,14 @@ def _means(values: Mapping[str, float], task_groups: Mapping[str, str]) -> dict[
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy per task in [0, 1], number of questions per task, and the group of each task.
+    """Score per task, number of questions per task, and the group of each task.
+
+    Args:
+        tasks: Task -> score, for most an accuracy in [0, 1].
+        counts: Task -> number of questions.
+        task_groups: Task -> group.
+        metrics: Task -> what was measured, where that is told.
+        full_marks: Task -> best possible score, where that is not 1.
 
     Example:
         >>> scores = Scores({"color": 0.5, "place": 1.0, "facts": 0.25}, {"color": 8, "place": 8, "facts": 4},
@@ -51,31 +105,40 @@ class Scores:
     tasks: dict[str, float]
     counts: dict[str, int]
     task_groups: dict[str, str]
+    metrics: dict[str, str] = field(default_factory=dict)
+    full_marks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Task -> score as a share of the best possible one."""
+        return {task: score / self.full_marks.get(task, 1.0) for task, score in self.tasks.items()}
 
     @property
     def groups(self) -> dict[str, float]:
-        """Mean accuracy over the tasks of each group."""
-        return _means(self.tasks, self.task_groups)
+        """Mean share over the tasks of each group."""
+        return _means(self.shares, self.task_groups)
 
     @property
     def average(self) -> float:
-        """Mean accuracy over all tasks, each counting the same."""
-        return sum(self.tasks.values()) / len(self.tasks)
+        """Mean share over all tasks, each counting the same."""
+        return sum(self.shares.values()) / len(self.tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
+        optional = {"metrics": dict(self.metrics), "full_marks": dict(self.full_marks)}
         return {
             "average": self.average,
             "groups": self.groups,
             "tasks": dict(self.tasks),
             "counts": dict(self.counts),
             "task_groups": dict(self.task_groups),
-        }
+        } | {name: values for name, values in optional.items() if values}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Scores":
         """Inverse of :meth:`to_dict`."""
-        return cls(dict(saved["tasks"]), dict(saved["counts"]), dict(saved["task_groups"]))
+        optional = {name: dict(saved[name]) for name in ("metrics", "full_marks") if name in saved}
+        return cls(dict(saved["tasks"]), dict(saved["counts"]), dict(saved["task_groups"]), **optional)
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class ProbeRun:
 
     def _score(self, cell: PathwayPruning | None = None) -> Scores:
         """The embedded model on its benchmark, one pathway pruned."""
-        from lvlm_prune.evaluation.exact_match import score
+        from lvlm_prune.evaluation.answers import score
 
         with routed(self._whole, {} if cell is None else cell.pruned, "text" if cell is None else cell.pathway):
             return score(self._whole, self._processor, self._questions)

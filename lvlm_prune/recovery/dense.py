@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.errors import InputError
@@ -46,7 +47,7 @@ def open_dense(given: str, base: LVLMModule, record: Mapping[str, Any]) -> LVLMM
         dense.open()
     except InputError as error:
         raise InputError("dense", error.value, error.problem) from None
-    _refuse_other_tokens(dense, base)
+    refuse_other_tokens(dense, base)
     return dense
 
 
@@ -58,7 +59,12 @@ def _recorded(record: Mapping[str, Any]) -> str:
     return str((named.get("path") or "") if moved else folder)
 
 
-def _refuse_other_tokens(dense: LVLMModule, base: LVLMModule) -> None:
+def refuse_other_tokens(dense: LVLMModule, base: LVLMModule) -> None:
+    """Refuse a dense model whose tokens are not those of the pruned one; both are opened.
+
+    Raises:
+        InputError: Size of the vocabulary, or numbers of tokens, differ.
+    """
     sizes = [module.model.config.get_text_config(decoder=True).vocab_size for module in (dense, base)]
     if sizes[0] != sizes[1]:
         problem = f"has a vocabulary of {sizes[0]} tokens, the pruned model one of {sizes[1]}"
@@ -100,7 +106,7 @@ def write_teacher(
     data: RecoveryDataModule,
     teacher: Teacher,
     device: torch.device,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> None:
     """Run the dense model over all samples and keep what it says; it is gone from memory afterwards.
 
@@ -115,15 +121,22 @@ def write_teacher(
     dense.model.to(device)
 
     def logits_of(samples: Sequence[int]) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        for group in (group for batch in data.batches(samples) for group in batch):
-            group = {name: value.to(device) for name, value in group.items()}
-            logits, _ = dense.answer_logits(group)
-            answers = (group["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
-            found |= dict(zip(group[SAMPLE_NUMBER].tolist(), logits.split(answers), strict=True))
-        return found
+        return {number: logits for number, logits, _ in each_answer(dense, data.batches(samples), device)}
 
     teacher.write(logits_of, progress)
-    dense.model = None
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    dense.unload()
+
+
+def each_answer(
+    module: LVLMModule, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """What a whole model in memory says where answer tokens follow, sample by sample.
+
+    Yields:
+        Number of the sample; logits, float32 of shape (answer tokens, vocabulary); the answer tokens, int64.
+    """
+    for group in (group for batch in batches for group in batch):
+        group = {name: value.to(device) for name, value in group.items()}
+        logits, tokens = module.answer_logits(group)
+        answers = (group["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+        yield from zip(group[SAMPLE_NUMBER].tolist(), logits.split(answers), tokens.split(answers), strict=True)

@@ -175,7 +175,7 @@ class Teacher:
 
     @torch.no_grad()
     def write(
-        self, logits_of: Callable[[Sequence[int]], Mapping[int, Tensor]], progress: Callable[[int], None]
+        self, logits_of: Callable[[Sequence[int]], Mapping[int, Tensor]], progress: Callable[[int], object]
     ) -> None:
         """Make what is missing; parts that an interrupted run finished stay.
 

@@ -20,6 +20,7 @@ import yaml
 from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
 from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
@@ -51,6 +52,7 @@ _RECORDS = (
     PAGE_NAME,
     FIGURE_FOLDER,
     "statistics.safetensors",
+    *EVALUATION_FILES,
     "adapter",
     *WORK_FOLDERS,
 )
@@ -353,7 +355,7 @@ class RecoveryRun(ABC):
             from lvlm_prune.report.page import write_page
             from lvlm_prune.report.recovery import recovery_page
 
-            write_page(self.folder, *recovery_page(self.record))
+            write_page(self.folder, *recovery_page(self.record, self.folder))
         self._say(summary(self.record, self.folder))
 
     def _say(self, text: str) -> None:

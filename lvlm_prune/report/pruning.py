@@ -15,6 +15,7 @@ from lvlm_prune.composition import unpack
 from lvlm_prune.effects import BINS_PER_DECADE
 from lvlm_prune.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.manifest import Manifest
+from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
 from lvlm_prune.report.names import FIGURE_FOLDER, PICTURE_NAME
 from lvlm_prune.report.page import Plate, Table, render_page, show
 
@@ -32,9 +33,10 @@ def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, d
 
     Args:
         manifest: What the run did; every number on the page stands there, or in `summarise` of it.
-        folder: The folder that the run wrote, where the picture of one calibration sample is.
+        folder: The folder that the run wrote, where the picture of one calibration sample is, and perhaps what
+            `evaluate` found of the checkpoint.
     """
-    run = dict(manifest) | {"summary": summarise(manifest)}
+    run = with_evaluation(dict(manifest) | {"summary": summarise(manifest)}, folder)
     plates = {plate.name: plate for plate in _plates(run, folder) if plate is not None}
     title = f"{manifest['model']['path']}: {manifest['method']['init_args']['name']}"
     text = render_page(
@@ -44,6 +46,7 @@ def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, d
         plates=plates,
         facts=_facts(run),
         scores=_scores(run),
+        evaluated=evaluated_table(run),
         worst=_linears(run, run["summary"]["worst"]),
         linears=_linears(run, [name for name in run["linears"] if _experts_of(name) is None]),
         experts=_experts(run),
@@ -150,6 +153,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         facts[f"sparsity, {target}"] = show(run, "sparsity", "parts", target, "achieved", unit="percent")
     if "evaluation" in run:
         facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
+    facts |= evaluated_facts(run)
     if "size_bytes" in run:
         facts["checkpoint"] = show(run, "size_bytes", unit="megabytes")
     facts["time"] = show(run, "seconds", unit="seconds")

@@ -9,14 +9,20 @@ from typing import Any
 
 from lvlm_prune.figures.blocks import curves, heat_map
 from lvlm_prune.figures.training import loss_curves
+from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
 from lvlm_prune.report.page import Plate, Table, render_page, show
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
 
 
-def recovery_page(record: Mapping[str, Any]) -> tuple[str, dict[str, Plate]]:
-    """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`."""
-    run = dict(record) | {"summary": summarise(record)}
+def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tuple[str, dict[str, Plate]]:
+    """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`.
+
+    Args:
+        record: What the run did.
+        folder: The folder that the run wrote, where perhaps is what `evaluate` found of the checkpoint.
+    """
+    run = with_evaluation(dict(record) | {"summary": summarise(record)}, folder)
     plates = {plate.name: plate for plate in (_losses(run), _errors(run), _sparsity(run)) if plate is not None}
     title = f"{run['model']['path']}: recovered by {_METHODS[run['method']]}"
     text = render_page(
@@ -26,6 +32,7 @@ def recovery_page(record: Mapping[str, Any]) -> tuple[str, dict[str, Plate]]:
         plates=plates,
         facts=_facts(run),
         scores=_scores(run),
+        evaluated=evaluated_table(run),
         linears=_linears(run),
         show=show,
     )
@@ -61,6 +68,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     if "evaluation" in run:
         for which in ("pruned", "recovered"):
             facts[f"retained, {which}"] = show(run, "evaluation", "retention", which, "average", unit="percent")
+    facts |= evaluated_facts(run)
     training = run["training"]
     for key in ("trainable_parameters", "steps"):
         if training.get(key) is not None:

@@ -14,7 +14,7 @@ from lvlm_prune.demo.contact_sheet import contact_sheet
 from lvlm_prune.demo.datasets import CalibrationCaptions
 from lvlm_prune.demo.processing import build_tokenizer
 from lvlm_prune.demo.questions import TEXT_TASKS, VISION_TASKS
-from lvlm_prune.evaluation.exact_match import score
+from lvlm_prune.evaluation.answers import score
 
 
 @pytest.fixture(scope="module")

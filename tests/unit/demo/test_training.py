@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lvlm_prune.demo import train
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
-from lvlm_prune.evaluation.exact_match import answer
+from lvlm_prune.evaluation.answers import answer
 
 CONFIG = Path(__file__).parents[3] / "configs" / "demo" / "train.yaml"
 

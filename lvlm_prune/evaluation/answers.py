@@ -1,4 +1,4 @@
-"""Greedy answers of a vision-language model, compared with the right ones to the letter.
+"""Greedy answers of a vision-language model, and how many of them are right.
 
 Each question goes through the model's own processor and chat template and through ``generate``. Questions about the
 same image differ only behind the image, so the image is encoded once and the questions continue from a copy of its
@@ -12,18 +12,23 @@ The first answers are compared with those of ``generate`` without this shortcut.
 positions or attention do not allow it), all questions go the plain way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from lvlm_prune.data.conversation import Conversation, load_image
+from lvlm_prune.data.processing import encode, render, tokenizer_of
+from lvlm_prune.errors import RunError
+from lvlm_prune.evaluation.metrics import METRICS
 from lvlm_prune.evaluation.scores import Question, Retention, Scores, retention
 from lvlm_prune.processes import Processes
 
 __all__ = ["Question", "Retention", "Scores", "answer", "retention", "score"]
 
-#: Tokens that an answer may be longer than the longest right one of its batch: more cannot be an exact match.
+#: Tokens that an answer may be longer than the longest right one of its batch: more cannot make it right.
 _SPARE_TOKENS = 2
 #: Questions whose answers are compared with and without a shared cache.
 _CHECKED_QUESTIONS = 16
@@ -31,17 +36,17 @@ _CHECKED_QUESTIONS = 16
 
 def score(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Any,
     questions: Sequence[Question],
     batch_size: int = 128,
     progress: Callable[[int], object] | None = None,
     processes: Processes | None = None,
 ) -> Scores:
-    """Share of questions that the model answers to the letter, per task.
+    """Share of questions that the model answers rightly, per task.
 
     Args:
         model: Model that generates; its device and dtype are kept.
-        processor: Its processor, with a chat template.
+        processor: Its processor, or the tokenizer of a model that takes only text.
         questions: What to ask.
         batch_size: Questions per batch.
         progress: Called after each batch with the number of questions that were answered in it, by all processes.
@@ -53,20 +58,28 @@ def score(
     if not questions:
         raise ValueError("`questions` is empty")
     answers = answer(model, processor, questions, batch_size, progress, processes)
-    right: dict[str, list[bool]] = {}
-    for question, given in zip(questions, answers):
-        right.setdefault(question.task, []).append(given == question.answer)
+    by_task: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        by_task.setdefault(question.task, []).append(index)
+    accuracies, metrics = {}, {}
+    for task, indices in by_task.items():
+        metrics[task] = questions[indices[0]].metric
+        # Every process has all answers.
+        accuracy = METRICS[metrics[task]](sync_on_compute=False)
+        accuracy.update([answers[index] for index in indices], [questions[index].answer for index in indices])
+        accuracies[task] = accuracy.compute().item()
     return Scores(
-        tasks={task: sum(results) / len(results) for task, results in right.items()},
-        counts={task: len(results) for task, results in right.items()},
+        tasks=accuracies,
+        counts={task: len(indices) for task, indices in by_task.items()},
         task_groups={question.task: question.group for question in questions},
+        metrics=dict(metrics),
     )
 
 
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Any,
     questions: Sequence[Question],
     batch_size: int = 128,
     progress: Callable[[int], object] | None = None,
@@ -94,13 +107,13 @@ def answer(
 
 def _batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
     """Indices in batches: by image where there is one, else by length, so that little is padded and few wait."""
-    by_image: dict[int, list[int]] = {}
+    by_image: dict[tuple[Hashable, ...], list[int]] = {}
     text_only = []
     for index, question in enumerate(questions):
-        if question.image is None:
-            text_only.append(index)
+        if question.image_keys:
+            by_image.setdefault(question.image_keys, []).append(index)
         else:
-            by_image.setdefault(id(question.image), []).append(index)
+            text_only.append(index)
     text_only.sort(key=lambda index: (questions[index].task, len(questions[index].question)))
     batches = [text_only[start : start + batch_size] for start in range(0, len(text_only), batch_size)]
     batch: list[int] = []
@@ -118,15 +131,22 @@ class _Answerer:
     """Answers batches; remembers whether sharing an image's cache was found to be exact for this model."""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.sharing: bool | None = None  # not yet known
 
     def __call__(self, questions: list[Question]) -> list[str]:
-        prompts = [self._prompt(question) for question in questions]
+        asked = [question.asked for question in questions]
+        prompts = [render(self.processor, one.messages, add_generation_prompt=True) for one in asked]
         right = self.tokenizer([f" {question.answer}" for question in questions], add_special_tokens=False).input_ids
         limit = max(map(len, right)) + 1 + _SPARE_TOKENS
-        images = [question.image for question in questions]
-        if images[0] is None or self.sharing is False or len({id(image) for image in images}) == len(images):
+        if any(one.videos or one.audios for one in asked):
+            alone = (encode(self.processor, one, add_generation_prompt=True) for one in asked)
+            return [self._generate(self._placed(inputs), limit)[0] for inputs in alone]
+        keys = [question.image_keys for question in questions]
+        images = _opened(asked, keys)
+        if self.sharing is False or any(len(key) != 1 for key in keys) or len(set(keys)) == len(keys):
             return self._plain(prompts, images, limit)
         inputs = self._shared_inputs(prompts, images)
         answers = [] if inputs is None else self._generate(inputs, limit)
@@ -135,43 +155,58 @@ class _Answerer:
             self.sharing = answers[:_CHECKED_QUESTIONS] == checked
         return answers if self.sharing and answers else self._plain(prompts, images, limit)
 
-    def _prompt(self, question: Question) -> str:
-        content: list[dict[str, str]] = [{"type": "text", "text": question.question}]
-        if question.image is not None:
-            content.insert(0, {"type": "image"})
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    def _process(self, prompts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
+        """The processor's output, padded on the left; a beginning-of-sequence token in the template is not doubled.
 
-    def _process(self, prompts: list[str], images: list[Any]) -> Any:
-        """The processor's output, padded on the left; a beginning-of-sequence token in the template is not doubled."""
+        Raises:
+            RunError: The processor refuses the questions.
+        """
         begin = self.tokenizer.bos_token
-        return self.processor(
-            text=prompts,
-            images=None if images[0] is None else [[image] for image in images],
-            add_special_tokens=begin is None or not prompts[0].startswith(begin),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
+        arguments: dict[str, Any] = {"images": images} if images[0] else {}
+        try:
+            processed = self.processor(
+                text=prompts,
+                add_special_tokens=begin is None or not prompts[0].startswith(begin),
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                **arguments,
+            )
+        except (ValueError, IndexError, TypeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            asked = prompts[0].strip()[-80:].replace("\n", " ")
+            name = type(self.processor).__name__
+            raise RunError(f"{name} refuses the questions from '... {asked}' on: {reason}") from error
+        return self._placed(processed)
 
-    def _plain(self, prompts: list[str], images: list[Any], limit: int) -> list[str]:
+    def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors where the model is, in its precision."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _plain(self, prompts: list[str], images: list[list[Any]], limit: int) -> list[str]:
         return self._generate(self._process(prompts, images), limit)
 
-    def _shared_inputs(self, prompts: list[str], images: list[Any]) -> dict[str, Any] | None:
+    def _shared_inputs(self, prompts: list[str], images: list[list[Any]]) -> dict[str, Any] | None:
         """Inputs of ``generate`` with the images' part already in the cache; None where prompts are not of that form.
 
         The processor runs on one prompt per image. For the others the image's placeholder is replaced by the tokens
         that it became there; that the same replacement gives the processor's own tokens is checked on each image.
         """
-        position = {id(image): index for index, image in reversed(list(enumerate(images)))}
+        position = {id(image): index for index, (image,) in reversed(list(enumerate(images)))}
         first = sorted(position.values())  # index of the first question of each image
-        owner = {id(images[index]): number for number, index in enumerate(first)}
+        owner = {id(images[index][0]): number for number, index in enumerate(first)}
         processed = self._process([prompts[index] for index in first], [images[index] for index in first])
         image_token = getattr(self.processor, "image_token_id", None)
         if set(processed) != {"input_ids", "attention_mask", "pixel_values"} or image_token is None:
             return None
         expanded = [ids[mask.bool()].tolist() for ids, mask in zip(processed["input_ids"], processed["attention_mask"])]
         rows: list[list[int]] = []
-        for short, image in zip(self.tokenizer(prompts, add_special_tokens=False).input_ids, images):
+        for short, (image,) in zip(self.tokenizer(prompts, add_special_tokens=False).input_ids, images):
             if short.count(image_token) != 1:
                 return None
             start, count = short.index(image_token), expanded[owner[id(image)]].count(image_token)
@@ -185,7 +220,7 @@ class _Answerer:
         device = self.model.device
         input_ids = torch.tensor([prefix] * len(first), device=device)
         cache = self.model(input_ids=input_ids, pixel_values=processed["pixel_values"], use_cache=True).past_key_values
-        cache.batch_select_indices(torch.tensor([owner[id(image)] for image in images], device=device))
+        cache.batch_select_indices(torch.tensor([owner[id(image)] for (image,) in images], device=device))
         longest = max(map(len, rows))
         padding = [longest - len(row) for row in rows]
         tokens = [prefix + [self.tokenizer.pad_token_id] * n + row[shared:] for row, n in zip(rows, padding)]
@@ -200,3 +235,17 @@ class _Answerer:
         tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=limit)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _opened(asked: Sequence[Conversation], keys: Sequence[tuple[Hashable, ...]]) -> list[list[Any]]:
+    """Images of each question, equal ones as one object.
+
+    Raises:
+        RunError: A file is missing or is not an image.
+    """
+    opened: dict[Hashable, Any] = {}
+    for one, names in zip(asked, keys, strict=True):
+        for name, image in zip(names, one.images, strict=True):
+            if name not in opened:
+                opened[name] = load_image(image)
+    return [[opened[name] for name in names] for names in keys]

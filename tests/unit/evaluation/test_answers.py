@@ -9,8 +9,8 @@ from PIL import Image
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.demo.processing import build_processor, build_tokenizer
 from lvlm_prune.demo.training import EmbeddedModelTraining
-from lvlm_prune.evaluation import exact_match
-from lvlm_prune.evaluation.exact_match import Question, Scores, answer, retention, score
+from lvlm_prune.evaluation import answers
+from lvlm_prune.evaluation.answers import Question, Scores, answer, retention, score
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_image_is_encoded_once_for_all_its_questions(untrained, questions):
 def test_a_model_for_which_the_shortcut_is_wrong_is_asked_the_plain_way(untrained, questions, monkeypatch):
     model, processor = untrained
     expected = answer(model, processor, questions, batch_size=16)
-    right = exact_match._Answerer._shared_inputs
+    right = answers._Answerer._shared_inputs
 
     def wrong(self, prompts, images):
         """A cache that belongs to other images."""
@@ -76,13 +76,13 @@ def test_a_model_for_which_the_shortcut_is_wrong_is_asked_the_plain_way(untraine
         return inputs
 
     for replacement in (wrong, lambda self, prompts, images: None):
-        monkeypatch.setattr(exact_match._Answerer, "_shared_inputs", replacement)
+        monkeypatch.setattr(answers._Answerer, "_shared_inputs", replacement)
         assert answer(model, processor, questions, batch_size=16) == expected
 
 
 def test_score_counts_exact_answers(untrained, questions, monkeypatch):
     half_right = [q.answer if number % 2 else q.answer + " or not" for number, q in enumerate(questions)]
-    monkeypatch.setattr(exact_match, "answer", lambda *arguments: half_right)
+    monkeypatch.setattr(answers, "answer", lambda *arguments: half_right)
     model, processor = untrained
     scores = score(model, processor, questions)
     right = sum(scores.tasks[task] * count for task, count in scores.counts.items())

@@ -1,0 +1,1 @@
+"""Output folders of `prune` and `recover` side by side."""

@@ -1,0 +1,333 @@
+"""Engines that hand a checkpoint to an evaluation harness, in an interpreter of its own, and read what it wrote.
+
+    lvlm-prune evaluate ─► PYTHON -m lm_eval --model hf-multimodal --model_args pretrained=DIR ... --output_path TMP
+                        ◄─ TMP/.../results_2026-11-21.json
+
+With several processes the tasks are dealt out, one child for each process on its own device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lvlm_prune.data.processing import takes_images
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.engine import Engine, Measurement
+from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.processes import Processes
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+PAPER_TASKS = (
+    "gqa",
+    "mmbench_en_dev",
+    "mme",
+    "mmmu_val",
+    "ok_vqa",
+    "pope",
+    "scienceqa_img",
+    "textvqa_val",
+    "vizwiz_vqa_val",
+)
+_PAPER_METRICS = {
+    "mmbench_en_dev": "gpt_eval_score",
+    "mme": "mme_perception_score+mme_cognition_score",
+    "mmmu_val": "mmmu_acc",
+    "pope": "pope_f1_score",
+}
+_PAPER_FULL_MARKS = {"mmbench_en_dev": 100.0, "mme": 2800.0}
+
+# What launchers tell a process about its fellows; a child that read it would wait for them.
+_OF_LAUNCHERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+class HarnessEngine(Engine):
+    """What the harnesses have in common: the child, its results file, and the errors of both."""
+
+    package: ClassVar[str]
+    python: str
+    tasks: list[str]
+    model_args: dict[str, str]
+    limit: int | None
+    arguments: list[str]
+    metrics: dict[str, str]
+    full_marks: dict[str, float]
+
+    def check(self) -> None:
+        """Look for the package in the interpreter that is to run it."""
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise InputError("engine.tasks", self.tasks, "name tasks of the harness, each once")
+        for option, names in (("metrics", self.metrics), ("full_marks", self.full_marks)):
+            if unknown := sorted(set(names) - set(self.tasks)):
+                raise InputError(f"engine.{option}", unknown[0], "is not among the tasks")
+        looks = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({self.package!r}) is None)"
+        try:
+            found = subprocess.run([self._interpreter, "-c", looks], capture_output=True, check=False)
+        except OSError as error:
+            raise InputError("engine.python", self._interpreter, f"cannot be run ({error.strerror})") from None
+        if found.returncode != 0:
+            problem = f"this interpreter has no package {self.package}; install it there, or name another one"
+            raise InputError("engine.python", self._interpreter, problem)
+
+    def score(
+        self,
+        folder: Path,
+        processes: Processes | None = None,
+        device: torch.device | str = "cpu",
+        title: str = "",
+    ) -> Scores:
+        """Scores of all tasks; each task is run by one process."""
+        return self._score(folder, processes or Processes(), torch.device(device), {})
+
+    def measure(
+        self,
+        model: LVLMModule,
+        baseline: LVLMModule | None,
+        processes: Processes,
+        device: torch.device,
+    ) -> Measurement:
+        """Scores of both checkpoints, loaded with the options of the model."""
+        found: list[Scores] = []
+        for module in (baseline, model):
+            if module is not None:
+                assert module.folder is not None
+                loading = {"trust_remote_code": "True"} if module.trust_remote_code else {}
+                if module.attn_implementation:
+                    loading["attn_implementation"] = module.attn_implementation
+                found.append(self._score(module.folder.path, processes, device, loading))
+        return Measurement(found[-1], found[0] if len(found) > 1 else None)
+
+    @abstractmethod
+    def _arguments(self, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
+        """Arguments of the harness but for tasks and output."""
+
+    def _common(self, model: str, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
+        """What both harnesses call alike."""
+        given = {"pretrained": str(folder), **loading, **self.model_args}
+        joined = ",".join(f"{name}={value}" for name, value in given.items())
+        limit = [] if self.limit is None else ["--limit", str(self.limit)]
+        return ["--model", model, "--model_args", joined, "--device", str(device), *limit, *self.arguments]
+
+    @property
+    def _interpreter(self) -> str:
+        return self.python or sys.executable
+
+    def _score(self, folder: Path, processes: Processes, device: torch.device, loading: Mapping[str, str]) -> Scores:
+        if "," in str(folder):
+            raise InputError("model.path", folder, f"{self.package} takes no comma in a path")
+        share = self.tasks[processes.rank :: processes.count]
+        mine = self._run(share, self._arguments(folder, device, loading)) if share else None
+        found = [part for part in processes.gather(mine) if part is not None]
+        known = {task: part for part in found for task in part.tasks}
+        return Scores(
+            {task: known[task].tasks[task] for task in self.tasks},
+            {task: known[task].counts[task] for task in self.tasks},
+            dict.fromkeys(self.tasks, self.package),
+            {task: known[task].metrics[task] for task in self.tasks},
+            {task: mark for task, mark in self.full_marks.items() if mark != 1},
+        )
+
+    def _run(self, tasks: Sequence[str], arguments: Sequence[str]) -> Scores:
+        """Run the child on some tasks and read its results.
+
+        Raises:
+            RunError: It failed, or has no score for a task.
+        """
+        command = [self._interpreter, "-m", self.package, *arguments, "--tasks", ",".join(tasks)]
+        foreign = ("TORCHELASTIC_", "_LVLM_PRUNE_")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _OF_LAUNCHERS and not name.startswith(foreign)
+        }
+        with TemporaryDirectory(prefix=f"{self.package}-") as scratch:
+            log = Path(scratch) / "log"
+            with log.open("wb") as said:
+                child = subprocess.run(
+                    [*command, "--output_path", scratch],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    check=False,
+                )
+            try:
+                if child.returncode != 0:
+                    raise RunError(f"{self.package} ended with status {child.returncode}")
+                # Several files: one for each model, or of several calls; here there was one call.
+                files = sorted(path for path in Path(scratch).rglob("*results*.json"))
+                if not files:
+                    raise RunError(f"{self.package} wrote no results")
+                return read_results(json.loads(files[-1].read_text()), tasks, self.metrics, self.package)
+            except RunError as error:
+                raise RunError(f"{error}; {_last_words(log.read_bytes(), self.package)}") from None
+
+
+class LMEvalEngine(HarnessEngine):
+    """EleutherAI's `lm_eval` on any of its tasks, or on tasks of one's own.
+
+    Args:
+        tasks: Names of tasks or groups.
+        python: Interpreter that has `lm_eval`; default: this one.
+        model: Kind of model by its name there; default: `hf-multimodal` for checkpoints that take images, else `hf`.
+        model_args: More arguments of the model, for example `{dtype: float32, max_images: "1"}`.
+        include_path: Folder with definitions of tasks of one's own.
+        chat_template: Whether questions go through the model's chat template.
+        limit: Questions per task. Default: all.
+        arguments: More of its command line, for example `[--batch_size, '8']`.
+        metrics: Task -> metric that counts as its score; `a+b` is the sum of two. Default: the first one reported.
+        full_marks: Task -> best possible score, where that is not 1: the average is taken over shares of it.
+    """
+
+    package = "lm_eval"
+
+    def __init__(
+        self,
+        tasks: list[str],
+        python: str = "",
+        model: str = "",
+        model_args: dict[str, str] = {},  # noqa: B006  (never changed)
+        include_path: str = "",
+        chat_template: bool = True,
+        limit: int | None = None,
+        arguments: list[str] = [],  # noqa: B006
+        metrics: dict[str, str] = {},  # noqa: B006
+        full_marks: dict[str, float] = {},  # noqa: B006
+    ) -> None:
+        self.tasks, self.python, self.model, self.model_args = list(tasks), python, model, dict(model_args)
+        self.include_path, self.chat_template = include_path, chat_template
+        self.limit, self.arguments = limit, list(arguments)
+        self.metrics, self.full_marks = dict(metrics), dict(full_marks)
+
+    def check(self) -> None:
+        """The same, and look for the folder of tasks."""
+        super().check()
+        if self.include_path and not Path(self.include_path).is_dir():
+            raise InputError("engine.include_path", self.include_path, "no such folder")
+
+    def _arguments(self, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
+        model = self.model or ("hf-multimodal" if takes_images(folder) else "hf")
+        own = ["--include_path", self.include_path] if self.include_path else []
+        if self.chat_template:
+            own.append("--apply_chat_template")
+        return self._common(model, folder, device, loading) + own
+
+
+class LMMSEvalEngine(HarnessEngine):
+    """`lmms_eval` on the papers' nine benchmarks, or on any other of its tasks.
+
+    MME counts as perception plus cognition, of 2800.
+
+    Args:
+        tasks: Names of tasks. Default: those of the papers.
+        python: Interpreter that has `lmms_eval`; default: this one.
+        model: Kind of model by its name there: `llava_hf`, `qwen2_vl`, `qwen2_5_vl`, ...
+        model_args: More arguments of the model, for example `{device_map: cpu}`.
+        limit: Questions per task. Default: all.
+        arguments: More of its command line, for example `[--batch_size, '8']`.
+        metrics: Task -> metric that counts as its score; `a+b` is the sum of two. Default: that of the papers, else the
+            first one reported.
+        full_marks: Task -> best possible score, where that is not 1: the average is taken over shares of it. Default:
+            2800 of MME, 100 of MMBench.
+    """
+
+    package = "lmms_eval"
+
+    def __init__(
+        self,
+        tasks: list[str] = list(PAPER_TASKS),  # noqa: B006  (never changed)
+        python: str = "",
+        model: str = "llava_hf",
+        model_args: dict[str, str] = {},  # noqa: B006
+        limit: int | None = None,
+        arguments: list[str] = [],  # noqa: B006
+        metrics: dict[str, str] = {},  # noqa: B006
+        full_marks: dict[str, float] = {},  # noqa: B006
+    ) -> None:
+        self.tasks, self.python, self.model, self.model_args = list(tasks), python, model, dict(model_args)
+        self.limit, self.arguments = limit, list(arguments)
+        of_papers = {task: metric for task, metric in _PAPER_METRICS.items() if task in tasks}
+        marks = {task: mark for task, mark in _PAPER_FULL_MARKS.items() if task in tasks}
+        self.metrics, self.full_marks = {**of_papers, **metrics}, {**marks, **full_marks}
+
+    def _arguments(self, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
+        return self._common(self.model, folder, device, loading)
+
+
+def read_results(
+    found: Mapping[str, Any], tasks: Sequence[str], metrics: Mapping[str, str], harness: str = "the harness"
+) -> Scores:
+    """Scores from the content of a results file of `lm_eval` or `lmms_eval`.
+
+    Args:
+        found: The content.
+        tasks: Tasks or groups that must be there.
+        metrics: Task -> metric that counts, `a+b` for a sum; of other tasks the first one reported.
+        harness: Name for errors.
+
+    Raises:
+        RunError: A task or a metric is missing, or is no number.
+
+    Example:
+        >>> results = {"mme": {"mme_cognition_score,none": 300.0, "mme_perception_score,none": 1500.0}}
+        >>> scores = read_results({"results": results}, ["mme"], {"mme": "mme_perception_score+mme_cognition_score"})
+        >>> scores.tasks
+        {'mme': 1800.0}
+    """
+    scores, counts, chosen = {}, {}, {}
+    for task in tasks:
+        entry = found.get("results", {}).get(task) or found.get("groups", {}).get(task)
+        if not entry:
+            raise RunError(f"{harness} has no results for the task {task}")
+        # `exact_match,none`: the metric and the filter that answers went through.
+        values = {}
+        for key, value in entry.items():
+            name = key.partition(",")[0]
+            if "," in key and not name.endswith("_stderr") and name not in values:
+                values[name] = value
+        chosen[task] = metrics.get(task) or next(iter(values), "")
+        parts = [values.get(name) for name in chosen[task].split("+")]
+        if any(isinstance(part, bool) or not isinstance(part, (int, float)) or math.isnan(part) for part in parts):
+            reported = ", ".join(f"{name} {value}" for name, value in values.items()) or "nothing"
+            wanted = f"metric {chosen[task]}" if chosen[task] else "score"
+            raise RunError(f"{harness} has no {wanted} for the task {task}; it reports {reported}")
+        scores[task] = float(sum(part for part in parts if part is not None))
+        counts[task] = _count(found, task)
+    return Scores(scores, counts, dict.fromkeys(tasks, harness), chosen)
+
+
+def _count(found: Mapping[str, Any], task: str) -> int:
+    """Questions of a task; of a group those of its members."""
+    samples = found.get("n-samples", {})
+    if task in samples:
+        return int(samples[task]["effective"])
+    return sum(_count(found, member) for member in found.get("group_subtasks", {}).get(task, []) if member != task)
+
+
+def _last_words(log: bytes, package: str) -> str:
+    """The last line that the child said, and where all of it is kept."""
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    with NamedTemporaryFile(prefix=f"{package}-", suffix=".log", delete=False) as kept:
+        kept.write(log)
+    return f"its last words: {lines[-1][:200] if lines else '(none)'} (all of them in {kept.name})"

@@ -1,0 +1,115 @@
+"""How likely models hold the right answers: perplexity, and how far the pruned model is from the dense one.
+
+dense model ─► perplexity; what it says before each answer token ─► on disk     ─┐ one model in memory at a time
+pruned model ─► perplexity; divergence from what lies there                     ─┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import SumMetric
+from torchmetrics.text import Perplexity
+
+from lvlm_prune.data.batches import Inputs
+from lvlm_prune.data.bucketing import BucketedLoader
+from lvlm_prune.data.labels import IGNORED, encode_with_labels
+from lvlm_prune.data.processing import pad_token_of
+from lvlm_prune.data.recovery import SAMPLE_NUMBER
+from lvlm_prune.errors import RunError
+from lvlm_prune.evaluation.scores import Question
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.processes import Processes
+from lvlm_prune.recovery.dense import each_answer
+from lvlm_prune.recovery.distillation import Distillation, Teacher
+
+
+class AnswerLikelihood:
+    """Asks models about the tokens of right answers, each sample on one process.
+
+    Args:
+        questions: With their answers.
+        batch_size: Samples per forward.
+        top_k: Logits of the dense model that are kept per answer token; with a larger vocabulary the divergence is that
+            of k + 1 outcomes, all others being one, and never more than the exact one.
+        folder: A folder of this process, for what the dense model says.
+        processes: All processes.
+    """
+
+    def __init__(
+        self, questions: Sequence[Question], batch_size: int, top_k: int, folder: Path, processes: Processes
+    ) -> None:
+        self.questions, self.batch_size, self.processes = questions, batch_size, processes
+        self.numbers = list(range(processes.rank, len(questions), processes.count))
+        self._teacher = Teacher(folder, Distillation(1.0, temperature=1.0, top_k=top_k), self.numbers, {})
+
+    @torch.no_grad()
+    def dense(self, module: LVLMModule, processor: Any, progress: Callable[[int], object]) -> float | None:
+        """Perplexity of the dense model, a whole model in memory; keeps what it says."""
+        perplexity = self._metric(Perplexity, module.device)
+
+        def logits_of(numbers: Sequence[int]) -> dict[int, Tensor]:
+            found = {}
+            for number, logits, tokens in each_answer(module, self._batches(processor, numbers), module.device):
+                perplexity.update(logits[None], tokens[None])
+                found[number] = logits
+            return found
+
+        self._teacher.write(logits_of, progress)
+        return self._computed(perplexity)
+
+    @torch.no_grad()
+    def pruned(
+        self, module: LVLMModule, processor: Any, progress: Callable[[int], object], compare: bool
+    ) -> tuple[float | None, float | None]:
+        """Perplexity, and with `compare` the mean divergence KL(dense ‖ pruned) per answer token in nats, else None."""
+        perplexity = self._metric(Perplexity, module.device)
+        divergence, count = (self._metric(SumMetric, module.device, nan_strategy="disable") for _ in range(2))
+        for number, logits, answer in each_answer(module, self._batches(processor, self.numbers), module.device):
+            perplexity.update(logits[None], answer[None])
+            if compare:
+                divergence.update(self._teacher.divergence(logits, [number]))
+                count.update(len(answer))
+            progress(1)
+        if not compare:
+            return self._computed(perplexity), None
+        summed, tokens = self._computed(divergence), self._computed(count)
+        return self._computed(perplexity), summed / tokens if summed is not None and tokens else None
+
+    def _metric(self, kind: Any, device: torch.device, **options: Any) -> Any:
+        return kind(sync_on_compute=self.processes.count > 1, **options).to(device)
+
+    def _computed(self, metric: Any) -> float | None:
+        """Its value over all processes; None where it is not finite."""
+        self.processes.agree()
+        value = metric.compute().item()
+        return value if math.isfinite(value) else None
+
+    def _batches(self, processor: Any, numbers: Sequence[int]) -> BucketedLoader:
+        def encode(number: int) -> Inputs:
+            return _encoded(processor, self.questions[number]) | {SAMPLE_NUMBER: torch.tensor([number])}
+
+        return BucketedLoader(numbers, encode, self.batch_size, seed=None, pad_token_id=pad_token_of(processor))
+
+
+def _encoded(processor: Any, question: Question) -> Inputs:
+    """Model inputs with `labels` on the right answer, its end token included, and on no earlier turn.
+
+    Raises:
+        RunError: The processor refuses the question.
+    """
+    try:
+        inputs = encode_with_labels(processor, question.answered)
+    except (ValueError, IndexError, TypeError, KeyError) as error:
+        asked = question.question.strip().replace("\n", " ")[:80]
+        raise RunError(f"the question '{asked}' of task {question.task}: {error}") from error
+    ignored = inputs["labels"][0] == IGNORED
+    starts = (ignored[:-1] & ~ignored[1:]).nonzero()
+    if len(starts):
+        inputs["labels"][0, : starts[-1] + 1] = IGNORED
+    return inputs

@@ -1,0 +1,127 @@
+"""Questions of the user's own: any source of conversations, of which the last turn of the assistant is the answer.
+
+{"image": "a.jpg", "task": "colours", "conversations": [{"from": "human", "value": "<image>\\nWhat colour is it?"},
+                                                        {"from": "gpt", "value": "red"}]}
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+from lvlm_prune.data.conversation import Conversation
+from lvlm_prune.data.source import CalibrationSource
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.metrics import suitable_metric
+from lvlm_prune.evaluation.scores import Benchmark, Question
+from lvlm_prune.plugins import plugin_class
+
+_OPTION = "engine.benchmark.source"
+
+
+class LocalBenchmark(Benchmark):
+    """Questions from a source of conversations, for example a file in LLaVA's JSON format.
+
+    A record's `task` names its task; records without one form a task that is named after the file. Images are opened
+    when they are asked about.
+
+    Args:
+        source: Where the conversations come from. The last turn of the assistant is the right answer, what is before
+            it is asked.
+        num_samples: How many to ask. Default: all.
+        seed: Another seed chooses others.
+        metric: `exact_match`, `yes_no` (the first word decides), `relaxed_number` (within 5%), or `auto`: `yes_no`
+            for tasks whose right answers are all yes or no, else `exact_match`.
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: CalibrationSource,
+        num_samples: int | None = None,
+        seed: int = 0,
+        metric: Literal["auto", "exact_match", "yes_no", "relaxed_number"] = "auto",
+    ) -> None:
+        for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
+            if value is not None and value < least:
+                raise InputError(f"engine.benchmark.{name}", value, f"must be at least {least}")
+        self.source, self.num_samples, self.seed, self.metric = source, num_samples, seed, metric
+
+    def check(self) -> None:
+        """Open the source, read the chosen questions and look for their images.
+
+        Raises:
+            InputError: Something is missing, or a record is no question with an answer.
+        """
+        try:
+            self.source.setup()
+            self.source.verify(self._chosen())
+        except InputError as error:
+            option, problem = (text.replace("data.source", _OPTION) for text in (error.option, error.problem))
+            raise InputError(option, error.value, problem) from None
+        self.questions  # noqa: B018  (read here, and refused where they are none)
+
+    def _chosen(self) -> list[int]:
+        available = self.source.available
+        if not available:
+            raise InputError(_OPTION, plugin_class(self.source).__name__, "holds no samples")
+        if self.num_samples is not None and self.num_samples > available:
+            problem = f"the source holds only {available} sample{'' if available == 1 else 's'}"
+            raise InputError("engine.benchmark.num_samples", self.num_samples, problem)
+        return self.source.choose(self.num_samples or available, self.seed)
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The questions, in the order of the source."""
+        found: dict[str, list[tuple[int, Conversation, str]]] = {}
+        path = getattr(self.source, "path", None)
+        default = Path(path).stem if path else plugin_class(self.source).__name__
+        for index in self._chosen():
+            try:
+                sample = self.source[index]
+                answer = _answer_of(sample)
+            except RunError as error:
+                raise InputError(_OPTION, path or default, f"sample {index} {error}") from None
+            assert isinstance(sample, Conversation)
+            found.setdefault(sample.task or default, []).append((index, sample, answer))
+        metrics = {
+            task: suitable_metric([answer for *_, answer in members]) if self.metric == "auto" else self.metric
+            for task, members in found.items()
+        }
+        questions = {
+            index: Question(
+                task,
+                "vision" if sample.images or sample.videos else "audio" if sample.audios else "text",
+                " ".join(part["text"] for turn in sample.messages[:-1] for part in turn["content"] if "text" in part),
+                answer,
+                metric=metrics[task],
+                read=partial(_asked, self.source, index),
+                image_names=tuple(
+                    str(image) if isinstance(image, Path) else f"image {place} of sample {index}"
+                    for place, image in enumerate(sample.images)
+                ),
+            )
+            for task, members in found.items()
+            for index, sample, answer in members
+        }
+        return [questions[index] for index in sorted(questions)]
+
+
+def _answer_of(sample: object) -> str:
+    if not isinstance(sample, Conversation):
+        raise RunError("is no conversation: there is nothing to ask")
+    if len(sample.messages) < 2 or sample.messages[-1]["role"] != "assistant":
+        raise RunError("does not end with a turn of the assistant behind a question: there is no right answer")
+    answer = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
+    if not answer:
+        raise RunError("has an empty answer")
+    return answer
+
+
+def _asked(source: CalibrationSource, index: int) -> Conversation:
+    sample = source[index]
+    assert isinstance(sample, Conversation)
+    return sample.beginning(len(sample.messages) - 1)

@@ -1,0 +1,105 @@
+"""The page about a comparison of output folders, made from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from lvlm_prune.figures.blocks import curves, heat_map
+from lvlm_prune.report.page import Plate, Table, render_page, show
+
+# Pairs of folders that get a figure of their own; of more, those with the first folder.
+_MOST_PAIRS = 6
+
+
+def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[Plate]]:
+    """The page as HTML, and the figures on it; every number on it stands in the record."""
+    names = [folder["name"] for folder in record["folders"]]
+    pairs = [number for number, pair in enumerate(record["overlap"]) if pair["mean"] is not None]
+    if len(pairs) > _MOST_PAIRS:
+        pairs = [number for number in pairs if record["overlap"][number]["first"] == 0]
+    plates = [_sparsity(record, names), *(_overlap(record, names, number) for number in pairs)]
+    text = render_page(
+        "comparison.html.j2",
+        " · ".join(names),
+        folders=_folders(record),
+        settings=Table(["setting", *names], [[key, *values] for key, values in record["settings"].items()]),
+        scores=_scores(record, names),
+        means=_means(record, names),
+        plates=plates,
+    )
+    return text, plates
+
+
+def _folders(record: Mapping[str, Any]) -> Table:
+    rows = []
+    for number, folder in enumerate(record["folders"]):
+        cells = [
+            show(record, "folders", number, key, unit="percent") if folder[key] is not None else "–"
+            for key in ("sparsity", "average", "retention")
+        ]
+        rows.append([folder["name"], folder["command"], *cells])
+    return Table(["folder", "command", "sparsity", "average score", "retained"], rows)
+
+
+def _scores(record: Mapping[str, Any], names: list[str]) -> Table | None:
+    found = [folder["tasks"] or {} for folder in record["folders"]]
+    tasks = list(dict.fromkeys(task for of in found for task in of))
+    rows = []
+    for task in tasks:
+        cells = [
+            show(record, "folders", number, "tasks", task, unit="percent" if of[task] <= 1 else "number")
+            if task in of
+            else "–"
+            for number, of in enumerate(found)
+        ]
+        rows.append([task, *cells])
+    return Table(["task", *names], rows) if rows else None
+
+
+def _means(record: Mapping[str, Any], names: list[str]) -> Table:
+    rows = []
+    for number, pair in enumerate(record["overlap"]):
+        mean = show(record, "overlap", number, "mean", unit="share") if pair["mean"] is not None else "–"
+        linears = show(record, "overlap", number, "linears", unit="count")
+        rows.append([f"{names[pair['first']]} and {names[pair['second']]}", mean, linears])
+    return Table(["folders", "overlap (IoU)", "Linears"], rows)
+
+
+def _sparsity(record: Mapping[str, Any], names: list[str]) -> Plate:
+    lines = {
+        name: {int(block): 100 * value for block, value in of["all"].items()}
+        for name, of in zip(names, record["sparsity"], strict=True)
+    }
+    blocks = sorted({block for line in lines.values() for block in line})
+    rows = [
+        [block]
+        + [
+            show(record, "sparsity", number, "all", str(block), unit="percent") if str(block) in of["all"] else "–"
+            for number, of in enumerate(record["sparsity"])
+        ]
+        for block in blocks
+    ]
+    caption = "Sparsity of each block, over all its Linears that were to be pruned."
+    return Plate("sparsity", curves({"sparsity (%)": lines}), caption, Table(["block", *names], rows))
+
+
+def _overlap(record: Mapping[str, Any], names: list[str], number: int) -> Plate:
+    pair = record["overlap"][number]
+    values = {kind: {int(block): value for block, value in of.items()} for kind, of in pair["kinds"].items()}
+    blocks = sorted({block for of in values.values() for block in of})
+    rows = [
+        [block]
+        + [
+            show(record, "overlap", number, "kinds", kind, str(block), unit="share") if block in of else "–"
+            for kind, of in values.items()
+        ]
+        for block in blocks
+    ]
+    caption = Markup(
+        "Overlap (intersection over union) of the weights that {} and {} kept. One: the same weights."
+    ).format(names[pair["first"]], names[pair["second"]])
+    drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1)
+    return Plate(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, Table(["block", *values], rows))

@@ -1,0 +1,144 @@
+"""`compare`: differences of two runs are those of their records and their weights."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
+from tests.pages import Page, refuse_other_numbers
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The reference model pruned in three ways; the third run took other data as well."""
+    folder = tmp_path_factory.mktemp("compare")
+    runs = {
+        "wanda": ("wanda", "--pruning.sparsity=0.5"),
+        "das": ("das", "--pruning.sparsity=0.6"),
+        "seed": ("wanda", "--data.num_samples=3", "--data.seed=1"),
+    }
+    for name, (recipe, *options) in runs.items():
+        config = f"--config={REPOSITORY / 'configs' / 'prune' / f'{recipe}.yaml'}"
+        assert main([GOLDEN_ARGUMENTS[0], config, *GOLDEN_ARGUMENTS[1:], *options, f"--output={folder / name}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(folders):
+    out = folders / "out"
+    assert main(["compare", *(str(folders / name) for name in ("wanda", "das", "seed")), f"--output={out}"]) == 0
+    return json.loads((out / "compare.json").read_text())
+
+
+def test_settings_that_differ_and_no_others(record):
+    settings = record["settings"]
+    assert settings["pruning.sparsity"] == ["0.5", "0.6", "0.5"]
+    assert settings["data.seed"] == ["0", "0", "1"]
+    assert len(set(settings["fingerprint of the data"])) == 2
+    assert settings["pruning.allocation.class_path"][1].endswith("DASAllocation")
+    assert not {"output", "data.source.path", "fingerprint of the input", "versions.torch"} & settings.keys()
+    assert all(len(set(values)) > 1 for values in settings.values())
+
+
+def test_overlap_and_sparsity_are_those_of_the_weights(record, folders):
+    tensors = {name: load_file(folders / name / "model.safetensors") for name in ("wanda", "das", "seed")}
+    order = list(tensors)
+    manifest = json.loads((folders / "wanda" / "pruning.json").read_text())
+    assert [(pair["first"], pair["second"]) for pair in record["overlap"]] == [(0, 1), (0, 2), (1, 2)]
+    for pair in record["overlap"]:
+        ours, theirs = tensors[order[pair["first"]]], tensors[order[pair["second"]]]
+        both, either, checked = 0, 0, 0
+        for key in ours:
+            parts = key.split(".")
+            if parts[-2] not in pair["kinds"] or "visual" in key:
+                continue
+            kept, other = ours[key] != 0, theirs[key] != 0
+            block = next(part for part in parts if part.isdecimal())
+            expected = (kept & other).sum().item() / (kept | other).sum().item()
+            assert pair["kinds"][parts[-2]][block] == pytest.approx(expected)
+            both, either, checked = (
+                both + (kept & other).sum().item(),
+                either + (kept | other).sum().item(),
+                checked + 1,
+            )
+        assert checked == pair["linears"] == len(manifest["linears"])
+        assert pair["mean"] == pytest.approx(both / either)
+    for name, entry in manifest["linears"].items():
+        kind, block = name.rpartition(".")[2], str(entry["block"])
+        assert record["sparsity"][0][kind][block] == pytest.approx(entry["achieved"])
+    assert record["folders"][1]["sparsity"] > record["folders"][0]["sparsity"]
+
+
+def test_page_and_table_show_the_record(record, folders):
+    page = Page((folders / "out" / "report.html").read_text())
+    page.text = ""  # names of folders and settings may hold digits
+    refuse_other_numbers(page, record)
+    assert page.figures == ["sparsity", "overlap-0-1", "overlap-0-2", "overlap-1-2"]
+    assert {path.stem for path in (folders / "out" / "report").glob("*.png")} == set(page.figures)
+    table = (folders / "out" / "compare.md").read_text()
+    assert f"wanda and das: {record['overlap'][0]['mean']:.3f} over" in table
+    assert "| pruning.sparsity | 0.5 | 0.6 | 0.5 |" in table
+
+
+def test_a_folder_and_itself_are_the_same(folders, capsys):
+    assert main(["compare", str(folders / "das"), str(folders / "das")]) == 0
+    said = capsys.readouterr().out
+    assert "All settings are the same." in said
+    assert "1.000 over" in said
+
+
+def test_retention_of_evaluated_folders_is_shown(folders, tmp_path, capsys):
+    """What `evaluate` wrote beside a checkpoint."""
+    task = {"score": 0.4, "baseline": 0.5, "retention": 0.8, "questions": 10}
+    found = {"tasks": {"color": task}, "average": 0.4, "baseline_average": 0.5, "retention": 0.8}
+    path = folders / "wanda" / "evaluation.json"
+    path.write_text(json.dumps(found))
+    assert main(["compare", str(folders / "wanda"), str(folders / "das"), f"--output={tmp_path / 'out'}"]) == 0
+    path.unlink()
+    said = capsys.readouterr().out
+    assert "| retained | 80.0% | – |" in said
+    assert "| color | 40.0% | – |" in said
+    assert 'data-path="folders/0/retention"' in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_models_that_have_nothing_in_common(folders, bases, tmp_path, capsys):
+    """Another model, with other shapes: sparsity is compared, masks are not."""
+    manifest = json.loads((folders / "wanda" / "pruning.json").read_text())
+    manifest["linears"] = {f"another.{name}": entry for name, entry in manifest["linears"].items()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pruning.json").write_text(json.dumps(manifest))
+    assert main(["compare", str(folders / "wanda"), str(tmp_path / "other")]) == 0
+    assert "no Linear of the same name and shape" in capsys.readouterr().out
+
+
+def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path, capsys):
+    base, out = bases / "unstructured-float32", tmp_path / "recovered"
+    assert recover(base, out, "--trainer.max_epochs=1") == 0
+    assert main(["compare", str(base), str(out), f"--output={tmp_path / 'out'}"]) == 0
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert record["settings"]["command"] == ["prune", "recover"]
+    assert math.isclose(record["overlap"][0]["mean"], 1)
+    assert record["sparsity"][0] == record["sparsity"][1]
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(["compare", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_bad_input_is_one_line(folders, tmp_path, capsys):
+    wanda = str(folders / "wanda")
+    assert "name two folders" in refused(capsys, wanda)
+    assert "nowhere" in refused(capsys, wanda, "nowhere")
+    assert "--output" in refused(capsys, wanda, wanda, f"--output={wanda}")
+    (tmp_path / "pruning.json").write_text('{"status": "pruning", "linears": {}}')
+    assert "not finished" in refused(capsys, wanda, str(tmp_path))
+    (tmp_path / "pruning.json").write_text("{")
+    assert "cannot be read" in refused(capsys, wanda, str(tmp_path))
+    assert not torch.distributed.is_initialized()
