@@ -283,7 +283,8 @@ def read_results(
     Args:
         found: The content.
         tasks: Tasks or groups that must be there.
-        metrics: Task -> metric that counts, `a+b` for a sum; of other tasks the first one reported.
+        metrics: Task -> metric that counts, `a+b` for a sum; of other tasks the first one reported. A group without
+            metrics of its own scores the mean of its members.
         harness: Name for errors.
 
     Raises:
@@ -297,24 +298,42 @@ def read_results(
     """
     scores, counts, chosen = {}, {}, {}
     for task in tasks:
-        entry = found.get("results", {}).get(task) or found.get("groups", {}).get(task)
-        if not entry:
+        members = _measured(found, task)
+        if not members:
             raise RunError(f"{harness} has no results for the task {task}")
-        # `exact_match,none`: the metric and the filter that answers went through.
-        values = {}
-        for key, value in entry.items():
-            name = key.partition(",")[0]
-            if "," in key and not name.endswith("_stderr") and name not in values:
-                values[name] = value
-        chosen[task] = metrics.get(task) or next(iter(values), "")
-        parts = [values.get(name) for name in chosen[task].split("+")]
-        if any(isinstance(part, bool) or not isinstance(part, (int, float)) or math.isnan(part) for part in parts):
-            reported = ", ".join(f"{name} {value}" for name, value in values.items()) or "nothing"
-            wanted = f"metric {chosen[task]}" if chosen[task] else "score"
-            raise RunError(f"{harness} has no {wanted} for the task {task}; it reports {reported}")
-        scores[task] = float(sum(part for part in parts if part is not None))
+        named = [_value(values, metrics.get(task, ""), task, harness) for values in members]
+        chosen[task], scores[task] = named[0][0], sum(value for _, value in named) / len(named)
         counts[task] = _count(found, task)
     return Scores(scores, counts, dict.fromkeys(tasks, harness), chosen)
+
+
+def _measured(found: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    """Metric -> value of a task; of a group that has no metrics of its own, those of each member."""
+    values: dict[str, Any] = {}
+    for section in ("results", "groups"):
+        for key, value in (found.get(section, {}).get(task) or {}).items():
+            # `exact_match,none`: the metric and the filter that answers went through; the first filter counts.
+            name, comma, _ = key.partition(",")
+            if comma and not name.endswith("_stderr"):
+                values.setdefault(name, value)
+    if values:
+        return [values]
+    members = [member for member in found.get("group_subtasks", {}).get(task, []) if member != task]
+    return [values for member in members for values in _measured(found, member)]
+
+
+def _value(values: Mapping[str, Any], wanted: str, task: str, harness: str) -> tuple[str, float]:
+    """The metric that counts, and its value.
+
+    Raises:
+        RunError: It is missing, or is no number.
+    """
+    name = wanted or next(iter(values))
+    parts = [values.get(part) for part in name.split("+")]
+    if any(isinstance(part, bool) or not isinstance(part, (int, float)) or math.isnan(part) for part in parts):
+        reported = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise RunError(f"{harness} has no metric {name} for the task {task}; it reports {reported}")
+    return name, float(sum(part for part in parts if part is not None))
 
 
 def _count(found: Mapping[str, Any], task: str) -> int:

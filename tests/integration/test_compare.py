@@ -54,7 +54,7 @@ def test_overlap_and_sparsity_are_those_of_the_weights(record, folders):
         both, either, checked = 0, 0, 0
         for key in ours:
             parts = key.split(".")
-            if parts[-2] not in pair["kinds"] or "visual" in key:
+            if parts[-2] not in pair["kinds"] or parts[-1] != "weight" or "visual" in key:
                 continue
             kept, other = ours[key] != 0, theirs[key] != 0
             block = next(part for part in parts if part.isdecimal())
@@ -105,7 +105,7 @@ def test_retention_of_evaluated_folders_is_shown(folders, tmp_path, capsys):
     assert 'data-path="folders/0/retention"' in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_models_that_have_nothing_in_common(folders, bases, tmp_path, capsys):
+def test_models_that_have_nothing_in_common(folders, tmp_path, capsys):
     """Another model, with other shapes: sparsity is compared, masks are not."""
     manifest = json.loads((folders / "wanda" / "pruning.json").read_text())
     manifest["linears"] = {f"another.{name}": entry for name, entry in manifest["linears"].items()}
