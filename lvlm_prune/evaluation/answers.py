@@ -12,7 +12,8 @@ The first answers are compared with those of ``generate`` without this shortcut.
 positions or attention do not allow it), all questions go the plain way.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -142,8 +143,7 @@ class _Answerer:
         right = self.tokenizer([f" {question.answer}" for question in questions], add_special_tokens=False).input_ids
         limit = max(map(len, right)) + 1 + _SPARE_TOKENS
         if any(one.videos or one.audios for one in asked):
-            alone = (encode(self.processor, one, add_generation_prompt=True) for one in asked)
-            return [self._generate(self._placed(inputs), limit)[0] for inputs in alone]
+            return [self._alone(one, prompt, limit) for one, prompt in zip(asked, prompts, strict=True)]
         keys = [question.image_keys for question in questions]
         images = _opened(asked, keys)
         if self.sharing is False or any(len(key) != 1 for key in keys) or len(set(keys)) == len(keys):
@@ -163,7 +163,7 @@ class _Answerer:
         """
         begin = self.tokenizer.bos_token
         arguments: dict[str, Any] = {"images": images} if images[0] else {}
-        try:
+        with self._refusals(prompts[0]):
             processed = self.processor(
                 text=prompts,
                 add_special_tokens=begin is None or not prompts[0].startswith(begin),
@@ -172,12 +172,23 @@ class _Answerer:
                 return_tensors="pt",
                 **arguments,
             )
+        return self._placed(processed)
+
+    def _alone(self, asked: Conversation, prompt: str, limit: int) -> str:
+        """The answer to one question about videos or sounds."""
+        with self._refusals(prompt):
+            inputs = encode(self.processor, asked, add_generation_prompt=True)
+        return self._generate(self._placed(inputs), limit)[0]
+
+    @contextmanager
+    def _refusals(self, prompt: str) -> Iterator[None]:
+        """What the processor does not like becomes one line that names the (first) question."""
+        try:
+            yield
         except (ValueError, IndexError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            asked = prompts[0].strip()[-80:].replace("\n", " ")
-            name = type(self.processor).__name__
-            raise RunError(f"{name} refuses the questions from '... {asked}' on: {reason}") from error
-        return self._placed(processed)
+            name, asked = type(self.processor).__name__, prompt.strip()[-80:].replace("\n", " ")
+            raise RunError(f"{name} refuses the question '... {asked}' or one in its batch: {reason}") from error
 
     def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors where the model is, in its precision."""
