@@ -114,7 +114,8 @@ class BlockwisePruning(PruneCallback):
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self._in_towers: Set[str] = frozenset()
-        self._prunes_experts = False
+        self.prunes_experts = False
+        """Whether any matrix of a routed expert is among what is pruned; known after `plan`."""
 
     @property
     def wants_activations(self) -> bool:  # type: ignore[override]
@@ -126,7 +127,7 @@ class BlockwisePruning(PruneCallback):
         """What the pool looks at besides block inputs and outputs, and what experts are fed where they are pruned."""
         if not self.wants_activations:
             return frozenset()
-        return self.pool.needs | ({EXPERTS} if self._prunes_experts else frozenset())
+        return self.pool.needs | ({EXPERTS} if self.prunes_experts else frozenset())
 
     def run_label(self) -> str:
         """Method and sparsity as part of a folder name, for example `asymmetric-wanda-60`."""
@@ -169,8 +170,8 @@ class BlockwisePruning(PruneCallback):
         elif self.vision_sparsity is not None:
             problem = "needs --model.targets '[language, vision]'; the vision tower is not pruned"
             raise InputError("pruning.vision_sparsity", self.vision_sparsity, problem)
-        self._prunes_experts = not experts.keys().isdisjoint(self.shapes)
-        if self._prunes_experts:
+        self.prunes_experts = not experts.keys().isdisjoint(self.shapes)
+        if self.prunes_experts:
             self._refuse_undefined_for_experts()
         if isinstance(self.pattern, SemiStructured):
             for name, (_, width) in self.shapes.items():

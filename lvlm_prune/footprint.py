@@ -110,6 +110,7 @@ class Method:
         needs: What is recorded of a forward besides the inputs of the Linears.
         surveys: Whether the dense model is surveyed.
         survey_needs: As `needs`, in the survey.
+        prunes_experts: Whether routed experts are pruned, each from a statistic of its own.
     """
 
     pool: Pool | None
@@ -117,6 +118,7 @@ class Method:
     needs: frozenset[str]
     surveys: bool
     survey_needs: frozenset[str]
+    prunes_experts: bool
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ class Footprint:
         self.frame_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
         if module.folder is None:  # the weights are in memory already, part of the baseline
             self.frame_bytes, self.block_bytes = 0, [0] * len(self.block_bytes)
-        self._blocks = [_BlockSize.of(runner.block(index), self.width) for index in range(len(runner))]
+        sizes = (_BlockSize.of(runner.block(index), self.width) for index in range(len(runner)))
+        self._blocks = [size if method.prunes_experts else replace(size, experts=()) for size in sizes]
 
     # ---- what is held all along --------------------------------------------------------------------------------------
     def held_bytes(self) -> int:

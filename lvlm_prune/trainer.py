@@ -618,6 +618,7 @@ class LVLMTrainer(L.Trainer):
             _needs(callbacks, "needs"),
             self._surveys(callbacks),
             _needs(callbacks, "survey_needs"),
+            pruning.prunes_experts,
         )
 
     @staticmethod

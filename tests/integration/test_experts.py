@@ -12,13 +12,14 @@ from benchmarks.families.visual_inputs import image_samples, text_samples
 from lvlm_prune import prune
 from lvlm_prune.allocation import DASAllocation
 from lvlm_prune.api import InputsSource
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.blocks import CheckpointFolder, find_expert_stacks
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.errors import InputError
 from lvlm_prune.pools import AMIAPool, AsymmetricPool, MixedPool
 from lvlm_prune.scorers import MagnitudeScorer, SparseGPTScorer
+from lvlm_prune.statistics import Gram
 from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards
 
 # Stacks as (experts, out, in); as (experts, in, out); in copies of all tokens; without a gate; one for each modality.
@@ -206,3 +207,22 @@ def test_what_is_not_defined_for_experts_is_refused(options: dict):
     model = tiny_model("qwen3_vl_moe")
     with pytest.raises(InputError, match=r"--pruning.experts prune: .* is not defined for routed experts"):
         prune(model, calibration(model), method(**options))
+
+
+def test_the_plan_counts_the_statistics_of_every_expert(tmp_path, capsys):
+    model = tiny_model("qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "dense")
+    save_file(tensors_of(calibration(model)), tmp_path / "dense" / "calib.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'dense' / 'calib.safetensors'}"]
+    arguments = ["prune", f"--model.path={tmp_path / 'dense'}", *source, "--pruning.scorer=SparseGPTScorer"]
+    arguments += ["--pruning.pool=MixedPool", "--plan=true", f"--output={tmp_path / 'out'}"]
+    gathering = {}
+    for experts in ("prune", "keep"):
+        assert main([*arguments, f"--pruning.experts={experts}"]) == 0
+        number, unit = re.search(r"gathering ([\d.]+) ([kM]B)", capsys.readouterr().out).groups()
+        gathering[experts] = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+    block = max(model.get_decoder().layers, key=lambda layer: len(list(find_expert_stacks(layer))))
+    channels = [matrix.in_features for stack in find_expert_stacks(block) for matrix in stack.matrices()]
+    assert gathering["prune"] - gathering["keep"] == pytest.approx(
+        sum(Gram.nbytes(count) for count in channels), rel=0.1
+    )
