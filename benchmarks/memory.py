@@ -191,13 +191,13 @@ def measure(folder: Path, written: dict[str, Any], recipe: str, *options: str) -
         "seconds_of_blocks": {
             "read": split["read"],
             "forward": split["gather"] + split["propagate"],
-            "score": split["score"],
+            "score": split["score"] + split["solve"],
             "write": split["write"],
         },
     }
 
 
-_PHASES = ("read", "gather", "score", "propagate", "write")
+_PHASES = ("read", "gather", "score", "solve", "propagate", "write")
 
 
 def main() -> None:

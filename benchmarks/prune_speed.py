@@ -4,17 +4,23 @@
     python benchmarks/prune_speed.py --preset 7b --device cuda --samples 128 --dtype bfloat16 --json OUT
 
 The floor is two bare forwards of all samples through all blocks, in the same process. A method's time is survey +
-gather + score (+ solve) + propagate; catching, reading, writing and verifying are not in it. Floor and methods take
-turns; a ratio is the median over repetitions, each against the floor measured just before. On a CPU it is processor
-time at one thread, on a GPU wall time.
+gather + score + solve + propagate on a model in memory; catching, reading, writing and verifying are not in it. Floor
+and methods take turns; a ratio is the median over repetitions, each against the floor measured just before. On a CPU it
+is processor time at one thread, on a GPU wall time. Before that, as a warm-up, each method prunes the same model from
+disk to disk once: that tells the seconds that the loop stands still to read and write, and the memory that a run takes.
+
+Methods that the JSON file holds already stay there, so they can be measured in groups; `ratio_to_wanda` is the
+quotient of the ratios to the floor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import statistics
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -25,9 +31,13 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from lvlm_prune import load_pruning, prune
+from lvlm_prune.api import InputsSource
 from lvlm_prune.blocks import BlockRunner
-from lvlm_prune.callbacks import PruneCallback
-from lvlm_prune.measuring import Stopwatch, peak_memory
+from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.manifest import METHOD_PHASES, Manifest
+from lvlm_prune.measuring import Stopwatch, anonymous_memory
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.trainer import LVLMTrainer
 
 RECIPES = Path(__file__).parents[1] / "configs" / "prune"
 PRESETS = {
@@ -36,7 +46,6 @@ PRESETS = {
 }
 IMAGE, VISION_START, VISION_END = 5, 6, 7
 
-_PHASES = ("survey", "gather", "score", "propagate")
 # A method that takes so many floors (ECoFLaP: 25) is measured once.
 _LONG = 10
 
@@ -95,24 +104,6 @@ def random_samples(count: int, visual: int, text: int, vocabulary: int, dtype: t
     return samples
 
 
-class Phases(PruneCallback):
-    """Adds up the seconds of all blocks, and counts forwards."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.forwards = 0
-
-    @property
-    def total(self) -> float:
-        """Seconds of all that is compared with the floor."""
-        return sum(self.seconds.get(name, 0.0) for name in _PHASES)
-
-    def on_block_end(self, trainer, pl_module, block) -> None:
-        for phase, seconds in block.record["seconds"].items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        self.forwards += block.forwards
-
-
 @torch.no_grad()
 def floor_seconds(model: nn.Module, samples: list[dict]) -> float:
     """Two bare forwards of every sample through every block."""
@@ -127,69 +118,93 @@ def floor_seconds(model: nn.Module, samples: list[dict]) -> float:
     return clock.lap()
 
 
-def method_phases(model: nn.Module, dense: dict[str, Tensor], samples: list[dict], recipe: str) -> Phases:
+def in_memory(model: nn.Module, dense: dict[str, Tensor], samples: list[dict], recipe: str) -> Manifest:
     """One run of a recipe; the model is dense again afterwards."""
-    phases = Phases()
-    manifest = prune(model, samples, load_pruning(RECIPES / f"{recipe}.yaml"), callbacks=[phases])
-    survey = manifest.get("survey", {})
-    phases.seconds["survey"] = survey.get("seconds", 0.0)
-    phases.forwards += survey.get("block_forwards", 0)
+    manifest = prune(model, samples, load_pruning(RECIPES / f"{recipe}.yaml"))
     model.load_state_dict(dense)
-    return phases
+    return manifest
 
 
-def peak_bytes(device: str) -> int:
-    """Peak memory of the device, or of the process."""
-    peak = peak_memory()
+def from_disk(folder: Path, samples: list[dict], recipe: str, device: str) -> dict[str, float]:
+    """Seconds of reading and writing, and the most memory that a run from disk to disk takes beside what was there."""
+    trainer = LVLMTrainer(
+        accelerator=device,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[load_pruning(RECIPES / f"{recipe}.yaml")],
+    )
+    trainer.quiet = True
+    data = CalibrationDataModule(InputsSource(samples))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return peak
+    before = torch.cuda.memory_allocated() if device == "cuda" else anonymous_memory()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as output:
+        manifest = trainer.prune(LVLMModule(str(folder)), data, output=output, evaluate=False, report=False)
+    measured = manifest["memory"]["measured"]["device" if device == "cuda" else "host"]
+    seconds = {name: sum(block["seconds"][name] for block in manifest["blocks"]) for name in ("read", "write")}
+    return seconds | {"peak_added_bytes": measured - before}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything, floor and methods in turn."""
+    """Measure all methods, floor and methods in turn."""
     sizes, dtype = PRESETS[options.preset], getattr(torch, options.dtype)
     model = random_model(sizes, dtype, options.device)
     samples = random_samples(options.samples, options.visual, options.text, sizes["vocabulary"], dtype, options.device)
+    disk: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        model.save_pretrained(Path(folder) / "dense")
+        for recipe in options.recipes:
+            disk[recipe] = from_disk(Path(folder) / "dense", samples, recipe, options.device)
+            print(f"{recipe} from disk to disk", flush=True)
+    if options.device == "cpu":
+        Stopwatch.clock = staticmethod(time.process_time)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
+    floor_seconds(model, samples)
     floors: list[float] = []
-    runs: dict[str, list[Phases]] = {recipe: [] for recipe in options.recipes}
-    peaks: dict[str, int] = {}
-    for repetition in range(options.repetitions + 1):
+    runs: dict[str, list[Manifest]] = {recipe: [] for recipe in options.recipes}
+    for repetition in range(options.repetitions):
         floors.append(floor_seconds(model, samples))
         for recipe in options.recipes:
-            if repetition and runs[recipe][-1].total > _LONG * floors[0]:
+            if repetition and runs[recipe][0].cost()["seconds"] > _LONG * floors[0]:
                 continue
-            peak_bytes(options.device)
-            runs[recipe].append(method_phases(model, dense, samples, recipe))
-            peaks[recipe] = peak_bytes(options.device)
-        print(f"repetition {repetition} of {options.repetitions}, floor {floors[-1]:.2f} s", flush=True)
-    floor = statistics.median(floors[1:])  # the first one warms up
-    methods: dict[str, Any] = {}
-    for recipe, repeated in runs.items():
-        measured = repeated[1:] or repeated
-        ratios = [run.total / beside for run, beside in zip(measured, floors[1:])]
-        phase = {name: statistics.median(run.seconds.get(name, 0.0) for run in measured) for name in _PHASES}
-        methods[recipe] = {
-            "seconds": statistics.median(run.total for run in measured),
-            "ratio_to_floor": statistics.median(ratios),
-            "ratio_spread": [min(ratios), max(ratios)],
-            "phases": phase | {"statistics": max(phase["gather"] - floor / 2, 0.0)},
-            "repetitions": len(measured),
-            "forwards_per_sample_and_block": repeated[-1].forwards / len(samples) / sizes["blocks"],
-            "peak_bytes": peaks[recipe],
-        }
-    wanda = methods.get("wanda", {}).get("seconds")
-    for method in methods.values():
-        method["ratio_to_wanda"] = method["seconds"] / wanda if wanda else None
+            runs[recipe].append(in_memory(model, dense, samples, recipe))
+        print(f"repetition {repetition + 1} of {options.repetitions}, floor {floors[-1]:.2f} s", flush=True)
+    return {recipe: measured(repeated, floors, len(samples)) | disk[recipe] for recipe, repeated in runs.items()}
+
+
+def measured(runs: list[Manifest], floors: list[float], samples: int) -> dict[str, Any]:
+    """What the repetitions of one method say.
+
+    Args:
+        runs: Their manifests.
+        floors: The floor before each.
+        samples: Number of samples.
+    """
+    seconds = [run.cost()["seconds"] for run in runs]
+    ratios = [one / floor for one, floor in zip(seconds, floors)]
+    phases = {
+        phase: statistics.median(sum(block["seconds"][phase] for block in run["blocks"]) for run in runs)
+        for phase in METHOD_PHASES
+    }
+    forward = min(statistics.median(floors) / 2, phases["gather"])
     return {
         "date": str(date.today()),
-        "machine": machine(options),
-        "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
-        "tokens": sum(sample["input_ids"].numel() for sample in samples),
-        "floor_seconds": floor,
-        "floor_spread": [min(floors[1:]), max(floors[1:])],
-        "methods": methods,
+        "samples": samples,
+        "repetitions": len(runs),
+        "seconds": statistics.median(seconds),
+        "ratio_to_floor": statistics.median(ratios),
+        "ratio_spread": [min(ratios), max(ratios)],
+        "survey": statistics.median(run.get("survey", {}).get("seconds", 0.0) for run in runs),
+        "forward": forward + phases["propagate"],
+        "statistics": phases["gather"] - forward,
+        "score": phases["score"],
+        "solve": phases["solve"],
+        "forwards_per_sample_and_block": runs[0].cost()["block_forwards"] / (samples * len(runs[0]["blocks"])),
+        "floor_seconds": statistics.median(floors),
+        "floor_spread": [min(floors), max(floors)],
     }
 
 
@@ -206,21 +221,21 @@ def machine(options: argparse.Namespace) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
-    lines = ["| method | s | ratio to floor | ratio to Wanda | forwards | statistics, s | score, s |", "|---" * 7 + "|"]
+    heads = ["method", "ratio to floor", "ratio to Wanda", "forwards", "s", "survey", "forward", "statistics", "score"]
+    heads += ["solve", "read", "write", "memory, MiB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for recipe, method in results["methods"].items():
-        wanda = f"{method['ratio_to_wanda']:.2f}" if method["ratio_to_wanda"] else ""
-        phases = method["phases"]
-        lines.append(
-            f"| {recipe} | {method['seconds']:.2f} | {method['ratio_to_floor']:.2f} | {wanda} | "
-            f"{method['forwards_per_sample_and_block']:.2f} | {phases['statistics']:.2f} | {phases['score']:.2f} |"
-        )
+        wanda = f"{method['ratio_to_wanda']:.2f}" if "ratio_to_wanda" in method else ""
+        cells = [recipe, f"{method['ratio_to_floor']:.2f}", wanda, f"{method['forwards_per_sample_and_block']:.2f}"]
+        cells += [f"{method[name]:.2f}" for name in ("seconds", *heads[5:12])]
+        lines.append("| " + " | ".join([*cells, f"{method['peak_added_bytes'] / 2**20:.0f}"]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="results; methods that it holds already stay")
     parser.add_argument("--preset", choices=PRESETS, default="mid")
     parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("--samples", type=int, default=16)
@@ -230,13 +245,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: temporary")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.device == "cpu":
-        Stopwatch.clock = staticmethod(time.process_time)
-    results = run(options)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    setting = {"machine": machine(options)} | {
+        name: getattr(options, name) for name in ("preset", "visual", "text", "dtype")
+    }
+    results: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    if results and {name: results[name] for name in setting} != setting:
+        raise SystemExit(f"{options.json} was measured with other options or elsewhere; write to another file")
+    methods = results.get("methods", {}) | run(options)
+    for method in methods.values():
+        if "wanda" in methods:
+            method["ratio_to_wanda"] = method["ratio_to_floor"] / methods["wanda"]["ratio_to_floor"]
+    results = setting | {"methods": methods}
     options.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"floor {results['floor_seconds']:.2f} s, {results['machine']}\n\n{table(results)}")
+    print(f"{results['machine']}\n\n{table(results)}")
 
 
 if __name__ == "__main__":

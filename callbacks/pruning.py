@@ -23,6 +23,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.effects import BlockEffects, scored_rows
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
+from lvlm_prune.measuring import Stopwatch
 from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
 from lvlm_prune.plugins import own_instance, plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
@@ -294,10 +295,12 @@ class BlockwisePruning(PruneCallback):
             if "note" in entry:
                 del owners[name]
             elif owners[name] == trainer.processes.rank:
-                scorer = self.scorer_of(entry)
+                scorer, clock = self.scorer_of(entry), Stopwatch()
                 pruned, block.masks[name] = scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
-                if scorer.updates_weights and not torch.isfinite(pruned).all():
-                    raise RunError(f"NaN or infinity in the updated weight of {full_name}")
+                if scorer.updates_weights:
+                    block.solve_seconds += clock.lap()
+                    if not torch.isfinite(pruned).all():
+                        raise RunError(f"NaN or infinity in the updated weight of {full_name}")
                 if scorer is self.scorer and entry["target"] > 0:
                     rows = scored_rows(weight)
                     in_part = scorer.by_row and scorer.group == "row"

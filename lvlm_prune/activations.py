@@ -32,6 +32,7 @@ class SampleRow:
         real: Indices of the real (not padded) positions, int64 of shape (T,); None where all are.
         modality: Modality code of each real token, int8 of shape (T,).
         weight: How much the sample counts in calibration statistics; the mean over all samples is 1.
+        places: Names of modalities -> where their tokens are, as `indices` found it.
     """
 
     sample: int
@@ -40,6 +41,20 @@ class SampleRow:
     real: Tensor | None
     modality: Tensor
     weight: float = 1.0
+    places: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def indices(self, *modalities: str) -> Tensor:
+        """Indices of the real tokens of these modalities, int64; looked for once, since a GPU has to be waited for."""
+        if modalities not in self.places:
+            self.places[modalities] = self.of(*modalities).nonzero().flatten()
+        return self.places[modalities]
+
+    def of(self, *modalities: str) -> Tensor:
+        """Which of the real tokens are of these modalities, bool of shape (T,)."""
+        members = torch.zeros_like(self.modality, dtype=torch.bool)
+        for name in modalities:
+            members |= self.modality == MODALITIES[name]
+        return members
 
     def cut(self, values: Tensor) -> Tensor:
         """Real positions of (S, ...) values, shape (T, ...)."""
@@ -221,22 +236,21 @@ class Activations:
         needs = frozenset(needs)
         if not needs <= NEEDS:
             raise ValueError(f"{asked_by} needs {sorted(needs - NEEDS)}; there are {sorted(NEEDS)}")
-        visual = torch.zeros_like(self.row.modality, dtype=torch.bool)
-        for name in visual_modalities:
-            visual |= self.row.modality == MODALITIES[name]
-        text = self.row.modality == MODALITIES["text"]
+        visual_index, text_index = self.row.indices(*visual_modalities), self.row.indices("text")
         return Tokens(
             hidden_in=self._decoder_tokens(self._hidden_in),
             hidden_out=self._decoder_tokens(self._hidden_out),
-            visual=visual,
-            text=text,
+            visual=self.row.of(*visual_modalities),
+            text=self.row.of("text"),
+            visual_index=visual_index,
+            text_index=text_index,
             modality=self.row.modality,
             outputs=(
                 {name: self._flatten(value)[0] for name, value in self._record.outputs.items()}
                 if "outputs" in needs
                 else {}
             ),
-            **self._attention(needs & ATTENTION_NEEDS, text, visual, asked_by),
+            **self._attention(needs & ATTENTION_NEEDS, text_index, visual_index, asked_by),
             block=self.block,
             sample=self.sample,
         )
@@ -264,15 +278,17 @@ class Activations:
             for routed in stack.inputs(call, rows[seen]):
                 yield replace(routed, tokens=seen[routed.tokens])
 
-    def _attention(self, needs: frozenset[str], text: Tensor, visual: Tensor, asked_by: str) -> dict[str, Tensor]:
+    def _attention(
+        self, needs: frozenset[str], text_index: Tensor, visual_index: Tensor, asked_by: str
+    ) -> dict[str, Tensor]:
         if not needs:
             return {}
         call = self_attention(self._record.attention, self._batch_shape, f"block {self.block}", asked_by)
         attention = call.sample(self.row.row, self.row.real)
-        every = torch.arange(len(text), device=text.device)
+        every = torch.arange(len(self.row.modality), device=text_index.device)
         computed: dict[str, Callable[[], Tensor]] = {
             "attention_last": lambda: attention.rows(every[-1:])[0],
-            "attention_text_to_visual": lambda: attention.mean_of_rows(text.nonzero().flatten())[visual],
+            "attention_text_to_visual": lambda: attention.mean_of_rows(text_index)[visual_index],
             "attention_mean": lambda: attention.mean_of_rows(every),
             "attention_map": lambda: attention.rows(every),
         }

@@ -152,7 +152,7 @@ class SampleAttention:
     """
 
     def __init__(self, call: AttentionCall, row: int, real: Tensor | None = None) -> None:
-        self._call, self._row = call, row
+        self._call, self._row, self._real = call, row, real
         self._positions = torch.arange(call.key.shape[2], device=call.key.device) if real is None else real
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -168,23 +168,27 @@ class SampleAttention:
 
     def _stripes(self, rows: Tensor) -> Iterator[Tensor]:
         heads, columns = self._call.query.shape[1], len(self._positions)
-        rows_at_once = max(1, min(len(rows), _STRIPE // columns))
-        heads_at_once = max(1, _STRIPE // (rows_at_once * columns))
+        sharing = heads // self._call.key.shape[1]
+        rows_at_once = max(1, min(len(rows), _STRIPE // (columns * sharing)))
+        heads_at_once = max(1, _STRIPE // (rows_at_once * columns * sharing)) * sharing
         for part in rows.split(rows_at_once):
             positions = self._positions[part]
             total = torch.zeros(len(part), columns, dtype=torch.float32, device=rows.device)
-            for chunk in torch.arange(heads, device=rows.device).split(heads_at_once):
-                total += self._softmax(chunk, positions).sum(0)
+            for start in range(0, heads, heads_at_once):
+                total += self._softmax(slice(start, start + heads_at_once), positions).sum(0)
             yield total / heads
 
-    def _softmax(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Attention of these heads from these positions to the real ones, (heads, rows, T)."""
+    def _softmax(self, heads: slice, positions: Tensor) -> Tensor:
+        """Attention of these heads, which share whole keys, from these positions to the real ones, (heads, rows, T)."""
         call = self._call
         if call.weights is not None:
-            return call.weights[self._row][heads[:, None], positions][:, :, self._positions].float()
-        query, key = call.query[self._row], call.key[self._row]
-        sharing = query.shape[0] // key.shape[0]
-        logits = query[heads[:, None], positions].float() @ key[heads // sharing][:, self._positions].float().mT
+            return self._columns(call.weights[self._row, heads][:, positions]).float()
+        sharing = call.query.shape[1] // call.key.shape[1]
+        query = call.query[self._row, heads][:, positions].float()
+        key = call.key[self._row, heads.start // sharing : heads.stop // sharing]
+        key = (key if self._real is None else key[:, self._real]).float()
+        # Heads that share a key are rows of one product: no key is repeated.
+        logits = (query.reshape(len(key), -1, query.shape[-1]) @ key.mT).view(len(query), len(positions), -1)
         scaling = call.arguments.get("scaling")
         logits *= query.shape[-1] ** -0.5 if scaling is None else scaling
         softcap = call.arguments.get("softcap")
@@ -192,13 +196,17 @@ class SampleAttention:
             logits = torch.tanh(logits / softcap) * softcap
         return torch.softmax(self._masked(logits, heads, positions), dim=-1)
 
-    def _masked(self, logits: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
+    def _columns(self, rows: Tensor) -> Tensor:
+        """Real positions of (..., K)."""
+        return rows if self._real is None else rows[..., self._real]
+
+    def _masked(self, logits: Tensor, heads: slice, positions: Tensor) -> Tensor:
         call, lowest = self._call, torch.finfo(torch.float32).min
         if call.mask is not None and call.mask.ndim == 4:
             mask = call.mask[self._row if len(call.mask) > 1 else 0]
             mask = mask[heads] if len(mask) > 1 else mask
-            mask = (mask[:, positions] if mask.shape[1] > 1 else mask)[:, :, self._positions]
-            return logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+            mask = self._columns(mask[:, positions] if mask.shape[1] > 1 else mask)
+            return logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else logits + mask
         # No mask, or one of padding, which is cut away: what is left is said by the layer.
         causal = call.arguments.get("is_causal")
         if not (getattr(call.module, "is_causal", True) if causal is None else causal):
@@ -208,4 +216,4 @@ class SampleAttention:
         window = call.arguments.get("sliding_window")
         if window is not None:
             hidden |= distance >= window
-        return logits.masked_fill(hidden, lowest)
+        return logits.masked_fill_(hidden, lowest)

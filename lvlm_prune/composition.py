@@ -60,10 +60,9 @@ class PoolComposition:
         """
         sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
         if self._counted is not None:
-            calls = max(self._calls.values())
-            sums += self._counted.double().cpu() / calls
-        for sample, modality in self._candidates.items():
-            counted = modality[: chosen.get(sample, 0)]
+            sums += self._counted.double().cpu() / max(self._calls.values())
+        if self._candidates:
+            counted = torch.cat([modality[: chosen.get(sample, 0)] for sample, modality in self._candidates.items()])
             sums += torch.stack([one.sum() for one in _one_hot(counted)]).double().cpu()
         sums = processes.sum(sums)
         found: dict[str, Any] = {"pool": {name: sums[code].item() for name, code in MODALITIES.items() if sums[code]}}

@@ -21,8 +21,8 @@ BINS_PER_DECADE = 10
 _LOWEST, _BINS = -16 * BINS_PER_DECADE, 32 * BINS_PER_DECADE
 # Scores of so many weights of a Linear describe their distribution; taking logarithms of all would cost time.
 _WEIGHTS_LOOKED_AT = 2**17
-# Rows of a Linear with so many weights describe its error; all of it would take a few copies of it in float32.
-_WEIGHTS_OF_ERROR = 2**20
+# Rows of a Linear with so many weights describe its error; with Gram matrices all rows would take a tenth of a solve.
+_WEIGHTS_OF_ERROR = 2**18
 
 
 class BlockEffects:

@@ -51,7 +51,8 @@ class Block:
             filled by the pruning callback in `on_block_calibrated`.
         updated: Names of pruned Linears whose remaining weights changed too.
         record: Numbers about this block for the manifest, filled by callbacks and by the loop.
-        forwards: Forwards of the block so far, one per calibration batch and pass.
+        forwards: Forwards of the block, one per calibration batch and pass; known when the block ends.
+        solve_seconds: Time in which remaining weights were updated, noted by the pruning callback.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Block:
     updated: set[str] = field(default_factory=set)
     record: dict[str, Any] = field(default_factory=dict)
     forwards: int = 0
+    solve_seconds: float = 0.0
 
     def matrices(self) -> dict[str, nn.Linear | ExpertMatrix]:
         """Name relative to the block -> every Linear and every matrix of a routed expert."""
@@ -138,9 +140,9 @@ class BlockLoop:
         """Go through all blocks of the dense model: each sample runs once through each block, and nothing changes.
 
         Returns:
-            Forwards of a block, one per calibration batch and block.
+            Forwards of blocks: one per calibration batch and block, and those that plugins ask for.
         """
-        forwards = 0
+        before = self.runner.forwards
         for place in range(len(self.runner)):
             self.weights.load_block(place)
             block = self._block(place)
@@ -151,8 +153,7 @@ class BlockLoop:
             self._together(self._survey_block, block)
             self.raise_hook("on_survey_block_end", block=block)
             self.weights.release_block(place)
-            forwards += block.forwards
-        return forwards
+        return self.runner.forwards - before
 
     def tail(self, first: int) -> DecoderTail:
         """Block `first`, at whose input the samples are, and all blocks after it."""
@@ -165,7 +166,7 @@ class BlockLoop:
         return Block(self.part.first + place, place, self.part.target, name, module, linears, stacks)
 
     def _work(self, place: int, is_last: bool, following: int | None) -> None:
-        seconds = {}
+        seconds, forwards = {}, self.runner.forwards
         clock = Stopwatch()
         self.weights.load_block(place)
         block = self._block(place)
@@ -175,14 +176,15 @@ class BlockLoop:
             self._together(self._gather, block)
         seconds["gather"] = clock.lap()
         self.raise_hook("on_block_calibrated", block=block)
-        seconds["score"] = clock.lap()
+        seconds["score"], seconds["solve"] = clock.lap() - block.solve_seconds, block.solve_seconds
         # Not earlier: what scoring takes beside the block is gone by now.
         if following is not None:
             self.weights.prefetch_block(following)
         if not is_last:
             self._together(self._propagate, block)
         seconds["propagate"] = clock.lap()
-        block.record["seconds"] = seconds
+        block.forwards = self.runner.forwards - forwards
+        block.record["seconds"], block.record["forwards"] = seconds, block.forwards
         block.record["peak_memory_bytes"] = peak_memory()
         self.raise_hook("on_block_end", block=block)
 
@@ -223,7 +225,6 @@ class BlockLoop:
         hidden_in = here.hidden
         with recording(block.linears, self.needs(), block.stacks) as record:
             hidden_out = forward(block.place, here)
-        block.forwards += 1
         sites = record.sites()
         for row in self.rows_of_batch[id(batch)]:
             sample = Activations(row, record, sites, hidden_in, hidden_out, block.place)
@@ -234,7 +235,6 @@ class BlockLoop:
         totals = []
         for batch, here in self.placement.stream(self.batches, block.place):
             self.runner.advance(block.place, here)
-            block.forwards += 1
             totals.append((batch, here.hidden.float().sum()))
             if hooks:
                 self.raise_hook("on_propagation_batch_end", block=block)

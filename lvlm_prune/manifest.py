@@ -12,6 +12,9 @@ from lvlm_prune.errors import InputError
 
 FILE_NAME = "pruning.json"
 
+METHOD_PHASES = ("gather", "score", "solve", "propagate")
+"""Of the phases of a block those that depend on the method."""
+
 # Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
 _FREE_TO_CHANGE = ("output", "resume", "evaluate", "report", "trainer", "config")
 
@@ -57,6 +60,20 @@ class Manifest(dict[str, Any]):
         sizes = [entry["shape"][0] * entry["shape"][1] for entry in entries]
         zeros = sum(entry["achieved"] * size for entry, size in zip(entries, sizes))
         return zeros / max(sum(sizes), 1)
+
+    def cost(self) -> dict[str, float]:
+        """What the method took beyond catching, reading, writing and verifying.
+
+        Returns:
+            `seconds` of surveying, gathering, scoring, solving and propagating; `block_forwards` of the main process,
+            those of a survey over all processes.
+        """
+        survey, blocks = self.get("survey", {}), self["blocks"]
+        seconds = sum(block["seconds"][phase] for block in blocks for phase in METHOD_PHASES)
+        return {
+            "seconds": survey.get("seconds", 0.0) + seconds,
+            "block_forwards": survey.get("block_forwards", 0) + sum(block["forwards"] for block in blocks),
+        }
 
     def refuse_other(self, other: Mapping[str, Any], folder: Path) -> None:
         """Refuse to resume this unfinished run as another one.

@@ -59,6 +59,9 @@ class BlockRunner:
     For each batch the blocks must be run in order, from the first to the last: some hand keys and values to later ones.
     Gradients are off but in `run_with_gradients`.
 
+    Attributes:
+        forwards: How often a block has run so far, whichever.
+
     Args:
         model: A transformers model in eval mode. Its blocks may be on the meta device while batches are caught.
         decoder: Its decoder; found where it is not given.
@@ -86,6 +89,7 @@ class BlockRunner:
         # Learned from the first batch, for this model only: another model of the same class may differ.
         self._form: int | None = None
         self._reads_history: bool | None = None
+        self.forwards = 0
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
@@ -187,6 +191,7 @@ class BlockRunner:
             name: batch.carried[value.block][value.index] if isinstance(value, CarriedOutput) else value
             for name, value in batch.arguments[i].items()
         }
+        self.forwards += 1
         return self.decoder.layers[i](batch.hidden, **arguments)
 
     @torch.no_grad()

@@ -101,29 +101,24 @@ class AsymmetricPool(Pool):
         self._start_block()
 
     def _start_block(self) -> None:
-        self._total, self._count = 0.0, 0
-        self._fault = ""
+        self._totals: list[tuple[Tensor, int, int]] = []  # sum of a sample's saliencies, block, sample
         self._sizes: list[tuple[int, int]] = []
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Text tokens in any case; visual tokens as candidates, most salient first."""
         saliency = self.saliency(tokens)
-        total = saliency.double().sum().item()
-        if not (math.isfinite(total) or self._fault):
-            # Said only if the block's own output is finite, which is looked at first and tells more.
-            self._fault = f"visual tokens at block {tokens.block} for calibration sample {tokens.sample}"
-        self._total += total
-        self._count += len(saliency)
+        # Looked at when all samples have run: to look at each would make a GPU wait.
+        self._totals.append((saliency.double().sum(), tokens.block, tokens.sample))
         self._sizes.append((tokens.num_text, len(saliency)))
         # K can never exceed this, so no more candidates need to be held until the mean is known.
         most = self._budget_of(self._factor * self.saliency.maximum, *self._sizes[-1])
         ranking = self.saliency.ranking(tokens, saliency, most)
-        return Selection(self._retained_text(tokens), tokens.visual.nonzero().flatten()[ranking], saliency)
+        return Selection(self._retained_text(tokens), tokens.visual_index[ranking], saliency)
 
     def _retained_text(self, tokens: Tokens) -> Tensor:
         if self.text_retention == 1:
             return tokens.text
-        among = tokens.text.nonzero().flatten()
+        among = tokens.text_index
         moved = drift(tokens.hidden_in[among], tokens.hidden_out[among])
         kept = moved.argsort(descending=True, stable=True)[: round(self.text_retention * len(among))]
         return torch.zeros_like(tokens.text).index_fill_(0, among[kept], True)
@@ -134,9 +129,13 @@ class AsymmetricPool(Pool):
         Raises:
             RunError: A saliency is NaN or infinite; names the sample.
         """
-        if self._fault:
-            raise RunError(f"NaN or infinity in the {self.saliency.name} of the {self._fault}")
-        total, count = sum_over_processes(torch.tensor([self._total, self._count], dtype=torch.float64)).tolist()
+        totals = torch.stack([total for total, _, _ in self._totals]).tolist() if self._totals else []
+        for total, (_, block, sample) in zip(totals, self._totals):
+            if not math.isfinite(total):
+                where = f"visual tokens at block {block} for calibration sample {sample}"
+                raise RunError(f"NaN or infinity in the {self.saliency.name} of the {where}")
+        own = torch.tensor([sum(totals), sum(visual for _, visual in self._sizes)], dtype=torch.float64)
+        total, count = sum_over_processes(own).tolist()
         self._mean = total / max(count, 1)
         budgets = [self._budget_of(self._factor * self._mean, *size) for size in self._sizes]
         self._start_block()
@@ -161,7 +160,7 @@ class AsymmetricPool(Pool):
 
     def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:
         """Saliency and drift of the sample's visual tokens in the dense model."""
-        moved = drift(tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual])
+        moved = drift(tokens.hidden_in[tokens.visual_index], tokens.hidden_out[tokens.visual_index])
         self._matched.add(self.saliency(tokens), moved, tokens.num_text)
 
     def survey_block_end(

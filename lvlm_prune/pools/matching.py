@@ -36,18 +36,20 @@ class MatchedTotal:
         self._start_block()
 
     def _start_block(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums: list[Tensor] = []
         self._sizes: list[tuple[int, int]] = []
 
     def add(self, saliency: Tensor, reference: Tensor, num_text: int) -> None:
         """One sample at the block: both saliencies of its visual tokens, of shape (n_visual,)."""
-        sums = torch.stack([saliency.double().sum(), reference.double().sum()]).cpu()
-        self._sums += torch.cat([sums, torch.tensor([float(len(saliency))])])
+        self._sums.append(torch.stack([saliency.double().sum(), reference.double().sum()]))
         self._sizes.append((num_text, len(saliency)))
 
     def end_block(self, sum_over_processes: SumOverProcesses) -> None:
         """All samples of all processes went through the block."""
-        total, reference, count = sum_over_processes(self._sums).tolist()
+        sums = torch.zeros(3, dtype=torch.float64)
+        if self._sums:  # else this process has no sample of the survey
+            sums[:2], sums[2] = torch.stack(self._sums).sum(0).cpu(), sum(visual for _, visual in self._sizes)
+        total, reference, count = sum_over_processes(sums).tolist()
         self._blocks.append((total / max(count, 1), reference / max(count, 1), self._sizes))
         self._start_block()
 

@@ -24,6 +24,7 @@ _PHASES = {
     "read": "reading weights",
     "gather": "gathering statistics",
     "score": "scoring and masking",
+    "solve": "updating weights",
     "propagate": "propagating",
 }
 
@@ -84,7 +85,9 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "seconds" in manifest.get("survey", {}):
         seconds["surveying the dense model"] = manifest["survey"]["seconds"]
     for phase, name in _PHASES.items():
-        seconds[name] = sum(block["seconds"][phase] for block in blocks)
+        took = sum(block["seconds"].get(phase, 0.0) for block in blocks)
+        if took or phase != "solve":  # most scorers update nothing
+            seconds[name] = took
     seconds["starting and writing"] = max(manifest["seconds"] - sum(seconds.values()), 0.0)
     modalities = list(dict.fromkeys(name for block in blocks for name in block.get("pool", {})))
     ranked = sorted(manifest["linears"].items(), key=lambda item: -item[1].get("error", 0.0))

@@ -34,16 +34,18 @@ class DiversitySaliency(Saliency):
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Saliency of each visual token, float32 of shape (n_visual,), between 0 and 2."""
-        return distance_to_others(tokens.hidden_in[tokens.visual])
+        return distance_to_others(tokens.hidden_in[tokens.visual_index])
 
     def ranking(self, tokens: Tokens, saliency: Tensor, count: int) -> Tensor:
         """The first `count` visual tokens in the order of max-min selection."""
-        unit = normalize(tokens.hidden_in[tokens.visual].float(), dim=-1)
+        unit = normalize(tokens.hidden_in[tokens.visual_index].float(), dim=-1)
         order = torch.empty(min(count, len(unit)), dtype=torch.int64, device=unit.device)
         nearest = torch.full_like(saliency, torch.inf)
-        # Indices stay on the device: a loop that waited for each would cost more than the distances.
+        # Indices stay on the device, and are tensors of one element, because to index by a number is to wait for it: a
+        # loop that waited at each step would cost more than the distances.
         for step in range(len(order)):
-            order[step] = chosen = (saliency if step == 0 else nearest).argmax()
-            nearest = torch.minimum(nearest, 1 - unit @ unit[chosen])
-            nearest[chosen] = -torch.inf
+            chosen = (saliency if step == 0 else nearest).argmax(keepdim=True)
+            order[step : step + 1] = chosen
+            nearest = torch.minimum(nearest, 1 - (unit @ unit[chosen].T).flatten())
+            nearest.index_fill_(0, chosen, -torch.inf)
         return order

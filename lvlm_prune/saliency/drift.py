@@ -30,7 +30,7 @@ class DriftSaliency(Saliency):
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Saliency of each visual token, float32 of shape (n_visual,), between 0 and 2."""
-        return drift(tokens.hidden_in[tokens.visual], tokens.hidden_out[tokens.visual])
+        return drift(tokens.hidden_in[tokens.visual_index], tokens.hidden_out[tokens.visual_index])
 
 
 def drift(before: Tensor, after: Tensor) -> Tensor:

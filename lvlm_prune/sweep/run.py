@@ -197,6 +197,7 @@ class SweepRun:
             "calibration": manifest["calibration"].get("fingerprint"),
             "sparsity": manifest["sparsity"],
             "seconds": manifest["seconds"],
+            "cost": manifest.cost(),
             "scores": manifest["evaluation"]["pruned"],
             "retention": manifest["evaluation"]["retention"]["average"],
             **({} if budget is None else {"mean_visual_tokens": budget}),
