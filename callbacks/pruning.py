@@ -18,6 +18,7 @@ from torch import nn
 from lvlm_prune.activations import Activations
 from lvlm_prune.allocation import Allocation, UniformAllocation
 from lvlm_prune.blocks import ExpertMatrix, Target
+from lvlm_prune.blocks.versions import VERSION_5
 from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.effects import BlockEffects, scored_rows
@@ -150,6 +151,9 @@ class BlockwisePruning(PruneCallback):
         if "language" in pl_module.targets:
             matrices |= pl_module.linears()
             experts = pl_module.expert_matrices()
+            if self.experts == "prune" and not VERSION_5 and _has_experts(pl_module):
+                problem = "transformers 4 computes routed experts in its own ways; use keep, or transformers 5"
+                raise InputError("pruning.experts", self.experts, problem)
         if self.experts == "keep":
             matrices = {name: linear for name, linear in matrices.items() if not _is_of_routed_expert(name)}
             experts = {}
@@ -468,6 +472,11 @@ def _readable(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {letter}"
     return str(count)
+
+
+def _has_experts(pl_module: "LVLMModule") -> bool:
+    blocks = map(pl_module.runner.block, range(len(pl_module.runner)))
+    return any("experts" in name.split(".") for block in blocks for name, _ in block.named_parameters())
 
 
 def _is_of_routed_expert(name: str) -> bool:

@@ -29,6 +29,7 @@ from lvlm_prune.blocks import (
     find_expert_stacks,
     modality_of_tokens,
     prunable_linears,
+    with_image_positions,
 )
 from lvlm_prune.hidden_states import Wanted, choose_place
 from lvlm_prune.module import LVLMModule
@@ -89,8 +90,9 @@ class BatchSize:
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor], config: object, visual: Sequence[str]) -> BatchSize:
         """Size of model inputs; `visual` are the modalities that count as visual."""
-        input_ids = inputs["input_ids"]
-        modality = modality_of_tokens(config, input_ids, inputs.get("attention_mask"))
+        input_ids, attention_mask = with_image_positions(config, inputs)
+        assert input_ids is not None
+        modality = modality_of_tokens(config, input_ids, attention_mask)
         codes = torch.tensor([MODALITIES[name] for name in visual], dtype=modality.dtype, device=modality.device)
         return cls(
             (input_ids.shape[0], input_ids.shape[1]),
@@ -179,13 +181,12 @@ class Footprint:
         if part.target == "vision":
             # What `hidden_size` means differs from tower to tower; their first Linear is that of the attention.
             config = getattr(runner.model, "config", None)
-            self.width = next(iter(prunable_linears(runner.block(0)).values())).in_features
+            self.width = next(iter(prunable_linears(runner.block(0)).values())).weight.shape[1]
         self.itemsize = torch.empty((), dtype=module.compute_dtype).element_size()
-        heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_heads"))
-        self._heads: int = next(filter(None, heads), 1)
-        self._head_width: int = getattr(config, "head_dim", None) or self.width // self._heads
+        self._heads = max(_largest(config, name, 1) for name in ("num_attention_heads", "num_heads"))
+        self._head_width = _largest(config, "head_dim", self.width // self._heads)
         rotary = getattr(config, "rope_parameters", None) or {}
-        self._experts_per_token = max(getattr(config, name, None) or 1 for name in _EXPERTS_PER_TOKEN)
+        self._experts_per_token = max(_largest(config, name, 1) for name in _EXPERTS_PER_TOKEN)
         self._rotary_axes = 3 if "mrope_section" in rotary else 1
         self._eager = getattr(config, "_attn_implementation", "") == "eager"
         self.frame_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
@@ -388,13 +389,19 @@ def _weight_sizes(module: LVLMModule, runner: BlockRunner) -> tuple[int, list[in
     output = module.model.get_output_embeddings()
     unused = sum(parameter.numel() * parameter.element_size() for parameter in output.parameters()) if output else 0
     tied = output is not None and output.weight is module.model.get_input_embeddings().weight
-    towers: list[Any] = [
-        linear
+    # By the weight: families write widths that they compute as tensors.
+    widths: list[int] = [
+        max(linear.weight.shape)
         for name, linear in module.model.named_modules()
         if isinstance(linear, nn.Linear) and linear is not output and not name.startswith(paths)
     ]
-    widest = max((max(linear.out_features, linear.in_features) for linear in towers), default=0)
-    return sum(sizes.values()) - decoder - (0 if tied else unused), blocks, widest
+    return sum(sizes.values()) - decoder - (0 if tied else unused), blocks, max(widths, default=0)
+
+
+def _largest(config: Any, name: str, default: int) -> int:
+    """A value of a configuration; the largest where layers have configurations of their own."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return max(getattr(layer, name, None) or default for layer in layers)
 
 
 def _power_of_two(count: int) -> int:

@@ -6,14 +6,18 @@
 A model has four blocks and a vision tower (or an audio tower) of two or three; building one takes a tenth of a second.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lvlm_prune.blocks.versions import VERSION_5
 
 HIDDEN = 32
 IMAGE_TOKEN = 100
@@ -118,19 +122,29 @@ class Family:
     """
 
     model: str
-    config: Callable[[], PreTrainedConfig]
+    config: Callable[[], PretrainedConfig]
     visual: Callable[[torch.Generator, int], tuple[dict[str, Tensor], int | None]]
 
 
-def _config(class_name: str, **options: Any) -> PreTrainedConfig:
-    return getattr(transformers, class_name)(**options)
+def _config(class_name: str, **options: Any) -> PretrainedConfig:
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
+    return getattr(transformers, class_name)(**(options if VERSION_5 else _as_in_version_4(options)))
+
+
+def _as_in_version_4(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options with rotary positions as transformers 4 spells them."""
+    options = {name: _as_in_version_4(value) if isinstance(value, dict) else value for name, value in options.items()}
+    if rope := dict(options.pop("rope_parameters", {})):
+        options |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    return options
 
 
 def _language(model_type: str, **options: Any) -> dict[str, Any]:
     return {**LANGUAGE, "model_type": model_type, **options}
 
 
-def _llava() -> PreTrainedConfig:
+def _llava() -> PretrainedConfig:
     return _config(
         "LlavaConfig",
         vision_config=CLIP,
@@ -140,7 +154,7 @@ def _llava() -> PreTrainedConfig:
     )
 
 
-def _llava_next(model_type: str, **options: Any) -> PreTrainedConfig:
+def _llava_next(model_type: str, **options: Any) -> PretrainedConfig:
     return _config(
         "LlavaNextConfig",
         vision_config=CLIP,
@@ -150,7 +164,7 @@ def _llava_next(model_type: str, **options: Any) -> PreTrainedConfig:
     )
 
 
-def _llava_next_video() -> PreTrainedConfig:
+def _llava_next_video() -> PretrainedConfig:
     return _config(
         "LlavaNextVideoConfig",
         vision_config=CLIP,
@@ -161,7 +175,7 @@ def _llava_next_video() -> PreTrainedConfig:
     )
 
 
-def _llava_onevision() -> PreTrainedConfig:
+def _llava_onevision() -> PretrainedConfig:
     return _config(
         "LlavaOnevisionConfig",
         vision_config=SIGLIP,
@@ -172,7 +186,7 @@ def _llava_onevision() -> PreTrainedConfig:
     )
 
 
-def _qwen2_vl() -> PreTrainedConfig:
+def _qwen2_vl() -> PretrainedConfig:
     tower = {
         "depth": 2,
         "embed_dim": 16,
@@ -186,16 +200,16 @@ def _qwen2_vl() -> PreTrainedConfig:
     return _config("Qwen2VLConfig", text_config=QWEN_LANGUAGE, vision_config=tower, **QWEN_TOKENS)
 
 
-def _qwen2_5_vl() -> PreTrainedConfig:
+def _qwen2_5_vl() -> PretrainedConfig:
     return _config("Qwen2_5_VLConfig", text_config=QWEN_LANGUAGE, vision_config=QWEN_2_5_TOWER, **QWEN_TOKENS)
 
 
-def _qwen3_vl() -> PreTrainedConfig:
+def _qwen3_vl() -> PretrainedConfig:
     language = {**QWEN_LANGUAGE, "head_dim": 8}
     return _config("Qwen3VLConfig", text_config=language, vision_config=QWEN_3_TOWER, **QWEN_TOKENS)
 
 
-def _qwen2_5_omni() -> PreTrainedConfig:
+def _qwen2_5_omni() -> PretrainedConfig:
     return _config(
         "Qwen2_5OmniThinkerConfig",
         text_config=QWEN_LANGUAGE,
@@ -209,7 +223,7 @@ def _qwen2_5_omni() -> PreTrainedConfig:
     )
 
 
-def _qwen3_omni_moe() -> PreTrainedConfig:
+def _qwen3_omni_moe() -> PretrainedConfig:
     experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -231,7 +245,7 @@ def _qwen3_omni_moe() -> PreTrainedConfig:
     )
 
 
-def _internvl() -> PreTrainedConfig:
+def _internvl() -> PretrainedConfig:
     return _config(
         "InternVLConfig",
         vision_config={**SMALL_TOWER, "image_size": [16, 16], "patch_size": [4, 4]},
@@ -242,7 +256,7 @@ def _internvl() -> PreTrainedConfig:
     )
 
 
-def _gemma3() -> PreTrainedConfig:
+def _gemma3() -> PretrainedConfig:
     language = _language(
         "gemma3_text",
         head_dim=8,
@@ -261,7 +275,7 @@ def _gemma3() -> PreTrainedConfig:
     )
 
 
-def _idefics3(class_name: str) -> PreTrainedConfig:
+def _idefics3(class_name: str) -> PretrainedConfig:
     return _config(
         class_name,
         vision_config={**SMALL_TOWER, "image_size": 16, "patch_size": 4},
@@ -271,7 +285,7 @@ def _idefics3(class_name: str) -> PreTrainedConfig:
     )
 
 
-def _paligemma() -> PreTrainedConfig:
+def _paligemma() -> PretrainedConfig:
     return _config(
         "PaliGemmaConfig",
         vision_config={**SIGLIP, "projection_dim": HIDDEN},
@@ -282,7 +296,7 @@ def _paligemma() -> PreTrainedConfig:
     )
 
 
-def _mllama() -> PreTrainedConfig:
+def _mllama() -> PretrainedConfig:
     tower = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -304,7 +318,7 @@ def _mllama() -> PreTrainedConfig:
     return _config("MllamaConfig", vision_config=tower, text_config=language, image_token_index=IMAGE_TOKEN)
 
 
-def _video_llama_3() -> PreTrainedConfig:
+def _video_llama_3() -> PretrainedConfig:
     return _config(
         "VideoLlama3Config",
         vision_config={**SMALL_TOWER, "patch_size": 4},
@@ -314,7 +328,7 @@ def _video_llama_3() -> PreTrainedConfig:
     )
 
 
-def _video_llava() -> PreTrainedConfig:
+def _video_llava() -> PretrainedConfig:
     return _config(
         "VideoLlavaConfig",
         vision_config=CLIP,
@@ -326,7 +340,7 @@ def _video_llava() -> PreTrainedConfig:
     )
 
 
-def _qwen2_audio() -> PreTrainedConfig:
+def _qwen2_audio() -> PretrainedConfig:
     tower = {
         "model_type": "qwen2_audio_encoder",
         "d_model": 16,
@@ -461,7 +475,7 @@ def make_inputs(
     }
     for name in visuals[0] if visuals else ():
         inputs[name] = torch.cat([visual[name] for visual in visuals])
-    if family in _TYPE_MASKS:
+    if _TYPE_MASKS.get(family) in inspect.signature(model.forward).parameters:
         inputs[_TYPE_MASKS[family]] = (inputs["input_ids"] == IMAGE_TOKEN).long()
     if family == "mllama" and visuals:
         inputs["cross_attention_mask"] = _after_the_image(inputs["input_ids"])
@@ -477,9 +491,15 @@ def _visual(family: str, model: PreTrainedModel, image: int) -> tuple[dict[str, 
     inputs, count = FAMILIES[family].visual(torch.Generator().manual_seed(100 + image), image)
     if count is None:
         cast = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        features = model.model.get_image_features(**cast, return_dict=True).pooler_output
-        count = sum(len(feature) for feature in features)
+        count = sum(map(len, _image_features(model.model, cast)))
     return inputs, count
+
+
+def _image_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Features of each image of many resolutions, without those of its padding."""
+    if VERSION_5:
+        return model.get_image_features(**inputs, return_dict=True).pooler_output
+    return model.get_image_features(**inputs)
 
 
 def _placeholder_tokens(family: str, count: int) -> list[int]:

@@ -6,7 +6,17 @@ from lvlm_prune.blocks.decoder import Decoder, find_decoder, prunable_linears
 from lvlm_prune.blocks.execution import BlockRunner, Part, Target
 from lvlm_prune.blocks.experts import ExpertMatrix, ExpertStack, find_expert_stacks
 from lvlm_prune.blocks.hub import resolve
-from lvlm_prune.blocks.modality import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, attended, modality_of_tokens
+from lvlm_prune.blocks.modality import (
+    AUDIO,
+    IMAGE,
+    MODALITIES,
+    PADDING,
+    TEXT,
+    VIDEO,
+    attended,
+    modality_of_tokens,
+    with_image_positions,
+)
 from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
 from lvlm_prune.blocks.skeleton import build_skeleton
 from lvlm_prune.blocks.towers import TowerRunner, find_towers
@@ -45,4 +55,5 @@ __all__ = [
     "place_batches",
     "prunable_linears",
     "resolve",
+    "with_image_positions",
 ]

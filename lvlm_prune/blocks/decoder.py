@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lvlm_prune.blocks.versions import tied_names
 from lvlm_prune.errors import InputError
 
 # What models of transformers call their lists of blocks.
@@ -40,15 +41,34 @@ def find_decoder(model: nn.Module) -> Decoder:
     text configuration says.
 
     Raises:
-        InputError: There is no such module.
+        InputError: There is no such module, it does not read the prompt, or its blocks are at work elsewhere too.
     """
     text_config = _text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        problem = "an encoder reads its prompt; only decoders that read image and text themselves are pruned"
+        raise InputError("model.path", type(model).__name__, problem)
     depth = next((value for name in _DEPTH_NAMES if (value := getattr(text_config, name, None))), None)
     for module, layers in _candidates(model, text_config):
         if len(layers) == depth:
             paths = {id(submodule): path for path, submodule in model.named_modules()}
-            return Decoder(module, layers, paths[id(module)], [paths[id(layer)] for layer in layers])
-    raise InputError("model.path", type(model).__name__, f"no list of {depth} decoder blocks found in this model")
+            names = [paths[id(layer)] for layer in layers]
+            _refuse_shared(model, names)
+            return Decoder(module, layers, paths[id(module)], names)
+    blocks = "decoder blocks" if depth is None else f"{depth} decoder blocks"
+    raise InputError("model.path", type(model).__name__, f"no list of {blocks} found in this model")
+
+
+def _refuse_shared(model: nn.Module, blocks: list[str]) -> None:
+    """Raise if a part of the model that runs before the blocks has the same weights as they have."""
+
+    def is_in_blocks(name: str) -> bool:
+        return any(name.startswith(f"{block}.") for block in blocks)
+
+    for name, others in tied_names(model).items():
+        elsewhere = next((other for other in others if not is_in_blocks(other)), None)
+        if elsewhere is not None and is_in_blocks(name):
+            problem = f"{elsewhere} is the same weight as {name}; such blocks are not pruned one after the other"
+            raise InputError("model.path", type(model).__name__, problem)
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -24,6 +24,7 @@ from lvlm_prune.blocks.capture import (
     stubbed,
 )
 from lvlm_prune.blocks.decoder import Decoder, find_decoder
+from lvlm_prune.blocks.modality import with_image_positions
 from lvlm_prune.blocks.nested import contents_restored
 from lvlm_prune.errors import InputError
 
@@ -121,6 +122,8 @@ class BlockRunner:
             if self._reads_history is None:
                 self._reads_history = reads_history(self.model, self.decoder, inputs, self._form, recording)
         assert recording.hidden is not None
+        positions = recording.hidden.shape[-2]
+        input_ids, attention_mask = with_image_positions(self.model.config, inputs, positions)
         batch = CaughtBatch(
             hidden=recording.hidden,
             arguments=recording.arguments,
@@ -128,8 +131,8 @@ class BlockRunner:
             decoder_arguments=recording.decoder_arguments,
             decoder_keywords=recording.decoder_keywords,
             extra_outputs=self._form,
-            input_ids=inputs.get("input_ids"),
-            attention_mask=inputs.get("attention_mask"),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             last_takers=last_takers(recording.arguments),
             history={} if self._reads_history else None,
         )

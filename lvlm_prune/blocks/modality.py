@@ -1,10 +1,11 @@
 """Which modality each token belongs to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 PADDING = -1
 TEXT = 0
@@ -15,6 +16,13 @@ AUDIO = 3
 MODALITIES = {"text": TEXT, "image": IMAGE, "video": VIDEO, "audio": AUDIO}
 
 _SUBCONFIGS = ("thinker_config", "text_config", "vision_config", "audio_config")
+
+# Stands among token ids for a position that holds features of an image and has no placeholder token.
+IMAGE_POSITION = -1
+# Families that put the features of an image in front of the text.
+_IMAGE_FIRST = frozenset({"git"})
+# Model input that is 1 wherever features take the place of a token, whatever token (Kosmos-2).
+_IMAGE_PLACES = "image_embeds_position_mask"
 
 
 def modality_of_tokens(config: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -42,12 +50,39 @@ def modality_of_tokens(config: Any, input_ids: Tensor, attention_mask: Tensor | 
         tensor([[ 0,  1,  1, -1]], dtype=torch.int8)
     """
     codes = torch.full(input_ids.shape, TEXT, dtype=torch.int8, device=input_ids.device)
-    for modality in ("image", "video", "audio"):
+    codes[input_ids == IMAGE_POSITION] = IMAGE
+    # Where one placeholder stands for images and for frames of videos, it counts as an image's.
+    for modality in ("audio", "video", "image"):
         for token_id in placeholder_ids(config, modality):
             codes[input_ids == token_id] = MODALITIES[modality]
     if attention_mask is not None:
         codes[~attended(attention_mask, input_ids)] = PADDING
     return codes
+
+
+def with_image_positions(
+    config: Any, inputs: Mapping[str, Any], positions: int | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Token ids and attention mask of model inputs, with `IMAGE_POSITION` where an image has no placeholder tokens.
+
+    Args:
+        config: Configuration of the model.
+        inputs: What the model is called with.
+        positions: How many positions its decoder sees, P, where that is known.
+
+    Returns:
+        Both of shape (B, P), None where the inputs have none; most families' are the ones of the inputs.
+    """
+    input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if input_ids is None:
+        return None, attention_mask
+    if (places := inputs.get(_IMAGE_PLACES)) is not None:
+        input_ids = input_ids.masked_fill(places.bool(), IMAGE_POSITION)
+    if positions is not None and getattr(config, "model_type", None) in _IMAGE_FIRST:
+        front = (positions - input_ids.shape[1], 0)
+        input_ids = pad(input_ids, front, value=IMAGE_POSITION)
+        attention_mask = None if attention_mask is None else pad(attention_mask, front, value=1)
+    return input_ids, attention_mask
 
 
 def placeholder_ids(config: Any, modality: str) -> set[int]:

@@ -7,11 +7,10 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
+from lvlm_prune.blocks.versions import names_pattern, no_init_weights, prepare
 from lvlm_prune.errors import InputError
 
 _AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
@@ -58,12 +57,12 @@ def build_skeleton(
         problem = " ".join(str(error).split())[:200]
         raise InputError("model.attn_implementation", attn_implementation, problem) from error
     # Outside the context that sets the dtype: rotary tables are computed in float32, as `from_pretrained` does.
-    model.initialize_weights()
+    prepare(model)
     _keep_in_float32(model, torch_dtype)
     return model.eval().requires_grad_(False)
 
 
-def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> PreTrainedConfig:
+def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -85,8 +84,8 @@ def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> PreTraine
 
 
 def _model_class(
-    folder: CheckpointFolder, config: PreTrainedConfig, trust_remote_code: bool
-) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    folder: CheckpointFolder, config: PretrainedConfig, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """(class, configuration) of the model; for omni models those of the part that reads and thinks."""
     if trust_remote_code and (reference := _remote_reference(folder)):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -153,7 +152,7 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
         modules.update(model._keep_in_fp32_modules_strict or ())
     if not modules:
         return
-    pattern, _, _ = build_glob_alternation(sorted(modules))
+    pattern = names_pattern(modules)
     for name, tensor in model.state_dict().items():
         if not pattern.search(name):
             continue

@@ -5,6 +5,8 @@ another form than they are used in (one matrix per expert on disk, one stack of 
 knows both; this module asks it, and loads one parameter at a time where transformers loads all.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
+from lvlm_prune.blocks.versions import VERSION_5, names_on_disk
 from lvlm_prune.errors import InputError, RunError
+
+if VERSION_5:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, 
     Raises:
         InputError: The checkpoint lacks a part of what is stored in several tensors.
     """
+    if not VERSION_5:
+        return _renamed_sources(model, folder)
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -105,6 +107,17 @@ def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, 
         source = _converted_source(model, folder, name, dict(keys), converter_of)
         sources.update(dict.fromkeys(source.shapes, source))
     return sources
+
+
+def _renamed_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, WeightSource]:
+    """The same where nothing is converted."""
+    names = model.state_dict()
+    found = {key: name if name in names else key for key, name in names_on_disk(model, folder).items()}
+    return {
+        name: WeightSource({key: [key]}, None, {name: folder[key].shape})
+        for key, name in found.items()
+        if name in names
+    }
 
 
 def _converted_source(

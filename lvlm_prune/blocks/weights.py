@@ -23,6 +23,7 @@ from lvlm_prune.blocks.checkpoint import CheckpointFolder
 from lvlm_prune.blocks.decoder import Decoder
 from lvlm_prune.blocks.prefetch import Prefetch
 from lvlm_prune.blocks.sources import WeightSource, find_sources
+from lvlm_prune.blocks.versions import tied_names
 from lvlm_prune.errors import InputError
 
 _LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
@@ -341,14 +342,9 @@ def _providers(model: PreTrainedModel, sources: dict[str, WeightSource], names: 
 
     They differ for tied parameters, of which a checkpoint holds one.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    partners: dict[str, list[str]] = defaultdict(list)
-    for first, second in tied.items():
-        partners[first].append(second)
-        partners[second].append(first)
-    providers = {}
+    partners, providers = tied_names(model), {}
     for name in names:
-        provider = next((candidate for candidate in (name, *partners[name]) if candidate in sources), None)
+        provider = next((candidate for candidate in (name, *partners.get(name, [])) if candidate in sources), None)
         if provider is not None:
             providers[name] = provider
     return providers

@@ -23,7 +23,8 @@ def squared_norms(model: nn.Module, batches: list[Inputs]) -> dict[tuple[int, st
     starts = [sum(len(batch.hidden) for batch in caught[:number]) for number in range(len(caught))]
     rows = [rows_of(batch, model.config, range(s, s + len(batch.hidden))) for batch, s in zip(caught, starts)]
     for index in range(len(runner)):
-        linears = prunable_linears(runner.block(index))
+        # Routed experts that are modules of their own are not calibrated.
+        linears = {name: one for name, one in prunable_linears(runner.block(index)).items() if ".experts." not in name}
         calibration = BlockCalibration(index, dict(zip(linears, linears)), MixedPool(), ChannelNorm, record=False)
         for batch, samples in zip(caught, rows):
             if not runner.calls(index, batch):

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune import prune
+from lvlm_prune.blocks.versions import VERSION_5
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.errors import InputError
 from lvlm_prune.pools import AsymmetricPool, MixedPool
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import prune_by_full_forwards
@@ -48,8 +50,17 @@ def test_drift_calibration_runs_in_every_family(family: str):
     """The block's output, in whatever form it comes, is told apart by modality; audio can count as visual."""
     model = tiny_model(family)
     visual = ["image", "video", "audio"]
-    manifest = prune(model, calibration(family, model), BlockwisePruning(pool=AsymmetricPool(alpha=1e4), visual=visual))
+    experts = "prune" if VERSION_5 else "keep"
+    method = BlockwisePruning(pool=AsymmetricPool(alpha=1e4), visual=visual, experts=experts)
+    manifest = prune(model, calibration(family, model), method)
     assert all(0 < block["mean_drift"] <= 2 for block in manifest["blocks"])
     if family not in TEXT_ONLY_REFUSED:
         assert all(block["visual_tokens"][-1] == 0 for block in manifest["blocks"] if len(block["visual_tokens"]) == 4)
     assert any(count > 0 for block in manifest["blocks"] for count in block["visual_tokens"])
+
+
+@pytest.mark.skipif(VERSION_5, reason="transformers 5 keeps experts in stacks, which are pruned")
+def test_transformers_4_does_not_prune_routed_experts():
+    model = tiny_model("qwen3_omni_moe")
+    with pytest.raises(InputError, match="use keep, or transformers 5"):
+        prune(model, calibration("qwen3_omni_moe", model), BlockwisePruning(experts="prune"))

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lvlm_prune.blocks import AUDIO, IMAGE, PADDING, TEXT, VIDEO, modality_of_tokens
+from lvlm_prune.blocks import AUDIO, IMAGE, PADDING, TEXT, VIDEO, modality_of_tokens, with_image_positions
 from tests.families import AUDIO_TOKEN, FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN
 
 TOKENS = torch.tensor([[5, IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN, 7], [0, 0, 5, IMAGE_TOKEN, 7]])
@@ -42,6 +42,26 @@ def test_the_configuration_of_an_omni_model_holds_its_ids_one_level_down() -> No
 def test_a_mask_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4\) does not fit"):
         modality_of_tokens(CONFIG, TOKENS, MASK[:, 1:])
+
+
+def test_one_placeholder_for_images_and_videos_counts_as_an_image() -> None:
+    config = SimpleNamespace(image_token_id=9, video_token_id=9)
+    assert modality_of_tokens(config, torch.tensor([[5, 9]])).tolist() == [[TEXT, IMAGE]]
+
+
+def test_images_that_take_the_place_of_any_token() -> None:
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "image_embeds_position_mask": torch.tensor([[0, 1, 0]])}
+    input_ids, attention_mask = with_image_positions(SimpleNamespace(), inputs, positions=3)
+    assert attention_mask is None
+    assert modality_of_tokens(SimpleNamespace(), input_ids).tolist() == [[TEXT, IMAGE, TEXT]]
+
+
+def test_images_in_front_of_the_text() -> None:
+    config = SimpleNamespace(model_type="git")
+    inputs = {"input_ids": torch.tensor([[0, 5]]), "attention_mask": torch.tensor([[0, 1]])}
+    codes = modality_of_tokens(config, *with_image_positions(config, inputs, positions=4))
+    assert codes.tolist() == [[IMAGE, IMAGE, PADDING, TEXT]]
+    assert modality_of_tokens(config, *with_image_positions(config, inputs, positions=2)).tolist() == [[PADDING, TEXT]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

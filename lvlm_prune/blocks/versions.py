@@ -1,0 +1,73 @@
+"""What transformers 4.57 and transformers 5 do differently, as far as building and loading a model goes.
+
+Version 5 converts while it loads (one matrix per expert on disk, a stack of experts in the model) and lists what is
+tied. Version 4 only renames, and ties one parameter to two places.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+VERSION_5 = int(transformers.__version__.partition(".")[0]) >= 5
+
+if VERSION_5:
+    from transformers.core_model_loading import build_glob_alternation
+    from transformers.initialization import no_init_weights
+else:
+    from transformers.modeling_utils import no_init_weights
+
+__all__ = ["VERSION_5", "names_on_disk", "names_pattern", "no_init_weights", "prepare", "tied_names"]
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Finish a model that was built with its parameters on the meta device: buffers and ties as after loading."""
+    if VERSION_5:
+        model.initialize_weights()
+    else:
+        model.tie_weights()
+
+
+def names_pattern(names: Iterable[str]) -> re.Pattern[str]:
+    """What finds the tensors of modules of these names, as a family lists those that stay in float32."""
+    if VERSION_5:
+        return build_glob_alternation(sorted(names))[0]
+    return re.compile("|".join(rf"((^|\.){name}($|\.))" for name in sorted(names)))
+
+
+def tied_names(model: nn.Module) -> Mapping[str, list[str]]:
+    """Name of a tied parameter to the names of the others that it is tied to."""
+    partners: dict[str, list[str]] = defaultdict(list)
+    if VERSION_5:
+        for first, second in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            partners[first].append(second)
+            partners[second].append(first)
+        return partners
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    for group in names_of.values():
+        for name in group:
+            partners[name] = [other for other in group if other != name]
+    return partners
+
+
+def names_on_disk(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Key of a checkpoint to its name in the model, where nothing but names can differ (transformers 4)."""
+    keys = list(keys)
+    prefix: str = model.base_model_prefix
+    in_keys = bool(prefix) and any(key.startswith(prefix) for key in keys)
+    in_model = bool(prefix) and hasattr(model, prefix)
+    mapping: Any = model._get_key_renaming_mapping(
+        keys,
+        model._checkpoint_conversion_mapping,
+        loading_base_model_from_task_state_dict=in_keys and not in_model,
+        loading_task_model_from_base_state_dict=in_model and not in_keys,
+    )
+    return mapping
