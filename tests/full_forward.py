@@ -108,7 +108,11 @@ def prune_by_full_forwards(
     for path, block in zip(decoder.names, decoder.layers):
         norms: dict[str, Tensor] = {}
 
-        linears = prunable_linears(block)
+        linears = {
+            name: linear
+            for name, linear in prunable_linears(block).items()
+            if experts or "experts" not in name.split(".")
+        }
         hooks = [linear.register_forward_pre_hook(_add_to(norms, name)) for name, linear in linears.items()]
         stacks = {
             name: parameter.data
@@ -137,6 +141,21 @@ def prune_by_full_forwards(
             linear.weight.data.scatter_(1, lowest, 0.0)
             masks[f"{path}.{name}"] = linear.weight == 0
     return masks
+
+
+def zeros(model: nn.Module, name: str) -> Tensor:
+    """Where a Linear, or a matrix of an expert, is zero."""
+    parent, _, leaf = name.rpartition(".")
+    if (index := parent.rpartition(".")[2]).isdigit() and ".experts." in name:
+        module = model.get_submodule(parent.rpartition(".")[0])
+        matrix = getattr(module, leaf)[int(index)]
+        return (matrix.T if _is_transposed(module) else matrix) == 0
+    return model.get_submodule(name).weight == 0
+
+
+def tensors_of(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Samples as `TensorSource` reads them."""
+    return {f"s{number}.{name}": value for number, sample in enumerate(samples) for name, value in sample.items()}
 
 
 def _is_transposed(experts: nn.Module) -> bool:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.families.tiny_config import tiny_model
-from benchmarks.families.visual_inputs import REFUSALS, WITH_IMAGE, Inputs, image_samples, padded, text_samples
-from lvlm_prune import prune
-from lvlm_prune.blocks import BlockRunner, find_decoder
-from lvlm_prune.callbacks import BlockwisePruning
+from benchmarks.families.verdicts import EXACT, OWN_FORWARD_FAILS
+from benchmarks.families.visual_inputs import REFUSALS, Inputs, image_samples, padded, text_samples
+from lvlm_prune.activations import rows_of
+from lvlm_prune.blocks import IMAGE, BlockRunner, find_decoder, find_expert_stacks
+from lvlm_prune.cli import main
 from lvlm_prune.errors import InputError
-from lvlm_prune.pools import MixedPool
-from tests.full_forward import own_forward, prune_by_full_forwards, prune_on_the_way
-
-EXACT = "exact"
+from tests.full_forward import (
+    compute_experts_one_by_one,
+    own_forward,
+    prune_by_full_forwards,
+    prune_on_the_way,
+    tensors_of,
+    zeros,
+)
 
 
 def check(name: str) -> dict[str, Any]:
@@ -36,23 +45,27 @@ def check(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"model": type(model).__name__, "blocks": len(decoder.layers)}
     try:
         samples = image_samples(model)
-        found["images"] = True
-    except ValueError as error:
-        samples, found["images"] = [], False
-        found["no_images"] = str(error)
-    texts = [WITH_IMAGE[name](sample) if name in WITH_IMAGE else sample for sample in text_samples()]
+    except ValueError:
+        samples = []
+    texts = text_samples()
     if not _is_taken(model, texts[0]):
         texts = []
     if not samples and not texts:
         return found | {"reason": "its own forward takes neither the images nor the text that were tried"}
+    others = "proteins" if name == "evolla" else "images"
+    found["inputs"] = [others] * bool(samples) + ["text"] * bool(texts)
+    if samples:
+        found["visual_tokens"] = _tried(lambda: _visual_tokens(model, samples[0]))
     batches = _batches(samples, texts)
     found["float32"] = {kind: _tried(lambda b=batch: _chained(model, b)) for kind, batch in batches.items()}
     found["pruned"] = _tried(lambda: _pruned_on_the_way(name, list(batches.values())))
-    found["folder"] = _tried(lambda: _pruned_folder(name, samples + texts[:1]))
+    found["folder"] = _tried(lambda: _pruned_folder(name, samples + texts[:1], "keep"))
+    if any(find_expert_stacks(block) for block in decoder.layers):
+        found["experts"] = _tried(lambda: _pruned_folder(name, samples + texts[:1], "prune"))
     half = tiny_model(name).to(torch.bfloat16)
     cast = {kind: _cast(batch) for kind, batch in batches.items()}
     found["bfloat16"] = {
-        kind: _tried(lambda b=batch: _chained(half, b)) if _is_taken(half, batch) else "own forward fails"
+        kind: _tried(lambda b=batch: _chained(half, b)) if _is_taken(half, batch) else OWN_FORWARD_FAILS
         for kind, batch in cast.items()
     }
     return found
@@ -107,7 +120,8 @@ def _tried(work: Callable[[], Any]) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = error.problem if isinstance(error, InputError) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _difference(found: Tensor, expected: Tensor, where: str) -> str | None:
@@ -134,6 +148,12 @@ def _chained(model: PreTrainedModel, inputs: Inputs) -> str:
     return _difference(runner.finish(batch), last_hidden_state, "output") or EXACT
 
 
+def _visual_tokens(model: PreTrainedModel, inputs: Inputs) -> int:
+    """How many tokens of a sample with an image are told from text."""
+    (row,) = rows_of(BlockRunner(model).catch(inputs), model.config, [0])
+    return int((row.modality == IMAGE).sum())
+
+
 def _pruned_on_the_way(name: str, batches: list[Inputs]) -> str:
     """Whether blocks that are pruned on the way give the forward of the pruned model."""
     model = tiny_model(name)
@@ -146,24 +166,46 @@ def _pruned_on_the_way(name: str, batches: list[Inputs]) -> str:
     return EXACT
 
 
-def _pruned_folder(name: str, samples: list[Inputs]) -> dict[str, Any]:
-    """Prune a checkpoint folder with Wanda at 50%; compare with whole forwards of the model, and load the result."""
+def _pruned_folder(name: str, samples: list[Inputs], experts: str) -> dict[str, Any]:
+    """Prune a checkpoint folder from the command line; compare with whole forwards, and load the result."""
     model = tiny_model(name)
     with tempfile.TemporaryDirectory() as scratch:
-        dense, pruned = Path(scratch, "dense"), Path(scratch, "pruned")
+        dense, pruned, calibration = Path(scratch, "dense"), Path(scratch, "pruned"), Path(scratch, "calib.safetensors")
         model.save_pretrained(dense, max_shard_size="300KB")
+        save_file(tensors_of(samples), calibration)
         loaded, report = type(model).from_pretrained(dense, output_loading_info=True)
         lost_by_transformers = bool(report["missing_keys"] or report["unexpected_keys"])
-        masks = prune_by_full_forwards(loaded.eval(), samples)
-        manifest = prune(dense, samples, BlockwisePruning(sparsity=0.5, pool=MixedPool(), experts="keep"), pruned)
+        if experts == "prune":
+            compute_experts_one_by_one(loaded)
+        masks = prune_by_full_forwards(loaded.eval(), samples, experts=experts == "prune")
+        _command_line(
+            f"prune --model.path {dense} --data.source TensorSource --data.source.path {calibration} "
+            f"--pruning.pool MixedPool --pruning.scorer WandaScorer --pruning.sparsity 0.5 --pruning.experts {experts} "
+            f"--pruning.min_expert_tokens 1 --report false --output {pruned}"
+        )
+        manifest = json.loads((pruned / "pruning.json").read_text())
         reloaded, report = type(model).from_pretrained(pruned, output_loading_info=True)
         lost = bool(report["missing_keys"] or report["unexpected_keys"])
-    linears = {linear for linear, entry in manifest["linears"].items() if "note" not in entry}
-    different = sum(int(((reloaded.get_submodule(path).weight == 0) != mask).sum()) for path, mask in masks.items())
+    # Linears that no sample reached have a note; experts that none did are pruned by magnitude.
+    entries = manifest["linears"].items()
+    linears = {path for path, entry in entries if "note" not in entry and entry.get("scored_by") != "magnitude"}
     return {
         "linears": len(masks),
         "same_linears": linears == set(masks),
         "weights": sum(mask.numel() for mask in masks.values()),
-        "different": different,
+        "different": sum(int((zeros(reloaded, path) != mask).sum()) for path, mask in masks.items()),
         "reloads": not lost or lost_by_transformers,
     }
+
+
+def _command_line(command: str) -> None:
+    """Run `lvlm-prune`.
+
+    Raises:
+        RuntimeError: It ended with another status than 0; what it wrote to stderr.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(command.split())
+    if status:
+        raise RuntimeError(err.getvalue())

@@ -1,138 +1,94 @@
 """Which families of transformers are pruned exactly: every name of its image-text-to-text mapping, on a tiny model.
 
-    python -m benchmarks.families.coverage --folder benchmarks/families      all, into coverage.json and COVERAGE.md
-    python -m benchmarks.families.coverage qwen3_vl gemma4          only some, from the root of the repository
+    python -m benchmarks.families.coverage                        all that are not in coverage.json yet, and the table
+    python -m benchmarks.families.coverage qwen3_vl gemma4        these, again
+    python -m benchmarks.families.coverage --all                  everything again
 
-Each name runs in a process of its own with a time limit. Finished ones stand in the JSON
-file and are not repeated.
+Each name runs in a process of its own with a time limit, so that one that hangs or dies does not take the others along.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-MARK = "result: "
-EXACT = "exact"
-REPOSITORY = Path(__file__).parents[2]
+import torch
+import transformers
+from transformers.utils import logging
+
+from benchmarks.families import timm_stand_in
+from benchmarks.families.checks import check
+from benchmarks.families.tiny_config import names
+from benchmarks.families.verdicts import table, verdict
+
+HERE = Path(__file__).parent
+RESULTS, TABLE = HERE / "coverage.json", HERE.parents[1] / "docs" / "families.md"
 
 
-def run(name: str, seconds: int) -> dict[str, Any]:
-    """Check one name in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.families.coverage", "--child", name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+def run(name: str, seconds: float) -> dict[str, Any]:
+    """Check one name in a process of its own, forked from this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_check, args=(name, sender))
+    child.start()
+    sender.close()
     try:
-        child = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"reason": f"not done after {seconds} s"}
-    line = next((line for line in child.stdout.splitlines() if line.startswith(MARK)), None)
-    if line is None:
-        last = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
-        return {"reason": f"the check ended early: {last[0][:200]}"}
-    return json.loads(line.removeprefix(MARK))
+        return receiver.recv() if receiver.poll(seconds) else {"reason": f"not done after {seconds:.0f} s"}
+    except EOFError:
+        child.join()
+        return {"reason": f"the check ended early with exit status {child.exitcode}"}
+    finally:
+        child.kill()
+        child.join()
 
 
-def _child(name: str) -> None:
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    from transformers.utils.logging import disable_progress_bar
-
-    from benchmarks.families import timm_stand_in
-    from benchmarks.families.checks import check
-
-    disable_progress_bar()
+def _send_check(name: str, sender: Connection) -> None:
     timm_stand_in.install()
-    print(MARK + json.dumps(check(name)), flush=True)
+    sender.send(check(name))
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """`exact`, or in one line why not."""
-    if "reason" in found:
-        return found["reason"]
-    kinds = {**found["float32"], "blocks pruned on the way": found["pruned"]}
-    kinds |= {f"bfloat16, {kind}": text for kind, text in found["bfloat16"].items() if text != "own forward fails"}
-    wrong = [f"{kind}: {text}" for kind, text in kinds.items() if text != EXACT]
-    folder = found["folder"]
-    if isinstance(folder, str):
-        wrong.append(f"folder: {folder}")
-    else:
-        if folder["different"] > max(2, 1e-4 * folder["weights"]) or not folder["same_linears"]:
-            wrong.append(f"folder: {folder['different']} of {folder['weights']} weights differ")
-        if not folder["reloads"]:
-            wrong.append("folder: keys are lost")
-    return "; ".join(wrong) or EXACT
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results in Markdown."""
-    verdicts = {name: verdict(found) for name, found in results.items()}
-    decoders = [name for name, found in results.items() if "blocks" in found and ":" not in name]
-    exact = [name for name in decoders if verdicts[name] == EXACT]
-    lines = [
-        "# Families",
-        "",
-        f"Of the {sum(':' not in name for name in results)} names of the image-text-to-text mapping of transformers "
-        f"{_version()}, {len(decoders)} have a decoder of the kind that this package prunes; {len(exact)} of them are "
-        "exact. Each is a tiny random model made from the default configuration:",
-        "",
-        "- chained blocks equal the model's own forward bit by bit, in float32 and bfloat16, for single samples, "
-        "batches padded on either side, and text; also when blocks are pruned on the way (float32);",
-        "- a checkpoint folder pruned with Wanda at 50% has the masks that whole forwards of the model give (up to one "
-        "weight in ten thousand, for ties), and loads with no missing or unexpected key.",
-        "",
-        "Where no form of image input that was tried fits the family, only text was checked. A name with a colon is a "
-        "variant. Made by `python -m benchmarks.families.coverage`; numbers in `coverage.json`.",
-        "",
-        "| family | checked with | Linears | result |",
-        "|---|---|---|---|",
-    ]
-    for name, found in sorted(results.items()):
-        folder = found.get("folder")
-        linears = folder["linears"] if isinstance(folder, dict) else ""
-        kind = "" if "images" not in found else "images, text" if "text" in found.get("float32", {}) else "images"
-        if found.get("images") is False:
-            kind = "text"
-        lines.append(f"| `{name}` | {kind} | {linears} | {verdicts[name].replace('|', '/')} |")
-    return "\n".join([*lines, ""])
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("transformers")
+def quiet() -> None:
+    """Nothing on the screen but the verdicts; one thread, which a forked process can go on with."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main() -> None:
-    """Check the names that are asked for, all by default."""
+    """Check the names that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--folder", type=Path, help="of coverage.json, whose names are not repeated, and COVERAGE.md")
-    parser.add_argument("--seconds", type=int, default=300, help="time limit of a name")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--all", action="store_true", help="also those that stand in the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file with one line for each name")
+    parser.add_argument("--table", type=Path, default=TABLE, help="Markdown file")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of a name")
     options = parser.parse_args()
-    if options.child:
-        _child(options.child)
-        return
-    from benchmarks.families.tiny_config import names
-
-    file = options.folder / "coverage.json" if options.folder else None
-    results = json.loads(file.read_text()) if file and file.is_file() else {}
+    quiet()
+    file: Path = options.results
+    found = json.loads(file.read_text()) if file.is_file() else {"results": {}}
+    if found.get("transformers") != transformers.__version__:
+        found = {"transformers": transformers.__version__, "results": {}}
+    results = found["results"]
     for name in options.names or names():
-        if name not in results or options.names:
-            results[name] = run(name, options.seconds)
-            print(f"{name:28s} {verdict(results[name])}", flush=True)
-            if file:
-                file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-    if options.folder:
-        (options.folder / "COVERAGE.md").write_text(table(results))
+        if name in results and not options.all and not options.names:
+            continue
+        results[name] = run(name, options.seconds)
+        print(f"{name:28s} {verdict(name, results[name])}", flush=True)
+        file.write_text(_one_line_each(found))
+    options.table.write_text(table(results, found["transformers"]))
+
+
+def _one_line_each(found: dict[str, Any]) -> str:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(found["results"].items()))
+    return f'{{"transformers": {json.dumps(found["transformers"])}, "results": {{\n{lines}\n}}}}\n'
 
 
 if __name__ == "__main__":

@@ -107,6 +107,9 @@ _LISTS: dict[str, list] = {
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DROPPED = ("id2label", "label2id", "transformers_version", "_name_or_path", "num_labels", "model_type")
 
+# The class that checkpoints name, where the mapping names a part of it.
+_CLASSES = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
+
 Path_ = tuple[str, ...]
 
 
@@ -260,8 +263,9 @@ def tiny_model(name: str) -> PreTrainedModel:
     Raises:
         MemoryError: It is not small.
     """
-    config = tiny_config(name)
-    model_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name.partition(":")[0]])
+    config, family = tiny_config(name), name.partition(":")[0]
+    class_name = _CLASSES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
+    model_class = getattr(transformers, class_name)
     with torch.device("meta"):
         sizes = {path: weight.numel() for path, weight in model_class(copy.deepcopy(config)).named_parameters()}
     if sum(sizes.values()) > LARGEST_MODEL:

@@ -23,6 +23,7 @@ _TOKEN_INPUTS = {
     "qformer_input_ids",
     "image_embeds_position_mask",
     "image_attention_mask",
+    "cross_attention_mask",
 }
 _TYPE_MASKS: list[tuple[str, ...]] = [
     (),
@@ -73,6 +74,7 @@ def forms(model: nn.Module, seed: int) -> Iterator[Inputs]:
     yield {"pixel_values": _normal(seed, 1, patches, flat).sigmoid(), **places}
     whole = {"pixel_attention_mask": torch.ones(1, 1, side, side, dtype=torch.bool)}
     yield {"pixel_values": pixels[:, None], **whole, "tile_fine_mask": torch.ones(1, 1, dtype=torch.bool)}
+    yield {"pixel_values": pixels[:, None], "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
     large = channels * patch * patch
     yield {"pixel_values": _normal(seed, 64, large), "image_grid_thw": torch.tensor([[1, 8, 8]])}
     for tiles in (1, 2):
@@ -93,8 +95,11 @@ def forms(model: nn.Module, seed: int) -> Iterator[Inputs]:
     nested = {**pooling, "image_token_pooling": pooling["image_token_pooling"][None]}
     yield {"pixel_values": _normal(seed, 1, 1, 16, flat), **nested}
     yield {"pixel_values": _normal(seed, 4, 2, 4, 4, 3)}
+    yield {"pixel_values": _normal(seed, 1, patches, flat)}
     yield {"pixel_values": _normal(seed, 1, 3, 64, 64)}
     yield {"pixel_values": _normal(seed, 1, 3, 64, 64), "image_sizes": torch.tensor([[64, 64]])}
+    merged = {"image_grid_thw": torch.tensor([[1, height // 2, width // 2]])}
+    yield {"pixel_values": _normal(seed, patches, flat), **merged}
 
 
 def _first(value: Any) -> int:
@@ -103,11 +108,14 @@ def _first(value: Any) -> int:
 
 @torch.no_grad()
 def image_samples(model: nn.Module, count: int = 3) -> list[Inputs]:
-    """`count` samples of one image and a few text tokens each, in the first form that fits.
+    """`count` samples of one image and a few text tokens each, in the family's own form or the first that fits.
 
     Raises:
         ValueError: No form fits.
     """
+    own_form = _OWN_FORMS.get(model.config.model_type)
+    if own_form is not None:
+        return [own_form(sample) for sample in text_samples(count)]
     first_seed = 0
     for number, image in enumerate(forms(model, first_seed)):
         try:
@@ -118,7 +126,7 @@ def image_samples(model: nn.Module, count: int = 3) -> list[Inputs]:
             inputs = _sample(model, image, features, first_seed, masks)
             try:
                 changed = not torch.equal(
-                    _answer(model, inputs), _answer(model, {**inputs, "pixel_values": inputs["pixel_values"] + 1})
+                    _answer(model, inputs), _answer(model, {**inputs, "pixel_values": -inputs["pixel_values"]})
                 )
             except REFUSALS:
                 continue
@@ -146,14 +154,15 @@ def _answer(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _count_features(model: nn.Module, image: Inputs) -> int:
-    """Number of placeholder tokens that the image needs."""
+    """Number of placeholder tokens that the image needs; some families put its features beside the text."""
     owners = (getattr(model, "model", None), model)
     function: Any = next((f for owner in owners if (f := getattr(owner, "get_image_features", None))), None)
-    if function is None:
-        raise TypeError("no get_image_features")
-    taken, known = inspect.signature(function).parameters, inspect.signature(type(model).forward).parameters
+    taken = {} if function is None else inspect.signature(function).parameters
+    known = inspect.signature(type(model).forward).parameters
     if any(name not in taken and name not in known for name in image):
         raise TypeError("inputs that the model does not know")
+    if function is None:
+        return 0
     arguments = {name: value for name, value in image.items() if name in taken}
     try:
         return _rows(function(**arguments, return_dict=True))
@@ -183,6 +192,8 @@ def _sample(model: nn.Module, image: Inputs, features: int, seed: int, masks: tu
     text = torch.randint(30, 66, (9,), generator=generator).tolist()
     before = 2 + seed
     placeholder = _token(model, "image_token_id", "image_token_index", "image_patch_id", "im_patch_id")
+    if masks and not placeholder:
+        raise ValueError("no token to mask")
     row = [
         *text[:before],
         *_token(model, "vision_start_token_id", "image_start_token_id", "boi_token_id"),
@@ -215,11 +226,10 @@ def _with_queries(inputs: Inputs, frames: int = 0, instruction: bool = False) ->
     return inputs
 
 
-def _with_marked_image(inputs: Inputs) -> Inputs:
+def _with_marked_image(inputs: Inputs, image: Inputs) -> Inputs:
     marked = torch.zeros_like(inputs["input_ids"])
     marked[:, :4] = 1
-    pixels = _normal(marked.shape[1], 1, 3, 16, 16)
-    return {**inputs, "pixel_values": pixels, "image_embeds_position_mask": marked}
+    return {**inputs, **image, "image_embeds_position_mask": marked}
 
 
 def _with_cross_attention(inputs: Inputs) -> Inputs:
@@ -228,13 +238,45 @@ def _with_cross_attention(inputs: Inputs) -> Inputs:
     return {**inputs, "pixel_values": _normal(tokens, 1, 1, 3, 16, 16), "image_attention_mask": seen}
 
 
-# Families whose forward needs an image beside the text, in a form of their own.
-WITH_IMAGE: dict[str, Callable[[Inputs], Inputs]] = {
+def _with_tiles(inputs: Inputs) -> Inputs:
+    """One image of one tile out of four, which all tokens but the first see."""
+    tokens = inputs["input_ids"].shape[1]
+    tile = torch.tensor([1, 0, 0, 0])
+    return {
+        **inputs,
+        "pixel_values": _normal(tokens, 1, 1, 4, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": tile.view(1, 1, 4),
+        "cross_attention_mask": tile * (torch.arange(tokens) > 0).long().view(1, tokens, 1, 1),
+    }
+
+
+def _with_protein(inputs: Inputs) -> Inputs:
+    protein = torch.randint(5, 90, (1, 6), generator=torch.Generator().manual_seed(inputs["input_ids"].shape[1]))
+    return {**inputs, "protein_input_ids": protein, "protein_attention_mask": torch.ones_like(protein)}
+
+
+def _pixels(inputs: Inputs) -> Inputs:
+    return {"pixel_values": _normal(inputs["input_ids"].shape[1], 1, 3, 16, 16)}
+
+
+def _flattened_patches(inputs: Inputs) -> Inputs:
+    """Each patch behind its row and its column."""
+    patches = _normal(inputs["input_ids"].shape[1], 1, 16, 2 + 32)
+    patches[..., 0], patches[..., 1] = torch.arange(16) // 4, torch.arange(16) % 4
+    return {"flattened_patches": patches}
+
+
+# Families that take an image (or a protein) in a form of their own.
+_OWN_FORMS: dict[str, Callable[[Inputs], Inputs]] = {
     "blip-2": _with_queries,
     "instructblip": lambda inputs: _with_queries(inputs, instruction=True),
     "instructblipvideo": lambda inputs: _with_queries(inputs, frames=4, instruction=True),
-    "kosmos-2": _with_marked_image,
+    "kosmos-2": lambda inputs: _with_marked_image(inputs, _pixels(inputs)),
+    "kosmos-2.5": lambda inputs: _with_marked_image(inputs, _flattened_patches(inputs)),
     "idefics": _with_cross_attention,
+    "mllama": _with_tiles,
+    "evolla": _with_protein,
 }
 
 
@@ -250,6 +292,8 @@ def padded(samples: list[Inputs], side: str) -> Inputs:
         values = [sample[name] for sample in samples]
         if name in _TOKEN_INPUTS and first.shape[1] == samples[0]["input_ids"].shape[1]:
             batch[name] = torch.cat([_pad(value, length, side) for value in values])
+        elif name == "pixel_values" and "target_sizes" in samples[0]:
+            batch[name] = torch.cat(values, dim=-1)  # patches of all images in one strip
         else:
             batch[name] = torch.cat(values)
     return batch

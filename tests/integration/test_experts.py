@@ -20,7 +20,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.pools import AMIAPool, AsymmetricPool, MixedPool
 from lvlm_prune.scorers import MagnitudeScorer, SparseGPTScorer
 from lvlm_prune.statistics import Gram
-from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards
+from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards, tensors_of, zeros
 
 # Stacks as (experts, out, in); as (experts, in, out); in copies of all tokens; without a gate; one for each modality.
 KINDS = ["qwen3_vl_moe", "aria", "llama4", "nemotron_h_omni", "ernie4_5_vl_moe"]
@@ -32,21 +32,6 @@ def calibration(model: nn.Module) -> list[dict[str, Tensor]]:
 
 def method(**options) -> BlockwisePruning:
     return BlockwisePruning(**{"sparsity": 0.5, "pool": MixedPool(), "min_expert_tokens": 1, **options})
-
-
-def zeros(model: nn.Module, name: str) -> Tensor:
-    """Where a Linear, or a matrix of an expert, is zero."""
-    parent, _, leaf = name.rpartition(".")
-    if (index := parent.rpartition(".")[2]).isdigit() and ".experts." in name:
-        module = model.get_submodule(parent.rpartition(".")[0])
-        matrix = getattr(module, leaf)[int(index)]
-        return (matrix.T if type(module).__name__ in ("AriaExperts", "Llama4TextExperts") else matrix) == 0
-    return model.get_submodule(name).weight == 0
-
-
-def tensors_of(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples as `TensorSource` reads them."""
-    return {f"s{number}.{name}": value for number, sample in enumerate(samples) for name, value in sample.items()}
 
 
 @pytest.mark.parametrize("family", KINDS)
