@@ -56,7 +56,7 @@ class ComparedFolder:
         found |= {"command": self.verb, "fingerprint of the data": data.get("fingerprint")}
         found["fingerprint of the input"] = record.get("model", {}).get("fingerprint")
         found |= {f"versions.{name}": version for name, version in record.get("versions", {}).items()}
-        return {key: _text(value) for key, value in found.items()}
+        return {_option(key): _text(key, value) for key, value in found.items()}
 
     @property
     def scores(self) -> dict[str, Any] | None:
@@ -132,5 +132,12 @@ class ComparedFolder:
         return StreamedWeights(module.model, module.runner.decoder, module.folder, "cpu")
 
 
-def _text(value: Any) -> str:
-    return "–" if value is None or value in ({}, []) else value if isinstance(value, str) else json.dumps(value)
+def _option(key: str) -> str:
+    """Name of an option on the command line: `pruning.pool.alpha` for `pruning.pool.init_args.alpha`."""
+    return key.replace(".init_args", "").removesuffix(".class_path")
+
+
+def _text(key: str, value: Any) -> str:
+    if key.endswith(".class_path"):
+        return str(value).rpartition(".")[2]
+    return "–" if value in (None, "", {}, []) else value if isinstance(value, str) else json.dumps(value)

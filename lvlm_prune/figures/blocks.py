@@ -65,11 +65,12 @@ def heat_map(
 
 
 @house_style()
-def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
+def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]], least_span: float | None = None) -> Figure:
     """Lines over blocks, one panel under the other.
 
     Args:
         panels: Label of a vertical axis, with its unit -> name of a line -> block -> value.
+        least_span: Least height of an axis that shows only the range of its values; None: axes start at zero.
     """
     figure = Figure(figsize=(WIDTH, 0.5 + 1.45 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -77,7 +78,12 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
         for number, (name, points) in enumerate(lines.items()):
             axes.plot(list(points), list(points.values()), label=name, color=SERIES[number % len(SERIES)])
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        if least_span is None:
+            axes.set_ylim(bottom=0)
+        else:
+            values = [value for points in lines.values() for value in points.values()]
+            middle, span = (max(values) + min(values)) / 2, max(1.2 * (max(values) - min(values)), least_span)
+            axes.set_ylim(middle - span / 2, middle + span / 2)
         axes.margins(x=0.03)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rows[-1].set_xlabel("block")

@@ -21,6 +21,6 @@ def loss_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
         axes.plot(steps, losses, label=name.replace("_", " "), marker=marker)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy of answer tokens")
+    axes.set_ylabel("cross-entropy (nats)")
     legend_above(figure, axes)
     return figure

@@ -83,7 +83,7 @@ def _sparsity(record: Mapping[str, Any], names: list[str]) -> Plate:
         for block in blocks
     ]
     caption = "Sparsity of each block, over all its Linears that were to be pruned."
-    return Plate("sparsity", curves({"sparsity (%)": lines}), caption, Table(["block", *names], rows))
+    return Plate("sparsity", curves({"sparsity (%)": lines}, least_span=10), caption, Table(["block", *names], rows))
 
 
 def _overlap(record: Mapping[str, Any], names: list[str], number: int) -> Plate:

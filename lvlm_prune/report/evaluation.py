@@ -45,4 +45,4 @@ def evaluated_table(run: Mapping[str, Any]) -> Table | None:
     keys = ("baseline_average", "average", "retention")
     cells = [show(run, _KEY, key, unit="percent") if found[key] is not None else "–" for key in keys]
     rows.append(["average", "", *cells])
-    return Table(["task", "metric", "dense", "this checkpoint", "retained"], rows)
+    return Table(["task", "metric", "dense", "score", "retained"], rows)

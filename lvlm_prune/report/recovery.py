@@ -120,7 +120,10 @@ def _losses(run: Mapping[str, Any]) -> Plate | None:
     ]
     table = Table(["loss", "first step", "value", "last step", "value"], rows)
     return Plate(
-        "losses", loss_curves(history), "Losses of training and, where samples were held back, of validation.", table
+        "losses",
+        loss_curves(history),
+        "Losses of training and, where samples were held back, of validation: cross-entropy of the answer tokens.",
+        table,
     )
 
 

@@ -18,11 +18,13 @@ from lvlm_prune.data.labels import IGNORED, encode_with_labels
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.evaluation.answers import score
-from lvlm_prune.evaluation.harness import PAPER_TASKS
+from lvlm_prune.evaluation.harness import PAPER_TASKS, LMEvalEngine
 from lvlm_prune.evaluation.local import LocalBenchmark
+from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.processes import Processes
 from lvlm_prune.report.pruning import summarise
 from tests.conftest import REPOSITORY
-from tests.hub_folders import write_captions, write_folder
+from tests.hub_folders import write_captions, write_folder, write_sounds
 from tests.pages import Page, refuse_other_numbers
 
 SMALL = ["--engine.benchmark.num_images=3", "--engine.benchmark.num_text=8", "--engine.batch_size=16"]
@@ -171,16 +173,17 @@ def test_questions_that_want_yes_or_no_are_scored_by_the_first_word(tmp_path):
     assert len(chosen.questions) == 5
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "mllama"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama", "qwen2_5_omni"])
 def test_any_familys_folder(family, tmp_path):
     """Random models: perplexity and divergence are those of plain forwards, one by one."""
-    path, folder, halved = write_captions(tmp_path / "data", 4), tmp_path / "dense", tmp_path / "halved"
+    write = write_sounds if family == "qwen2_5_omni" else write_captions
+    path, folder, halved = write(tmp_path / "data", 4), tmp_path / "dense", tmp_path / "halved"
     dense = write_folder(folder, family).eval()
     with torch.no_grad():
         dense.get_output_embeddings().weight *= 30
         dense.save_pretrained(folder, max_shard_size="60KB")
         for name, weight in dense.named_parameters():
-            if "down_proj" in name and "language" in name:
+            if "down_proj" in name and "visual" not in name:
                 weight[:, ::2] = 0
     dense.save_pretrained(halved)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
@@ -201,7 +204,7 @@ def test_any_familys_folder(family, tmp_path):
     assert found["kl"] > 0
     # Noise is answered with noise: nothing is right, and of nothing nothing can be retained.
     task = {"score": 0, "baseline": 0, "retention": None, "questions": 4, "metric": "exact_match"}
-    assert found["tasks"] == {"captions": task}
+    assert found["tasks"] == {path.stem: task}
     assert found["retention"] is None
 
 
@@ -385,6 +388,28 @@ def test_lm_eval_is_called_as_asked(harness, tmp_path):
     assert ",attn_implementation=eager,max_images=1 " in text
     assert harness("lm_eval", results, *options, "--engine.metrics={mine: f1}") == 0
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["mine"]["score"] == 0.5
+
+
+def test_several_processes_deal_the_tasks_out(harness, tmp_path, monkeypatch):
+    """Each process runs its own child with its own tasks, and all know all scores."""
+    results = {name: {"exact_match,none": score} for name, score in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    plan = {"results": results, "calls": str(tmp_path / "calls"), "file": "results_1.json"}
+    monkeypatch.setenv("HARNESS_PLAN", json.dumps(plan))
+    engine = LMEvalEngine(["a", "b", "c"], python=str(tmp_path / "python"))
+
+    class Two(Processes):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank, self.count = rank, 2
+
+        def gather(self, value):
+            other = Scores({"b": 0.2}, {"b": 8}, {"b": "lm_eval"}, {"b": "exact_match"})
+            return [value, other] if self.rank == 0 else [value]
+
+    scores = engine.score(CHECKPOINT, Two(0))
+    assert scores.tasks == {"a": 0.1, "b": 0.2, "c": 0.3}
+    (call,) = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert call[call.index("--tasks") + 1] == "a,c"
 
 
 FAILURES = {
