@@ -235,9 +235,9 @@ class BlockwisePruning(PruneCallback):
         weights = sum(rows * columns for rows, columns in self.shapes.values())
         blocks, share = f"{pl_module.num_blocks} blocks", f"{100 * self.sparsity:.4g}%"
         if "vision" in pl_module.targets:
-            blocks += f", {sum(map(len, pl_module.towers))} of them in the vision tower,"
+            blocks += f" ({sum(map(len, pl_module.towers))} of the vision tower)"
             if self.sparsity_of("vision") != self.sparsity:
-                share += f", vision tower {100 * self.sparsity_of('vision'):.4g}%,"
+                share += f" (vision tower {100 * self.sparsity_of('vision'):.4g}%)"
         trainer.say(
             f"{pl_module.label} · {blocks} · {len(self.shapes)} Linears · "
             f"{_readable(weights)} weights · {self.name} · {share} {self.pattern}"

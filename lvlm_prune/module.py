@@ -70,7 +70,7 @@ class LVLMModule(L.LightningModule):
         super().__init__()
         if not targets or not set(targets) <= {"language", "vision"}:
             raise InputError("model.targets", targets, "must be a list of `language`, `vision` or both")
-        self.targets: frozenset[Target] = frozenset(targets)
+        self.targets: list[Target] = sorted(set(targets))
         self.path, self.dtype_option, self.revision = path, dtype, revision
         self.trust_remote_code, self.attn_implementation = trust_remote_code, attn_implementation
         self.folder: CheckpointFolder | None = None
