@@ -1,7 +1,7 @@
 """How much memory it takes to prune a checkpoint that is larger than that.
 
     python -m benchmarks.memory --json benchmarks/memory.json
-    python -m benchmarks.memory --gigabytes 0.6 --blocks 12 --json OUT
+    python -m benchmarks.memory --gigabytes 0.6 --blocks 6 --json OUT
 
 Writes a random Qwen2-VL in bfloat16, prunes it with ATV in a process of its own, and samples the anonymous resident
 memory of that process from outside. It is to stay below: libraries + vision tower and embeddings + three blocks + what

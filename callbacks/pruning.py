@@ -311,6 +311,7 @@ class BlockwisePruning(PruneCallback):
                     score = scorer.score(weight[rows], statistic) if in_part else scorer.score(weight, statistic)[rows]
                     effects.add(full_name, weight, pruned, block.masks[name], statistic, score)
                 weight.data.copy_(pruned)
+                del pruned  # not to be held while the next one is made
                 if notes := scorer.notes(statistic, block.masks[name], self.targets[full_name]):
                     entry["scorer"] = notes
             else:

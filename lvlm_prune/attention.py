@@ -22,8 +22,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from lvlm_prune.errors import RunError
 
-# Elements of heads x rows x T that are held at once.
-_STRIPE = 2**25
+HELD_ATTENTION = 2**25
+"""Elements of heads x rows x T that are held at once."""
 
 # Arguments that change the softmax in a way of their own.
 _SPECIAL_ARGUMENTS = ("position_bias", "s_aux", "sinks")
@@ -169,8 +169,8 @@ class SampleAttention:
     def _stripes(self, rows: Tensor) -> Iterator[Tensor]:
         heads, columns = self._call.query.shape[1], len(self._positions)
         sharing = heads // self._call.key.shape[1]
-        rows_at_once = max(1, min(len(rows), _STRIPE // (columns * sharing)))
-        heads_at_once = max(1, _STRIPE // (rows_at_once * columns * sharing)) * sharing
+        rows_at_once = max(1, min(len(rows), HELD_ATTENTION // (columns * sharing)))
+        heads_at_once = max(1, HELD_ATTENTION // (rows_at_once * columns * sharing)) * sharing
         for part in rows.split(rows_at_once):
             positions = self._positions[part]
             total = torch.zeros(len(part), columns, dtype=torch.float32, device=rows.device)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvlm_prune.attention import HELD_ATTENTION
 from lvlm_prune.blocks import (
     MODALITIES,
     BlockRunner,
@@ -251,7 +252,7 @@ class Footprint:
         recorded = sum(channels for channels, _ in block.sites) + 2 * self.width
         if "outputs" in needs:
             recorded += sum(rows for rows, _ in block.shapes)
-        elif needs & ATTENTION_NEEDS:
+        if needs & ATTENTION_NEEDS:
             recorded += 2 * self.width
         longest = batch.shape[1]
         statistic = self.method.scorer.statistic
@@ -266,8 +267,11 @@ class Footprint:
             if self.method.pool is not None
             else 0
         )
-        if needs & ATTENTION_NEEDS:
-            choosing = max(choosing, 3 * 4 * min(2**25, self._heads * longest**2))
+        if attention := needs & ATTENTION_NEEDS:
+            looking = {"attention_last": 1, "attention_text_to_visual": max(batch.text)}
+            rows = max(looking.get(name, longest) for name in attention)
+            keys = self._heads * self._head_width * longest * (4 + 2 * self.itemsize)
+            choosing = max(choosing, keys + 3 * 4 * min(HELD_ATTENTION, self._heads * rows * longest))
         made = batch.positions * recorded * self.itemsize
         return max(self._forward(block, batch) + made // 2, made + max(adding, choosing))
 

@@ -28,6 +28,7 @@ from lvlm_prune.blocks import (
     Target,
     Weights,
     find_expert_stacks,
+    give_back_freed,
     prunable_linears,
 )
 from lvlm_prune.blocks.tail import DecoderTail, TailSample
@@ -174,8 +175,10 @@ class BlockLoop:
         self.raise_hook("on_block_start", block=block)
         if self.gathers():
             self._together(self._gather, block)
+        give_back_freed()
         seconds["gather"] = clock.lap()
         self.raise_hook("on_block_calibrated", block=block)
+        give_back_freed()
         seconds["score"], seconds["solve"] = clock.lap() - block.solve_seconds, block.solve_seconds
         # Not earlier: what scoring takes beside the block is gone by now.
         if following is not None:

@@ -67,7 +67,8 @@ def interrupt(run: subprocess.Popen) -> tuple[float, str]:
 
 def about_a_second() -> float:
     """A second, and what a busy machine adds to it."""
-    return 1 + 2 * os.getloadavg()[0] / (os.cpu_count() or 1)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 + 2 * os.getloadavg()[0] / cpus
 
 
 def interrupted_while_busy(folder: Path, *arguments: str) -> tuple[float, int, str]:

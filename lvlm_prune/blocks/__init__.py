@@ -20,7 +20,7 @@ from lvlm_prune.blocks.modality import (
 from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
 from lvlm_prune.blocks.skeleton import build_skeleton
 from lvlm_prune.blocks.towers import TowerRunner, find_towers
-from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights
+from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights, give_back_freed
 
 __all__ = [
     "AUDIO",
@@ -51,6 +51,7 @@ __all__ = [
     "find_decoder",
     "find_expert_stacks",
     "find_towers",
+    "give_back_freed",
     "modality_of_tokens",
     "place_batches",
     "prunable_linears",

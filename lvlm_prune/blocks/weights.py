@@ -225,7 +225,7 @@ class StreamedWeights(Weights):
             needed = keep_token_embedding if is_embedding else is_between_blocks
             if not needed:
                 self._release(name)
-        _give_back_freed()
+        give_back_freed()
 
     def load_output_embedding(self) -> None:
         self._load(self._output_names, self._folder)
@@ -244,13 +244,13 @@ class StreamedWeights(Weights):
         self._load(self._block_names[i], folder or self._folder)
 
     def prefetch_block(self, i: int) -> None:
-        _give_back_freed()  # what scoring took, above all
+        give_back_freed()  # what scoring took, above all
         self._coming = (i, Prefetch(self._read(self._block_names[i], self._folder, "cpu")))
 
     def release_block(self, i: int) -> None:
         for name in self._block_names[i]:
             self._release(name)
-        _give_back_freed()
+        give_back_freed()
 
     def _load(self, names: list[str], folder: CheckpointFolder) -> None:
         for name, tensor in self._read(names, folder, self._device):
@@ -327,8 +327,11 @@ def _give_back_large() -> None:
         _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
-def _give_back_freed() -> None:
-    """Give the memory of smaller tensors back, too."""
+def give_back_freed() -> None:
+    """Make glibc give the memory of smaller tensors that are gone back to the system.
+
+    Their holes lie between tensors that stay, and would add up over the phases of a block.
+    """
     if _LIBC is not None:
         _LIBC.malloc_trim(0)
 

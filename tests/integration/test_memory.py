@@ -88,7 +88,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
     ("gigabytes", "blocks", "recipes"),
     [
         (0.06, 3, {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": [], "tamp": []}),
-        pytest.param(0.6, 12, {"atv": []}, marks=pytest.mark.slow),
+        pytest.param(0.6, 6, {"atv": []}, marks=pytest.mark.slow),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_path):

@@ -78,14 +78,14 @@ def test_stripes_give_the_same_numbers(monkeypatch):
     model = tiny_model("llava")
     inputs = make_inputs("llava", model, SAMPLES)
     whole = tokens_of(model, inputs, blocks=[1])
-    monkeypatch.setattr("lvlm_prune.attention._STRIPE", 64)
+    monkeypatch.setattr("lvlm_prune.attention.HELD_ATTENTION", 64)
     for key, tokens in tokens_of(model, inputs, blocks=[1]).items():
         for need in ATTENTION_NEEDS:
             torch.testing.assert_close(getattr(tokens, need), getattr(whole[key], need), rtol=0, atol=1e-6)
 
 
 def test_the_largest_tensor_is_one_stripe_and_not_all_heads_at_once(monkeypatch):
-    monkeypatch.setattr("lvlm_prune.attention._STRIPE", 512)
+    monkeypatch.setattr("lvlm_prune.attention.HELD_ATTENTION", 512)
     largest = 0
     softmax = torch.softmax
 
