@@ -65,7 +65,7 @@ def build_skeleton(
 def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         if "auto_map" in folder.config and not trust_remote_code:
             raise InputError(
                 "model.trust_remote_code",

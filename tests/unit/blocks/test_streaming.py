@@ -245,6 +245,10 @@ def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
 )
 def test_an_omni_checkpoint_gives_its_thinker(family: str, model_type: str, tmp_path: Path) -> None:
     """The talker, which makes speech, is left alone."""
+    try:
+        transformers.AutoConfig.for_model(model_type)
+    except AttributeError as error:
+        pytest.skip(f"transformers {transformers.__version__} cannot make its own configuration: {error}")
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     thinker = load_file(tmp_path / SINGLE_NAME)
