@@ -76,11 +76,11 @@ class ComparedFolder:
         return {"average": own["average"], "retention": kept["average"], "tasks": own["tasks"]}
 
     def place_of(self, name: str) -> tuple[str, int]:
-        """Kind of a Linear (the last part of its name), and its block."""
-        block = self.linears[name].get("block")
+        """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block."""
+        kind, block = name.rpartition(".")[2], self.linears[name].get("block")
         if block is None:
             block = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
-        return name.rpartition(".")[2], block
+        return (f"vision {kind}" if block in self._in_tower else kind), block
 
     def sparsity(self) -> dict[str, dict[int, float]]:
         """Kind of Linear -> block -> share of zeros; `all` over all kinds."""
@@ -109,6 +109,10 @@ class ComparedFolder:
         if matrix is None:
             return self._weights.stored(f"{name}.weight") != 0
         return matrix.of(self._weights.stored(f"{name.removesuffix(matrix.name)}{matrix.parameter}")) != 0
+
+    @cached_property
+    def _in_tower(self) -> set[int]:
+        return {block["index"] for block in self.record.get("blocks", []) if block.get("target") == "vision"}
 
     @cached_property
     def _module(self) -> LVLMModule:

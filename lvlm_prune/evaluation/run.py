@@ -35,6 +35,8 @@ class EvaluationRun:
 
         self.trainer, self.model, self.engine = trainer, model, engine
         self.started = time.perf_counter()
+        if "vision" in model.targets:
+            raise InputError("model.targets", "vision", "does nothing here; the whole checkpoint is scored")
         model.open()
         assert model.folder is not None
         self.baseline: LVLMModule | None = None

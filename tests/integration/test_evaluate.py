@@ -245,6 +245,7 @@ BAD = {
     "no such model": (["--model.path=nowhere"], "--model.path nowhere"),
     "no such baseline": (["--baseline=nowhere"], "--baseline nowhere"),
     "dtype of the model": (["--model.dtype=bfloat16"], "--model.dtype bfloat16"),
+    "target": (["--model.targets=[vision]"], "--model.targets vision"),
     "batch size": (["--engine.batch_size=0"], "--engine.batch_size 0"),
     "top_k": (["--engine.top_k=0"], "--engine.top_k 0"),
     "no such engine": (["--engine=NoEngine"], "--engine NoEngine"),
