@@ -149,15 +149,18 @@ class DecoderTail:
         return total.item() / max(len(positions), 1)
 
     def seconds(self) -> tuple[float, float]:
-        """Seconds of one forward of the first block and of one loss, measured on the first sample; 0.0 without any."""
+        """Seconds of one forward of the first block and of one loss, measured on the first sample; 0.0 without any.
+
+        These forwards, which each process makes for itself, are not counted.
+        """
         if not self._samples:
             return 0.0, 0.0
         sample = self._samples[0]
-        batch = self._placement.fetched(sample.batch)
-        return (
-            _seconds(lambda: self._runner.run(self._first, batch)),
-            _seconds(lambda: self._loss(sample, batch)),
-        )
+        batch, counted = self._placement.fetched(sample.batch), self._runner.forwards
+        block = _seconds(lambda: self._runner.run(self._first, batch))
+        loss = _seconds(lambda: self._loss(sample, batch))
+        self._runner.forwards = counted
+        return block, loss
 
 
 def _seconds(work: Callable[[], object]) -> float:
