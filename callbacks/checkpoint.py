@@ -122,6 +122,8 @@ class SparseCheckpointWriter(PruneCallback):
             rows, columns = entry["shape"]
             achieved = zeros.get(name, 0) / (rows * columns)
             trainer.manifest["linears"][name] = entry | {"block": block.index, "achieved": achieved}
+        forwards = trainer.processes.sum(torch.tensor([block.forwards], dtype=torch.float64))
+        block.record["forwards"] = int(forwards.item())
         names = {"index": block.index, "name": block.name}
         if block.target != "language":
             names["target"] = block.target

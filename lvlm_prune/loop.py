@@ -52,7 +52,7 @@ class Block:
             filled by the pruning callback in `on_block_calibrated`.
         updated: Names of pruned Linears whose remaining weights changed too.
         record: Numbers about this block for the manifest, filled by callbacks and by the loop.
-        forwards: Forwards of the block, one per calibration batch and pass; known when the block ends.
+        forwards: Forwards of the block on this process, one per calibration batch and pass; known when the block ends.
         solve_seconds: Time in which remaining weights were updated, noted by the pruning callback.
     """
 
@@ -187,7 +187,7 @@ class BlockLoop:
             self._together(self._propagate, block)
         seconds["propagate"] = clock.lap()
         block.forwards = self.runner.forwards - forwards
-        block.record["seconds"], block.record["forwards"] = seconds, block.forwards
+        block.record["seconds"] = seconds
         block.record["peak_memory_bytes"] = peak_memory()
         self.raise_hook("on_block_end", block=block)
 

@@ -65,8 +65,7 @@ class Manifest(dict[str, Any]):
         """What the method took beyond catching, reading, writing and verifying.
 
         Returns:
-            `seconds` of surveying, gathering, scoring, solving and propagating; `block_forwards` of the main process,
-            those of a survey over all processes.
+            `seconds` of surveying, gathering, scoring, solving and propagating; `block_forwards` of all processes.
         """
         survey, blocks = self.get("survey", {}), self["blocks"]
         seconds = sum(block["seconds"][phase] for block in blocks for phase in METHOD_PHASES)
