@@ -112,6 +112,7 @@ def test_records_of_an_evaluation_do_not_go_on_to_the_next_checkpoint(pruned, ev
     assert not list((tmp_path / "out").glob("evaluation.*"))
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(pruned, evaluated, run_cli, tmp_path):
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     arguments = [f"--model.path={pruned}", "--baseline=demo", *SMALL, f"--output={tmp_path / 'two'}"]

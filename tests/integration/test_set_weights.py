@@ -87,6 +87,7 @@ def test_weights_by_share_change_nothing(sets):
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(sets, run_cli, tmp_path):
     """The sets fall on the processes unevenly."""
     parts = [{"class_path": "lvlm_prune.data.TensorSource", "init_args": {"path": source.path}} for source in sets]

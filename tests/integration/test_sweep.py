@@ -195,6 +195,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.slow
 def test_two_processes_sweep_and_score_like_one(run_cli, tmp_path):
     """The embedded model: every question is asked once, by one of them."""
     arguments = ["sweep", recipes("atv", "magnitude"), "--seeds=[0, 1]", "--data.num_samples=3"]
