@@ -66,13 +66,21 @@ class HarnessEngine(Engine):
     """What the harnesses have in common: the child, its results file, and the errors of both."""
 
     package: ClassVar[str]
-    python: str
-    tasks: list[str]
-    model_args: dict[str, str]
-    limit: int | None
-    arguments: list[str]
-    metrics: dict[str, str]
-    full_marks: dict[str, float]
+
+    def __init__(
+        self,
+        tasks: list[str],
+        python: str,
+        model: str,
+        model_args: dict[str, str],
+        limit: int | None,
+        arguments: list[str],
+        metrics: dict[str, str],
+        full_marks: dict[str, float],
+    ) -> None:
+        self.tasks, self.python, self.model, self.model_args = list(tasks), python, model, dict(model_args)
+        self.limit, self.arguments = limit, list(arguments)
+        self.metrics, self.full_marks = dict(metrics), dict(full_marks)
 
     def check(self) -> None:
         """Look for the package in the interpreter that is to run it."""
@@ -215,10 +223,8 @@ class LMEvalEngine(HarnessEngine):
         metrics: dict[str, str] = {},  # noqa: B006
         full_marks: dict[str, float] = {},  # noqa: B006
     ) -> None:
-        self.tasks, self.python, self.model, self.model_args = list(tasks), python, model, dict(model_args)
+        super().__init__(tasks, python, model, model_args, limit, arguments, metrics, full_marks)
         self.include_path, self.chat_template = include_path, chat_template
-        self.limit, self.arguments = limit, list(arguments)
-        self.metrics, self.full_marks = dict(metrics), dict(full_marks)
 
     def check(self) -> None:
         """The same, and look for the folder of tasks."""
@@ -265,11 +271,11 @@ class LMMSEvalEngine(HarnessEngine):
         metrics: dict[str, str] = {},  # noqa: B006
         full_marks: dict[str, float] = {},  # noqa: B006
     ) -> None:
-        self.tasks, self.python, self.model, self.model_args = list(tasks), python, model, dict(model_args)
-        self.limit, self.arguments = limit, list(arguments)
         of_papers = {task: metric for task, metric in _PAPER_METRICS.items() if task in tasks}
         marks = {task: mark for task, mark in _PAPER_FULL_MARKS.items() if task in tasks}
-        self.metrics, self.full_marks = {**of_papers, **metrics}, {**marks, **full_marks}
+        super().__init__(
+            tasks, python, model, model_args, limit, arguments, {**of_papers, **metrics}, {**marks, **full_marks}
+        )
 
     def _arguments(self, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
         return self._common(self.model, folder, device, loading)

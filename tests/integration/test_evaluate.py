@@ -224,6 +224,7 @@ BAD_DATA = {
 
 
 def refused(capsys, *arguments: str) -> str:
+    capsys.readouterr()  # what making a checkpoint said
     assert main(["evaluate", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")

@@ -63,3 +63,4 @@ def test_probe(tmp_path):
     arguments += ["--probing.scorer=tests.busy.BusyScorer", f"--probing.scorer.weight={2 * 24 + 24 + 5}"]
     arguments += [f"--output={output}"]
     interrupt_and_go_on(tmp_path, arguments, resume(output), "--resume=true")
+    assert json.loads((output / "probe.json").read_text())["status"] == "complete"
