@@ -17,6 +17,9 @@ from torch import Tensor
 
 Group = Literal["row", "layer"]
 
+# Elements that are counted at once.
+_COUNTED = 2**18
+
 
 @dataclass(frozen=True)
 class ZeroCount:
@@ -44,7 +47,11 @@ class ZeroCount:
     def of(self, weight: Tensor) -> Tensor:
         """Zeros in each group of this weight, int64."""
         part = weight if self.columns is None else weight[:, self.columns]
-        return (part.reshape(-1, self.size) == 0).sum(dim=1)
+        groups = part.reshape(-1, self.size)
+        if len(groups) == 1:
+            return (groups.numel() - groups.count_nonzero()).reshape(1)
+        # Sums over bool take eight bytes per element.
+        return torch.cat([(some == 0).sum(dim=1) for some in groups.split(max(_COUNTED // self.size, 1))])
 
 
 class Pattern(ABC):

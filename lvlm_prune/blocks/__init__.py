@@ -5,6 +5,7 @@ from lvlm_prune.blocks.checkpoint import CheckpointFolder, TensorInfo
 from lvlm_prune.blocks.decoder import Decoder, find_decoder, prunable_linears
 from lvlm_prune.blocks.execution import BlockRunner, Part, Target
 from lvlm_prune.blocks.experts import ExpertMatrix, ExpertStack, find_expert_stacks
+from lvlm_prune.blocks.heap import give_back_freed
 from lvlm_prune.blocks.hub import resolve
 from lvlm_prune.blocks.modality import (
     AUDIO,
@@ -20,7 +21,7 @@ from lvlm_prune.blocks.modality import (
 from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
 from lvlm_prune.blocks.skeleton import build_skeleton
 from lvlm_prune.blocks.towers import TowerRunner, find_towers
-from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights, give_back_freed
+from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights
 
 __all__ = [
     "AUDIO",

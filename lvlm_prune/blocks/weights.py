@@ -6,8 +6,6 @@ memory ██ frame: towers, embeddings  ──► released once all batches are
             ░▓▓ block 1 ──► released ...       ░ read in the background while block 0 is in work
 """
 
-import ctypes
-import platform
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,15 +19,11 @@ from transformers import PreTrainedModel
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
 from lvlm_prune.blocks.decoder import Decoder
+from lvlm_prune.blocks.heap import give_back_freed
 from lvlm_prune.blocks.prefetch import Prefetch
 from lvlm_prune.blocks.sources import WeightSource, find_sources
 from lvlm_prune.blocks.versions import tied_names
 from lvlm_prune.errors import InputError
-
-_LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-# As in malloc.h.
-_M_MMAP_THRESHOLD = -3
-_LARGE = 2**22
 
 
 class Weights(ABC):
@@ -136,7 +130,6 @@ class StreamedWeights(Weights):
         ]
         output = _path_of(model, model.get_output_embeddings())
         self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
-        _give_back_large()
         self._refuse_unfit([*in_blocks, *self._frame_names])
         self._refuse_missing(in_blocks)
 
@@ -315,25 +308,6 @@ class StreamedWeights(Weights):
             if name in self._frame_names:
                 # Checkpoints on the hub lack heads of vision towers that no forward uses.
                 self._model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(partial(_fail, error))
-
-
-def _give_back_large() -> None:
-    """Make glibc give the memory of a large tensor back to the system as soon as the tensor is gone.
-
-    By itself it learns to keep pieces of up to 32 MB: what is read and released block by block leaves holes behind that
-    add up to several blocks.
-    """
-    if _LIBC is not None:
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-
-
-def give_back_freed() -> None:
-    """Make glibc give the memory of smaller tensors that are gone back to the system.
-
-    Their holes lie between tensors that stay, and would add up over the phases of a block.
-    """
-    if _LIBC is not None:
-        _LIBC.malloc_trim(0)
 
 
 def _fail(error: InputError, *_: Any) -> None:

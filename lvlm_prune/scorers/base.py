@@ -51,9 +51,7 @@ class Scorer(ABC):
     ) -> tuple[Tensor, Tensor]:
         """The new weight, same shape and dtype as the dense one, with +0.0 where the mask is True; and the mask."""
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        rows = (
-            max(_scores_at_once(weight) // weight.shape[1], 1) if self.by_row and self.group == "row" else len(weight)
-        )
+        rows = max(self._scores_at_once(weight.numel(), weight.is_cuda) // weight.shape[1], 1)
         for start in range(0, len(weight), rows):
             here = slice(start, start + rows)
             mask[here] = pattern.mask(self.score(weight[here], statistic), sparsity, self.group)
@@ -67,8 +65,13 @@ class Scorer(ABC):
             itemsize: Bytes of one weight in memory.
         """
         weights = shape[0] * shape[1]
-        at_once = min(weights, 2**20) if self.by_row and self.group == "row" else weights
-        return weights * itemsize + at_once * 40
+        return weights * itemsize + self._scores_at_once(weights, torch.cuda.is_available()) * 40
+
+    def _scores_at_once(self, weights: int, on_gpu: bool) -> int:
+        """Scores that are held at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy."""
+        if not self.by_row or self.group != "row":
+            return weights
+        return min(weights, 2**22 if on_gpu else 2**18)
 
     def cost(self, rows: int, columns: int) -> float:
         """How long Linears of one statistic take, in any unit; work is dealt out over processes by it.
@@ -97,8 +100,3 @@ class Scorer(ABC):
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """One line about the whole run out of the notes of its Linears (by full name); empty where all is well."""
         return ""
-
-
-def _scores_at_once(weight: Tensor) -> int:
-    """Scores that are held at once: on a GPU enough to keep it busy."""
-    return 2**24 if weight.is_cuda else 2**20

@@ -80,6 +80,15 @@ def test_zeros_are_counted_in_the_columns_that_a_promise_is_about():
     assert ZeroCount(3 * 6, 0, columns=slice(0, 6)).of(weight).tolist() == [0]
 
 
+@pytest.mark.parametrize("size", [4, 1000, 600 * 1000, 300 * 1000])
+def test_zeros_of_a_large_weight_are_those_of_its_groups(size):
+    weight = (random(600, 1000) > 0.3).bfloat16()
+    expected = (weight.reshape(-1, size) == 0).sum(dim=1)
+    found = ZeroCount(size, 0).of(weight)
+    assert found.dtype == torch.int64
+    assert found.equal(expected)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "1:4", "2:4", "4:8", "3:4"])
 @pytest.mark.parametrize("group", ["row", "layer"])
 def test_masks_are_those_of_a_stable_sort_whatever_ties_there_are(pattern, group):

@@ -1,0 +1,34 @@
+"""How glibc's allocator is made to give memory back, so that a run takes what its tensors take.
+
+Elsewhere, and with another allocator, both functions do nothing.
+"""
+
+import ctypes
+import platform
+
+_LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+# As in malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE = 2**22
+_FREE_AT_END = 2**24
+
+
+def give_back_large() -> None:
+    """Give the memory of a large tensor back to the system as soon as the tensor is gone.
+
+    By itself glibc learns to keep pieces of up to 32 MB: what is made and released one by one, first the skeleton's
+    parameters and then the blocks, leaves holes behind that add up to several blocks. Once the holes are there they are
+    filled again and again, so this is called before the first of them.
+    """
+    if _LIBC is not None:
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        _LIBC.mallopt(_M_TRIM_THRESHOLD, _FREE_AT_END)
+
+
+def give_back_freed() -> None:
+    """Give the memory of smaller tensors that are gone back to the system.
+
+    Their holes lie between tensors that stay, and would add up over the phases of a block.
+    """
+    if _LIBC is not None:
+        _LIBC.malloc_trim(0)
