@@ -48,10 +48,11 @@ class ZeroCount:
         """Zeros in each group of this weight, int64."""
         part = weight if self.columns is None else weight[:, self.columns]
         groups = part.reshape(-1, self.size)
+        # In pieces that stay in a CPU's caches, and counted as int32: a sum over bool makes integers of them first.
         if len(groups) == 1:
-            return (groups.numel() - groups.count_nonzero()).reshape(1)
-        # Sums over bool take eight bytes per element.
-        return torch.cat([(some == 0).sum(dim=1) for some in groups.split(max(_COUNTED // self.size, 1))])
+            return torch.stack([(some == 0).count_nonzero() for some in groups[0].split(_COUNTED)]).sum().reshape(1)
+        pieces = groups.split(max(_COUNTED // self.size, 1))
+        return torch.cat([(some == 0).sum(dim=1, dtype=torch.int32) for some in pieces]).long()
 
 
 class Pattern(ABC):

@@ -70,5 +70,5 @@ def invert_lower_(lower: Tensor) -> Tensor:
     first, second = slice(None, half), slice(half, None)
     left, right = invert_lower_(lower[first, first]), invert_lower_(lower[second, second])
     corner = lower[second, first]
-    corner.copy_(right @ (corner @ left)).neg_()
+    torch.mm(right, corner @ left, out=corner).neg_()
     return lower

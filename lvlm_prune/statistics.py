@@ -210,19 +210,21 @@ class Gram(Statistic):
         if mean == 0:
             raise RunError("the Gram matrix is zero: no calibration token has a value that is not zero")
         dead = diagonal == 0
-        share = damping
+        share, failed = damping, torch.empty((), dtype=torch.int32, device=self._lower.device)
         while True:
             # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
             # so H^-1 = R^-T R^-1 and U = R^-1. One factorisation and one triangular inverse; H^-1 is never formed.
             # Reversed, what is below the diagonal comes to lie above it, and only what is below is looked at.
-            matrix = self._lower.flip(0, 1).T
-            matrix.diagonal().add_((share * mean + dead * mean).flip(0))
-            lower, failed = torch.linalg.cholesky_ex(matrix)
-            smallest = (lower.diagonal().square() / matrix.diagonal()).min()
-            del matrix
-            if not failed and smallest > torch.finfo(torch.float32).eps:
+            # A wide matrix takes gigabytes: factor and inverse take its place.
+            lower = self._lower.flip(0, 1).T
+            damped = lower.diagonal().add_((share * mean + dead * mean).flip(0)).clone()
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
+            if not failed and (lower.diagonal().square() / damped).min() > torch.finfo(torch.float32).eps:
                 break
+            del lower
             share = max(10 * share, 1e-6)
-        inverse = invert_lower_(lower).float()
-        del lower
-        return InverseFactor(inverse.flip(0, 1).contiguous(), dead, share)
+        inverse = invert_lower_(lower)
+        upper = torch.empty_like(inverse, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for rows in stripes(len(inverse)):
+            upper[rows] = inverse[len(inverse) - rows.stop : len(inverse) - rows.start].flip(0, 1)
+        return InverseFactor(upper, dead, share)

@@ -90,9 +90,9 @@ class SparseGPTScorer(Scorer):
         return updated.to(weight.dtype).masked_fill(mask, 0.0) + 0.0, mask
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
-        """See `Scorer.working_bytes`: the weight in float32 and what is spread over it, or the factorisation."""
+        """See `Scorer.working_bytes`: the weight in float32 and what is spread over it, or the factor in float64."""
         rows, width = shape
-        return max(rows * width * (8 + itemsize), 2 * 8 * width**2) + 4 * width**2
+        return max(rows * width * (8 + itemsize), 8 * width**2)
 
     def cost(self, rows: int, columns: int) -> float:
         """One factorisation for all of them, then an update per row and column."""

@@ -1,6 +1,8 @@
 """Memory of a run: where samples wait, what was predicted, what was measured."""
 
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import weakref
@@ -101,6 +103,40 @@ def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_
         assert found["predicted_bytes"] - found["libraries_bytes"] == pytest.approx(above, rel=0.35), recipe
         if gigabytes > 0.5:  # with smaller blocks what libraries take is more than three of them
             assert found["peak_bytes"] <= found["limit_bytes"]
+
+
+_SPARSEGPT = """
+import sys
+import torch
+from lvlm_prune.blocks.heap import give_back_large
+from lvlm_prune.measuring import MemorySampler
+from lvlm_prune.patterns import Unstructured
+from lvlm_prune.scorers import SparseGPTScorer
+from lvlm_prune.statistics import Gram
+
+give_back_large()
+rows, columns = map(int, sys.argv[1:])
+inputs, weight = torch.randn(64, columns), torch.randn(rows, columns)
+small = Gram(64)
+small.add(inputs[:, :64], torch.ones(64))
+scorer = SparseGPTScorer()
+scorer.prune(weight[:64, :64], small, 0.5, Unstructured())  # what libraries set up
+sampler = MemorySampler(0.001)
+gram = Gram(columns)
+gram.add(inputs, torch.ones(64))
+scorer.prune(weight, gram, 0.5, Unstructured())
+sampler.close()
+said = Gram.nbytes(columns) + scorer.working_bytes((rows, columns), weight.element_size()) + weight.numel()
+print(said, sampler.peak - sampler.start)
+"""
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 3072), (6144, 2048)])
+def test_sparsegpt_takes_what_it_says(rows, columns):
+    """Of a wide layer the factorisation takes most, gigabytes in a large model; of a tall one the weight."""
+    command = [sys.executable, "-c", _SPARSEGPT, str(rows), str(columns)]
+    said, taken = map(int, subprocess.check_output(command, cwd=REPOSITORY, text=True).split())
+    assert said == pytest.approx(taken, rel=0.2)
 
 
 def test_the_next_block_is_read_while_samples_go_through_this_one(golden_arguments, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def test_tokens_that_are_not_chosen_leave_no_trace(gathered):
 
 def test_one_factorisation_serves_all_linears_of_a_site(monkeypatch, gathered):
     factorise, calls = torch.linalg.cholesky_ex, []
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *arguments: calls.append(1) or factorise(*arguments))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args, **out: calls.append(1) or factorise(*args, **out))
     gram, scorer = gathered(Gram, [random(50, 8)]), SparseGPTScorer()
     for seed in (1, 2, 3):
         _, mask = scorer.prune(random(4, 8, seed=seed), gram, 0.5, Unstructured())
