@@ -83,16 +83,17 @@ class SparseGPTScorer(Scorer):
             within = factor.upper[columns, columns]
             values, gone = _prune_columns(updated[:, columns], within, sparsity, pattern)
             error = values * gone / within.diagonal()
-            updated[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+            updated[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
             updated[:, columns], mask[:, columns] = values, gone
         mask |= factor.dead
         # Adding zero turns a weight that vanishes as -0.0 in the model's dtype into +0.0.
-        return updated.to(weight.dtype).masked_fill(mask, 0.0) + 0.0, mask
+        return updated.to(weight.dtype).masked_fill_(mask, 0.0).add_(0.0), mask
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
-        """See `Scorer.working_bytes`: the weight in float32 and what is spread over it, or the factor in float64."""
+        """See `Scorer.working_bytes`: the weight in float32 and in its own dtype, or the factor in float64."""
         rows, width = shape
-        return max(rows * width * (8 + itemsize), 8 * width**2)
+        copies = 4 if itemsize == 4 else 4 + itemsize
+        return max(rows * (width * copies + self.block_size * 40), 8 * width**2)
 
     def cost(self, rows: int, columns: int) -> float:
         """One factorisation for all of them, then an update per row and column."""
