@@ -34,6 +34,7 @@ from lvlm_prune.option_errors import OptionError, explain
 from lvlm_prune.plugins import load_installed_plugins
 from lvlm_prune.trainer import LVLMTrainer
 
+_DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
 _QUIET = {"logger": False, "enable_model_summary": False}
 _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": _QUIET | {"enable_checkpointing": False},
@@ -270,7 +271,7 @@ def _run(arguments: list[str]) -> None:
         save_config_callback=None,
         seed_everything_default=False,
         parser_class=LVLMParser,
-        parser_kwargs={"default_env": True, "env_prefix": "LVLM"},
+        parser_kwargs={"default_env": True, "env_prefix": "LVLM", "description": _DESCRIPTION},
         args=arguments,
     )
 
