@@ -221,16 +221,17 @@ class Footprint:
             matrices = (*block.shapes, *block.experts)
             masks = sum(map(prod, matrices))
             scoring = max((scorer.working_bytes(shape, self.itemsize) for shape in matrices), default=0) + _EFFECTS
+            with_next = size if self.on_gpu else 2 * size  # which waits in the host's memory
             phases = {
                 "scoring": size + statistics + masks + scoring,
-                "passing on": 2 * size + masks + max((self._forward(block, one) for one in self.batches), default=0),
+                "passing on": with_next + masks + max((self._forward(block, one) for one in self.batches), default=0),
             }
             if pool is not None:
                 gathering = max((self._gathering(block, batch, self.method.needs) for batch in self.batches), default=0)
                 phases["gathering"] = size + statistics + self._candidates(block, pool) + gathering
             if self.method.surveys:
                 survey = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
-                phases["survey"] = 2 * size + survey
+                phases["survey"] = with_next + survey
             found = larger_phases(found, phases)
         return {f"{self._label}{name}": count for name, count in found.items()}
 
@@ -302,8 +303,12 @@ class Footprint:
 
     def waiting_bytes(self) -> int:
         """Bytes of the samples as they wait, twice where the dense model is surveyed meanwhile."""
-        again = sum(map(self._hidden, self.batches)) if self.method.surveys else 0
-        return self.held_bytes() + again
+        return sum(self._waiting())
+
+    def _waiting(self) -> list[int]:
+        """Bytes of each batch as it waits, and of its hidden states in a survey."""
+        again = map(self._hidden, self.batches) if self.method.surveys else ()
+        return [*map(self._held, self.batches), *again]
 
     def place(self, wanted: Wanted, on_device: int, in_host: int) -> Place:
         """Where the samples are to wait.
@@ -331,7 +336,7 @@ class Footprint:
         elif place == "device" and self.on_gpu:
             device += held
         elif self.on_gpu:
-            host += sum(_power_of_two(self._held(batch)) for batch in self.batches)  # as pinned memory is dealt out
+            host += sum(map(_power_of_two, self._waiting()))  # as pinned memory is dealt out
         else:
             host += held
         return Peak(device if self.on_gpu else None, host, disk)

@@ -9,19 +9,21 @@ import platform
 _LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 # As in malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE = 2**22
 _FREE_AT_END = 2**24
 
 
-def give_back_large() -> None:
-    """Give the memory of a large tensor back to the system as soon as the tensor is gone.
+def give_back_from(nbytes: int = 2**22) -> None:
+    """Give the memory of tensors of this size and larger back to the system as soon as they are gone.
 
     By itself glibc learns to keep pieces of up to 32 MB: what is made and released one by one, first the skeleton's
     parameters and then the blocks, leaves holes behind that add up to several blocks. Once the holes are there they are
     filled again and again, so this is called before the first of them.
+
+    Args:
+        nbytes: Less keeps the heap smaller, and makes each new tensor slower.
     """
     if _LIBC is not None:
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, nbytes)
         _LIBC.mallopt(_M_TRIM_THRESHOLD, _FREE_AT_END)
 
 

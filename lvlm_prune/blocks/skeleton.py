@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lvlm_prune.blocks.checkpoint import CheckpointFolder
-from lvlm_prune.blocks.heap import give_back_large
+from lvlm_prune.blocks.heap import give_back_from
 from lvlm_prune.blocks.versions import names_pattern, no_init_weights, prepare
 from lvlm_prune.errors import InputError
 
@@ -46,7 +46,7 @@ def build_skeleton(
     options: dict[str, Any] = {"dtype": torch_dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    give_back_large()  # parameters are on the CPU for a moment, each of them
+    give_back_from(2**16)  # parameters are on the CPU for a moment, each of them
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = model_class._from_config(config, **options)
@@ -58,6 +58,8 @@ def build_skeleton(
             raise
         problem = " ".join(str(error).split())[:200]
         raise InputError("model.attn_implementation", attn_implementation, problem) from error
+    finally:
+        give_back_from()
     # Outside the context that sets the dtype: rotary tables are computed in float32, as `from_pretrained` does.
     prepare(model)
     _keep_in_float32(model, torch_dtype)

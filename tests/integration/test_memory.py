@@ -108,13 +108,13 @@ def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_
 _SPARSEGPT = """
 import sys
 import torch
-from lvlm_prune.blocks.heap import give_back_large
+from lvlm_prune.blocks.heap import give_back_from
 from lvlm_prune.measuring import MemorySampler
 from lvlm_prune.patterns import Unstructured
 from lvlm_prune.scorers import SparseGPTScorer
 from lvlm_prune.statistics import Gram
 
-give_back_large()
+give_back_from()
 rows, columns = map(int, sys.argv[1:])
 inputs, weight = torch.randn(64, columns), torch.randn(rows, columns)
 small = Gram(64)
