@@ -82,6 +82,8 @@ class LVLMModule(L.LightningModule):
         self.teacher: Teacher | None = None
         self.pruned: dict[str, nn.Linear] = {}
         self.adapted: dict[str, nn.Module] = {}
+        # Answer tokens of each batch since the last step of the optimizer.
+        self._accumulated: list[Tensor] = []
         # A training checkpoint holds what is trained; the base is read from its own folder.
         self.strict_loading = False
 
@@ -277,7 +279,8 @@ class LVLMModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch's answer tokens, mixed with the divergence from the dense model if asked.
 
-        With several processes, whose gradients are averaged, the mean is over the answer tokens of all of them.
+        With several processes, whose gradients are averaged, the mean is over the answer tokens of all of them; over
+        those of all batches where gradients of several are accumulated. What is returned is weighted for that.
         """
         total, divergence, count = self.answer_losses(batch)
         tokens = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
@@ -287,7 +290,18 @@ class LVLMModule(L.LightningModule):
             self.log("train_divergence", divergence / tokens, batch_size=count)
             loss = self.teacher.options.mixed(loss, divergence / tokens)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
-        return loss
+        self._accumulated.append(tokens)
+        return loss * (tokens / self._accumulated[0])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let accumulated gradients be those of the mean over all their answer tokens, not of a mean of means."""
+        tokens, self._accumulated = self._accumulated, []
+        if self.trainer.accumulate_grad_batches > 1:
+            scale = self.trainer.accumulate_grad_batches * tokens[0] / torch.stack(tokens).sum()
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad *= scale
 
     def answer_losses(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Cross-entropy and (with a teacher, else 0) divergence, summed over a batch's answer tokens; their number."""

@@ -198,6 +198,19 @@ def test_two_processes_train_as_one(options, bases, labelled, run_cli, recover, 
         torch.testing.assert_close(two.read(key), one.read(key), rtol=0, atol=1e-4)
 
 
+def test_accumulated_batches_train_as_one(bases, recover, tmp_path):
+    """Six samples with unequally many answer tokens; at the end of an epoch fewer batches than are accumulated."""
+    base = bases / "unstructured-float32"
+    common = ["--trainer.max_epochs=3", "--optimization.learning_rate=0.01", "--data.validation_samples=2"]
+    assert recover(base, tmp_path / "one", "--data.batch_size=6", *common) == 0
+    common += ["--data.batch_size=2", "--trainer.accumulate_grad_batches=4"]
+    assert recover(base, tmp_path / "many", *common) == 0
+    one, many, before = CheckpointFolder(tmp_path / "one"), CheckpointFolder(tmp_path / "many"), CheckpointFolder(base)
+    assert any((one.read(key) - before.read(key)).abs().max() > 1e-3 for key in one)
+    for key in one:
+        torch.testing.assert_close(many.read(key), one.read(key), rtol=0, atol=1e-4)
+
+
 def test_users_of_lightning_find_what_they_know(bases, recover, tmp_path):
     """Logger, accumulation, early stopping and a checkpoint callback of one's own."""
     options = [
