@@ -59,7 +59,8 @@ class LVLMParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
-        raise OptionError(explain(message, self.command_line, self.folder)) from None
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        raise OptionError(explain(message, self.command_line, self.folder, known)) from None
 
 
 class LVLMCLI(LightningCLI):

@@ -1,7 +1,8 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -13,19 +14,22 @@ class OptionError(LVLMPruneError):
     """The command line or a configuration file cannot be understood."""
 
 
-def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path()) -> str:
+def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), known: Collection[str] = ()) -> str:
     """One line out of jsonargparse's message.
 
     Args:
         message: What jsonargparse says.
         arguments: The command line; gives options of plugins, which are reported without their place, their full name.
         folder: Where the command was given. jsonargparse reads a configuration file in the file's own folder.
+        known: Options that there are, `--pruning.sparsity` and so on; what comes close to one is said to be meant so.
 
     Example:
         >>> explain('Parser key "prune.pruning.record":\\n  Expected a <class \\'bool\\'>. Got value: maybe')
         '--pruning.record maybe: expected bool'
         >>> explain("Option 'beta' is not accepted", ["prune", "--pruning.pool.beta", "3"])
         '--pruning.pool.beta: unknown option'
+        >>> explain("unrecognized arguments: --sparsity 0.6", known=["--pruning.sparsity", "--pruning.pattern"])
+        '--sparsity: unknown option; is --pruning.sparsity meant?'
     """
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
@@ -50,12 +54,23 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path()) 
         return f"{option} {union[2]}: expected {expected}"
     if plain := re.search(r"Expected an? (.*)\. Got value: (.*)", rest):
         return f"{option} {plain[2]}: expected {_choices(plain[1])}"
+    if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
+        return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
-        return f"{option}: unknown option"
+        return _unknown(option, known)
     if unknown := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: (\S+)", rest):
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
-        return f"{_full_name(name, arguments)}: unknown option"
+        return _unknown(_full_name(name, arguments), known)
     return f"{option}: {rest}" if key else rest
+
+
+def _unknown(option: str, known: Collection[str]) -> str:
+    meant = [candidate for candidate in known if candidate.endswith(f".{option.removeprefix('--')}")]
+    if not meant:
+        place, dot, name = option.rpartition(".") if "." in option else ("", "--", option.removeprefix("--"))
+        beside = [candidate.removeprefix(place + dot) for candidate in known if candidate.startswith(place + dot)]
+        meant = [f"{place}{dot}{close}" for close in get_close_matches(name, beside, n=1, cutoff=0.75)]
+    return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")
 
 
 def _split_key(text: str) -> tuple[str, str]:
