@@ -90,6 +90,11 @@ def row_of_tower(batch: CaughtBatch, sample: int, modality: str) -> SampleRow:
     return SampleRow(sample, batch, 0, real, codes)
 
 
+def batches_of(rows: Iterable[SampleRow]) -> list[CaughtBatch]:
+    """The batches that hold the samples, each once, in order."""
+    return list({id(row.batch): row.batch for row in rows}.values())
+
+
 def fork_rows(rows: Iterable[SampleRow]) -> list[SampleRow]:
     """Copies of the samples that go their own way through the decoder; the given ones stay where they are."""
     copies: dict[int, CaughtBatch] = {}

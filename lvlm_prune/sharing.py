@@ -13,38 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lvlm_prune.activations import SampleRow, fork_rows
-from lvlm_prune.footprint import BatchSize
 from lvlm_prune.launching import Launch
-from lvlm_prune.report.picture import Picture
+from lvlm_prune.pruning.catching import CaughtSamples
 
 # Of the options of `BlockwisePruning`: what is done with a survey, and plugins, which count where they want one.
 _NOT_SURVEYED = {"sparsity", "pattern", "pool", "scorer", "allocation", "record", "name"}
-
-
-@dataclass(frozen=True)
-class CaughtSamples:
-    """The samples of this process at the input of block 0.
-
-    Args:
-        rows: The samples.
-        sizes: Sizes of their batches.
-        numbers: Numbers of the samples of all processes, ascending.
-        calibration: What the manifest says about them.
-        picture: What one of them shows, for the report.
-    """
-
-    rows: list[SampleRow]
-    sizes: list[BatchSize]
-    numbers: list[int]
-    calibration: dict[str, Any]
-    picture: Picture | None = None
-
-    def fork(self) -> CaughtSamples:
-        """Copies that go their own way; these samples stay where they are."""
-        return CaughtSamples(
-            fork_rows(self.rows), list(self.sizes), list(self.numbers), copy.deepcopy(self.calibration), self.picture
-        )
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lvlm_prune.activations import batches_of
 from lvlm_prune.blocks import modality_of_tokens
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.errors import InputError
@@ -69,8 +70,7 @@ class PathwayPruning(BlockwisePruning):
 
     def on_prune_start(self, trainer: LVLMTrainer, pl_module: LVLMModule) -> None:
         """Note which tokens of each batch take the pruned pathway."""
-        batches = {id(row.batch): row.batch for row in trainer.rows}
-        for batch in batches.values():
+        for batch in batches_of(trainer.rows):
             assert batch.input_ids is not None
             modality = modality_of_tokens(pl_module.model.config, batch.input_ids, batch.attention_mask)
             self._taken.append(tokens_of(self.pathway, modality))

@@ -7,6 +7,7 @@ check ─► catch block-0 inputs ─► survey of the dense model ─► for ea
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ from lvlm_prune.output_folder import choose_folder, make_folder, refuse_unusable
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.probing.pathways import PathwayPruning
 from lvlm_prune.probing.routing import routed
+from lvlm_prune.provenance import provenance
+from lvlm_prune.pruning.callbacks import Demands
+from lvlm_prune.pruning.stream import CalibrationStream
 from lvlm_prune.report.names import PAGE_NAME
 from lvlm_prune.report.page import write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page
@@ -69,7 +73,7 @@ class ProbeRun:
             InputError: Something does not fit; nothing was written.
         """
         trainer, model, data = self.trainer, self.model, self.datamodule
-        trainer._forget_samples()
+        trainer.forget_samples()
         model.refuse_vision("probe")
         model.open()
         source = None if model.folder is None else model.folder.path
@@ -93,12 +97,11 @@ class ProbeRun:
             launch.start()
             trainer.processes = launch.processes
             if earlier is not None and earlier.get("status") == "complete":
-                earlier.refuse_other(
-                    {**trainer._provenance(model, data), "calibration": earlier["calibration"]}, self.folder
-                )
+                now = provenance(trainer, model, data)
+                earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder)
                 trainer.say(f"{self.folder} is complete already")
                 return earlier
-            with trainer._watched_memory() as trainer.memory:
+            with trainer.watched_memory() as trainer.memory:
                 self._measure(launch.fabric, names, cells, earlier)
         return trainer.manifest
 
@@ -111,14 +114,15 @@ class ProbeRun:
     ) -> None:
         trainer, model, data, manifest = self.trainer, self.model, self.datamodule, self.trainer.manifest
         trainer.weights = model.weights(fabric.device)
-        manifest.update(trainer._provenance(model, data) | {"probe": describe(self.probe), "grid": []})
-        trainer._catch(fabric, model, data, [names], model.parts[-1])
-        trainer._settle(model, [self.probe, names], model.parts[-1])
+        manifest.update(provenance(trainer, model, data) | {"probe": describe(self.probe), "grid": []})
+        raise_hook = partial(fabric.call, trainer=trainer, pl_module=model)
+        stream = CalibrationStream(trainer, model, data, Demands([self.probe, names]), fabric.device, raise_hook)
+        stream.catch(model.parts[-1])
         if earlier is not None:
             earlier.refuse_other(manifest, self.folder)
             manifest.update({name: earlier[name] for name in _FINDINGS if name in earlier})
         self.probe.set_of_sample = self._sets()
-        trainer._survey(fabric, model, [self.probe])
+        stream.survey()
         self._note("probing")
         self._score_dense()
         for cell in cells[len(manifest["grid"]) :]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lvlm_prune.loop import BlockLoop
 from lvlm_prune.manifest import Manifest
 from lvlm_prune.output_folder import release
 from lvlm_prune.processes import Processes
+from lvlm_prune.pruning.catching import catch_batch
 from lvlm_prune.recovery.masks import StoredMasks
 from lvlm_prune.recovery.run import BLOCKS, RecoveryRun
 from lvlm_prune.recovery.summary import RECORD_NAME
@@ -81,7 +83,7 @@ class BlockwiseRun(RecoveryRun):
             fitting.pass_through(model, index)
             trainer.weights.load_block(index, written)
 
-        trainer.rows = self._catch(fabric)
+        trainer.rows = self._catch(fabric.device)
         raise_hook("setup", stage="recover")
         try:
             raise_hook("on_prune_start")
@@ -103,7 +105,7 @@ class BlockwiseRun(RecoveryRun):
             raise_hook("teardown", stage="recover")
         self._summarise(time.perf_counter() - clock)
 
-    def _catch(self, fabric: Any) -> list[SampleRow]:
+    def _catch(self, device: torch.device) -> list[SampleRow]:
         """Every sample at the input of the first block; training and validation samples share no batch."""
         data, weights = self.datamodule, self.trainer.weights
         weights.load_frame()
@@ -112,7 +114,7 @@ class BlockwiseRun(RecoveryRun):
             for group in (group for batch in data.batches(numbers) for group in batch):
                 inputs = {name: value for name, value in group.items() if name not in ("labels", SAMPLE_NUMBER)}
                 batch = CalibrationBatch(inputs, group[SAMPLE_NUMBER].tolist(), [])
-                rows += self.trainer._catch_batch(fabric, self.model, batch)
+                rows += catch_batch(self.model, batch, device)
         weights.release_frame(any(row.batch.needs_token_embedding for row in rows))
         return rows
 

@@ -26,6 +26,7 @@ from lvlm_prune.launching import refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, writing
 from lvlm_prune.patterns import Pattern, parse_pattern
+from lvlm_prune.provenance import provenance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.masks import ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
@@ -270,7 +271,7 @@ class RecoveryRun(ABC):
         config = dict(self.trainer.run_config or {})
         if "model" in config:
             config["model"] = dict(config["model"]) | {"path": model.path}
-        found = self.trainer._provenance(model, self.datamodule)
+        found = provenance(self.trainer, model, self.datamodule)
         record = {
             "config": config or {"method": self.recipe.method, "optimization": vars(model.optimization)},
             "model": found["model"],

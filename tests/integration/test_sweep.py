@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_prune.callbacks.survey import PluginSurvey
+from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
+from lvlm_prune.pruning import catching
 from lvlm_prune.trainer import LVLMTrainer
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 
@@ -55,7 +56,7 @@ def count(monkeypatch):
 
         monkeypatch.setattr(owner, name, wrapper)
 
-    counted(LVLMTrainer, "_catch_batch", "catch")
+    counted(catching, "catch_batch", "catch")
     counted(PluginSurvey, "on_survey_end", "survey")
     counted(LVLMTrainer, "prune", "run")
     return counts
@@ -105,15 +106,15 @@ def test_a_finished_run_is_not_repeated_and_a_changed_grid_keeps_what_applies(tm
 def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, count):
     out = tmp_path / "sweep"
     arguments = [*BASE, recipes("wanda"), grid(pruning__sparsity=[0.5, 0.6, 0.7]), f"--output={out}"]
-    original = LVLMTrainer._raise_hook
+    original = SparseCheckpointWriter.on_block_end
 
-    def interrupted(self, fabric, model, name, **options):
-        if name == "on_block_end" and count["run"] == 2:
+    def interrupted(self, trainer, pl_module, block):
+        if count["run"] == 2:
             raise KeyboardInterrupt
-        return original(self, fabric, model, name, **options)
+        original(self, trainer, pl_module, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LVLMTrainer, "_raise_hook", interrupted)
+        patch.setattr(SparseCheckpointWriter, "on_block_end", interrupted)
         assert main(arguments) == 130
     assert len(records(out)) == 1
     assert main(arguments) == 0

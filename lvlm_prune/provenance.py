@@ -1,0 +1,45 @@
+"""What a run starts from, as its record tells it: configuration, checkpoint, data, versions, devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+import transformers
+
+import lvlm_prune
+from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.plugins import describe
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+
+def provenance(
+    trainer: LVLMTrainer, model: LVLMModule, datamodule: CalibrationDataModule | RecoveryDataModule
+) -> dict[str, Any]:
+    """What a run starts from, as plain data.
+
+    Args:
+        trainer: Devices, and the configuration that repeats the run.
+        model: The opened model.
+        datamodule: What the run calibrates or trains on.
+    """
+    source: dict[str, Any] = {"path": model.path, "class": type(model.model).__name__}
+    if model.folder is not None:
+        source |= {"folder": str(model.folder.path), "fingerprint": model.folder.fingerprint()}
+    return {
+        "config": describe(trainer.run_config or {"model": model, "data": datamodule}),
+        "model": source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},
+        "calibration": {"source": describe(datamodule.source), "seed": datamodule.seed},
+        "versions": {
+            "lvlm_prune": lvlm_prune.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "transformers": transformers.__version__,
+        },
+        "processes": trainer.world_size,
+        "device": str(trainer.strategy.root_device),
+    }
