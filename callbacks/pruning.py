@@ -5,42 +5,32 @@ on_calibration_batch_end  the pool selects tokens; they are added, candidates ar
 on_block_calibrated       the pool says how many candidates count; score, mask, new weights
 """
 
-import math
-import re
 from collections.abc import Mapping, Set
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
-from torch import nn
 
 from lvlm_prune.activations import Activations
 from lvlm_prune.allocation import Allocation, UniformAllocation
-from lvlm_prune.blocks import ExpertMatrix, Target
-from lvlm_prune.blocks.versions import VERSION_5
+from lvlm_prune.blocks import Target
 from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
-from lvlm_prune.effects import BlockEffects, scored_rows
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
-from lvlm_prune.measuring import Stopwatch
-from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
+from lvlm_prune.patterns import SemiStructured
 from lvlm_prune.plugins import own_instance, plugin_class
 from lvlm_prune.pools import AsymmetricPool, Pool
-from lvlm_prune.processes import Processes, deal
-from lvlm_prune.saliency import DriftSaliency
-from lvlm_prune.scorers import MagnitudeScorer, Scorer, WandaScorer
-from lvlm_prune.statistics import Statistic
+from lvlm_prune.pruning.block import BlockPruner, scorer_of
+from lvlm_prune.pruning.naming import folder_label, method_name
+from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
+from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, refuse_widths
+from lvlm_prune.scorers import Scorer, WandaScorer
 from lvlm_prune.tokens import EXPERTS
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.trainer import LVLMTrainer
-
-DEFAULT_SPARSITY = 0.5
-
-_BY_MAGNITUDE = MagnitudeScorer()
 
 
 class BlockwisePruning(PruneCallback):
@@ -89,11 +79,11 @@ class BlockwisePruning(PruneCallback):
         vision_sparsity: float | None = None,
     ) -> None:
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
-        self.pattern = _checked_pattern(pattern)
-        self.sparsity = _checked_sparsity(sparsity, self.pattern, "pruning.sparsity")
+        self.pattern = checked_pattern(pattern)
+        self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity")
         self.vision_sparsity = vision_sparsity
         if vision_sparsity is not None:
-            _checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
+            checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
@@ -112,7 +102,7 @@ class BlockwisePruning(PruneCallback):
         if min_expert_tokens < 1:
             raise InputError("pruning.min_expert_tokens", min_expert_tokens, "must be at least 1")
         self.experts, self.min_expert_tokens, self.rare_experts = experts, min_expert_tokens, rare_experts
-        self.name = name or _composition(pool, scorer, allocation)
+        self.name = name or method_name(pool, scorer, allocation)
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self._in_towers: Set[str] = frozenset()
@@ -133,10 +123,7 @@ class BlockwisePruning(PruneCallback):
 
     def run_label(self) -> str:
         """Method and sparsity as part of a folder name, for example `asymmetric-wanda-60`."""
-        method = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        if isinstance(self.pattern, SemiStructured):
-            return f"{method}-{self.pattern.keep}of{self.pattern.group_size}"
-        return f"{method}-{100 * self.sparsity:g}"
+        return folder_label(self.name, self.sparsity, self.pattern)
 
     # ---- before the first block --------------------------------------------------------------------------------------
     def plan(self, pl_module: "LVLMModule") -> None:
@@ -145,68 +132,20 @@ class BlockwisePruning(PruneCallback):
         Raises:
             InputError: An `exclude` pattern matches nothing, everything is excluded, or a width does not fit N:M.
         """
-        towers = pl_module.tower_linears()
-        matrices: dict[str, nn.Linear | ExpertMatrix] = {}
-        experts: dict[str, ExpertMatrix] = {}
-        if "language" in pl_module.targets:
-            matrices |= pl_module.linears()
-            experts = pl_module.expert_matrices()
-            if self.experts == "prune" and not VERSION_5 and _has_experts(pl_module):
-                problem = "transformers 4 computes routed experts in its own ways; use keep, or transformers 5"
-                raise InputError("pruning.experts", self.experts, problem)
-        if self.experts == "keep":
-            matrices = {name: linear for name, linear in matrices.items() if not _is_of_routed_expert(name)}
-            experts = {}
-        everything = {**towers, **matrices, **experts}
-        shapes = {name: (matrix.out_features, matrix.in_features) for name, matrix in everything.items()}
-        for pattern in self.exclude:
-            if not any(_matches(name, pattern) for name in shapes):
-                raise InputError("pruning.exclude", pattern, "matches no Linear of the blocks that are pruned")
-        self.shapes = {
-            name: shape
-            for name, shape in shapes.items()
-            if not any(_matches(name, pattern) for pattern in self.exclude)
-        }
-        if not self.shapes:
-            raise InputError("pruning.exclude", self.exclude, "leaves nothing to prune")
-        self._in_towers = towers.keys()
+        scope = find_scope(pl_module, self.exclude, self.experts)
+        self.shapes, self._in_towers, self.prunes_experts = scope.shapes, scope.in_towers, scope.has_experts
+        pool = self.pool if self.wants_activations else None
         if "vision" in pl_module.targets:
-            self._refuse_undefined_for_towers()
+            refuse_towers(pool, self.allocation)
         elif self.vision_sparsity is not None:
             problem = "needs --model.targets '[language, vision]'; the vision tower is not pruned"
             raise InputError("pruning.vision_sparsity", self.vision_sparsity, problem)
-        self.prunes_experts = not experts.keys().isdisjoint(self.shapes)
         if self.prunes_experts:
-            self._refuse_undefined_for_experts()
-        if isinstance(self.pattern, SemiStructured):
-            for name, (_, width) in self.shapes.items():
-                if width % self.pattern.group_size:
-                    problem = f"the {width} input columns of {name} are not divisible by {self.pattern.group_size}"
-                    raise InputError("pruning.pattern", self.pattern, problem)
+            refuse_experts(pool, self.allocation)
+        refuse_widths(self.pattern, self.shapes)
         self.allocation.check(self.shapes, self.sparsity)
         if not self.allocation.wants_survey:
             self.allocate()
-
-    def _refuse_undefined_for_towers(self) -> None:
-        """In a vision tower every token is visual, and an allocation deals out over the decoder."""
-        way_out = "`--model.targets '[vision]'` prunes the tower in a run of its own, with another method"
-        if self.wants_activations and not self.pool.in_towers:
-            problem = f"is not defined for the vision tower, where every token is visual; {way_out}"
-            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
-        if not self.allocation.uniform:
-            problem = f"is not defined for the vision tower; {way_out}"
-            raise InputError("pruning.allocation", plugin_class(self.allocation).__name__, problem)
-
-    def _refuse_undefined_for_experts(self) -> None:
-        """Some methods look at what every Linear makes of every token; an expert sees only the tokens sent to it."""
-        option = None
-        if self.allocation.wants_survey:
-            option = f"--pruning.allocation {plugin_class(self.allocation).__name__}"
-        elif self.wants_activations and self.pool.per_linear:
-            option = f"--pruning.pool {plugin_class(self.pool).__name__}"
-        if option is not None:
-            problem = f"{option} is not defined for routed experts; use --pruning.experts keep"
-            raise InputError("pruning.experts", self.experts, problem)
 
     def allocate(self) -> None:
         """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""
@@ -283,105 +222,21 @@ class BlockwisePruning(PruneCallback):
 
     def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share."""
-        calibration, matrices = self._calibration, block.matrices()
+        calibration = self._calibration
         if calibration is not None:
-            devices = {name: matrix.weight.device for name, matrix in matrices.items()}
+            devices = {name: matrix.weight.device for name, matrix in block.matrices().items()}
             block.record.update(calibration.finish(trainer.processes, devices))
-        linears: dict[str, dict[str, Any]] = {}
-        effects = BlockEffects()
-        owners = self._deal(calibration, matrices, trainer.processes.count)
-        for name, full_name in self._targets.items():
-            weight = matrices[name].weight
-            statistic = None if calibration is None else calibration.statistic_of(name)
-            entry = linears[full_name] = {"shape": list(weight.shape), "target": self.targets[full_name]}
-            if calibration is not None:
-                entry |= self._lack_of_tokens(calibration, name, statistic, isinstance(matrices[name], ExpertMatrix))
-            if "note" in entry:
-                del owners[name]
-            elif owners[name] == trainer.processes.rank:
-                scorer, clock = self.scorer_of(entry), Stopwatch()
-                pruned, block.masks[name] = scorer.prune(weight, statistic, self.targets[full_name], self.pattern)
-                if scorer.updates_weights:
-                    block.solve_seconds += clock.lap()
-                    if not torch.isfinite(pruned).all():
-                        raise RunError(f"NaN or infinity in the updated weight of {full_name}")
-                if scorer is self.scorer and entry["target"] > 0:
-                    rows = scored_rows(weight)
-                    in_part = scorer.by_row and scorer.group == "row"
-                    score = scorer.score(weight[rows], statistic) if in_part else scorer.score(weight, statistic)[rows]
-                    effects.add(full_name, weight, pruned, block.masks[name], statistic, score)
-                weight.data.copy_(pruned)
-                del pruned  # not to be held while the next one is made
-                if notes := scorer.notes(statistic, block.masks[name], self.targets[full_name]):
-                    entry["scorer"] = notes
-            else:
-                block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
-        self._exchange(block, owners, linears, trainer.processes)
-        for name in owners:
-            entry = linears[f"{block.name}.{name}"]
-            entry["pruned"] = int(block.masks[name].count_nonzero())
-            if self.scorer_of(entry).updates_weights:
-                block.updated.add(name)
-        if trainer.processes.count > 1:
-            effects = BlockEffects.of_all(trainer.processes.gather(effects.on_cpu()))
-        for full_name, error in effects.errors().items():
-            linears[full_name]["error"] = error
-        if (scores := effects.scores()) is not None:
-            block.record["scores"] = scores
-        block.record["linears"] = linears
+        targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
+        pruner = BlockPruner(self.scorer, self.pattern, self.min_expert_tokens, self.rare_experts)
+        pruner.prune(block, targets, calibration, trainer.processes)
         if self.record and calibration is not None:
             num_samples = trainer.manifest["calibration"]["num_samples"]
             trainer.recorded.update(calibration.recorded(trainer.processes, num_samples))
         self._calibration = None
 
-    def _lack_of_tokens(
-        self, calibration: BlockCalibration, name: str, statistic: Statistic | None, is_expert: bool
-    ) -> dict[str, Any]:
-        """What the manifest says of a matrix that saw too few tokens; with a `note` it stays dense."""
-        if not is_expert:
-            return {"target": 0.0, "note": "saw no calibration token"} if _saw_nothing(statistic) else {}
-        routed = calibration.routed_tokens(name)
-        if routed >= self.min_expert_tokens and not _saw_nothing(statistic):
-            return {}
-        if self.rare_experts == "keep":
-            note = "too few calibration tokens were sent to this expert"
-            return {"target": 0.0, "routed_tokens": routed, "note": note}
-        return {"routed_tokens": routed, "scored_by": "magnitude"}
-
-    def _deal(self, calibration: BlockCalibration | None, matrices: Mapping[str, Any], count: int) -> dict[str, int]:
-        """Name of each Linear -> rank of the process that prunes it; Linears of one statistic stay together."""
-        shares: dict[str, list[str]] = {}
-        for name in self._targets:
-            shares.setdefault(name if calibration is None else calibration.site_of(name), []).append(name)
-        costs = {}
-        for share, names in shares.items():
-            weights = [matrices[name].weight for name in names]
-            costs[share] = self.scorer.cost(sum(len(weight) for weight in weights), weights[0].shape[1])
-        owners = deal(costs, count)
-        return {name: owners[share] for share, names in shares.items() for name in names}
-
-    def _exchange(
-        self, block: Block, owners: Mapping[str, int], linears: dict[str, dict[str, Any]], processes: Processes
-    ) -> None:
-        """Give every process what the others pruned."""
-        if processes.count == 1:
-            return
-        matrices = block.matrices()
-        for rank in range(processes.count):
-            names = [name for name, owner in owners.items() if owner == rank]
-            processes.copy_from(rank, [block.masks[name] for name in names])
-            if self.scorer.updates_weights:
-                processes.copy_from(rank, [matrices[name].weight.data for name in names])
-            elif rank != processes.rank:
-                for name in names:
-                    matrices[name].weight.data.masked_fill_(block.masks[name], 0.0)
-        notes = {name: entry["scorer"] for name, entry in linears.items() if "scorer" in entry}
-        for name, note in (item for part in processes.gather(notes) for item in part.items()):
-            linears[name]["scorer"] = note
-
     def scorer_of(self, entry: Mapping[str, Any]) -> Scorer:
         """What scored a matrix, given its entry in the manifest."""
-        return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else self.scorer
+        return scorer_of(entry, self.scorer)
 
     def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
         """Note the mean budget, and say what is worth knowing: what the scorer found, what was left out."""
@@ -417,78 +272,8 @@ def _skipped_line(calibration: Mapping[str, Any]) -> str:
     return f"{count} of {total} calibration samples could not be read and were left out (the first is {name}: {reason})"
 
 
-def _saw_nothing(statistic: Statistic | None) -> bool:
-    """Whether no token of the pool reached the Linear, or only zeros: then nothing is known about its weights."""
-    if statistic is None:
-        return True
-    norms = statistic.squared_norms()
-    return norms is not None and not bool(norms.any())
-
-
-def _composition(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
-    """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper."""
-    if (
-        type(pool) is AsymmetricPool
-        and type(pool.saliency) is DriftSaliency
-        and (pool.k, pool.text_retention) == (None, 1.0)
-        and type(scorer) is WandaScorer
-        and not scorer.variant
-        and allocation.uniform
-    ):
-        return "ATV"
-    words = [plugin_class(scorer).__name__.removesuffix("Scorer")]
-    if scorer.statistic is not None:
-        pool_name = plugin_class(pool).__name__.removesuffix("Pool")
-        words.insert(0, re.sub(r"(?<=[a-z])(?=[A-Z])", "-", pool_name).lower())
-    if not allocation.uniform:
-        words.append("+ " + plugin_class(allocation).__name__.removesuffix("Allocation"))
-    return " ".join(words)
-
-
-def _checked_pattern(pattern: str | int) -> Pattern:
-    if not isinstance(pattern, str):
-        minutes, seconds = divmod(int(pattern), 60)
-        hint = f'YAML reads an unquoted {minutes}:{seconds} as this number; write pattern: "{minutes}:{seconds}"'
-        raise InputError("pruning.pattern", pattern, hint)
-    try:
-        return parse_pattern(pattern)
-    except ValueError as error:
-        raise InputError("pruning.pattern", pattern, str(error)) from None
-
-
-def _checked_sparsity(sparsity: float | None, pattern: Pattern, option: str) -> float:
-    if isinstance(pattern, SemiStructured):
-        if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
-            problem = f"contradicts pattern {pattern}, whose sparsity is {pattern.sparsity:g}"
-            raise InputError(option, sparsity, problem)
-        return pattern.sparsity
-    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
-    if not 0 < sparsity < 1:
-        raise InputError(option, sparsity, "must lie strictly between 0 and 1")
-    return sparsity
-
-
 def _readable(count: int) -> str:
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.1f} {letter}"
     return str(count)
-
-
-def _has_experts(pl_module: "LVLMModule") -> bool:
-    blocks = map(pl_module.runner.block, range(len(pl_module.runner)))
-    return any("experts" in name.split(".") for block in blocks for name, _ in block.named_parameters())
-
-
-def _is_of_routed_expert(name: str) -> bool:
-    """Whether a Linear belongs to one of several experts, where a model keeps each expert as a module of its own.
-
-    Example:
-        >>> _is_of_routed_expert("layers.0.mlp.experts.3.up_proj"), _is_of_routed_expert("layers.0.shared_experts.up")
-        (True, False)
-    """
-    return re.search(r"\.experts\.\d+\.", name) is not None
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern)

@@ -43,6 +43,12 @@ class LVLMTrainer(L.Trainer):
         rows: The calibration samples of this process.
         sample_numbers: Numbers of the calibration samples of all processes, ascending.
         processes: All processes of the run.
+        weights: Brings the weights of blocks into memory, and releases them.
+        output_folder: What is written; None for a model in memory.
+        resume_run: Whether the run goes on with an unfinished one.
+        evaluate_run: Whether the embedded model is scored.
+        report_run: Whether a page is written.
+        quiet: Whether nothing is printed.
         picture: One calibration sample whose visual tokens can be drawn; None where there is none.
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
         run_config: The configuration that repeats the run, as plain data.

@@ -1,0 +1,176 @@
+"""Pruning of one block, when its calibration is done: every process does its share, and gets the others'.
+
+deal out ─► for each matrix: score ─► mask ─► new weight ─► exchange ─► numbers for the manifest
+            (those of one statistic stay together)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.blocks import ExpertMatrix
+from lvlm_prune.calibration import BlockCalibration
+from lvlm_prune.effects import BlockEffects, scored_rows
+from lvlm_prune.errors import RunError
+from lvlm_prune.loop import Block
+from lvlm_prune.measuring import Stopwatch
+from lvlm_prune.patterns import Pattern
+from lvlm_prune.processes import Processes, deal
+from lvlm_prune.scorers import MagnitudeScorer, Scorer
+from lvlm_prune.statistics import Statistic
+
+_BY_MAGNITUDE = MagnitudeScorer()
+
+RareExperts = Literal["magnitude", "keep"]
+
+
+def scorer_of(entry: Mapping[str, Any], scorer: Scorer) -> Scorer:
+    """What scores a matrix, given its entry in the manifest and the scorer of the method."""
+    return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else scorer
+
+
+@dataclass(frozen=True)
+class BlockPruner:
+    """Scores, masks and overwrites the matrices of a block.
+
+    Args:
+        scorer: How important each weight is.
+        pattern: Which weights may go together.
+        min_expert_tokens: An expert that fewer tokens were sent to is not judged by them.
+        rare_experts: What is done with it instead.
+    """
+
+    scorer: Scorer
+    pattern: Pattern
+    min_expert_tokens: int
+    rare_experts: RareExperts
+
+    def prune(
+        self, block: Block, targets: Mapping[str, float], calibration: BlockCalibration | None, processes: Processes
+    ) -> None:
+        """Prune a block; its masks, its weights and its record say what was done, the same on all processes.
+
+        Args:
+            block: Its dense weights are loaded.
+            targets: Name of each matrix to prune, relative to the block -> target sparsity.
+            calibration: Finished statistics; None for a scorer that needs none.
+            processes: All processes of the run.
+
+        Raises:
+            RunError: An updated weight is NaN or infinite.
+        """
+        matrices = block.matrices()
+        entries: dict[str, dict[str, Any]] = {}
+        effects = BlockEffects()
+        owners = self._deal({name: matrices[name].weight for name in targets}, calibration, processes.count)
+        for name, target in targets.items():
+            weight = matrices[name].weight
+            statistic = None if calibration is None else calibration.statistic_of(name)
+            entry = entries[name] = {"shape": list(weight.shape), "target": target}
+            if calibration is not None:
+                entry |= self._lack_of_tokens(calibration, name, statistic, isinstance(matrices[name], ExpertMatrix))
+            if "note" in entry:
+                del owners[name]
+            elif owners[name] == processes.rank:
+                self._prune_matrix(block, name, weight, statistic, entry, effects)
+            else:
+                block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
+        self._exchange(block, owners, entries, processes)
+        for name in owners:
+            entries[name]["pruned"] = int(block.masks[name].count_nonzero())
+            if scorer_of(entries[name], self.scorer).updates_weights:
+                block.updated.add(name)
+        linears = {f"{block.name}.{name}": entry for name, entry in entries.items()}
+        if processes.count > 1:
+            effects = BlockEffects.of_all(processes.gather(effects.on_cpu()))
+        for full_name, error in effects.errors().items():
+            linears[full_name]["error"] = error
+        if (scores := effects.scores()) is not None:
+            block.record["scores"] = scores
+        block.record["linears"] = linears
+
+    def _deal(self, weights: Mapping[str, Tensor], calibration: BlockCalibration | None, count: int) -> dict[str, int]:
+        """Name of each matrix -> rank of the process that prunes it; those of one statistic stay together."""
+        shares: dict[str, list[str]] = {}
+        for name in weights:
+            shares.setdefault(name if calibration is None else calibration.site_of(name), []).append(name)
+        costs = {
+            share: self.scorer.cost(sum(len(weights[name]) for name in names), weights[names[0]].shape[1])
+            for share, names in shares.items()
+        }
+        owners = deal(costs, count)
+        return {name: owners[share] for share, names in shares.items() for name in names}
+
+    def _lack_of_tokens(
+        self, calibration: BlockCalibration, name: str, statistic: Statistic | None, is_expert: bool
+    ) -> dict[str, Any]:
+        """What the manifest says of a matrix that saw too few tokens; with a `note` it stays dense."""
+        if not is_expert:
+            return {"target": 0.0, "note": "saw no calibration token"} if _saw_nothing(statistic) else {}
+        routed = calibration.routed_tokens(name)
+        if routed >= self.min_expert_tokens and not _saw_nothing(statistic):
+            return {}
+        if self.rare_experts == "keep":
+            note = "too few calibration tokens were sent to this expert"
+            return {"target": 0.0, "routed_tokens": routed, "note": note}
+        return {"routed_tokens": routed, "scored_by": "magnitude"}
+
+    def _prune_matrix(
+        self,
+        block: Block,
+        name: str,
+        weight: Tensor,
+        statistic: Statistic | None,
+        entry: dict[str, Any],
+        effects: BlockEffects,
+    ) -> None:
+        """Overwrite the weight; note in the entry what the scorer has to say, and in `effects` what it did."""
+        scorer, target, full_name = scorer_of(entry, self.scorer), entry["target"], f"{block.name}.{name}"
+        clock = Stopwatch()
+        pruned, mask = scorer.prune(weight, statistic, target, self.pattern)
+        block.masks[name] = mask
+        if scorer.updates_weights:
+            block.solve_seconds += clock.lap()
+            if not torch.isfinite(pruned).all():
+                raise RunError(f"NaN or infinity in the updated weight of {full_name}")
+        if scorer is self.scorer and target > 0:
+            rows = scored_rows(weight)
+            in_part = scorer.by_row and scorer.group == "row"
+            score = scorer.score(weight[rows], statistic) if in_part else scorer.score(weight, statistic)[rows]
+            effects.add(full_name, weight, pruned, mask, statistic, score)
+        weight.data.copy_(pruned)
+        del pruned  # not to be held while the scorer looks back
+        if notes := scorer.notes(statistic, mask, target):
+            entry["scorer"] = notes
+
+    def _exchange(
+        self, block: Block, owners: Mapping[str, int], entries: dict[str, dict[str, Any]], processes: Processes
+    ) -> None:
+        """Give every process what the others pruned."""
+        if processes.count == 1:
+            return
+        matrices = block.matrices()
+        for rank in range(processes.count):
+            names = [name for name, owner in owners.items() if owner == rank]
+            processes.copy_from(rank, [block.masks[name] for name in names])
+            if self.scorer.updates_weights:
+                processes.copy_from(rank, [matrices[name].weight.data for name in names])
+            elif rank != processes.rank:
+                for name in names:
+                    matrices[name].weight.data.masked_fill_(block.masks[name], 0.0)
+        notes = {name: entry["scorer"] for name, entry in entries.items() if "scorer" in entry}
+        for name, note in (item for part in processes.gather(notes) for item in part.items()):
+            entries[name]["scorer"] = note
+
+
+def _saw_nothing(statistic: Statistic | None) -> bool:
+    """Whether no token of the pool reached the matrix, or only zeros: then nothing is known about its weights."""
+    if statistic is None:
+        return True
+    norms = statistic.squared_norms()
+    return norms is not None and not bool(norms.any())

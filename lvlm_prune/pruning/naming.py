@@ -1,0 +1,53 @@
+"""What a method is called: in what is printed, and as part of a folder's name."""
+
+import re
+
+from lvlm_prune.allocation import Allocation
+from lvlm_prune.patterns import Pattern, SemiStructured
+from lvlm_prune.plugins import plugin_class
+from lvlm_prune.pools import AsymmetricPool, Pool
+from lvlm_prune.saliency import DriftSaliency
+from lvlm_prune.scorers import Scorer, WandaScorer
+
+
+def method_name(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
+    """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper.
+
+    Example:
+        >>> from lvlm_prune.allocation import UniformAllocation
+        >>> from lvlm_prune.pools import MixedPool
+        >>> method_name(MixedPool(), WandaScorer(), UniformAllocation())
+        'mixed Wanda'
+    """
+    if (
+        type(pool) is AsymmetricPool
+        and type(pool.saliency) is DriftSaliency
+        and (pool.k, pool.text_retention) == (None, 1.0)
+        and type(scorer) is WandaScorer
+        and not scorer.variant
+        and allocation.uniform
+    ):
+        return "ATV"
+    words = [plugin_class(scorer).__name__.removesuffix("Scorer")]
+    if scorer.statistic is not None:
+        pool_name = plugin_class(pool).__name__.removesuffix("Pool")
+        words.insert(0, re.sub(r"(?<=[a-z])(?=[A-Z])", "-", pool_name).lower())
+    if not allocation.uniform:
+        words.append("+ " + plugin_class(allocation).__name__.removesuffix("Allocation"))
+    return " ".join(words)
+
+
+def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
+    """Method and sparsity as part of a folder name.
+
+    Example:
+        >>> from lvlm_prune.patterns import parse_pattern
+        >>> folder_label("mixed Wanda", 0.6, parse_pattern("unstructured"))
+        'mixed-wanda-60'
+        >>> folder_label("ATV", 0.5, parse_pattern("2:4"))
+        'atv-2of4'
+    """
+    method = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if isinstance(pattern, SemiStructured):
+        return f"{method}-{pattern.keep}of{pattern.group_size}"
+    return f"{method}-{100 * sparsity:g}"

@@ -1,0 +1,142 @@
+"""What of a model is pruned: found, and refused where a method is not defined for it, before any work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lvlm_prune.allocation import Allocation
+from lvlm_prune.blocks import ExpertMatrix
+from lvlm_prune.blocks.versions import VERSION_5
+from lvlm_prune.errors import InputError
+from lvlm_prune.patterns import Pattern, SemiStructured
+from lvlm_prune.plugins import plugin_class
+from lvlm_prune.pools import Pool
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The matrices of a model that are pruned.
+
+    Args:
+        shapes: Full name of each -> (C_out, C_in).
+        in_towers: Full names of all Linears of the vision tower, where it is pruned.
+        has_experts: Whether any matrix of a routed expert is among them.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    in_towers: frozenset[str]
+    has_experts: bool
+
+
+def find_scope(pl_module: LVLMModule, exclude: Sequence[str], experts: str) -> Scope:
+    """Find the matrices to prune; the weights need not be loaded.
+
+    Args:
+        pl_module: The opened model.
+        exclude: Glob patterns on the names of those that stay dense.
+        experts: Whether to `prune` routed experts or to `keep` them dense.
+
+    Raises:
+        InputError: A pattern matches nothing, nothing is left, or routed experts cannot be looked into.
+    """
+    towers = pl_module.tower_linears()
+    matrices: dict[str, nn.Linear | ExpertMatrix] = {}
+    of_experts: dict[str, ExpertMatrix] = {}
+    if "language" in pl_module.targets:
+        matrices |= pl_module.linears()
+        of_experts = pl_module.expert_matrices()
+        if experts == "prune" and not VERSION_5 and _has_experts(pl_module):
+            problem = "transformers 4 computes routed experts in its own ways; use keep, or transformers 5"
+            raise InputError("pruning.experts", experts, problem)
+    if experts == "keep":
+        matrices = {name: linear for name, linear in matrices.items() if not _is_of_routed_expert(name)}
+        of_experts = {}
+    everything = {**towers, **matrices, **of_experts}
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in everything):
+            raise InputError("pruning.exclude", pattern, "matches no Linear of the blocks that are pruned")
+    shapes = {
+        name: (matrix.out_features, matrix.in_features)
+        for name, matrix in everything.items()
+        if not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    if not shapes:
+        raise InputError("pruning.exclude", exclude, "leaves nothing to prune")
+    return Scope(shapes, frozenset(towers), not of_experts.keys().isdisjoint(shapes))
+
+
+def refuse_towers(pool: Pool | None, allocation: Allocation) -> None:
+    """In a vision tower every token is visual, and an allocation deals out over the decoder.
+
+    Args:
+        pool: Which tokens count; None: there are no samples.
+        allocation: How much of each matrix goes.
+
+    Raises:
+        InputError: One of the two is not defined for a vision tower.
+    """
+    way_out = "`--model.targets '[vision]'` prunes the tower in a run of its own, with another method"
+    if pool is not None and not pool.in_towers:
+        problem = f"is not defined for the vision tower, where every token is visual; {way_out}"
+        raise InputError("pruning.pool", plugin_class(pool).__name__, problem)
+    if not allocation.uniform:
+        problem = f"is not defined for the vision tower; {way_out}"
+        raise InputError("pruning.allocation", plugin_class(allocation).__name__, problem)
+
+
+def refuse_experts(pool: Pool | None, allocation: Allocation) -> None:
+    """Some methods look at what every Linear makes of every token; an expert sees only the tokens sent to it.
+
+    Args:
+        pool: Which tokens count; None: there are no samples.
+        allocation: How much of each matrix goes.
+
+    Raises:
+        InputError: One of the two is not defined for routed experts.
+    """
+    option = None
+    if allocation.wants_survey:
+        option = f"--pruning.allocation {plugin_class(allocation).__name__}"
+    elif pool is not None and pool.per_linear:
+        option = f"--pruning.pool {plugin_class(pool).__name__}"
+    if option is not None:
+        problem = f"{option} is not defined for routed experts; use --pruning.experts keep"
+        raise InputError("pruning.experts", "prune", problem)
+
+
+def refuse_widths(pattern: Pattern, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Groups of an N:M pattern must come out even.
+
+    Raises:
+        InputError: A width does not fit the pattern.
+    """
+    if not isinstance(pattern, SemiStructured):
+        return
+    for name, (_, width) in shapes.items():
+        if width % pattern.group_size:
+            problem = f"the {width} input columns of {name} are not divisible by {pattern.group_size}"
+            raise InputError("pruning.pattern", pattern, problem)
+
+
+def _has_experts(pl_module: LVLMModule) -> bool:
+    blocks = map(pl_module.runner.block, range(len(pl_module.runner)))
+    return any("experts" in name.split(".") for block in blocks for name, _ in block.named_parameters())
+
+
+def _is_of_routed_expert(name: str) -> bool:
+    """Whether a Linear belongs to one of several experts, where a model keeps each expert as a module of its own.
+
+    Example:
+        >>> _is_of_routed_expert("layers.0.mlp.experts.3.up_proj"), _is_of_routed_expert("layers.0.shared_experts.up")
+        (True, False)
+    """
+    return re.search(r"\.experts\.\d+\.", name) is not None
