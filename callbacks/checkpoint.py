@@ -63,7 +63,7 @@ class SparseCheckpointWriter(PruneCallback):
         if stage != "prune" or folder is None:
             return
         assert pl_module.folder is not None
-        refuse_unusable(folder, pl_module.folder.path, FILE_NAME, trainer.resume_run)
+        refuse_unusable(folder, pl_module.folder.path, FILE_NAME, trainer.resume_run, copies=not trainer.plan_run)
         if trainer.resume_run and is_occupied(folder, FILE_NAME):
             Manifest.read(folder)
 

@@ -64,11 +64,21 @@ def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool
     if occupied and not resume:
         way_out = "go on with --resume true, or " if (folder / record).is_file() else ""
         raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    existing = _existing(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
     if source is not None and copies:
-        _refuse_full_disk(folder, source.resolve(), existing, occupied)
+        _refuse_full_disk(folder, source.resolve(), occupied)
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder, which need not exist."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
 
 
 def _refuse_overlap(folder: Path, source: Path) -> None:
@@ -78,14 +88,14 @@ def _refuse_overlap(folder: Path, source: Path) -> None:
         raise InputError("output", folder, f"holds the input checkpoint {source}")
 
 
-def _refuse_full_disk(folder: Path, source: Path, existing: Path, occupied: bool) -> None:
+def _refuse_full_disk(folder: Path, source: Path, occupied: bool) -> None:
     there = {path.relative_to(folder): path.stat().st_size for path in _files(folder)} if occupied else {}
     needed = sum(
         max(path.stat().st_size - there.get(path.relative_to(source), 0), 0)
         for path in _files(source)
         if path.name != "config.json"  # it may be held back under another name, and is small
     )
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if needed > free:
         problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
         raise InputError("output", folder, problem)

@@ -43,6 +43,7 @@ class Plan:
         peak: The most memory and disk at any time.
         output_bytes: Size of the output folder.
         baseline: Memory of the libraries, part of the host's.
+        free_bytes: What is free on the disk of the output folder.
     """
 
     linears: tuple[PlannedLinear, ...]
@@ -54,6 +55,7 @@ class Plan:
     peak: Peak
     output_bytes: int
     baseline: int
+    free_bytes: int
 
     def __str__(self) -> str:
         keys = [", ".join(linear.keys) for linear in self.linears]
@@ -76,7 +78,8 @@ class Plan:
         device = "" if self.peak.device is None else f"{_size(self.peak.device)} on the device, "
         lines.append(
             f"predicted peak: {device}{_size(self.peak.host)} of host memory ({_size(self.baseline)} of it libraries), "
-            f"{_size(self.peak.disk)} of disk ({_size(self.output_bytes)} of it the output folder)"
+            f"{_size(self.peak.disk)} of disk ({_size(self.output_bytes)} of it the output folder, where "
+            f"{_size(self.free_bytes)} are free)"
         )
         return "\n".join(lines)
 
@@ -87,6 +90,7 @@ def make_plan(
     targets: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
     footprints: Sequence[tuple[Footprint, Place]],
+    free_bytes: int,
 ) -> Plan:
     """Look at a model on the meta device; no weights are read.
 
@@ -96,6 +100,7 @@ def make_plan(
         targets: Full name of each Linear to prune -> target sparsity.
         shapes: Full name of each Linear to prune -> (C_out, C_in).
         footprints: For each part of the model that is pruned, what predicts the memory, and where the samples wait.
+        free_bytes: What is free on the disk of the output folder.
     """
     assert module.folder is not None
     phases: dict[str, int] = {}
@@ -112,6 +117,7 @@ def make_plan(
         peak=reduce(Peak.or_more, (each.peak(where) for each, where in footprints)),
         output_bytes=footprint.output_bytes,
         baseline=footprint.baseline,
+        free_bytes=free_bytes,
     )
 
 

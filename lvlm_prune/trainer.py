@@ -48,6 +48,7 @@ class LVLMTrainer(L.Trainer):
         resume_run: Whether the run goes on with an unfinished one.
         evaluate_run: Whether the embedded model is scored.
         report_run: Whether a page is written.
+        plan_run: Whether it is only said what a run would do.
         quiet: Whether nothing is printed.
         picture: One calibration sample whose visual tokens can be drawn; None where there is none.
         recorded: Tensors that callbacks want written to `statistics.safetensors`.
@@ -77,6 +78,7 @@ class LVLMTrainer(L.Trainer):
     resume_run: bool = False
     evaluate_run: bool = True
     report_run: bool = True
+    plan_run: bool = False
     quiet: bool = False
     memory: RunMemory
     exits_when_interrupted: bool = False
@@ -115,8 +117,8 @@ class LVLMTrainer(L.Trainer):
         """
         from lvlm_prune.pruning.run import PruneRun
 
-        self.resume_run, self.evaluate_run, self.report_run = resume, evaluate, report
-        return PruneRun(self, model, datamodule, output, plan)()
+        self.resume_run, self.evaluate_run, self.report_run, self.plan_run = resume, evaluate, report, plan
+        return PruneRun(self, model, datamodule, output)()
 
     def recover(
         self,

@@ -21,7 +21,7 @@ from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import Joined, Launch
 from lvlm_prune.manifest import FILE_NAME, Manifest
 from lvlm_prune.measuring import Stopwatch
-from lvlm_prune.output_folder import choose_folder
+from lvlm_prune.output_folder import choose_folder, free_bytes
 from lvlm_prune.planning import Plan, make_plan
 from lvlm_prune.provenance import provenance
 from lvlm_prune.pruning.callbacks import Demands, with_defaults
@@ -35,12 +35,10 @@ if TYPE_CHECKING:
 class PruneRun:
     """See `LVLMTrainer.prune` for the arguments."""
 
-    def __init__(
-        self, trainer: LVLMTrainer, model: LVLMModule, datamodule: CalibrationDataModule, output: str, plan: bool
-    ) -> None:
+    def __init__(self, trainer: LVLMTrainer, model: LVLMModule, datamodule: CalibrationDataModule, output: str) -> None:
         self.started = time.perf_counter()
         self.trainer, self.model, self.datamodule = trainer, model, datamodule
-        self.output, self.only_plans = output, plan
+        self.output = output
         trainer.forget_samples()
         self.callbacks = callbacks = with_defaults(trainer.callbacks, trainer.progress_bar_callback)
         self.demands = Demands(callbacks)
@@ -58,11 +56,11 @@ class PruneRun:
                 if launch.joins:
                     launch.start()
                 finished = self._prepare()
-                if finished is None and not self.only_plans:
+                if finished is None and not trainer.plan_run:
                     launch.start()
                 trainer.processes = launch.processes
                 with trainer.watched_memory() as trainer.memory:
-                    if self.only_plans:
+                    if trainer.plan_run:
                         trainer.say(str(self._plan()))
                     else:
                         self._carry_out(finished)
@@ -139,7 +137,9 @@ class PruneRun:
             in_tower = [each for size in sizes for each in size.samples_in_tower()]
             trainer.memory.sizes = in_tower if part.target == "vision" else sizes
             footprints.append(trainer.memory.predict(model, part, method))
-        return make_plan(model, weights, targets, pruning.shapes, footprints)
+        assert trainer.output_folder is not None
+        free = free_bytes(trainer.output_folder)
+        return make_plan(model, weights, targets, pruning.shapes, footprints, free)
 
     # ---- the work ----------------------------------------------------------------------------------------------------
     def _carry_out(self, finished: Manifest | None) -> None:

@@ -1,6 +1,8 @@
 """A plan says what a run would do, and does nothing."""
 
 import json
+import shutil
+from collections import namedtuple
 from math import prod
 
 import pytest
@@ -35,6 +37,18 @@ def test_a_plan_names_every_tensor_and_writes_nothing(golden_arguments, tmp_path
     weights = sum(prod(folder[key].shape) for key in listed)
     assert f"24 Linears · {weights:,} weights" in "\n".join(lines)
     assert "hidden states of the calibration samples: " in "\n".join(lines)
+
+
+def test_a_plan_says_what_a_run_would_refuse_for_lack_of_room(golden_arguments, tmp_path, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**6, 10**6 - 5000, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    output = f"--output={tmp_path / 'out'}"
+    assert main([*golden_arguments, "--plan=true", output]) == 0
+    assert "of it the output folder, where 5.0 kB are free)" in capsys.readouterr().out
+    assert main([*golden_arguments, output]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --output {tmp_path / 'out'}: needs ")
+    assert not (tmp_path / "out").exists()
 
 
 def sparse_checkpoint(name: str, folder) -> CheckpointFolder:
