@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lvlm_prune import __version__
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed
+from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.interruption import said_of_interruption
 from lvlm_prune.launching import is_first_process
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         if is_first_process():
             print(said_of_interruption(*interruption.args), file=sys.stderr)
-        return 130
+        return exit_status(interruption)
     return 0
 
 

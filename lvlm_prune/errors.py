@@ -1,5 +1,6 @@
 """The one kind of error that a user is meant to read."""
 
+import signal
 from typing import Any
 
 
@@ -67,10 +68,16 @@ class OtherProcessFailed(Exception):
         self.status = status
 
 
+class Terminated(KeyboardInterrupt):
+    """An interruption by SIGTERM, as schedulers send it some seconds before they kill."""
+
+
 def exit_status(error: BaseException) -> int:
-    """Exit status of the command line: 2 what the user can mend, 130 interrupted, 1 everything else."""
+    """Exit status of the command line: 2 what the user can mend, 130 Ctrl-C, 143 SIGTERM, 1 everything else."""
     if isinstance(error, OtherProcessFailed):
         return error.status
     if isinstance(error, LVLMPruneError):
         return 2
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, Terminated):
+        return 128 + signal.SIGTERM
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1

@@ -1,4 +1,6 @@
-"""Ctrl-C says how to go on, and ends a run within a second, whatever it is doing.
+"""Ctrl-C says how to go on, and ends a run within a second, whatever it is doing; so does SIGTERM.
+
+Schedulers (SLURM, Kubernetes) and `kill` send SIGTERM, and kill a process that has not ended some seconds later.
 
 Python looks at signals between two of its own instructions: a factorisation of a large matrix, or a wait for a GPU, is
 one instruction. What a run writes survives being killed at any moment, so a thread may end the process the hard way.
@@ -13,11 +15,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NoReturn
 
+from lvlm_prune.errors import Terminated, exit_status
 from lvlm_prune.launching import Launch, is_first_process
 
 _PATIENCE = 0.7
 """Seconds in which the run may end by itself."""
+
+_INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 @contextmanager
@@ -26,23 +32,26 @@ def interruptible(way_on: Callable[[], str], at_once: bool, launch: Launch | Non
 
     Args:
         way_on: How; an empty text where there is nothing yet to go on from.
-        at_once: The process is all the run's: where the interruption is not over soon, it ends with status 130.
+        at_once: The process is all the run's: SIGTERM interrupts it too, and where the interruption is not over soon,
+            it ends the hard way.
         launch: The processes of the run; an interruption may stand for the loss of one.
 
     Raises:
-        KeyboardInterrupt: The run was interrupted; its text says how to go on.
+        KeyboardInterrupt: The run was interrupted; its text says how to go on. `Terminated` where SIGTERM did it.
     """
 
-    def last_words() -> str:
-        if launch is not None and launch.lost_child:
-            return f"error: {launch.settled(KeyboardInterrupt())}"
-        return said_of_interruption(way_on())
+    def end(interruption: KeyboardInterrupt) -> None:
+        error = launch.settled(interruption) if launch is not None and launch.lost_child else interruption
+        if is_first_process():
+            said = said_of_interruption(way_on()) if error is interruption else f"error: {error}"
+            print(said, file=sys.stderr, flush=True)
+        os._exit(exit_status(error))
 
-    with _ends_within_a_second(last_words) if at_once else nullcontext():
+    with _ends_within_a_second(end) if at_once else nullcontext():
         try:
             yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(way_on()) from None
+        except KeyboardInterrupt as interruption:
+            raise type(interruption)(way_on()) from None
 
 
 def said_of_interruption(way_on: object = "") -> str:
@@ -51,7 +60,7 @@ def said_of_interruption(way_on: object = "") -> str:
 
 
 @contextmanager
-def _ends_within_a_second(last_words: Callable[[], str]) -> Iterator[None]:
+def _ends_within_a_second(end: Callable[[KeyboardInterrupt], None]) -> Iterator[None]:
     """Does nothing outside of the main thread, which alone gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,18 +70,22 @@ def _ends_within_a_second(last_words: Callable[[], str]) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while (numbers := arrival.recv(1)) and numbers[0] != signal.SIGINT:
+        while (numbers := arrival.recv(1)) and numbers[0] not in _INTERRUPTIONS:
             pass
         if numbers and not over.wait(_PATIENCE):
-            if is_first_process():
-                print(last_words(), file=sys.stderr, flush=True)
-            os._exit(130)
+            end(_INTERRUPTIONS[numbers[0]]())
 
     threading.Thread(target=watch, daemon=True).start()
     earlier = signal.set_wakeup_fd(notice.fileno(), warn_on_full_buffer=False)
+    earlier_handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
         over.set()
+        signal.signal(signal.SIGTERM, earlier_handler)
         signal.set_wakeup_fd(earlier)
         notice.close()
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated

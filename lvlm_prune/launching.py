@@ -100,8 +100,7 @@ class Launch:
             return
         if self._count > 1 and not self.joins:
             self._start_children()
-        elif _PARENT in os.environ:
-            threading.Thread(target=_follow, args=(int(os.environ[_PARENT]),), daemon=True).start()
+        follow_parent()
         self.fabric.launch()
         self.processes = Processes(self.fabric)
 
@@ -111,7 +110,7 @@ class Launch:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
             os.environ["MASTER_PORT"] = str(self._store.port)
         launcher = _SubprocessScriptLauncher(LightningEnvironment(), self._per_node, self._nodes)
-        os.environ[_PARENT] = str(os.getpid())
+        be_followed()
         launcher._call_children_scripts()
         self._children = launcher.procs
         threading.Thread(target=self._watch, daemon=True).start()
@@ -196,6 +195,18 @@ class Joined(Launch):
     def together(self) -> Iterator[None]:
         """The launch that brought the processes together sees to their end."""
         yield
+
+
+def be_followed() -> None:
+    """Processes that this one starts from now on to share its run end with it, whatever ends it."""
+    os.environ[_PARENT] = str(os.getpid())
+
+
+def follow_parent() -> None:
+    """End with the process that started this one to share its run, where there is one."""
+    parent = int(os.environ.get(_PARENT, os.getpid()))
+    if parent != os.getpid():
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
 def _follow(parent: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lvlm_prune.errors import InputError
 
@@ -17,6 +18,16 @@ METHOD_PHASES = ("gather", "score", "solve", "propagate")
 
 # Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
 _FREE_TO_CHANGE = ("output", "resume", "evaluate", "report", "trainer", "config")
+
+# Where the checkpoint and the calibration data are: they may move while what is there stays, which fingerprints tell.
+_PLACES = {
+    "model": ("config.model.path", "model.path", "model.folder"),
+    "calibration": tuple(
+        f"{source}.init_args.{name}"
+        for source in ("config.data.source", "calibration.source")
+        for name in ("path", "image_folder")
+    ),
+}
 
 
 class Manifest(dict[str, Any]):
@@ -80,10 +91,13 @@ class Manifest(dict[str, Any]):
         Raises:
             InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
         """
+        moved = self._free_places()
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))
             for key in sorted(before.keys() | now.keys()):
                 if section == "config" and key.split(".")[0] in _FREE_TO_CHANGE:
+                    continue
+                if f"{section}.{key}" in moved:
                     continue
                 if before.get(key) != now.get(key):
                     if key == "fingerprint":
@@ -91,6 +105,11 @@ class Manifest(dict[str, Any]):
                     name = key if section == "config" else f"{section}.{key}"
                     problem = f"the unfinished run in {folder} used {before.get(key)}; repeat it, or write elsewhere"
                     raise InputError(name, now.get(key), problem)
+
+    def _free_places(self) -> set[str]:
+        """Options that say where something is whose content is compared; once complete, samples are not read again."""
+        sections = ("model",) if self.get("status") == "complete" else ("model", "calibration")
+        return {place for name in sections if "fingerprint" in self.get(name, {}) for place in _PLACES[name]}
 
 
 def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputError:
@@ -104,14 +123,21 @@ def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputE
 
 def replace_durably(path: Path, content: bytes) -> None:
     """Write a file so that after a crash either the old or the new content is there, never a part."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the context closes without an error, and is on the disk then."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)  # room for the next attempt
         raise
     sync_folder(path.parent)

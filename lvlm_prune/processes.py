@@ -168,6 +168,11 @@ class Processes:
             raise ProcessLost from error
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error of torch says that another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def deal(costs: Mapping[str, float], count: int) -> dict[str, int]:
     """Deal work out: the largest piece first, each to the process that has least; the same on every process.
 

@@ -57,10 +57,10 @@ def heed_interruptions() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def interrupt(run: subprocess.Popen) -> tuple[float, str]:
-    """Press Ctrl-C; seconds until the run and all its processes are gone, and what it said."""
+def interrupt(run: subprocess.Popen, number: int = signal.SIGINT) -> tuple[float, str]:
+    """Press Ctrl-C, or send SIGTERM to the first process alone; seconds until the run is gone, and what it said."""
     before = time.monotonic()
-    os.killpg(run.pid, signal.SIGINT)
+    (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
     _, said = run.communicate(timeout=60)
     return time.monotonic() - before, said
 

@@ -7,17 +7,21 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, ProcessLost
+from lvlm_prune.launching import be_followed
 from lvlm_prune.manifest import Manifest
 from lvlm_prune.output_folder import release
+from lvlm_prune.processes import is_lost_connection
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.merging import write_merged
 from lvlm_prune.recovery.run import CHECKPOINTS, TEACHER, RecoveryRun
 from lvlm_prune.recovery.summary import RECORD_NAME
+from lvlm_prune.recovery.training_checkpoint import DurableCheckpointIO
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import FrozenMasks, LossHistory
@@ -111,18 +115,25 @@ class FittingRun(RecoveryRun):
             save_last=True,
             enable_version_counter=False,
         )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         trainer.callbacks = _CallbackConnector._reorder_callbacks([*callbacks, self.checkpoints])
 
     def _fit(self) -> None:
         last = self.folder / CHECKPOINTS / "last.ckpt"
         clock, handler = time.perf_counter(), signal.getsignal(signal.SIGINT)
+        if self.trainer.world_size > 1:
+            be_followed()
         try:
             self.trainer.fit(
                 self.model, datamodule=self.datamodule, ckpt_path=last if self.resume and last.is_file() else None
             )
-        except SystemExit:  # how Lightning passes on an interruption; it ignores any other from then on
+        except SystemExit as error:  # how Lightning passes on an interruption; it ignores any other from then on
             signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from None
+            interruption = error.__context__
+            raise interruption if isinstance(interruption, KeyboardInterrupt) else error from None
+        except RuntimeError as error:
+            raise (ProcessLost() if is_lost_connection(error) else error) from None
         best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
         if best:
             trained = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]

@@ -22,7 +22,7 @@ from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.interruption import interruptible
-from lvlm_prune.launching import refuse_mismatch
+from lvlm_prune.launching import follow_parent, refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, writing
 from lvlm_prune.patterns import Pattern, parse_pattern
@@ -118,6 +118,7 @@ class RecoveryRun(ABC):
 
     def __call__(self) -> Manifest:
         """Do all of it, or what an interrupted run left."""
+        follow_parent()
         with interruptible(self._way_on, self.trainer.exits_when_interrupted):
             return self._carry_out()
 

@@ -237,13 +237,18 @@ from pathlib import Path
 from lvlm_prune.callbacks import PruneCallback
 
 class Sleeper(PruneCallback):
-    """Is busy in the second block until somebody ends it; a file tells each process' id."""
+    """Is busy in the second block, or step, until somebody ends it; a file tells each process' id."""
     def on_block_start(self, trainer, pl_module, block):
         if block.index == 1:
-            Path(f"busy.{trainer.processes.rank}").write_text(str(os.getpid()))
-            deadline = time.monotonic() + 300
-            while time.monotonic() < deadline:
-                sum(range(1000))
+            self.sleep()
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 2:
+            self.sleep()
+    def sleep(self):
+        Path(f"busy.{os.environ.get('LOCAL_RANK', 0)}").write_text(str(os.getpid()))
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            sum(range(1000))
 '''
 
 
@@ -279,20 +284,47 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("devices", [[], TWO], ids=["one process", "two processes"])
-def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(devices, tmp_path, one):
+INTERRUPTIONS = [
+    pytest.param([], signal.SIGINT, id="one process"),
+    pytest.param(TWO, signal.SIGINT, id="two processes"),
+    pytest.param(TWO, signal.SIGTERM, id="two processes, SIGTERM", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("devices", "number"), INTERRUPTIONS)
+def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(devices, number, tmp_path, one):
     output = tmp_path / "out"
     arguments = [*arguments_of("wanda"), f"--output={output}"]
     run = start(tmp_path, *arguments, *devices)
     pids = wait_until_busy(tmp_path, 2 if devices else 1)
-    seconds, said = interrupt(run)
-    assert run.returncode == 130
+    seconds, said = interrupt(run, number)
+    assert run.returncode == 128 + number
     assert said == f"interrupted: go on with --resume true --output {output}\n"
     assert seconds < about_a_second()
     assert not any(is_alive(pid) for pid in pids)
     assert not (output / "config.json").exists()
     assert main([*arguments, "--resume=true"]) == 0
     assert (output / "model.safetensors").read_bytes() == (one / "wanda" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_recovery_with_two_processes_ends_within_a_second_and_goes_on(number, bases, labelled, run_cli, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["recover", f"--model.path={bases / '2:4-float32'}", "--data.source=TensorSource", *TWO]
+    arguments += [f"--data.source.path={labelled}", "--data.validation_samples=2", "--data.batch_size=1"]
+    arguments += ["--trainer.enable_progress_bar=false", "--report=false", f"--output={output}"]
+    run = start(tmp_path, *arguments)
+    pids = wait_until_busy(tmp_path, 2)
+    seconds, said = interrupt(run, number)
+    assert run.returncode == 128 + number
+    assert said == f"interrupted: go on with --resume true --output {output}\n"
+    assert seconds < about_a_second()
+    assert not any(is_alive(pid) for pid in pids)
+    assert not (output / "config.json").exists()
+    finished = run_cli(*arguments, "--resume=true")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((output / "recovery.json").read_text())["status"] == "complete"
 
 
 def test_one_command_starts_the_others_and_outlives_none_of_them(tmp_path, run_cli, one):

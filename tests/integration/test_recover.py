@@ -1,6 +1,7 @@
 """Recovery through the command line: zeros stay zeros, runs can be killed, mistakes are one line."""
 
 import json
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -116,6 +117,32 @@ def test_killed_and_resumed_training_ends_with_the_same_weights(bases, labelled,
     whole, resumed = CheckpointFolder(tmp_path / "whole"), CheckpointFolder(killed)
     assert all(whole.read_bytes(key) == resumed.read_bytes(key) for key in whole)
     assert recover(base, killed, *options, "--resume=true") == 0  # complete already
+
+
+def test_full_disk_while_a_training_checkpoint_is_written(bases, recover, tmp_path, capsys, monkeypatch):
+    """At the second validation: what the first one left is whole, and training goes on from there."""
+    base, output = bases / "2:4-float32", tmp_path / "out"
+    options = ["--trainer.max_epochs=2", "--lora.dropout=0.2"]
+    assert recover(base, tmp_path / "whole", *options) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(self, trainer, *_):
+        if trainer.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    capsys.readouterr()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(FrozenMasks, "on_train_epoch_start", fill_the_disk)
+            assert recover(base, output, *options) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = "File too large (nothing is lost; resume with --resume true)"
+    assert capsys.readouterr().err == f"error: --output {output}: {said}\n"
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert recover(base, output, *options, "--resume=true") == 0
+    whole, resumed = CheckpointFolder(tmp_path / "whole"), CheckpointFolder(output)
+    assert all(whole.read_bytes(key) == resumed.read_bytes(key) for key in whole)
 
 
 def test_resumed_with_other_options_is_refused(bases, recover, tmp_path, capsys):
@@ -324,14 +351,14 @@ def test_the_input_is_never_written(bases, recover, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
 
 
-def test_an_interruption_says_how_to_go_on(bases, recover, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(number, bases, recover, tmp_path, capsys, monkeypatch):
+    """Of itself Lightning ignores SIGTERM until an epoch is over."""
+    handlers = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
     with monkeypatch.context() as patched:
-        patched.setattr(FrozenMasks, "on_train_start", interrupt)
-        assert recover(bases / "2:4-float32", tmp_path / "out") == 130
-    assert signal.getsignal(signal.SIGINT) is handler  # Lightning leaves it ignored
+        patched.setattr(FrozenMasks, "on_train_start", lambda *_: signal.raise_signal(number))
+        assert recover(bases / "2:4-float32", tmp_path / "out") == 128 + number
+    assert signal.signal(signal.SIGINT, handlers[0]) is signal.default_int_handler  # Lightning leaves it ignored
+    assert signal.getsignal(signal.SIGTERM) is handlers[1]
     assert capsys.readouterr().err.strip() == f"interrupted: go on with --resume true --output {tmp_path / 'out'}"
     assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true") == 0

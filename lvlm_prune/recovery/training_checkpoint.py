@@ -1,0 +1,41 @@
+"""Training checkpoints that a crash or a full disk leaves whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from lvlm_prune.manifest import replacing
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the earlier one, which it replaces once it is on the disk.
+
+    Lightning's own way holds a second copy in memory, writes it to the disk of temporary files, and copies it from
+    there over the earlier one, which can stop half-way.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            OSError: The disk is full, or cannot be written for another reason; the earlier checkpoint is still there.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(path) as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # of torch, which cannot end its archive where a write failed
+            raise _cause(error) from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the disk said, where an error came up while another of the disk was handled."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
