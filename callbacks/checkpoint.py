@@ -57,15 +57,17 @@ class SparseCheckpointWriter(PruneCallback):
         """Refuse an output folder that cannot be written, before anything is done.
 
         Raises:
-            InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room.
+            InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room; or it
+                is to be resumed, and was begun from other shards.
         """
         folder = trainer.output_folder
         if stage != "prune" or folder is None:
             return
         assert pl_module.folder is not None
         refuse_unusable(folder, pl_module.folder.path, FILE_NAME, trainer.resume_run, copies=not trainer.plan_run)
-        if trainer.resume_run and is_occupied(folder, FILE_NAME):
-            Manifest.read(folder)
+        resumes = trainer.resume_run and is_occupied(folder, FILE_NAME)
+        if resumes and Manifest.read(folder).get("status") == "pruning":
+            pl_module.folder.refuse_other_layout(folder)
 
     def teardown(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Let other runs into the folder."""

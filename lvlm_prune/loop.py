@@ -214,7 +214,8 @@ class BlockLoop:
         for batch, here in self.placement.stream(called, block.place):
             hidden_out = self._observe(block, batch, here, self.runner.advance, "on_survey_batch_end")
             totals.append((batch, hidden_out.float().sum()))
-        self._refuse_faults(totals, f"in the output of block {block.name}")
+        # The batches have moved on, and cannot run once more.
+        self._refuse_faults(totals, f"in the output of block {block.name}", lambda _: _broken_weight(block))
 
     def _observe(
         self,
@@ -273,6 +274,12 @@ class BlockLoop:
             for handle in handles:
                 handle.remove()
         return "".join(found)
+
+
+def _broken_weight(block: Block) -> str:
+    """The first weight or bias of the block with NaN or infinity in it; nothing where there is none."""
+    broken = (name for name, value in block.module.named_parameters() if not torch.isfinite(value).all())
+    return next((f", first in {name}," for name in broken), "")
 
 
 def _tail_sample(row: SampleRow) -> TailSample:

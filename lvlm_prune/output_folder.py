@@ -60,6 +60,8 @@ def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool
         _refuse_overlap(folder, source.resolve())
     if folder.exists() and not folder.is_dir():
         raise InputError("output", folder, "is a file")
+    if folder.is_symlink() and not folder.exists():
+        raise InputError("output", folder, f"is a link to {os.readlink(folder)}, which does not exist")
     occupied = is_occupied(folder, record)
     if occupied and not resume:
         way_out = "go on with --resume true, or " if (folder / record).is_file() else ""

@@ -222,6 +222,17 @@ class CheckpointFolder:
         twin.path = Path(path)
         return twin
 
+    def refuse_other_layout(self, copied: Path) -> None:
+        """Refuse to write into a copy of the shards, made earlier, when the shards are others now.
+
+        Raises:
+            InputError: A tensor lies elsewhere.
+        """
+        twin = self.at(copied)
+        for shard in self.shards:
+            if not (copied / shard).is_file() or list(self._read_header(shard)) != list(twin._read_header(shard)):
+                raise self._error(f"has changed: the unfinished run in {copied} started from another {shard}")
+
     def fingerprint(self) -> str:
         """SHA-256 over configuration, layout and bytes from all over every tensor: tells another checkpoint apart.
 

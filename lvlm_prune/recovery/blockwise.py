@@ -45,6 +45,8 @@ class BlockwiseRun(RecoveryRun):
     def _begin(self, earlier: Manifest | None) -> None:
         self.record["blocks"] = []
         if earlier is not None and earlier.get("status") == _RECONSTRUCTING:
+            assert self.model.folder is not None
+            self.model.folder.refuse_other_layout(self.folder)
             self.record |= {"status": _RECONSTRUCTING, "blocks": earlier["blocks"]}
             return
         super()._begin(earlier)

@@ -130,10 +130,13 @@ class FittingRun(RecoveryRun):
             )
         except SystemExit as error:  # how Lightning passes on an interruption; it ignores any other from then on
             signal.signal(signal.SIGINT, handler)
-            interruption = error.__context__
-            raise interruption if isinstance(interruption, KeyboardInterrupt) else error from None
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         except RuntimeError as error:
-            raise (ProcessLost() if is_lost_connection(error) else error) from None
+            if is_lost_connection(error):
+                raise ProcessLost from None
+            raise
         best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
         if best:
             trained = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]

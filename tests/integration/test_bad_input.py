@@ -244,6 +244,12 @@ def test_output_that_is_a_file(refused, golden_arguments, tmp_path):
     assert "is a file" in refused(*golden_arguments, output=tmp_path / "file")
 
 
+def test_output_that_is_a_broken_link(refused, golden_arguments, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    said = refused(*golden_arguments, output=tmp_path / "link")
+    assert f"is a link to {tmp_path / 'gone'}, which does not exist" in said
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_output_without_permission(refused, golden_arguments, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -303,6 +309,17 @@ def test_overflow_names_block_linear_and_sample(factor, pool, said, golden_argum
     assert "NaN or infinity" in error
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_survey_names_the_broken_weight_too(golden_arguments, tmp_path, capsys):
+    shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    next(weight for name, weight in weights.items() if "layers.2.mlp.down_proj" in name)[3, 5] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    arguments = [a for a in golden_arguments if "model.path" not in a] + [f"--model.path={tmp_path / 'model'}"]
+    assert main([*arguments, "--pruning.allocation=OWLAllocation", f"--output={tmp_path / 'out'}"]) == 2
+    where = "block model.language_model.layers.2, first in mlp.down_proj.weight, for calibration sample 0"
+    assert capsys.readouterr().err == f"error: NaN or infinity in the output of {where}\n"
 
 
 def test_help_and_printed_configuration_work(run_cli, golden_arguments, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,18 @@ def test_interrupted_at_every_hook(hook, when, surveyed, tmp_path, monkeypatch, 
     assert_same_checkpoint(surveyed, folder)
 
 
+def test_sigterm_ends_a_run_as_ctrl_c_does(surveyed, tmp_path, monkeypatch, capsys):
+    """Schedulers send it some seconds before they kill."""
+    folder, handler = tmp_path / "terminated", signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(PruningReport, "on_block_end", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        assert main([*SURVEYED, f"--output={folder}"]) == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert capsys.readouterr().err == f"interrupted: go on with --resume true --output {folder}\n"
+    assert main([*SURVEYED, f"--output={folder}", "--resume=true"]) == 0
+    assert_same_checkpoint(surveyed, folder)
+
+
 class Onlooker(PruneCallback):
     """Comes before the other callbacks, and is interrupted."""
 
@@ -295,11 +308,56 @@ def test_resume_with_other_calibration_data_or_another_checkpoint_is_refused(
     assert "other calibration samples" in said
     samples["s3.pixel_values"][0, 0] -= 1
     save_file(load_file(GOLDEN / "calib.safetensors"), tmp_path / "calib.safetensors")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    next(weight for weight in weights.values() if weight.ndim == 2)[-1, -1] += 1
-    save_file(weights, tmp_path / "model" / "model.safetensors")
+    model = CheckpointFolder(tmp_path / "model")
+    key = next(key for key in model if len(model[key].shape) == 2)
+    weight = model.read(key)
+    weight[-1, -1] += 1
+    model.write(key, weight)
     assert main([*arguments, "--resume=true"]) == 2
     assert f"--model.path {tmp_path / 'model'}: has changed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Arguments without the places of checkpoint and samples, and a run that was interrupted after its first block."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / "model", "model")
+    shutil.copy(GOLDEN / "calib.safetensors", "calib.safetensors")
+    arguments = ["prune", "--data.source=TensorSource", "--pruning.record=true", "--report=false"]
+    here = ["--model.path=model", "--data.source.path=calib.safetensors", "--output=out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(PruningReport, "on_block_end", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        assert main([*arguments, *here]) == 143
+    return arguments
+
+
+def test_what_only_moved_is_no_other_input(begun, uninterrupted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move("../model", "model")
+    shutil.move("../calib.safetensors", "samples.safetensors")
+    here = ["--model.path=model", "--data.source.path=samples.safetensors", "--output=../out", "--resume=true"]
+    assert main([*begun, *here]) == 0
+    assert_same_checkpoint(uninterrupted, tmp_path / "out")
+    # Samples are not read again once a run is complete: others would not be noticed.
+    shutil.copy("samples.safetensors", "others.safetensors")
+    here[1] = "--data.source.path=others.safetensors"
+    capsys.readouterr()
+    assert main([*begun, *here]) == 2
+    assert "--data.source.init_args.path others.safetensors: the unfinished run" in capsys.readouterr().err
+
+
+def test_the_same_weights_in_other_shards_are_refused(begun, tmp_path, capsys):
+    """Blocks would be written to places where the copy that was begun has other tensors."""
+    weights = load_file("model/model.safetensors")
+    save_file(weights, "model/model.safetensors", metadata={"format": "pt", "longer": "header"})
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    here = ["--model.path=model", "--data.source.path=calib.safetensors", "--output=out", "--resume=true"]
+    capsys.readouterr()
+    assert main([*begun, *here]) == 2
+    said = "has changed: the unfinished run in out started from another model.safetensors"
+    assert capsys.readouterr().err == f"error: --model.path model: {said}\n"
+    assert before == {path: path.read_bytes() for path in Path("out").iterdir()}
 
 
 def test_resuming_a_complete_run_changes_nothing(uninterrupted, golden_arguments):
