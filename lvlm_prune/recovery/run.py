@@ -7,6 +7,7 @@ check ─► what the dense model says ─► train ─────────�
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -24,7 +25,14 @@ from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import follow_parent, refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
-from lvlm_prune.output_folder import choose_folder, copy_checkpoint, refuse_unusable, writing
+from lvlm_prune.output_folder import (
+    choose_folder,
+    copy_checkpoint,
+    lock_folder,
+    make_folder,
+    refuse_unusable,
+    writing,
+)
 from lvlm_prune.patterns import Pattern, parse_pattern
 from lvlm_prune.provenance import provenance
 from lvlm_prune.recovery.distillation import Distillation
@@ -115,18 +123,25 @@ class RecoveryRun(ABC):
         self.weights: StreamedWeights
         self.dense: LVLMModule | None = None
         self.lora: SparseLoRA | None = None
+        self._lock: int | None = None
 
     def __call__(self) -> Manifest:
         """Do all of it, or what an interrupted run left."""
         follow_parent()
-        with interruptible(self._way_on, self.trainer.exits_when_interrupted):
-            return self._carry_out()
+        try:
+            with interruptible(self._way_on, self.trainer.exits_when_interrupted):
+                return self._carry_out()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
     def _way_on(self) -> str:
         started = (self.folder / RECORD_NAME).is_file()
         return f"go on with --resume true --output {self.folder}" if started else ""
 
     def _carry_out(self) -> Manifest:
+        if self.resume and self.folder.is_dir():
+            self._keep_others_out()
         earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
         self._find_base(earlier)
         self._check(earlier)
@@ -256,12 +271,20 @@ class RecoveryRun(ABC):
         """From here on the folder can be resumed."""
         if not self.trainer.is_global_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
+        self._keep_others_out()
+        assert self.model.folder is not None
+        self._refuse_unusable(self.model.folder)  # another run may have come first
         self.record["status"] = "training"
         self.record.write(self.folder, RECORD_NAME)
         if self.record["config"]:
             config = yaml.safe_dump(self.record["config"], sort_keys=False)
             replace_durably(self.folder / "config.yaml", config.encode())
+
+    def _keep_others_out(self) -> None:
+        """Lock the folder until the run ends, however it ends."""
+        if self._lock is None and self.trainer.is_global_zero:
+            self._lock = lock_folder(self.folder)
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
         refuse_unusable(self.folder, base.path, RECORD_NAME, self.resume)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.interruption import interruptible
 from lvlm_prune.launching import Launch
 from lvlm_prune.manifest import Manifest, replace_durably
-from lvlm_prune.output_folder import writing
+from lvlm_prune.output_folder import lock_folder, writing
 from lvlm_prune.plugins import describe
 from lvlm_prune.sharing import SharedCalibration
 from lvlm_prune.sweep.grid import Grid, Point
@@ -156,7 +157,7 @@ class SweepRun:
     def _run(self, point: Point, dense: Scores) -> dict[str, Any]:
         trainer, folder = self.trainer, self._checkpoint(point)
         pruning, data = point.instantiate()
-        trainer.processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # an interrupted run's
+        trainer.processes.on_main(lambda: self._clear(folder))
         trainer.run_config = self._config(point)
         trainer.callbacks[:] = [pruning, RetentionEvaluation(self.engine, dense), *self._own_callbacks]
         quiet, trainer.quiet = trainer.quiet, True
@@ -173,6 +174,15 @@ class SweepRun:
             trainer.processes.on_main(lambda: self._remove(folder))
         self._note(record)
         return record
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Remove what an interrupted run left, but not what another process is writing."""
+        if folder.is_dir():
+            lock = lock_folder(folder)
+            shutil.rmtree(folder)
+            if lock is not None:
+                os.close(lock)
 
     @staticmethod
     def _remove(folder: Path) -> None:

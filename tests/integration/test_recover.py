@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from lvlm_prune.blocks import CheckpointFolder
 from lvlm_prune.callbacks import FrozenMasks
 from lvlm_prune.cli import main
-from lvlm_prune.data import TensorSource
+from lvlm_prune.data import RecoveryDataModule, TensorSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.recovery import load_sparse_adapter
@@ -362,3 +362,28 @@ def test_an_interruption_says_how_to_go_on(number, bases, recover, tmp_path, cap
     assert signal.getsignal(signal.SIGTERM) is handlers[1]
     assert capsys.readouterr().err.strip() == f"interrupted: go on with --resume true --output {tmp_path / 'out'}"
     assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true") == 0
+
+
+def test_two_runs_do_not_write_one_folder(bases, recover, tmp_path, capsys, monkeypatch):
+    """A run that is believed dead, or one that came first while this one looked at the data."""
+    output, again = tmp_path / "out", []
+
+    def second_run(*_):
+        again.append(recover(bases / "2:4-float32", output, "--resume=true"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenMasks, "on_train_start", second_run)
+        assert recover(bases / "2:4-float32", output) == 0
+    assert again == [2]
+    assert capsys.readouterr().err == f"error: --output {output}: is being written by another run\n"
+    examine, content = RecoveryDataModule.examine, (output / "recovery.json").read_bytes()
+
+    def first_run(data):
+        shutil.move(tmp_path / "aside", output)
+        return examine(data)
+
+    shutil.move(output, tmp_path / "aside")
+    monkeypatch.setattr(RecoveryDataModule, "examine", first_run)
+    assert recover(bases / "2:4-float32", output) == 2
+    assert f"error: --output {output}: exists and is not empty" in capsys.readouterr().err
+    assert (output / "recovery.json").read_bytes() == content

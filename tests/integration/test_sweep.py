@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
+from lvlm_prune.output_folder import lock_folder
 from lvlm_prune.pruning import catching
 from lvlm_prune.trainer import LVLMTrainer
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
@@ -103,7 +105,8 @@ def test_a_finished_run_is_not_repeated_and_a_changed_grid_keeps_what_applies(tm
     capsys.readouterr()
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, count):
+def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, capsys, count):
+    """But not as long as another process is at its next run."""
     out = tmp_path / "sweep"
     arguments = [*BASE, recipes("wanda"), grid(pruning__sparsity=[0.5, 0.6, 0.7]), f"--output={out}"]
     original = SparseCheckpointWriter.on_block_end
@@ -117,6 +120,13 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, count):
         patch.setattr(SparseCheckpointWriter, "on_block_end", interrupted)
         assert main(arguments) == 130
     assert len(records(out)) == 1
+    (unfinished,) = (out / "unfinished").iterdir()
+    lock = lock_folder(unfinished)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: --output {unfinished}: is being written by another run\n"
+    assert (unfinished / "pruning.json").is_file()
+    os.close(lock)
     assert main(arguments) == 0
     assert count["run"] == 4
     assert len(records(out)) == 3
