@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 from lvlm_prune.errors import Terminated, exit_status
-from lvlm_prune.launching import Launch, is_first_process
+from lvlm_prune.launching import Children, is_first_process
 
 _PATIENCE = 0.7
 """Seconds in which the run may end by itself."""
@@ -27,21 +27,21 @@ _INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInt
 
 
 @contextmanager
-def interruptible(way_on: Callable[[], str], at_once: bool, launch: Launch | None = None) -> Iterator[None]:
+def interruptible(way_on: Callable[[], str], at_once: bool, children: Children | None = None) -> Iterator[None]:
     """While the context is open, an interruption ends the run and says how to go on.
 
     Args:
         way_on: How; an empty text where there is nothing yet to go on from.
         at_once: The process is all the run's: SIGTERM interrupts it too, and where the interruption is not over soon,
             it ends the hard way.
-        launch: The processes of the run; an interruption may stand for the loss of one.
+        children: Processes that the run started; an interruption may stand for the loss of one.
 
     Raises:
         KeyboardInterrupt: The run was interrupted; its text says how to go on. `Terminated` where SIGTERM did it.
     """
 
     def end(interruption: KeyboardInterrupt) -> None:
-        error = launch.settled(interruption) if launch is not None and launch.lost_child else interruption
+        error = children.settled(interruption) if children is not None and children.lost_child else interruption
         if is_first_process():
             said = said_of_interruption(way_on()) if error is interruption else f"error: {error}"
             print(said, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as _TrainerLauncher
 
 from lvlm_prune.errors import InputError, ProcessLost
 from lvlm_prune.processes import Processes
@@ -47,7 +48,71 @@ def is_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
-class Launch:
+class Children:
+    """Processes that this one started to share its run; at first there are none.
+
+    Attributes:
+        lost_child: Whether one of them ended before its time.
+    """
+
+    def __init__(self) -> None:
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._over = threading.Event()
+        self.lost_child = False
+
+    def watch(self, children: list[subprocess.Popen[bytes]]) -> None:
+        """Interrupt this process when one of `children` is gone that did not end with the others."""
+        self._children = children
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            # What a child says before it ends reaches this process at its next message; what it does not say, never.
+            if any(child.poll() for child in self._children):
+                if not self._over.wait(2.0):
+                    self.lost_child = True
+                    _thread.interrupt_main()
+                return
+
+    def release(self) -> None:
+        """From now on they may end."""
+        self._over.set()
+
+    def settled(self, error: BaseException) -> BaseException:
+        """The error to end with: the loss of a child instead of what it led to."""
+        if self.lost_child or isinstance(error, ProcessLost):
+            self.lost_child = True
+            for rank, child in enumerate(self._children, start=1):
+                if code := child.poll():
+                    how = f"signal {-code}" if code < 0 else f"status {code}"
+                    return ProcessLost(f"process {rank} of this run ended before its time ({how})")
+        return error
+
+
+class TrainingLauncher(_TrainerLauncher):
+    """Starts the other processes of `Trainer.fit`, and says so where one is lost.
+
+    Lightning's own kills this process without a word then.
+
+    Args:
+        launcher: Lightning's own.
+        children: What watches them.
+    """
+
+    def __init__(self, launcher: _TrainerLauncher, children: Children) -> None:
+        super().__init__(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+        self._watched = children
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the others where no launcher did, and call `function`."""
+        if not self.cluster_environment.creates_processes_externally:
+            be_followed()
+            self._call_children_scripts()  # after which Lightning takes them for started by somebody else
+            self._watched.watch(self.procs)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+class Launch(Children):
     """Fabric on the Trainer's devices, and the processes that it needs.
 
     Args:
@@ -63,6 +128,7 @@ class Launch:
     """
 
     def __init__(self, trainer: LVLMTrainer, callbacks: Sequence[Callback]) -> None:
+        super().__init__()
         if isinstance(trainer.strategy, DDPStrategy):
             strategy = "ddp"
         elif isinstance(trainer.strategy, SingleDeviceStrategy):
@@ -85,9 +151,6 @@ class Launch:
         self._count = self._per_node * self._nodes
         self._environment = getattr(self.fabric.strategy, "cluster_environment", None)
         self._variables = dict(os.environ)
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._over = threading.Event()
-        self.lost_child = False
 
     @property
     def joins(self) -> bool:
@@ -112,18 +175,7 @@ class Launch:
         launcher = _SubprocessScriptLauncher(LightningEnvironment(), self._per_node, self._nodes)
         be_followed()
         launcher._call_children_scripts()
-        self._children = launcher.procs
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        """End this process when a child is gone that did not end with the others."""
-        while not self._over.wait(0.5):
-            # What a child says before it ends reaches this process at its next message; what it does not say, never.
-            if any(child.poll() for child in self._children):
-                if not self._over.wait(2.0):
-                    self.lost_child = True
-                    _thread.interrupt_main()
-                return
+        self.watch(launcher.procs)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -141,13 +193,8 @@ class Launch:
     def settled(self, error: BaseException) -> BaseException:
         """The error to end with: agreed with the other processes; the loss of a child instead of what it led to."""
         if self.lost_child or isinstance(error, ProcessLost):
-            self.lost_child = True
-            for rank, child in enumerate(self._children, start=1):
-                if code := child.poll():
-                    how = f"signal {-code}" if code < 0 else f"status {code}"
-                    return ProcessLost(f"process {rank} of this run ended before its time ({how})")
-            return error
-        self._over.set()
+            return super().settled(error)
+        self.release()
         return self.processes.settled(error)
 
     def close(self, at_once: bool = False) -> None:
@@ -156,7 +203,7 @@ class Launch:
         Args:
             at_once: Give the children no time to end by themselves.
         """
-        self._over.set()
+        self.release()
         if dist.is_initialized() and self._count > 1:
             dist.destroy_process_group()
         deadline = time.monotonic() + (0 if at_once or self.lost_child else _GRACE)

@@ -10,10 +10,11 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
 from lvlm_prune.errors import InputError, ProcessLost
-from lvlm_prune.launching import be_followed
+from lvlm_prune.launching import TrainingLauncher
 from lvlm_prune.manifest import Manifest
 from lvlm_prune.output_folder import release
 from lvlm_prune.processes import is_lost_connection
@@ -122,8 +123,9 @@ class FittingRun(RecoveryRun):
     def _fit(self) -> None:
         last = self.folder / CHECKPOINTS / "last.ckpt"
         clock, handler = time.perf_counter(), signal.getsignal(signal.SIGINT)
-        if self.trainer.world_size > 1:
-            be_followed()
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            self.trainer.strategy._launcher = TrainingLauncher(launcher, self.children)
         try:
             self.trainer.fit(
                 self.model, datamodule=self.datamodule, ckpt_path=last if self.resume and last.is_file() else None
@@ -131,12 +133,13 @@ class FittingRun(RecoveryRun):
         except SystemExit as error:  # how Lightning passes on an interruption; it ignores any other from then on
             signal.signal(signal.SIGINT, handler)
             if isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None
+                raise self.children.settled(error.__context__) from None
             raise
         except RuntimeError as error:
             if is_lost_connection(error):
-                raise ProcessLost from None
+                raise self.children.settled(ProcessLost()) from None
             raise
+        self.children.release()
         best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
         if best:
             trained = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]

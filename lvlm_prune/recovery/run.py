@@ -23,7 +23,7 @@ from lvlm_prune.data import RecoveryDataModule, load_processor
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.interruption import interruptible
-from lvlm_prune.launching import follow_parent, refuse_mismatch
+from lvlm_prune.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
 from lvlm_prune.output_folder import (
     choose_folder,
@@ -123,13 +123,14 @@ class RecoveryRun(ABC):
         self.weights: StreamedWeights
         self.dense: LVLMModule | None = None
         self.lora: SparseLoRA | None = None
+        self.children = Children()
         self._lock: int | None = None
 
     def __call__(self) -> Manifest:
         """Do all of it, or what an interrupted run left."""
         follow_parent()
         try:
-            with interruptible(self._way_on, self.trainer.exits_when_interrupted):
+            with interruptible(self._way_on, self.trainer.exits_when_interrupted, self.children):
                 return self._carry_out()
         finally:
             if self._lock is not None:

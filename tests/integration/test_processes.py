@@ -307,13 +307,29 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(devices, number, tmp_
     assert (output / "model.safetensors").read_bytes() == (one / "wanda" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_recovery_with_two_processes_ends_within_a_second_and_goes_on(number, bases, labelled, run_cli, tmp_path):
-    output = tmp_path / "out"
+@pytest.fixture
+def recovery(bases, labelled):
     arguments = ["recover", f"--model.path={bases / '2:4-float32'}", "--data.source=TensorSource", *TWO]
     arguments += [f"--data.source.path={labelled}", "--data.validation_samples=2", "--data.batch_size=1"]
-    arguments += ["--trainer.enable_progress_bar=false", "--report=false", f"--output={output}"]
+    return [*arguments, "--trainer.enable_progress_bar=false", "--report=false"]
+
+
+@pytest.mark.slow
+def test_a_recovery_that_loses_a_process_says_so_and_ends(recovery, tmp_path):
+    run = start(tmp_path, *recovery, f"--output={tmp_path / 'out'}")
+    _, child = wait_until_busy(tmp_path, 2)
+    os.kill(child, signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 2
+    expected = "process 1 of this run ended before its time (signal 9); nothing is lost, resume with --resume true"
+    assert said == f"error: {expected}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_recovery_with_two_processes_ends_within_a_second_and_goes_on(number, recovery, run_cli, tmp_path):
+    output = tmp_path / "out"
+    arguments = [*recovery, f"--output={output}"]
     run = start(tmp_path, *arguments)
     pids = wait_until_busy(tmp_path, 2)
     seconds, said = interrupt(run, number)
