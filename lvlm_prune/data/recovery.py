@@ -7,9 +7,9 @@ trainer.fit(module, datamodule=data)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -27,6 +27,8 @@ from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.plugins import own_instance, plugin_class
 
+Value = TypeVar("Value")
+
 _LARGEST_DEFAULT_VALIDATION = 128
 
 SAMPLE_NUMBER = "sample_number"
@@ -42,12 +44,14 @@ class Examination:
         longest: Tokens of the longest one.
         answers: Tokens that are to be learnt.
         fingerprint: SHA-256 of all samples, training before validation.
+        sampled: SHA-256 of some of them, see `RecoveryDataModule.sampled`.
     """
 
     tokens: int
     longest: int
     answers: int
     fingerprint: str
+    sampled: str
 
 
 class RecoveryDataModule(L.LightningDataModule):
@@ -134,17 +138,25 @@ class RecoveryDataModule(L.LightningDataModule):
         Raises:
             InputError: A sample is broken, has no answer, or is longer than the model's context.
         """
-        samples = [*self.train_indices, *self.validation_indices]
-        examined = _Examined(self, samples)
-        lengths, answers, digests = [], 0, []
-        for found in DataLoader(examined, batch_size=None, num_workers=self.num_workers):
+        found = list(self._examined([*self.train_indices, *self.validation_indices]))
+        lengths, counts, digests = zip(*found)
+        return Examination(sum(lengths), max(lengths), sum(counts), fingerprint(digests), fingerprint(_spread(digests)))
+
+    def sampled(self) -> str:
+        """SHA-256 of some samples from all over the data: tells other data apart without going through all.
+
+        Raises:
+            InputError: As `examine`, for these samples.
+        """
+        chosen = _spread([*self.train_indices, *self.validation_indices])
+        return fingerprint(content for _, _, content in self._examined(chosen))
+
+    def _examined(self, samples: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+        """Tokens, answer tokens and digest of each sample."""
+        for found in DataLoader(_Examined(self, samples), batch_size=None, num_workers=self.num_workers):
             if isinstance(found, str):
                 raise InputError("data.source", plugin_class(self.source).__name__, found)
-            length, count, content = found
-            lengths.append(length)
-            answers += count
-            digests.append(content)
-        return Examination(sum(lengths), max(lengths), answers, fingerprint(digests))
+            yield found
 
     def encode(self, number: int) -> Inputs:
         """Model inputs of a sample of the source, with `labels` and its number.
@@ -224,6 +236,11 @@ class RecoveryDataModule(L.LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
         )
+
+
+def _spread(values: Sequence[Value]) -> Sequence[Value]:
+    """At least 64 of them, where there are as many, at equal distances."""
+    return values[:: max(len(values) // 64, 1)]
 
 
 class _Examined(Dataset):

@@ -34,6 +34,7 @@ from lvlm_prune.output_folder import (
     writing,
 )
 from lvlm_prune.patterns import Pattern, parse_pattern
+from lvlm_prune.plugins import plugin_class
 from lvlm_prune.provenance import provenance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.masks import ZeroMask, is_pruned
@@ -262,9 +263,16 @@ class RecoveryRun(ABC):
             self.lora.select(self.pruned_names)
 
     def _examine(self, earlier: Manifest | None) -> None:
-        """Go through the data once, before anything is written; an interrupted run did already."""
+        """Go through the data once, before anything is written; where an interrupted run did, look at some of it.
+
+        Raises:
+            InputError: A sample cannot be used, or is another one than the interrupted run had.
+        """
         if earlier is not None and "examined" in earlier["data"]:
-            self.record["data"]["examined"] = earlier["data"]["examined"]
+            examined = self.record["data"]["examined"] = earlier["data"]["examined"]
+            if self.trainer.is_global_zero and self.datamodule.sampled() != examined["sampled"]:
+                problem = f"gives other samples now than in the unfinished run in {self.folder}"
+                raise InputError("data.source", plugin_class(self.datamodule.source).__name__, problem)
         elif self.trainer.is_global_zero:
             self.record["data"]["examined"] = asdict(self.datamodule.examine())
 

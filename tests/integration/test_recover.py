@@ -364,6 +364,23 @@ def test_an_interruption_says_how_to_go_on(number, bases, recover, tmp_path, cap
     assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true") == 0
 
 
+def test_resumed_with_other_data_is_refused(bases, labelled, recover, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data.safetensors"
+    shutil.copy(labelled, data)
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenMasks, "on_train_start", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert recover(bases / "2:4-float32", tmp_path / "out", data=data) == 143
+    samples = load_file(data)
+    samples["s3.pixel_values"][0, 0] += 1
+    save_file(samples, data)
+    capsys.readouterr()
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true", data=data) == 2
+    said = f"TensorSource: gives other samples now than in the unfinished run in {tmp_path / 'out'}"
+    assert capsys.readouterr().err == f"error: --data.source {said}\n"
+    shutil.copy(labelled, data)
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true", data=data) == 0
+
+
 def test_two_runs_do_not_write_one_folder(bases, recover, tmp_path, capsys, monkeypatch):
     """A run that is believed dead, or one that came first while this one looked at the data."""
     output, again = tmp_path / "out", []
