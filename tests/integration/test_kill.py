@@ -69,7 +69,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module")
 def seconds(request, tmp_path_factory) -> tuple[list[str], float]:
     """Options for one process or two, and how long such a run has an output folder before it is done."""
     folder, devices = tmp_path_factory.mktemp("seconds"), TWO if request.param == 2 else []
@@ -80,12 +80,12 @@ def seconds(request, tmp_path_factory) -> tuple[list[str], float]:
     return devices, time.monotonic() - begun
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    ("seconds", "seed"), [(1, seed) for seed in range(10)] + [(2, seed) for seed in range(5)], indirect=["seconds"]
+)
 def test_killed_at_a_random_moment(seed, seconds, whole, tmp_path):
     """Of two processes, one or the other is killed; the other one ends by itself."""
     devices, duration = seconds
-    if devices and seed >= 5:
-        pytest.skip("five times with two processes")
     chance = random.Random(seed)
     output = tmp_path / "out"
     run = start(tmp_path, *ARGUMENTS, *devices, f"--output={output}")
