@@ -30,7 +30,7 @@ from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.interruption import said_of_interruption
 from lvlm_prune.launching import is_first_process
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.option_errors import OptionError, explain
+from lvlm_prune.option_errors import VERBS, OptionError, explain
 from lvlm_prune.plugins import load_installed_plugins
 from lvlm_prune.trainer import LVLMTrainer
 
@@ -81,9 +81,8 @@ class LVLMCLI(LightningCLI):
 
         Building the options of all takes longer than most commands need to find a mistake in theirs.
         """
-        verbs = ("prune", "recover", "evaluate", "compare", "sweep", "probe")
-        named = [verb for verb in LVLMParser.command_line[:1] if verb in verbs]
-        return {verb: {"model", "datamodule"} for verb in named or verbs}
+        named = [verb for verb in LVLMParser.command_line[:1] if verb in VERBS]
+        return {verb: {"model", "datamodule"} for verb in named or VERBS}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._verb = subcommand

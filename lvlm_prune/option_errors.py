@@ -9,6 +9,9 @@ import yaml
 
 from lvlm_prune.errors import LVLMPruneError
 
+VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "probe")
+"""The subcommands."""
+
 
 class OptionError(LVLMPruneError):
     """The command line or a configuration file cannot be understood."""
@@ -33,6 +36,11 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
     """
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
+    if "subcommand" in text and not (arguments and arguments[0] in VERBS):
+        verbs = f"{', '.join(VERBS[:-1])} or {VERBS[-1]}"
+        if not arguments or arguments[0].startswith("-"):
+            return f"a command is missing: {verbs}"
+        return f"{arguments[0]}: no such command, expected {verbs}"
     key, rest = _split_key(text)
     if broken := re.match(r"Problems parsing config: (.*)", rest):
         path = next((path for path in _config_files(arguments) if not _is_yaml(folder / path)), "")
@@ -74,7 +82,7 @@ def _unknown(option: str, known: Collection[str]) -> str:
 
 
 def _split_key(text: str) -> tuple[str, str]:
-    found = re.match(r'Parser key "(?:(?:prune|recover|sweep|evaluate|compare|probe)\.)?([\w.]+)":\s*(.*)', text)
+    found = re.match(rf'Parser key "(?:(?:{"|".join(VERBS)})\.)?([\w.]+)":\s*(.*)', text)
     return (found[1], found[2]) if found else ("", text)
 
 

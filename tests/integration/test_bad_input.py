@@ -322,6 +322,17 @@ def test_a_survey_names_the_broken_weight_too(golden_arguments, tmp_path, capsys
     assert capsys.readouterr().err == f"error: NaN or infinity in the output of {where}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "a command is missing: prune, "), (["prun"], "prun: no such command, expected prune, ")],
+)
+def test_without_a_command_the_commands_are_named(arguments, said, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert line.endswith(" or probe")
+
+
 def test_help_and_printed_configuration_work(run_cli, golden_arguments, tmp_path):
     assert "prune" in run_cli("--help").stdout
     shown = run_cli("prune", "--help").stdout
