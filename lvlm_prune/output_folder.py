@@ -66,7 +66,7 @@ def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool
     if occupied and not resume:
         way_out = "go on with --resume true, or " if (folder / record).is_file() else ""
         raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
-    existing = _existing(folder)
+    existing = existing_folder(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
     if source is not None and copies:
@@ -75,10 +75,10 @@ def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool
 
 def free_bytes(folder: Path) -> int:
     """What is free on the disk of a folder, which need not exist."""
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(existing_folder(folder)).free
 
 
-def _existing(folder: Path) -> Path:
+def existing_folder(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from lvlm_prune.blocks import CaughtBatch, Part, Place, Placement, existing_folder
+from lvlm_prune.blocks import CaughtBatch, Part, Place, Placement
 from lvlm_prune.footprint import BatchSize, Footprint, Method, Peak, larger_phases
 from lvlm_prune.hidden_states import HiddenStates, Wanted, available_device_memory, available_host_memory
 from lvlm_prune.measuring import MemorySampler
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output_folder import folder_bytes
+from lvlm_prune.output_folder import existing_folder, folder_bytes
 
 
 class RunMemory:

@@ -18,7 +18,7 @@ from lvlm_prune.blocks.modality import (
     modality_of_tokens,
     with_image_positions,
 )
-from lvlm_prune.blocks.placement import PLACES, Place, Placement, existing_folder, place_batches
+from lvlm_prune.blocks.placement import PLACES, Place, Placement, place_batches
 from lvlm_prune.blocks.skeleton import build_skeleton
 from lvlm_prune.blocks.towers import TowerRunner, find_towers
 from lvlm_prune.blocks.weights import ResidentWeights, StreamedWeights, Weights
@@ -48,7 +48,6 @@ __all__ = [
     "Weights",
     "attended",
     "build_skeleton",
-    "existing_folder",
     "find_decoder",
     "find_expert_stacks",
     "find_towers",

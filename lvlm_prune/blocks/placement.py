@@ -253,11 +253,6 @@ def place_batches(place: Place, device: torch.device | str, folder: Path | None 
     return WaitingElsewhere(place, device, folder or Path(tempfile.gettempdir()))
 
 
-def existing_folder(folder: Path) -> Path:
-    """The folder, or the closest one above it that exists."""
-    return next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
-
-
 def relocate(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
     """Copies of tensors elsewhere, by `id`; strides stay, and what shares memory still does.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.manifest import replace_durably
+from lvlm_prune.output_folder import free_bytes
 
 SAMPLES_PER_PART = 64
 LogitsOf = Callable[[Sequence[int]], Mapping[int, Tensor]]
@@ -166,8 +167,7 @@ class Teacher:
         """
         kept = min(self.options.top_k, vocabulary)
         needed = answers * (kept * 8 + 4)
-        existing = next(parent for parent in (self.folder, *self.folder.resolve().parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(self.folder)
         if needed > free:
             problem = f"needs {needed / 1e9:.1f} GB for the dense model's logits, only {free / 1e9:.1f} GB are free"
             raise InputError("distillation.top_k", self.options.top_k, problem)
