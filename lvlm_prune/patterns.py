@@ -17,8 +17,8 @@ from torch import Tensor
 
 Group = Literal["row", "layer"]
 
-# Elements that are counted at once.
-_COUNTED = 2**18
+IN_CACHES = 2**18
+"""Elements that a CPU's caches hold while something is done with them; more at once is slower, and takes memory."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class ZeroCount:
         groups = part.reshape(-1, self.size)
         # In pieces that stay in a CPU's caches, and counted as int32: a sum over bool makes integers of them first.
         if len(groups) == 1:
-            return torch.stack([(some == 0).count_nonzero() for some in groups[0].split(_COUNTED)]).sum().reshape(1)
-        pieces = groups.split(max(_COUNTED // self.size, 1))
+            return torch.stack([(some == 0).count_nonzero() for some in groups[0].split(IN_CACHES)]).sum().reshape(1)
+        pieces = groups.split(max(IN_CACHES // self.size, 1))
         return torch.cat([(some == 0).sum(dim=1, dtype=torch.int32) for some in pieces]).long()
 
 

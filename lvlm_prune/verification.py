@@ -11,10 +11,8 @@ from torch import Tensor
 
 from lvlm_prune.blocks import CheckpointFolder, ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import RunError
-from lvlm_prune.patterns import ZeroCount
+from lvlm_prune.patterns import IN_CACHES, ZeroCount
 
-# Entries that are compared at once: they stay in a CPU's caches.
-_COMPARED = 2**18
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -117,5 +115,5 @@ def _zeros(name: str, before: Tensor, after: Tensor, expected: Expectation) -> i
 
 def _same_or_zero(before: Tensor, after: Tensor) -> bool:
     """Whether every entry is as it was, or zero."""
-    pieces = zip(before.flatten().split(_COMPARED), after.flatten().split(_COMPARED), strict=True)
+    pieces = zip(before.flatten().split(IN_CACHES), after.flatten().split(IN_CACHES), strict=True)
     return all(bool(((new == 0) | (new == old)).all()) for old, new in pieces)

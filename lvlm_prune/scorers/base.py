@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lvlm_prune.patterns import Group, Pattern, ZeroCount
+from lvlm_prune.patterns import IN_CACHES, Group, Pattern, ZeroCount
 from lvlm_prune.statistics import Statistic
 
 
@@ -71,7 +71,7 @@ class Scorer(ABC):
         """Scores that are held at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy."""
         if not self.by_row or self.group != "row":
             return weights
-        return min(weights, 2**22 if on_gpu else 2**18)
+        return min(weights, 2**22 if on_gpu else IN_CACHES)
 
     def cost(self, rows: int, columns: int) -> float:
         """How long Linears of one statistic take, in any unit; work is dealt out over processes by it.
