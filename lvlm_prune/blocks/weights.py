@@ -237,7 +237,6 @@ class StreamedWeights(Weights):
         self._load(self._block_names[i], folder or self._folder)
 
     def prefetch_block(self, i: int) -> None:
-        give_back_freed()  # what scoring took, above all
         self._coming = (i, Prefetch(self._read(self._block_names[i], self._folder, "cpu")))
 
     def release_block(self, i: int) -> None:
