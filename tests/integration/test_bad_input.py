@@ -263,12 +263,21 @@ def test_full_disk_is_found_before_the_first_block(refused, golden_arguments, mo
 
 
 # ---- what shows up only during the run ------------------------------------------------------------------------------
+def with_changed(arguments, folder, part_of_name, change):
+    """These arguments, with a copy of their model whose first weight of such a name is changed."""
+    shutil.copytree(GOLDEN / "model", folder / "model")
+    weights = load_file(folder / "model" / "model.safetensors")
+    change(next(weight for name, weight in weights.items() if part_of_name in name))
+    save_file(weights, folder / "model" / "model.safetensors")
+    return [a for a in arguments if "model.path" not in a] + [f"--model.path={folder / 'model'}"]
+
+
+def spoil(weight):
+    weight[3, 5] = float("nan")
+
+
 def test_nan_in_a_weight_ends_with_one_line_and_a_resumable_folder(golden_arguments, tmp_path, capsys):
-    shutil.copytree(GOLDEN / "model", tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    next(weight for name, weight in weights.items() if "layers.2.self_attn.o_proj" in name)[3, 5] = float("nan")
-    save_file(weights, tmp_path / "model" / "model.safetensors")
-    arguments = [a for a in golden_arguments if "model.path" not in a] + [f"--model.path={tmp_path / 'model'}"]
+    arguments = with_changed(golden_arguments, tmp_path, "layers.2.self_attn.o_proj", spoil)
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err.strip()
     assert "layers.2.self_attn.o_proj" in error
@@ -299,11 +308,7 @@ def test_nan_in_an_input_names_the_sample(golden_arguments, tmp_path, capsys):
 )
 def test_overflow_names_block_linear_and_sample(factor, pool, said, golden_arguments, tmp_path, capsys):
     """Finite weights whose products are not: of one Linear, of the block, or only squared."""
-    shutil.copytree(GOLDEN / "model", tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    next(weight for name, weight in weights.items() if "layers.1.mlp.up_proj" in name).mul_(factor)
-    save_file(weights, tmp_path / "model" / "model.safetensors")
-    arguments = [a for a in golden_arguments if "model.path" not in a] + [f"--model.path={tmp_path / 'model'}"]
+    arguments = with_changed(golden_arguments, tmp_path, "layers.1.mlp.up_proj", lambda weight: weight.mul_(factor))
     assert main([*arguments, f"--pruning.pool={pool}", f"--output={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err.strip()
     assert "NaN or infinity" in error
@@ -312,11 +317,7 @@ def test_overflow_names_block_linear_and_sample(factor, pool, said, golden_argum
 
 
 def test_a_survey_names_the_broken_weight_too(golden_arguments, tmp_path, capsys):
-    shutil.copytree(GOLDEN / "model", tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    next(weight for name, weight in weights.items() if "layers.2.mlp.down_proj" in name)[3, 5] = float("nan")
-    save_file(weights, tmp_path / "model" / "model.safetensors")
-    arguments = [a for a in golden_arguments if "model.path" not in a] + [f"--model.path={tmp_path / 'model'}"]
+    arguments = with_changed(golden_arguments, tmp_path, "layers.2.mlp.down_proj", spoil)
     assert main([*arguments, "--pruning.allocation=OWLAllocation", f"--output={tmp_path / 'out'}"]) == 2
     where = "block model.language_model.layers.2, first in mlp.down_proj.weight, for calibration sample 0"
     assert capsys.readouterr().err == f"error: NaN or infinity in the output of {where}\n"
