@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from lvlm_prune.blocks.decoder import Decoder
 from lvlm_prune.blocks.nested import distinct_nbytes, has_nan, map_tensors
+from lvlm_prune.blocks.versions import CACHE_NAMES
 from lvlm_prune.errors import InputError
 
 # A recorded cache would be appended to at every replay of a block, which would then attend to old keys.
-_WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": False}
+_WITHOUT_CACHE = {**dict.fromkeys(CACHE_NAMES), "use_cache": False}
 
 # How many outputs after the hidden states a block may return; None stands for a bare tensor.
 _FORMS = (None, 0, 1, 2, 3)

@@ -1,7 +1,8 @@
-"""What transformers 4.57 and transformers 5 do differently, as far as building and loading a model goes.
+"""What versions of transformers do differently, as far as building, loading and calling a model goes.
 
 Version 5 converts while it loads (one matrix per expert on disk, a stack of experts in the model) and lists what is
-tied. Version 4 only renames, and ties one parameter to two places.
+tied. Version 4 only renames, and ties one parameter to two places. Version 5.24 calls a cache of keys and values
+`cache`, which had several names before.
 """
 
 from __future__ import annotations
@@ -23,7 +24,33 @@ if VERSION_5:
 else:
     from transformers.modeling_utils import no_init_weights
 
-__all__ = ["VERSION_5", "names_on_disk", "names_pattern", "no_init_weights", "prepare", "tied_names"]
+__all__ = [
+    "CACHE_NAMES",
+    "VERSION_5",
+    "cache_argument",
+    "names_on_disk",
+    "names_pattern",
+    "no_init_weights",
+    "prepare",
+    "tied_names",
+]
+
+# What a cache of keys and values is called, among arguments and outputs: the name since 5.24, then those before it.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params", "layer_past")
+
+
+def cache_argument(output: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache in a model's output, under the name by which the model and its `generate` take it back.
+
+    Args:
+        output: What a transformers model returns for `use_cache=True`.
+
+    Returns:
+        The one keyword argument; none where the output has no cache.
+    """
+    # The new name first: asked for an old one, an output of version 5.24 warns and gives the same cache.
+    name = next((name for name in CACHE_NAMES if name in output), None)
+    return {} if name is None else {name: output[name]}
 
 
 def prepare(model: PreTrainedModel) -> None:

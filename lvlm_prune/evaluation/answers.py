@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lvlm_prune.blocks.versions import cache_argument
 from lvlm_prune.data.conversation import Conversation, load_image
 from lvlm_prune.data.processing import encode, render, tokenizer_of
 from lvlm_prune.errors import RunError
@@ -230,8 +231,11 @@ class _Answerer:
             return None
         device = self.model.device
         input_ids = torch.tensor([prefix] * len(first), device=device)
-        cache = self.model(input_ids=input_ids, pixel_values=processed["pixel_values"], use_cache=True).past_key_values
-        cache.batch_select_indices(torch.tensor([owner[id(image)] for (image,) in images], device=device))
+        output = self.model(input_ids=input_ids, pixel_values=processed["pixel_values"], use_cache=True)
+        if not (cache := cache_argument(output)):
+            return None
+        for held in cache.values():
+            held.batch_select_indices(torch.tensor([owner[id(image)] for (image,) in images], device=device))
         longest = max(map(len, rows))
         padding = [longest - len(row) for row in rows]
         tokens = [prefix + [self.tokenizer.pad_token_id] * n + row[shared:] for row, n in zip(rows, padding)]
@@ -239,7 +243,7 @@ class _Answerer:
         return {
             "input_ids": torch.tensor(tokens, device=device),
             "attention_mask": torch.tensor(mask, device=device),
-            "past_key_values": cache,
+            **cache,
         }
 
     def _generate(self, inputs: Any, limit: int) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.blocks import modality_of_tokens
+from lvlm_prune.blocks.versions import cache_argument
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.probing.pathways import is_probed
@@ -84,12 +85,11 @@ def test_a_generated_token_takes_the_text_pathway(pathway, model, samples):
     follows = {"input_ids": torch.tensor([[7]]), "position_ids": place}
 
     def next_logits():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_argument(model(**inputs, use_cache=True))
         with routed(model, {name: torch.zeros_like(weight) for name, weight in probed(model).items()}, pathway):
-            return model(**follows, past_key_values=cache).logits
+            return model(**follows, **cache).logits
 
-    cache = model(**inputs, use_cache=True).past_key_values
-    plain = model(**follows, past_key_values=cache).logits
+    plain = model(**follows, **cache_argument(model(**inputs, use_cache=True))).logits
     assert torch.equal(next_logits(), plain) == (pathway == "visual")
 
 

@@ -171,14 +171,28 @@ class BlockWithCache(Block):
         return super().forward(seen, other)
 
 
+class BlockWithRenamedCache(Block):
+    """As transformers calls it since 5.24."""
+
+    def forward(self, hidden_states: Tensor, other: Any = None, cache: Any = None) -> Any:
+        seen = hidden_states if cache is None else cache.update(self, hidden_states)
+        return super().forward(seen, other)
+
+
 class CacheWhetherAskedForOrNot(Decoder):
     block_class = BlockWithCache
+    cache_name = "past_key_values"
 
     def loop(self, hidden: Tensor) -> Tensor:
-        cache = Cache()
+        cache = {self.cache_name: Cache()}
         for layer in self.layers:
-            hidden = layer(hidden, past_key_values=cache)
+            hidden = layer(hidden, **cache)
         return hidden
+
+
+class RenamedCache(CacheWhetherAskedForOrNot):
+    block_class = BlockWithRenamedCache
+    cache_name = "cache"
 
 
 class SharedDictionary(Decoder):
@@ -211,6 +225,7 @@ KINDS = [
     EarlierOutputsAndGlueInPlace,
     EmbeddingsScaledInPlace,
     CacheWhetherAskedForOrNot,
+    RenamedCache,
     SharedDictionary,
     ResidualStreams,
 ]

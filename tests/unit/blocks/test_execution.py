@@ -1,10 +1,14 @@
 """Chaining blocks is the model's own forward, bit for bit."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lvlm_prune.blocks import BlockRunner
+from lvlm_prune.blocks.versions import CACHE_NAMES
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import own_forward, prune_on_the_way
 
@@ -72,6 +76,21 @@ def test_run_does_not_move_the_batch() -> None:
     assert first.shape == before.shape
     torch.testing.assert_close(batch.hidden, before, rtol=0, atol=0)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_a_replayed_block_sees_no_cache_that_the_model_was_given(family: str) -> None:
+    """Whatever this version of transformers calls it: with a cache a block would attend to keys of its earlier runs."""
+    model = tiny_model(family)
+    inputs = batches_of(family, model)["single"]
+    (name,) = set(CACHE_NAMES) & set(inspect.signature(type(model).forward).parameters)
+    runner, cache = BlockRunner(model), DynamicCache()
+    batch, plain = runner.catch({**inputs, name: cache}), runner.catch(inputs)
+    assert all(batch.arguments[i].get(name) is None for i in range(len(runner)))
+    for i in range(len(runner)):
+        runner.run(i, batch)
+        torch.testing.assert_close(runner.advance(i, batch), runner.advance(i, plain), rtol=0, atol=0)
+    assert cache.get_seq_length() == 0
 
 
 def test_catching_touches_no_block_and_leaves_no_trace() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lvlm_prune.blocks.versions import cache_argument
 from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.demo.processing import build_processor, build_tokenizer
 from lvlm_prune.demo.training import EmbeddedModelTraining
@@ -72,7 +73,8 @@ def test_a_model_for_which_the_shortcut_is_wrong_is_asked_the_plain_way(untraine
     def wrong(self, prompts, images):
         """A cache that belongs to other images."""
         inputs = right(self, prompts, images)
-        inputs["past_key_values"].batch_select_indices(torch.arange(len(prompts)).flip(0))
+        (cache,) = cache_argument(inputs).values()
+        cache.batch_select_indices(torch.arange(len(prompts)).flip(0))
         return inputs
 
     for replacement in (wrong, lambda self, prompts, images: None):
