@@ -29,8 +29,8 @@ def ours(method: str) -> Work:
     """lvlm-prune, all tokens calibrate."""
     from lvlm_prune import prune
     from lvlm_prune.callbacks import BlockwisePruning
-    from lvlm_prune.pools import MixedPool
-    from lvlm_prune.scorers import SparseGPTScorer, WandaScorer
+    from lvlm_prune.methods.pools import MixedPool
+    from lvlm_prune.methods.scorers import SparseGPTScorer, WandaScorer
 
     scorer = {"wanda": WandaScorer, "sparsegpt": SparseGPTScorer}[method]()
     return lambda model, samples, sparsity: prune(

@@ -34,9 +34,9 @@ from lvlm_prune import load_pruning, prune
 from lvlm_prune.api import InputsSource
 from lvlm_prune.blocks import BlockRunner
 from lvlm_prune.data import CalibrationDataModule
-from lvlm_prune.manifest import METHOD_PHASES, Manifest
-from lvlm_prune.measuring import Stopwatch, anonymous_memory
+from lvlm_prune.memory.measuring import Stopwatch, anonymous_memory
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.manifest import METHOD_PHASES, Manifest
 from lvlm_prune.trainer import LVLMTrainer
 
 RECIPES = Path(__file__).parents[1] / "configs" / "prune"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main as run_command
 from lvlm_prune.demo import CHECKPOINT
 

@@ -23,18 +23,18 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lvlm_prune import load_pruning, prune
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import CalibrationDataModule, EmbeddedSource
 from lvlm_prune.demo import CHECKPOINT
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.scores import Scores, retention
-from lvlm_prune.figures.style import save_png
-from lvlm_prune.figures.sweeps import retention_curve
-from lvlm_prune.measuring import Stopwatch
+from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.sweep.grid import PATTERN, SPARSITY
+from lvlm_prune.report.figures.style import save_png
+from lvlm_prune.report.figures.sweeps import retention_curve
+from lvlm_prune.runs.sweep.grid import PATTERN, SPARSITY
 from lvlm_prune.trainer import LVLMTrainer
 
 RECIPES = Path(__file__).parents[1] / "configs" / "prune"

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback
 
-from lvlm_prune.activations import Activations
-from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.loop import Block
+from lvlm_prune.loop.activations import Activations
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -38,7 +38,7 @@ class PruneCallback(Callback):
     wants_activations: bool = False
     """True where `on_calibration_batch_end` is to be called: the loop leaves out the gathering pass otherwise."""
     needs: frozenset[str] = frozenset()
-    """What the activations are to hold besides the inputs of the Linears, of `lvlm_prune.tokens.NEEDS`."""
+    """What the activations are to hold besides the inputs of the Linears, of `lvlm_prune.methods.tokens.NEEDS`."""
     wants_survey: bool = False
     """True where the dense model is to be surveyed before the first block is pruned."""
     survey_needs: frozenset[str] = frozenset()

@@ -23,9 +23,8 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.loop import Block
-from lvlm_prune.manifest import FILE_NAME, Manifest, replace_durably
-from lvlm_prune.measuring import Stopwatch
-from lvlm_prune.output_folder import (
+from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.output.folder import (
     copy_checkpoint,
     is_occupied,
     lock_folder,
@@ -34,9 +33,10 @@ from lvlm_prune.output_folder import (
     release,
     writing,
 )
+from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
+from lvlm_prune.output.verification import Expectation, verify_checkpoint
 from lvlm_prune.plugins import describe
-from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
-from lvlm_prune.verification import Expectation, verify_checkpoint
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

@@ -6,7 +6,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, retention
-from lvlm_prune.output_folder import writing
+from lvlm_prune.output.folder import writing
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

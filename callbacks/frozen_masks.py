@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lvlm_prune.patterns import Pattern
+from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 
 if TYPE_CHECKING:

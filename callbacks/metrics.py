@@ -9,10 +9,10 @@ lvlm-prune prune --trainer.logger CSVLogger --trainer.logger.save_dir runs/logs
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
-from lvlm_prune.measuring import Stopwatch, peak_memory
+from lvlm_prune.memory.measuring import Stopwatch, peak_memory
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

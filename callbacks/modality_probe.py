@@ -16,19 +16,19 @@ from jsonargparse import lazy_instance
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lvlm_prune.activations import Activations
-from lvlm_prune.blocks.tail import DecoderTail
-from lvlm_prune.calibration import BlockCalibration
+from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.callbacks.base import PruneCallback
-from lvlm_prune.diversity import modality_diversity
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
-from lvlm_prune.patterns import Unstructured
+from lvlm_prune.loop.activations import Activations
+from lvlm_prune.methods.diversity import modality_diversity
+from lvlm_prune.methods.patterns import Unstructured
+from lvlm_prune.methods.pools import TextOnlyPool, VisualOnlyPool
+from lvlm_prune.methods.pools.contribution import scaled_to_one, singular_contributions
+from lvlm_prune.methods.scorers import Scorer, WandaScorer
+from lvlm_prune.methods.tokens import Tokens
 from lvlm_prune.plugins import own_instance
-from lvlm_prune.pools import TextOnlyPool, VisualOnlyPool
-from lvlm_prune.pools.contribution import scaled_to_one, singular_contributions
-from lvlm_prune.scorers import Scorer, WandaScorer
-from lvlm_prune.tokens import Tokens
+from lvlm_prune.pruning.calibration import BlockCalibration
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

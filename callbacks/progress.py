@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lvlm_prune.activations import Activations
-from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
+from lvlm_prune.loop.activations import Activations
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

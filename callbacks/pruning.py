@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jsonargparse import lazy_instance
 
-from lvlm_prune.activations import Activations
-from lvlm_prune.allocation import Allocation, UniformAllocation
 from lvlm_prune.blocks import Target
-from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
-from lvlm_prune.patterns import SemiStructured
+from lvlm_prune.loop.activations import Activations
+from lvlm_prune.methods.allocation import Allocation, UniformAllocation
+from lvlm_prune.methods.patterns import SemiStructured
+from lvlm_prune.methods.pools import AsymmetricPool, Pool
+from lvlm_prune.methods.scorers import Scorer, WandaScorer
+from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.plugins import own_instance, plugin_class
-from lvlm_prune.pools import AsymmetricPool, Pool
 from lvlm_prune.pruning.block import BlockPruner, scorer_of
+from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.naming import folder_label, method_name
 from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
 from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, refuse_widths
-from lvlm_prune.scorers import Scorer, WandaScorer
-from lvlm_prune.tokens import EXPERTS
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

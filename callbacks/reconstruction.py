@@ -19,17 +19,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from lvlm_prune.blocks import BlockRunner, CaughtBatch, CheckpointFolder, StreamedWeights
+from lvlm_prune.blocks import BlockRunner, CaughtBatch, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.sparse_lora import SparseLoRA
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
-from lvlm_prune.manifest import replace_durably
+from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.summaries import RECORD_NAME
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction, squared_sums
-from lvlm_prune.recovery.summary import RECORD_NAME
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

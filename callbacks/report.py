@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
-from lvlm_prune.manifest import FILE_NAME
-from lvlm_prune.output_folder import writing
-from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME
+from lvlm_prune.output.folder import writing
+from lvlm_prune.output.manifest import FILE_NAME
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

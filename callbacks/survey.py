@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.activations import Activations
-from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
+from lvlm_prune.loop.activations import Activations
+from lvlm_prune.methods.survey import Surveyor, surveyed_samples
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.survey import Surveyor, surveyed_samples
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lvlm_prune.blocks import Target
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli_errors import explain
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
-from lvlm_prune.manifest import Manifest
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.option_errors import explain
+from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.trainer import LVLMTrainer
 
 

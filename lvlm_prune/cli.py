@@ -24,13 +24,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune import __version__
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
+from lvlm_prune.cli_errors import VERBS, OptionError, explain
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.distributed.interruption import said_of_interruption
+from lvlm_prune.distributed.launching import is_first_process
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
-from lvlm_prune.interruption import said_of_interruption
-from lvlm_prune.launching import is_first_process
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.option_errors import VERBS, OptionError, explain
 from lvlm_prune.plugins import load_installed_plugins
 from lvlm_prune.trainer import LVLMTrainer
 

@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks import (
     BlockRunner,
-    CheckpointFolder,
     ExpertMatrix,
     Part,
     ResidentWeights,
@@ -25,12 +24,11 @@ from lvlm_prune.blocks import (
     Target,
     TowerRunner,
     Weights,
-    build_skeleton,
     find_expert_stacks,
     find_towers,
     prunable_linears,
-    resolve,
 )
+from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton, resolve
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.patterns import Pattern
+from lvlm_prune.methods.patterns import Pattern
 
 ENTRY_POINT_GROUP = "lvlm_prune.plugins"
 
@@ -40,10 +40,10 @@ def describe(value: Any) -> Any:
     Constructor arguments are looked up as attributes of the same name; one that is not kept is left out.
 
     Example:
-        >>> from lvlm_prune.pools import AsymmetricPool
+        >>> from lvlm_prune.methods.pools import AsymmetricPool
         >>> described = describe(AsymmetricPool(alpha=2.0))
         >>> described["class_path"], described["init_args"]["alpha"], described["init_args"]["saliency"]["class_path"]
-        ('lvlm_prune.pools.asymmetric.AsymmetricPool', 2.0, 'lvlm_prune.saliency.drift.DriftSaliency')
+        ('lvlm_prune.methods.pools.asymmetric.AsymmetricPool', 2.0, 'lvlm_prune.methods.saliency.drift.DriftSaliency')
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -15,24 +15,24 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lvlm_prune.activations import SampleRow
 from lvlm_prune.blocks import Weights
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.data.picture import Picture
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.hidden_states import Wanted, checked_place
-from lvlm_prune.manifest import Manifest
+from lvlm_prune.loop.activations import SampleRow
+from lvlm_prune.memory.hidden_states import Wanted, checked_place
+from lvlm_prune.memory.run_memory import RunMemory
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.plugins import own_instance
-from lvlm_prune.processes import Processes
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
-from lvlm_prune.report.picture import Picture
-from lvlm_prune.run_memory import RunMemory
-from lvlm_prune.sharing import SharedCalibration
-from lvlm_prune.sweep.results import FinishedRun
+from lvlm_prune.runs.prune.sharing import SharedCalibration
+from lvlm_prune.runs.sweep.results import FinishedRun
 
 
 class LVLMTrainer(L.Trainer):
@@ -115,7 +115,7 @@ class LVLMTrainer(L.Trainer):
         Returns:
             The manifest; empty after a plan.
         """
-        from lvlm_prune.pruning.run import PruneRun
+        from lvlm_prune.runs.prune.run import PruneRun
 
         self.resume_run, self.evaluate_run, self.report_run, self.plan_run = resume, evaluate, report, plan
         return PruneRun(self, model, datamodule, output)()
@@ -154,9 +154,9 @@ class LVLMTrainer(L.Trainer):
         Returns:
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
-        from lvlm_prune.recovery.blockwise import BlockwiseRun
-        from lvlm_prune.recovery.fitting import FittingRun
-        from lvlm_prune.recovery.run import Recipe, RecoveryRun
+        from lvlm_prune.runs.recover.blockwise import BlockwiseRun
+        from lvlm_prune.runs.recover.fitting import FittingRun
+        from lvlm_prune.runs.recover.run import Recipe, RecoveryRun
 
         recipe = Recipe(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
@@ -184,7 +184,7 @@ class LVLMTrainer(L.Trainer):
         Returns:
             What was found; also `probe.json` in the output folder, beside `report.html`.
         """
-        from lvlm_prune.probing.run import ProbeRun
+        from lvlm_prune.runs.probe.run import ProbeRun
 
         return ProbeRun(self, model, datamodule, output, resume, evaluate)()
 
@@ -224,8 +224,8 @@ class LVLMTrainer(L.Trainer):
         Returns:
             The finished runs of the grid.
         """
-        from lvlm_prune.sweep.grid import Grid
-        from lvlm_prune.sweep.run import SweepRun
+        from lvlm_prune.runs.sweep.grid import Grid
+        from lvlm_prune.runs.sweep.run import SweepRun
 
         points = Grid.of(recipes, grid, seeds, datamodule)
         return SweepRun(self, model, points, own_instance(engine), output, part, keep, across)()
@@ -250,7 +250,7 @@ class LVLMTrainer(L.Trainer):
         Returns:
             What was found; also `evaluation.json`.
         """
-        from lvlm_prune.evaluation.run import EvaluationRun
+        from lvlm_prune.runs.evaluate.run import EvaluationRun
 
         return EvaluationRun(self, model, baseline, own_instance(engine), output)()
 
@@ -268,7 +268,7 @@ class LVLMTrainer(L.Trainer):
         Returns:
             What was found; also `compare.json`.
         """
-        from lvlm_prune.comparison.run import compare
+        from lvlm_prune.runs.compare.run import compare
 
         return compare(folders, output)
 

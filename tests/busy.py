@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from lvlm_prune.callbacks import PruneCallback
-from lvlm_prune.scorers import WandaScorer
+from lvlm_prune.methods.scorers import WandaScorer
 from tests.conftest import REPOSITORY
 
 

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lvlm_prune.blocks.versions import VERSION_5
+from lvlm_prune.checkpoints.versions import VERSION_5
 
 HIDDEN = 32
 IMAGE_TOKEN = 100

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from benchmarks.families.tiny_config import tiny_model
 from benchmarks.families.verdicts import EXACT, OWN_FORWARD_FAILS
 from benchmarks.families.visual_inputs import REFUSALS, Inputs, image_samples, padded, text_samples
-from lvlm_prune.activations import rows_of
-from lvlm_prune.blocks import IMAGE, BlockRunner, find_decoder, find_expert_stacks
+from lvlm_prune.blocks import BlockRunner, find_decoder, find_expert_stacks
 from lvlm_prune.cli import main
 from lvlm_prune.errors import InputError
+from lvlm_prune.loop.activations import rows_of
+from lvlm_prune.methods.modality import IMAGE
 from tests.full_forward import (
     compute_experts_one_by_one,
     own_forward,

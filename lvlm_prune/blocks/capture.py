@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lvlm_prune.blocks.decoder import Decoder
 from lvlm_prune.blocks.nested import distinct_nbytes, has_nan, map_tensors
-from lvlm_prune.blocks.versions import CACHE_NAMES
+from lvlm_prune.checkpoints.versions import CACHE_NAMES
 from lvlm_prune.errors import InputError
 
 # A recorded cache would be appended to at every replay of a block, which would then attend to old keys.

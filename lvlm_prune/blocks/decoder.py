@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lvlm_prune.blocks.versions import tied_names
+from lvlm_prune.checkpoints.versions import tied_names
 from lvlm_prune.errors import InputError
 
 # What models of transformers call their lists of blocks.

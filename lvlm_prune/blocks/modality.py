@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PADDING = -1
-TEXT = 0
-IMAGE = 1
-VIDEO = 2
-AUDIO = 3
-
-MODALITIES = {"text": TEXT, "image": IMAGE, "video": VIDEO, "audio": AUDIO}
+from lvlm_prune.methods.modality import IMAGE, MODALITIES, PADDING, TEXT
 
 _SUBCONFIGS = ("thinker_config", "text_config", "vision_config", "audio_config")
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lvlm_prune.blocks.checkpoint import CheckpointFolder
 from lvlm_prune.blocks.decoder import Decoder
-from lvlm_prune.blocks.heap import give_back_freed
-from lvlm_prune.blocks.prefetch import Prefetch
-from lvlm_prune.blocks.sources import WeightSource, find_sources
-from lvlm_prune.blocks.versions import tied_names
+from lvlm_prune.checkpoints.allocator import give_back_freed
+from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
+from lvlm_prune.checkpoints.prefetch import Prefetch
+from lvlm_prune.checkpoints.sources import WeightSource, find_sources
+from lvlm_prune.checkpoints.versions import tied_names
 from lvlm_prune.errors import InputError
 
 

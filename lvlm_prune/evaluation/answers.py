@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lvlm_prune.blocks.versions import cache_argument
+from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.data.conversation import Conversation, load_image
 from lvlm_prune.data.processing import encode, render, tokenizer_of
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.metrics import METRICS
 from lvlm_prune.evaluation.scores import Question, Retention, Scores, retention
-from lvlm_prune.processes import Processes
 
 __all__ = ["Question", "Retention", "Scores", "answer", "retention", "score"]
 

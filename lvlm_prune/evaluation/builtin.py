@@ -13,14 +13,14 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lvlm_prune.data.processing import load_processor
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.answers import score
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Benchmark, Scores
 from lvlm_prune.plugins import own_instance
-from lvlm_prune.processes import Processes
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.processes import Processes
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lvlm_prune.data.processing import takes_images
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.processes import Processes
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

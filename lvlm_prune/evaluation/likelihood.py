@@ -21,10 +21,10 @@ from lvlm_prune.data.bucketing import BucketedLoader
 from lvlm_prune.data.labels import IGNORED, encode_with_labels
 from lvlm_prune.data.processing import pad_token_of
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.scores import Question
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.processes import Processes
 from lvlm_prune.recovery.dense import each_answer
 from lvlm_prune.recovery.distillation import Distillation, Teacher
 

@@ -10,7 +10,7 @@ from typing import Any
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.engine import Measurement
 from lvlm_prune.evaluation.scores import retention
-from lvlm_prune.manifest import replace_durably
+from lvlm_prune.output.manifest import replace_durably
 
 EVALUATION_FILES = RECORD_NAME, TABLE_NAME = "evaluation.json", "evaluation.md"
 

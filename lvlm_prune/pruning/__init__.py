@@ -1,1 +1,1 @@
-"""Pruning block by block: the run, its calibration samples, and what is done at each block."""
+"""What happens to one block: which tokens calibrate, which weights go, what it did to the block's outputs."""

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.blocks import ExpertMatrix
-from lvlm_prune.calibration import BlockCalibration
-from lvlm_prune.effects import BlockEffects, scored_rows
+from lvlm_prune.distributed.processes import Processes, deal
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
-from lvlm_prune.measuring import Stopwatch
-from lvlm_prune.patterns import Pattern
-from lvlm_prune.processes import Processes, deal
-from lvlm_prune.scorers import MagnitudeScorer, Scorer
-from lvlm_prune.statistics import Statistic
+from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.methods.patterns import Pattern
+from lvlm_prune.methods.scorers import MagnitudeScorer, Scorer
+from lvlm_prune.methods.statistics import Statistic
+from lvlm_prune.pruning.calibration import BlockCalibration
+from lvlm_prune.pruning.effects import BlockEffects, scored_rows
 
 _BY_MAGNITUDE = MagnitudeScorer()
 

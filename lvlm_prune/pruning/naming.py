@@ -2,20 +2,20 @@
 
 import re
 
-from lvlm_prune.allocation import Allocation
-from lvlm_prune.patterns import Pattern, SemiStructured
+from lvlm_prune.methods.allocation import Allocation
+from lvlm_prune.methods.patterns import Pattern, SemiStructured
+from lvlm_prune.methods.pools import AsymmetricPool, Pool
+from lvlm_prune.methods.saliency import DriftSaliency
+from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.pools import AsymmetricPool, Pool
-from lvlm_prune.saliency import DriftSaliency
-from lvlm_prune.scorers import Scorer, WandaScorer
 
 
 def method_name(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
     """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper.
 
     Example:
-        >>> from lvlm_prune.allocation import UniformAllocation
-        >>> from lvlm_prune.pools import MixedPool
+        >>> from lvlm_prune.methods.allocation import UniformAllocation
+        >>> from lvlm_prune.methods.pools import MixedPool
         >>> method_name(MixedPool(), WandaScorer(), UniformAllocation())
         'mixed Wanda'
     """
@@ -41,7 +41,7 @@ def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
     """Method and sparsity as part of a folder name.
 
     Example:
-        >>> from lvlm_prune.patterns import parse_pattern
+        >>> from lvlm_prune.methods.patterns import parse_pattern
         >>> folder_label("mixed Wanda", 0.6, parse_pattern("unstructured"))
         'mixed-wanda-60'
         >>> folder_label("ATV", 0.5, parse_pattern("2:4"))

@@ -3,7 +3,7 @@
 import math
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.patterns import Pattern, SemiStructured, parse_pattern
+from lvlm_prune.methods.patterns import Pattern, SemiStructured, parse_pattern
 
 DEFAULT_SPARSITY = 0.5
 

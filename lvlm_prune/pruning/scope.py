@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lvlm_prune.allocation import Allocation
 from lvlm_prune.blocks import ExpertMatrix
-from lvlm_prune.blocks.versions import VERSION_5
+from lvlm_prune.checkpoints.versions import VERSION_5
 from lvlm_prune.errors import InputError
-from lvlm_prune.patterns import Pattern, SemiStructured
+from lvlm_prune.methods.allocation import Allocation
+from lvlm_prune.methods.patterns import Pattern, SemiStructured
+from lvlm_prune.methods.pools import Pool
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.pools import Pool
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.manifest import replace_durably
+from lvlm_prune.output.manifest import replace_durably
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -25,8 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.manifest import replace_durably
-from lvlm_prune.output_folder import free_bytes
+from lvlm_prune.output.folder import free_bytes
+from lvlm_prune.output.manifest import replace_durably
 
 SAMPLES_PER_PART = 64
 LogitsOf = Callable[[Sequence[int]], Mapping[int, Tensor]]

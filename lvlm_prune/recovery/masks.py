@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune.errors import RunError
-from lvlm_prune.patterns import Pattern, SemiStructured
+from lvlm_prune.methods.patterns import Pattern, SemiStructured
 
 if TYPE_CHECKING:
     from lvlm_prune.blocks import StreamedWeights

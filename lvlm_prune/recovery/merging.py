@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
+from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import RunError
-from lvlm_prune.patterns import Pattern
+from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from lvlm_prune.manifest import replacing
+from lvlm_prune.output.manifest import replacing
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

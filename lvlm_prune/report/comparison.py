@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lvlm_prune.figures.blocks import curves, heat_map
+from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.page import Plate, Table, render_page, show
 
 # Pairs of folders that get a figure of their own; of more, those with the first folder.

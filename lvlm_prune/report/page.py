@@ -18,9 +18,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from lvlm_prune.figures.style import inline_svg, save_png, theme_css
-from lvlm_prune.manifest import replace_durably
-from lvlm_prune.report.names import FIGURE_FOLDER, PAGE_NAME
+from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
+from lvlm_prune.report.figures.style import inline_svg, save_png, theme_css
 
 _UNITS = {
     "count": lambda value: f"{value:,.0f}".replace(",", "\u202f"),

@@ -9,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lvlm_prune.figures.blocks import curves, heat_map
-from lvlm_prune.figures.probe import contribution_curves, token_map
+from lvlm_prune.report.figures.blocks import curves, heat_map
+from lvlm_prune.report.figures.probe import contribution_curves, token_map
 from lvlm_prune.report.page import Plate, Table, render_page, show
 
 _TERMS = {"text": "within text", "visual": "within visual", "between": "between the modalities"}

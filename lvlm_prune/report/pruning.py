@@ -11,12 +11,12 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from lvlm_prune.composition import unpack
-from lvlm_prune.effects import BINS_PER_DECADE
-from lvlm_prune.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.manifest import Manifest
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import FIGURE_FOLDER, PICTURE_NAME
+from lvlm_prune.pruning.composition import unpack
+from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
-from lvlm_prune.report.names import FIGURE_FOLDER, PICTURE_NAME
+from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.report.page import Plate, Table, render_page, show
 
 _WORST = 10

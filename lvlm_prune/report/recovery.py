@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.figures.blocks import curves, heat_map
-from lvlm_prune.figures.training import loss_curves
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
+from lvlm_prune.report.figures.blocks import curves, heat_map
+from lvlm_prune.report.figures.training import loss_curves
 from lvlm_prune.report.page import Plate, Table, render_page, show
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}

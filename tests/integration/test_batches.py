@@ -3,13 +3,13 @@
 import pytest
 from torch import Tensor, nn
 
-from lvlm_prune.activations import Activations, recording, rows_of
 from lvlm_prune.blocks import BlockRunner, prunable_linears
-from lvlm_prune.calibration import BlockCalibration
 from lvlm_prune.data.batches import batch_key, collate
-from lvlm_prune.pools import MixedPool
-from lvlm_prune.processes import Processes
-from lvlm_prune.statistics import ChannelNorm
+from lvlm_prune.distributed.processes import Processes
+from lvlm_prune.loop.activations import Activations, recording, rows_of
+from lvlm_prune.methods.pools import MixedPool
+from lvlm_prune.methods.statistics import ChannelNorm
+from lvlm_prune.pruning.calibration import BlockCalibration
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.integration.test_families import TEXT_ONLY_REFUSED
 

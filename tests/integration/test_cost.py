@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
-from lvlm_prune.attention import SampleAttention
+from lvlm_prune.blocks.attention import SampleAttention
 from lvlm_prune.callbacks import BlockwisePruning, PruneCallback
 from lvlm_prune.data import CalibrationDataModule, TensorSource
-from lvlm_prune.pools import AsymmetricPool
-from lvlm_prune.saliency import AttentionSaliency
-from lvlm_prune.statistics import ChannelNorm, Gram
+from lvlm_prune.methods.pools import AsymmetricPool
+from lvlm_prune.methods.saliency import AttentionSaliency
+from lvlm_prune.methods.statistics import ChannelNorm, Gram
 from tests.conftest import GOLDEN, REPOSITORY
 
 SAMPLES, LINEARS, SITES = 8, 7, 4  # q/k/v share a site, gate/up share one
@@ -89,17 +89,17 @@ def count(monkeypatch):
                 (SampleAttention, "_stripes", "attention"),
             ):
                 patch.setattr(owner, name, counted(getattr(owner, name), what))
-            for module in ("lvlm_prune.allocation.das", "lvlm_prune.pools.amia"):
+            for module in ("lvlm_prune.methods.allocation.das", "lvlm_prune.methods.pools.amia"):
                 patch.setattr(
                     f"{module}.modality_diversity",
-                    counted(lvlm_prune.diversity.modality_diversity, "diversities"),
+                    counted(lvlm_prune.methods.diversity.modality_diversity, "diversities"),
                 )
-            partition = counted(lvlm_prune.patterns.kth_lowest, "partitions")
-            for module in ("lvlm_prune.patterns", "lvlm_prune.scorers.sparsegpt"):
+            partition = counted(lvlm_prune.methods.patterns.kth_lowest, "partitions")
+            for module in ("lvlm_prune.methods.patterns", "lvlm_prune.methods.scorers.sparsegpt"):
                 patch.setattr(f"{module}.kth_lowest", partition)
             patch.setattr(
-                "lvlm_prune.pools.amia.inner_products",
-                counted(lvlm_prune.products.inner_products, "kernels"),
+                "lvlm_prune.methods.pools.amia.inner_products",
+                counted(lvlm_prune.methods.products.inner_products, "kernels"),
             )
             for layer in model.get_decoder().layers:
                 layer.mlp.down_proj.register_forward_hook(lambda *_: counting.counts.update(["forwards"]))

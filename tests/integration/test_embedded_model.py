@@ -12,11 +12,11 @@ from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, EmbeddedSource
 from lvlm_prune.demo import CHECKPOINT
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.evaluation.answers import score
 from lvlm_prune.evaluation.builtin import BuiltinEngine
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.scores import Scores, retention
-from lvlm_prune.pools import MixedPool, TextOnlyPool, VisualOnlyPool
+from lvlm_prune.methods.pools import MixedPool, TextOnlyPool, VisualOnlyPool
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import LlavaJsonSource, load_processor
 from lvlm_prune.data.labels import IGNORED, encode_with_labels
 from lvlm_prune.demo import CHECKPOINT
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.evaluation.answers import score
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.harness import PAPER_TASKS, LMEvalEngine
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.processes import Processes
 from lvlm_prune.report.pruning import summarise
 from tests.conftest import REPOSITORY
 from tests.hub_folders import write_captions, write_folder, write_sounds

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from benchmarks.families.tiny_config import tiny_model
 from benchmarks.families.visual_inputs import image_samples, text_samples
 from lvlm_prune import prune
-from lvlm_prune.allocation import DASAllocation
 from lvlm_prune.api import InputsSource
-from lvlm_prune.blocks import CheckpointFolder, find_expert_stacks
+from lvlm_prune.blocks import find_expert_stacks
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.errors import InputError
-from lvlm_prune.pools import AMIAPool, AsymmetricPool, MixedPool
-from lvlm_prune.scorers import MagnitudeScorer, SparseGPTScorer
-from lvlm_prune.statistics import Gram
+from lvlm_prune.methods.allocation import DASAllocation
+from lvlm_prune.methods.pools import AMIAPool, AsymmetricPool, MixedPool
+from lvlm_prune.methods.scorers import MagnitudeScorer, SparseGPTScorer
+from lvlm_prune.methods.statistics import Gram
 from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards, tensors_of, zeros
 
 # Stacks as (experts, out, in); as (experts, in, out); in copies of all tokens; without a gate; one for each modality.

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune import prune
-from lvlm_prune.blocks.versions import VERSION_5
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.checkpoints.versions import VERSION_5
 from lvlm_prune.errors import InputError
-from lvlm_prune.pools import AsymmetricPool, MixedPool
+from lvlm_prune.methods.pools import AsymmetricPool, MixedPool
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import prune_by_full_forwards
 

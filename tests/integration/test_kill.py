@@ -21,7 +21,7 @@ TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 
 KILLER = '''
 import os, signal
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.callbacks import PruneCallback
 
 class KillInWrite(PruneCallback):

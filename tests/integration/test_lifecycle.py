@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
-from lvlm_prune.blocks import BlockRunner, CheckpointFolder
+from lvlm_prune.blocks import BlockRunner
 from lvlm_prune.callbacks import BlockwisePruning, PruneCallback
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from lvlm_prune.pools import AsymmetricPool, MixedPool, TextOnlyPool
-from lvlm_prune.scorers import MagnitudeScorer
+from lvlm_prune.methods.pools import AsymmetricPool, MixedPool, TextOnlyPool
+from lvlm_prune.methods.scorers import MagnitudeScorer
 from tests.conftest import GOLDEN, REPOSITORY
 
 CALIBRATION = GOLDEN / "calib.safetensors"
@@ -190,8 +191,8 @@ def test_every_recipe_runs(recipe, tmp_path, golden_arguments):
 
 PLUGIN = '''
 import torch
-from lvlm_prune.saliency import Saliency
-from lvlm_prune.scorers import WandaScorer
+from lvlm_prune.methods.saliency import Saliency
+from lvlm_prune.methods.scorers import WandaScorer
 
 class LoudSaliency(Saliency):
     """Norm of the output."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.memory import measure, write_inputs
-from lvlm_prune.blocks import BlockRunner, CheckpointFolder, StreamedWeights, build_skeleton
+from lvlm_prune.blocks import BlockRunner, StreamedWeights
 from lvlm_prune.blocks import placement as placement_module
 from lvlm_prune.callbacks import PruneCallback
+from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
 from lvlm_prune.cli import main
 from tests.conftest import REPOSITORY
 from tests.families import Sample, make_inputs, tiny_model
@@ -108,11 +109,11 @@ def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, recipes, tmp_
 _SPARSEGPT = """
 import sys
 import torch
-from lvlm_prune.blocks.heap import give_back_from
-from lvlm_prune.measuring import MemorySampler
-from lvlm_prune.patterns import Unstructured
-from lvlm_prune.scorers import SparseGPTScorer
-from lvlm_prune.statistics import Gram
+from lvlm_prune.checkpoints.allocator import give_back_from
+from lvlm_prune.memory.measuring import MemorySampler
+from lvlm_prune.methods.patterns import Unstructured
+from lvlm_prune.methods.scorers import SparseGPTScorer
+from lvlm_prune.methods.statistics import Gram
 
 give_back_from()
 rows, columns = map(int, sys.argv[1:])

@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from tests.conftest import GOLDEN
 

@@ -10,7 +10,7 @@ from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.errors import RunError
-from lvlm_prune.pools import (
+from lvlm_prune.methods.pools import (
     AMIAPool,
     AsymmetricPool,
     AttendedPool,
@@ -19,8 +19,8 @@ from lvlm_prune.pools import (
     Pool,
     RandomTokensPool,
 )
-from lvlm_prune.saliency import AttentionSaliency, DiversitySaliency
-from lvlm_prune.tokens import Selection
+from lvlm_prune.methods.saliency import AttentionSaliency, DiversitySaliency
+from lvlm_prune.methods.tokens import Selection
 from tests.conftest import GOLDEN, REPOSITORY
 from tests.families import Sample, make_inputs, tiny_model
 
@@ -156,7 +156,7 @@ def test_attention_is_read_only_for_pools_that_need_it(monkeypatch):
     def refuse(calls):
         raise AssertionError("nobody needs attention")
 
-    monkeypatch.setattr("lvlm_prune.activations.recorded_attention", refuse)
+    monkeypatch.setattr("lvlm_prune.loop.activations.recorded_attention", refuse)
     for pool in (AsymmetricPool(), MixedPool(), AsymmetricPool(DiversitySaliency(), k=2), RandomTokensPool()):
         pruned_golden(pool)
     with pytest.raises(AssertionError):

@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.blocks import modality_of_tokens
-from lvlm_prune.blocks.versions import cache_argument
+from lvlm_prune.blocks.routing import routed, tokens_of
+from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from lvlm_prune.probing.pathways import is_probed
-from lvlm_prune.probing.routing import routed, tokens_of
-from lvlm_prune.probing.run import ProbeRun
 from lvlm_prune.report.probe import probe_page, summarise
+from lvlm_prune.runs.probe.pathways import is_probed
+from lvlm_prune.runs.probe.run import ProbeRun
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 from tests.pages import Page, refuse_other_numbers
 

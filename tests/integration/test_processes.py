@@ -39,8 +39,8 @@ RECIPES = {
 FEWER_SAMPLES_THAN_PROCESSES = {"atv": "atv_one_sample", "sparsegpt": "sparsegpt_one_sample"}
 
 PLUGINS = '''
-from lvlm_prune.scorers import WandaScorer
-from lvlm_prune.blocks import CheckpointFolder
+from lvlm_prune.methods.scorers import WandaScorer
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.callbacks import PruneCallback
 
 class BrokenScorer(WandaScorer):

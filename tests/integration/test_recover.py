@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from lvlm_prune.blocks import CheckpointFolder
 from lvlm_prune.callbacks import FrozenMasks
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.data import RecoveryDataModule, TensorSource
 from lvlm_prune.errors import InputError

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForImageTextToText
 
-from lvlm_prune.blocks import CheckpointFolder, StreamedWeights
+from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.data import RecoveryDataModule, TensorSource
 from lvlm_prune.data.recovery import SAMPLE_NUMBER

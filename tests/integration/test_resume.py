@@ -11,10 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from lvlm_prune import output_folder
-from lvlm_prune.blocks import CheckpointFolder
 from lvlm_prune.callbacks import PruneCallback, PruningReport
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
+from lvlm_prune.output import folder as output_folder
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 
 KILLER = '''

@@ -11,9 +11,9 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from lvlm_prune.pools import MixedPool, Pool
-from lvlm_prune.scorers import RIAScorer, SparseGPTScorer, WandaScorer
-from lvlm_prune.tokens import Selection, Tokens
+from lvlm_prune.methods.pools import MixedPool, Pool
+from lvlm_prune.methods.scorers import RIAScorer, SparseGPTScorer, WandaScorer
+from lvlm_prune.methods.tokens import Selection, Tokens
 from tests.conftest import GOLDEN
 
 SOURCE = TensorSource(str(GOLDEN / "calib.safetensors"))

@@ -12,9 +12,9 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import MixtureSource, TensorSource
-from lvlm_prune.pools import AMIAPool, AsymmetricPool, ContributionPool, MixedPool
-from lvlm_prune.scorers import Scorer, WandaScorer
-from lvlm_prune.statistics import ChannelNorm, Gram
+from lvlm_prune.methods.pools import AMIAPool, AsymmetricPool, ContributionPool, MixedPool
+from lvlm_prune.methods.scorers import Scorer, WandaScorer
+from lvlm_prune.methods.statistics import ChannelNorm, Gram
 from tests.conftest import GOLDEN
 
 SIZES = (6, 2)

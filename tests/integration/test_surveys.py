@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
-from lvlm_prune.allocation import DASAllocation, ECoFLaPAllocation, OWLAllocation
 from lvlm_prune.blocks import BlockRunner
-from lvlm_prune.blocks.tail import DecoderTail
+from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruneCallback
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from lvlm_prune.pools import MixedPool
-from lvlm_prune.scorers import MagnitudeScorer
-from lvlm_prune.survey import surveyed_samples
+from lvlm_prune.methods.allocation import DASAllocation, ECoFLaPAllocation, OWLAllocation
+from lvlm_prune.methods.pools import MixedPool
+from lvlm_prune.methods.scorers import MagnitudeScorer
+from lvlm_prune.methods.survey import surveyed_samples
 from tests.conftest import GOLDEN
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 
@@ -260,7 +260,7 @@ def test_allocations_that_cannot_be_are_refused_before_anything_is_written(
 def test_custom_sparsities_from_a_configuration_file(golden_arguments, tmp_path):
     config = tmp_path / "custom.yaml"
     config.write_text(
-        "pruning:\n  allocation:\n    class_path: lvlm_prune.allocation.CustomAllocation\n    init_args:\n"
+        "pruning:\n  allocation:\n    class_path: lvlm_prune.methods.allocation.CustomAllocation\n    init_args:\n"
         '      sparsities: {"*.layers.0.*": 0.25, "*.v_proj": 0.0}\n'
     )
     assert main([*golden_arguments, f"--config={config}", f"--output={tmp_path / 'out'}"]) == 0

@@ -11,8 +11,8 @@ import pytest
 
 from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
-from lvlm_prune.output_folder import lock_folder
-from lvlm_prune.pruning import catching
+from lvlm_prune.loop import catching
+from lvlm_prune.output.folder import lock_folder
 from lvlm_prune.trainer import LVLMTrainer
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 

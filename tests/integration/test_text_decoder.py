@@ -9,7 +9,7 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from lvlm_prune.pools import MixedPool
+from lvlm_prune.methods.pools import MixedPool
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lvlm_prune import prune
-from lvlm_prune.blocks import CheckpointFolder, TowerRunner, find_decoder, find_towers
+from lvlm_prune.blocks import TowerRunner, find_decoder, find_towers
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
+from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.pools import MixedPool
 from lvlm_prune.report.pruning import summarise
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import prune_by_full_forwards, prune_towers_by_full_forwards

@@ -5,10 +5,10 @@ import sys
 from jsonargparse import lazy_instance
 
 from lvlm_prune.callbacks import BlockwisePruning
-from lvlm_prune.patterns import SemiStructured
+from lvlm_prune.methods.patterns import SemiStructured
+from lvlm_prune.methods.pools import AsymmetricPool
+from lvlm_prune.methods.saliency import DriftSaliency, RandomSaliency
 from lvlm_prune.plugins import describe, load_installed_plugins, plugin_class
-from lvlm_prune.pools import AsymmetricPool
-from lvlm_prune.saliency import DriftSaliency, RandomSaliency
 
 
 def test_a_default_is_described_as_the_class_its_author_wrote():
@@ -37,7 +37,7 @@ def test_patterns_and_plain_data_are_described_as_they_are_written():
 
 def test_an_installed_package_registers_short_names(tmp_path, monkeypatch):
     (tmp_path / "loud_plugin.py").write_text(
-        "from lvlm_prune.saliency import Saliency\n"
+        "from lvlm_prune.methods.saliency import Saliency\n"
         "class LoudSaliency(Saliency):\n"
         "    def __call__(self, tokens):\n"
         "        return tokens.hidden_out[tokens.visual].float().norm(dim=-1)\n"
@@ -60,8 +60,8 @@ def test_an_installed_package_registers_short_names(tmp_path, monkeypatch):
 
 
 def test_a_method_without_a_name_is_named_after_its_parts():
-    from lvlm_prune.pools import MixedPool
-    from lvlm_prune.scorers import MagnitudeScorer
+    from lvlm_prune.methods.pools import MixedPool
+    from lvlm_prune.methods.scorers import MagnitudeScorer
 
     assert BlockwisePruning().name == "ATV"
     assert BlockwisePruning(pool=AsymmetricPool(RandomSaliency())).name == "asymmetric Wanda"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lvlm_prune.blocks import BlockRunner
-from lvlm_prune.blocks.versions import CACHE_NAMES
+from lvlm_prune.checkpoints.versions import CACHE_NAMES
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import own_forward, prune_on_the_way
 

@@ -12,7 +12,7 @@ from lvlm_prune.blocks import BlockRunner, CaughtBatch, Placement, place_batches
 from lvlm_prune.blocks import placement as placement_module
 from lvlm_prune.blocks.placement import WaitingElsewhere, relocate
 from lvlm_prune.errors import RunError
-from lvlm_prune.hidden_states import HiddenStates
+from lvlm_prune.memory.hidden_states import HiddenStates
 from tests.families import Sample, make_inputs, tiny_model
 from tests.unit.blocks.test_decoder_kinds import INPUTS, KINDS, toy_model
 

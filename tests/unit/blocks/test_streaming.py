@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lvlm_prune.blocks import BlockRunner, CaughtBatch, CheckpointFolder, StreamedWeights, build_skeleton
-from lvlm_prune.blocks.checkpoint import SINGLE_NAME
-from lvlm_prune.blocks.versions import VERSION_5
+from lvlm_prune.blocks import BlockRunner, CaughtBatch, StreamedWeights
+from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
+from lvlm_prune.checkpoints.checkpoint import SINGLE_NAME
+from lvlm_prune.checkpoints.versions import VERSION_5
 from lvlm_prune.errors import InputError
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from lvlm_prune.demo import CHECKPOINT
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
-from lvlm_prune.demo.contact_sheet import contact_sheet
 from lvlm_prune.demo.datasets import CalibrationCaptions
+from lvlm_prune.demo.making.contact_sheet import contact_sheet
 from lvlm_prune.demo.processing import build_tokenizer
 from lvlm_prune.demo.questions import TEXT_TASKS, VISION_TASKS
 from lvlm_prune.evaluation.answers import score
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 
 @pytest.fixture(scope="module")

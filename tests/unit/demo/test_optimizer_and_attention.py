@@ -7,8 +7,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention
 
-from lvlm_prune.demo.attention import MatmulAttention
-from lvlm_prune.demo.optimizer import MasterAdam
+from lvlm_prune.demo.making.attention import MatmulAttention
+from lvlm_prune.demo.making.optimizer import MasterAdam
 
 
 def test_attention_has_the_gradient_of_softmax_attention():

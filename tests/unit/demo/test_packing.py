@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lvlm_prune.demo.datasets import conversation
-from lvlm_prune.demo.packing import TASKS, PackedBatches, attention_mask, encode
+from lvlm_prune.demo.making.packing import TASKS, PackedBatches, attention_mask, encode
+from lvlm_prune.demo.making.training import EmbeddedModelTraining
 from lvlm_prune.demo.processing import BOS_ID, IMAGE_ID, USER_ID, build_processor, build_tokenizer
 from lvlm_prune.demo.questions import text_question, vision_questions
-from lvlm_prune.demo.training import EmbeddedModelTraining
 from lvlm_prune.demo.world import draw_indexed
 
 

@@ -5,7 +5,6 @@ from random import Random
 
 import pytest
 
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
 from lvlm_prune.demo.datasets import CalibrationCaptions, QuestionConversations
 from lvlm_prune.demo.facts import COUNTRIES, FACT_WORDINGS, SIGN_MEANINGS
 from lvlm_prune.demo.questions import (
@@ -19,6 +18,7 @@ from lvlm_prune.demo.questions import (
 )
 from lvlm_prune.demo.splits import SPLITS, random_for
 from lvlm_prune.demo.world import COLORS, PLACES, SHAPES, scene
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 
 def answer_by_looking(task, question, described):

@@ -7,9 +7,9 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lvlm_prune.demo import train
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.demo.making import train
 from lvlm_prune.evaluation.answers import answer
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 CONFIG = Path(__file__).parents[3] / "configs" / "demo" / "train.yaml"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lvlm_prune.blocks.versions import cache_argument
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.checkpoints.versions import cache_argument
+from lvlm_prune.demo.making.training import EmbeddedModelTraining
 from lvlm_prune.demo.processing import build_processor, build_tokenizer
-from lvlm_prune.demo.training import EmbeddedModelTraining
 from lvlm_prune.evaluation import answers
 from lvlm_prune.evaluation.answers import Question, Scores, answer, retention, score
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 
 @pytest.fixture(scope="module")

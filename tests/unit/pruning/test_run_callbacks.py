@@ -4,8 +4,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 
 from lvlm_prune.callbacks import BlockwisePruning, PruneCallback, PruneProgressBar, RetentionEvaluation
 from lvlm_prune.evaluation.builtin import BuiltinEngine
-from lvlm_prune.pruning.callbacks import Demands, with_defaults
-from lvlm_prune.scorers import MagnitudeScorer
+from lvlm_prune.methods.scorers import MagnitudeScorer
+from lvlm_prune.runs.prune.participants import Demands, with_defaults
 
 WRITTEN_AND_SCORED = ["SparseCheckpointWriter", "EmbeddedEvaluation", "BlockMetrics", "PruningReport"]
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lvlm_prune.patterns import SemiStructured
+from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.recovery import masked_lora_linear, masked_weight, sparse_lora_config
 
 

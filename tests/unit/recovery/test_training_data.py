@@ -1,7 +1,7 @@
 """What the embedded model is recovered on has nothing of what it is tested on."""
 
 from lvlm_prune.data import EmbeddedQuestions, EmbeddedSource
-from lvlm_prune.demo.benchmark import EmbeddedBenchmark
+from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 
 def test_no_question_or_picture_of_the_test_split():

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
-from lvlm_prune.manifest import Manifest
+from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.report.pruning import pruning_page, summarise
 from tests.conftest import GOLDEN_ARGUMENTS
 from tests.pages import Page, refuse_other_numbers
@@ -60,7 +60,7 @@ def test_sums_and_means_are_those_of_the_manifest(manifest):
 
 
 def test_tokens_drawn_are_those_recorded(folder, manifest):
-    from lvlm_prune.composition import unpack
+    from lvlm_prune.pruning.composition import unpack
 
     recorded = load_file(folder / "statistics.safetensors")
     sample = manifest["picture"]["sample"]

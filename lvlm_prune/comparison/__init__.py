@@ -1,1 +1,0 @@
-"""Output folders of `prune` and `recover` side by side."""

@@ -1,0 +1,5 @@
+"""The one loop over blocks, and the calibration samples that go through it."""
+
+from lvlm_prune.loop.block_loop import Block, BlockLoop
+
+__all__ = ["Block", "BlockLoop"]

@@ -1,0 +1,417 @@
+"""Memory that a run is going to need, from sizes that are known before it starts.
+
+    catching    frame            + inputs and tower of one batch          + samples caught so far
+    survey      block, next one  + forward, what is recorded of it        + samples, twice
+    gathering   block            + forward, statistics, held candidates   + samples
+    scoring     block            + statistics, masks, one weight's scores + samples
+    passing on  block, next one  + forward, masks                         + samples
+    verifying   one weight, dense and pruned
+
+The peak is the largest of these lines. What plugins take they say themselves (`nbytes`, `working_bytes`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvlm_prune.blocks import (
+    BlockRunner,
+    ExpertMatrix,
+    Part,
+    Place,
+    find_expert_stacks,
+    modality_of_tokens,
+    prunable_linears,
+    with_image_positions,
+)
+from lvlm_prune.blocks.attention import HELD_ATTENTION
+from lvlm_prune.memory.hidden_states import Wanted, choose_place
+from lvlm_prune.methods.modality import MODALITIES
+from lvlm_prune.methods.pools import Pool
+from lvlm_prune.methods.scorers import Scorer
+from lvlm_prune.methods.tokens import ATTENTION_NEEDS
+from lvlm_prune.module import LVLMModule
+
+# What libraries set up in the first forwards, in bytes.
+_WARM_UP = 2**24
+
+# Rows of a weight before and after, in float32, that tell how far its outputs move.
+_EFFECTS = 2**24
+
+# Elements that become one patch of a vision tower: 14 x 14 pixels of three colours.
+_PATCH = 588
+
+
+# What configurations call the number of experts that a token is sent to.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Size of one calibration batch.
+
+    Args:
+        shape: (samples, positions).
+        text: Text tokens of each sample.
+        visual: Visual tokens of each sample.
+        input_elements: Elements of all floating-point inputs (pixels).
+    """
+
+    shape: tuple[int, int]
+    text: tuple[int, ...]
+    visual: tuple[int, ...]
+    input_elements: int
+
+    @property
+    def positions(self) -> int:
+        """Positions in all samples, padding included."""
+        return prod(self.shape)
+
+    @property
+    def patches(self) -> int:
+        """About how many patches a vision tower makes of the inputs."""
+        return self.input_elements // _PATCH
+
+    def in_tower(self, patches: int) -> BatchSize:
+        """Size of what a vision tower sees of a batch of one sample: patches, each a visual token."""
+        return BatchSize((1, patches), (0,), (patches,), self.input_elements)
+
+    def samples_in_tower(self) -> list[BatchSize]:
+        """About the same for each sample of a batch, before any tower has run; none for text."""
+        samples = self.shape[0]
+        one = replace(self, input_elements=self.input_elements // samples)
+        return [one.in_tower(one.patches)] * samples if one.patches else []
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], config: object, visual: Sequence[str]) -> BatchSize:
+        """Size of model inputs; `visual` are the modalities that count as visual."""
+        input_ids, attention_mask = with_image_positions(config, inputs)
+        assert input_ids is not None
+        modality = modality_of_tokens(config, input_ids, attention_mask)
+        codes = torch.tensor([MODALITIES[name] for name in visual], dtype=modality.dtype, device=modality.device)
+        return cls(
+            (input_ids.shape[0], input_ids.shape[1]),
+            tuple((modality == MODALITIES["text"]).sum(1).tolist()),
+            tuple(torch.isin(modality, codes).sum(1).tolist()),
+            sum(value.numel() for value in inputs.values() if value.is_floating_point()),
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What takes memory of a method: its plugins, and whether it surveys the dense model.
+
+    Args:
+        pool: Chooses tokens; None where no activations are gathered.
+        scorer: Scores weights.
+        needs: What is recorded of a forward besides the inputs of the Linears.
+        surveys: Whether the dense model is surveyed.
+        survey_needs: As `needs`, in the survey.
+        prunes_experts: Whether routed experts are pruned, each from a statistic of its own.
+    """
+
+    pool: Pool | None
+    scorer: Scorer
+    needs: frozenset[str]
+    surveys: bool
+    survey_needs: frozenset[str]
+    prunes_experts: bool
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes.
+
+    Args:
+        device: Memory of the GPU; None on a CPU, whose memory is the host's.
+        host: Anonymous memory of the process, libraries included.
+        disk: The output folder and memory-mapped files.
+    """
+
+    device: int | None
+    host: int
+    disk: int
+
+    def or_more(self, other: Peak) -> Peak:
+        """The larger of both, each kind of memory by itself."""
+        device = None if self.device is None or other.device is None else max(self.device, other.device)
+        return Peak(device, max(self.host, other.host), max(self.disk, other.disk))
+
+
+def larger_phases(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    """Phases of both, with the larger number where both have one."""
+    return {**first, **{name: max(count, first.get(name, 0)) for name, count in second.items()}}
+
+
+class Footprint:
+    """Predicts the memory that one process takes while the decoder, or a vision tower, is in work.
+
+    Args:
+        module: The opened model; no weights are read.
+        part: The blocks that are in work.
+        method: What prunes it.
+        batches: The calibration batches of this process.
+        device: Where blocks run.
+        baseline: Anonymous memory of the process before anything is read, in bytes.
+        output_bytes: Size of the output folder.
+    """
+
+    def __init__(
+        self,
+        module: LVLMModule,
+        part: Part,
+        method: Method,
+        batches: Sequence[BatchSize],
+        device: torch.device,
+        baseline: int,
+        output_bytes: int,
+    ) -> None:
+        self.method, self.batches, self.output_bytes = method, batches, output_bytes
+        self.baseline = baseline + _WARM_UP
+        self.on_gpu = device.type == "cuda"
+        self._label = "vision tower, " if part.target == "vision" else ""
+        runner = part.runner
+        config: Any = module.model.config.get_text_config(decoder=True)
+        self.width: int = config.hidden_size
+        if part.target == "vision":
+            # What `hidden_size` means differs from tower to tower; their first Linear is that of the attention.
+            config = getattr(runner.model, "config", None)
+            self.width = next(iter(prunable_linears(runner.block(0)).values())).weight.shape[1]
+        self.itemsize = torch.empty((), dtype=module.compute_dtype).element_size()
+        self._heads = max(_largest(config, name, 1) for name in ("num_attention_heads", "num_heads"))
+        self._head_width = _largest(config, "head_dim", self.width // self._heads)
+        rotary = getattr(config, "rope_parameters", None) or {}
+        self._experts_per_token = max(_largest(config, name, 1) for name in _EXPERTS_PER_TOKEN)
+        self._rotary_axes = 3 if "mrope_section" in rotary else 1
+        self._eager = getattr(config, "_attn_implementation", "") == "eager"
+        self.frame_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
+        if module.folder is None:  # the weights are in memory already, part of the baseline
+            self.frame_bytes, self.block_bytes = 0, [0] * len(self.block_bytes)
+        sizes = (_BlockSize.of(runner.block(index), self.width) for index in range(len(runner)))
+        self._blocks = [size if method.prunes_experts else replace(size, experts=()) for size in sizes]
+
+    # ---- what is held all along --------------------------------------------------------------------------------------
+    def held_bytes(self) -> int:
+        """Bytes of all calibration samples at the input of a block."""
+        return sum(self._held(batch) for batch in self.batches)
+
+    def _held(self, batch: BatchSize) -> int:
+        # Hidden states; cosine and sine; ids, mask and three positions as int64, modality as int8.
+        rotary = 2 * self._rotary_axes * self._head_width * self.itemsize
+        return batch.positions * (self.width * self.itemsize + rotary + 5 * 8 + 1) + self._mask(batch)
+
+    def _mask(self, batch: BatchSize) -> int:
+        samples, length = batch.shape
+        padded = samples > 1 and sum(batch.text) + sum(batch.visual) < batch.positions
+        return samples * length**2 * (self.itemsize if self._eager else padded)
+
+    # ---- phases, in bytes beside the samples -------------------------------------------------------------------------
+    def phases(self) -> dict[str, int]:
+        """Bytes that each phase of the run takes where blocks run, besides what waits."""
+        pool, scorer = self.method.pool, self.method.scorer
+        found = {"catching": max(map(self._catching, self.batches), default=0) + self.frame_bytes * bool(self.batches)}
+        for size, block in zip(self.block_bytes, self._blocks):
+            statistics = 0 if pool is None else block.statistics(scorer, pool)
+            matrices = (*block.shapes, *block.experts)
+            masks = sum(map(prod, matrices))
+            scoring = max((scorer.working_bytes(shape, self.itemsize) for shape in matrices), default=0) + _EFFECTS
+            with_next = size if self.on_gpu else 2 * size  # which waits in the host's memory
+            phases = {
+                "scoring": size + statistics + masks + scoring,
+                "passing on": with_next + masks + max((self._forward(block, one) for one in self.batches), default=0),
+            }
+            if pool is not None:
+                gathering = max((self._gathering(block, batch, self.method.needs) for batch in self.batches), default=0)
+                phases["gathering"] = size + statistics + self._candidates(block, pool) + gathering
+            if self.method.surveys:
+                survey = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
+                phases["survey"] = with_next + survey
+            found = larger_phases(found, phases)
+        return {f"{self._label}{name}": count for name, count in found.items()}
+
+    def _catching(self, batch: BatchSize) -> int:
+        inputs = batch.input_elements * (4 + self.itemsize)
+        tower = batch.patches * self._tower_width * 3 * self.itemsize
+        return inputs + tower + 4 * batch.positions * self.width * self.itemsize
+
+    def _forward(self, block: _BlockSize, batch: BatchSize) -> int:
+        wide = sorted((rows for rows, _ in block.shapes), reverse=True)[:2] or [self.width]
+        # Two gates and their product, or one layer and its activation.
+        feed_forward = 3 * wide[0] if len(wide) == 2 and wide[0] == wide[1] else 2 * wide[0]
+        attention = 2 * sum(rows for rows, _ in block.shapes if rows < wide[0]) + 4 * self.width // self.itemsize
+        maps = 2 * self._heads * batch.shape[1] * batch.positions * 4 if self._eager else 0
+        return batch.positions * self.itemsize * (3 * self.width + max(feed_forward, attention)) + maps
+
+    def _gathering(self, block: _BlockSize, batch: BatchSize, needs: frozenset[str]) -> int:
+        """A forward whose inputs of Linears are recorded, and what is made of one sample's afterwards."""
+        recorded = sum(channels for channels, _ in block.sites) + 2 * self.width
+        if "outputs" in needs:
+            recorded += sum(rows for rows, _ in block.shapes)
+        if needs & ATTENTION_NEEDS:
+            recorded += 2 * self.width
+        longest = batch.shape[1]
+        statistic = self.method.scorer.statistic
+        adding = (
+            max((statistic.adding_bytes(longest, channels, self.itemsize) for channels, _ in block.sites), default=0)
+            if statistic is not None and self.method.pool is not None
+            else 0
+        )
+        widest = max((rows for rows, _ in block.shapes), default=self.width)
+        choosing = (
+            self.method.pool.working_bytes(longest, max(batch.visual), self.width, widest, self.itemsize)
+            if self.method.pool is not None
+            else 0
+        )
+        if attention := needs & ATTENTION_NEEDS:
+            looking = {"attention_last": 1, "attention_text_to_visual": max(batch.text)}
+            rows = max(looking.get(name, longest) for name in attention)
+            keys = self._heads * self._head_width * longest * (4 + 2 * self.itemsize)
+            choosing = max(choosing, keys + 3 * 4 * min(HELD_ATTENTION, self._heads * rows * longest))
+        made = batch.positions * recorded * self.itemsize
+        return max(self._forward(block, batch) + made // 2, made + max(adding, choosing))
+
+    def _candidates(self, block: _BlockSize, pool: Pool) -> int:
+        """Activations of tokens whose turn is decided once all samples have run."""
+        tokens = sum(
+            pool.held_tokens(text, visual) for batch in self.batches for text, visual in zip(batch.text, batch.visual)
+        )
+        channels = sum(channels for channels, _ in block.sites)
+        # A token is sent to a few experts, and goes through each matrix of theirs.
+        channels += self._experts_per_token * sum({shape: shape[1] for shape in block.experts}.values())
+        return tokens * channels * self.itemsize
+
+    # ---- the peak ----------------------------------------------------------------------------------------------------
+    def working(self) -> tuple[int, int]:
+        """Bytes beside the samples: (on the device, in the host's memory); the same number twice on a CPU."""
+        most = max(self.phases().values())
+        verifying = max((prod(shape) for block in self._blocks for shape in block.shapes), default=0)
+        if not self.on_gpu:
+            most = max(most, verifying * (2 * self.itemsize + 4)) + self.baseline
+            return most, most
+        largest = max((self._hidden(batch) for batch in self.batches), default=0)
+        host = max(self.block_bytes, default=0) + verifying * (2 * self.itemsize + 4)
+        return most + 3 * largest, self.baseline + host
+
+    def _hidden(self, batch: BatchSize) -> int:
+        return batch.positions * self.width * self.itemsize
+
+    def waiting_bytes(self) -> int:
+        """Bytes of the samples as they wait, twice where the dense model is surveyed meanwhile."""
+        return sum(self._waiting())
+
+    def _waiting(self) -> list[int]:
+        """Bytes of each batch as it waits, and of its hidden states in a survey."""
+        again = map(self._hidden, self.batches) if self.method.surveys else ()
+        return [*map(self._held, self.batches), *again]
+
+    def place(self, wanted: Wanted, on_device: int, in_host: int) -> Place:
+        """Where the samples are to wait.
+
+        Args:
+            wanted: What the user asked for.
+            on_device: Bytes that are free where blocks run.
+            in_host: Bytes that are free in host memory.
+        """
+        device, host = self.working()
+        if not self.on_gpu:
+            device -= self.baseline  # which is taken already
+        return choose_place(
+            wanted, self.waiting_bytes(), on_device - device, in_host - (host - self.baseline), in_host // 2
+        )
+
+    def peak(self, place: Place) -> Peak:
+        """The largest memory at any time, with the samples in `place`."""
+        device, host = self.working()
+        held = self.waiting_bytes()
+        disk = self.output_bytes
+        if place == "disk":
+            disk += held
+            host += 0 if self.on_gpu else 2 * max(map(self._hidden, self.batches), default=0)
+        elif place == "device" and self.on_gpu:
+            device += held
+        elif self.on_gpu:
+            host += sum(map(_power_of_two, self._waiting()))  # as pinned memory is dealt out
+        else:
+            host += held
+        return Peak(device if self.on_gpu else None, host, disk)
+
+
+@dataclass(frozen=True)
+class _BlockSize:
+    """Linears of a block.
+
+    Args:
+        shapes: (C_out, C_in) of each.
+        sites: (C_in, Linears that share this input) of each input site.
+        experts: (C_out, C_in) of each matrix of a routed expert.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    sites: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, block: nn.Module, width: int) -> _BlockSize:
+        """Linears of one parent with inputs of one width share them, but for the one that ends it."""
+        parents: dict[str, list[nn.Linear]] = {}
+        linears = prunable_linears(block)
+        for name, linear in linears.items():
+            parents.setdefault(name.rpartition(".")[0], []).append(linear)
+        sites: list[tuple[int, int]] = []
+        for group in parents.values():
+            ends = len(group) > 1 and group[-1].out_features == width
+            inputs: dict[int, int] = {}
+            for linear in group[:-1] if ends else group:
+                inputs[linear.in_features] = inputs.get(linear.in_features, 0) + 1
+            sites += inputs.items()
+            if ends:
+                sites.append((group[-1].in_features, 1))
+        experts = [matrix for stack in find_expert_stacks(block) for matrix in stack.matrices()]
+        return cls(_shapes(linears.values()), tuple(sites), _shapes(experts))
+
+    def statistics(self, scorer: Scorer, pool: Pool) -> int:
+        if scorer.statistic is None:
+            return 0
+        each = [
+            scorer.statistic.nbytes(channels) * (shared if pool.per_linear else 1) for channels, shared in self.sites
+        ]
+        return sum(each) + sum(scorer.statistic.nbytes(channels) for _, channels in self.experts)
+
+
+def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, int], ...]:
+    return tuple((matrix.out_features, matrix.in_features) for matrix in matrices)
+
+
+def _weight_sizes(module: LVLMModule, runner: BlockRunner) -> tuple[int, list[int], int]:
+    """Bytes of the frame, of each of the runner's blocks, and the widest Linear of a tower."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in module.model.state_dict().items()}
+    paths = tuple(f"{module.runner.name(index)}." for index in range(len(module.runner)))
+    decoder = sum(size for name, size in sizes.items() if name.startswith(paths))
+    names = [f"{runner.name(index)}." for index in range(len(runner))]
+    blocks = [sum(size for name, size in sizes.items() if name.startswith(path)) for path in names]
+    output = module.model.get_output_embeddings()
+    unused = sum(parameter.numel() * parameter.element_size() for parameter in output.parameters()) if output else 0
+    tied = output is not None and output.weight is module.model.get_input_embeddings().weight
+    # By the weight: families write widths that they compute as tensors.
+    widths: list[int] = [
+        max(linear.weight.shape)
+        for name, linear in module.model.named_modules()
+        if isinstance(linear, nn.Linear) and linear is not output and not name.startswith(paths)
+    ]
+    return sum(sizes.values()) - decoder - (0 if tied else unused), blocks, max(widths, default=0)
+
+
+def _largest(config: Any, name: str, default: int) -> int:
+    """A value of a configuration; the largest where layers have configurations of their own."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return max(getattr(layer, name, None) or default for layer in layers)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,146 @@
+"""What a run would do and need, said before it is done: `lvlm-prune prune --plan true`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+
+from lvlm_prune.blocks import Place, StreamedWeights
+from lvlm_prune.memory.footprint import Footprint, Peak, larger_phases
+from lvlm_prune.module import LVLMModule
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One Linear, or one tensor on disk that holds matrices of routed experts, that would be pruned.
+
+    Args:
+        name: Full module path.
+        keys: Names on disk of the tensors that hold its weight.
+        shape: (C_out, C_in); of a stack of experts the shape on disk.
+        target: Target sparsity; of a stack of experts their mean.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    target: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be pruned, and what that needs.
+
+    Args:
+        linears: The Linears, in the order of the blocks.
+        weights: Number of weights in all blocks' Linears that would be pruned.
+        model_weights: Number of weights of the whole checkpoint.
+        phases: What each phase of the run takes in memory beside the samples and the libraries, in bytes.
+        held_bytes: Hidden states, and what else belongs to the calibration samples; 0 where no data is needed.
+        place: Where these wait.
+        peak: The most memory and disk at any time.
+        output_bytes: Size of the output folder.
+        baseline: Memory of the libraries, part of the host's.
+        free_bytes: What is free on the disk of the output folder.
+    """
+
+    linears: tuple[PlannedLinear, ...]
+    weights: int
+    model_weights: int
+    phases: Mapping[str, int]
+    held_bytes: int
+    place: Place
+    peak: Peak
+    output_bytes: int
+    baseline: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        keys = [", ".join(linear.keys) for linear in self.linears]
+        width = max(map(len, keys))
+        lines = [
+            f"{key:{width}}  {' x '.join(f'{length:>7}' for length in linear.shape):>17} {linear.target:.4f}"
+            for key, linear in zip(keys, self.linears)
+        ]
+        share = self.weights / max(self.model_weights, 1)
+        zeros = sum(prod(linear.shape) * linear.target for linear in self.linears)
+        lines.append(
+            f"{len(self.linears)} Linears · {self.weights:,} weights, {100 * share:.1f}% of the checkpoint's "
+            f"{self.model_weights:,} · about {zeros:,.0f} zeros"
+        )
+        phases = ", ".join(f"{name} {_size(count)}" for name, count in self.phases.items())
+        lines.append(f"memory beside libraries and samples: {phases}")
+        if self.held_bytes:
+            where = {"device": "on the device", "host": "in host memory", "disk": "in memory-mapped files"}[self.place]
+            lines.append(f"hidden states of the calibration samples: {_size(self.held_bytes)} {where}")
+        device = "" if self.peak.device is None else f"{_size(self.peak.device)} on the device, "
+        lines.append(
+            f"predicted peak: {device}{_size(self.peak.host)} of host memory ({_size(self.baseline)} of it libraries), "
+            f"{_size(self.peak.disk)} of disk ({_size(self.output_bytes)} of it the output folder, where "
+            f"{_size(self.free_bytes)} are free)"
+        )
+        return "\n".join(lines)
+
+
+def make_plan(
+    module: LVLMModule,
+    weights: StreamedWeights,
+    targets: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    footprints: Sequence[tuple[Footprint, Place]],
+    free_bytes: int,
+) -> Plan:
+    """Look at a model on the meta device; no weights are read.
+
+    Args:
+        module: The opened model.
+        weights: Knows which tensors on disk hold a parameter.
+        targets: Full name of each Linear to prune -> target sparsity.
+        shapes: Full name of each Linear to prune -> (C_out, C_in).
+        footprints: For each part of the model that is pruned, what predicts the memory, and where the samples wait.
+        free_bytes: What is free on the disk of the output folder.
+    """
+    assert module.folder is not None
+    phases: dict[str, int] = {}
+    for footprint, _ in footprints:
+        phases = larger_phases(phases, footprint.phases())
+    footprint, place = max(footprints, key=lambda pair: pair[0].held_bytes())
+    return Plan(
+        linears=tuple(_planned(module, weights, targets, shapes)),
+        weights=sum(prod(shapes[name]) for name in targets),
+        model_weights=sum(prod(tensor.shape) for tensor in module.folder.tensors.values()),
+        phases=phases,
+        held_bytes=footprint.held_bytes(),
+        place=place,
+        peak=reduce(Peak.or_more, (each.peak(where) for each, where in footprints)),
+        output_bytes=footprint.output_bytes,
+        baseline=footprint.baseline,
+        free_bytes=free_bytes,
+    )
+
+
+def _planned(
+    module: LVLMModule, weights: StreamedWeights, targets: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
+) -> Iterator[PlannedLinear]:
+    assert module.folder is not None
+    experts = {
+        name: f"{name.removesuffix(matrix.name)}{matrix.parameter}" for name, matrix in module.expert_matrices().items()
+    }
+    stacks: dict[str, list[float]] = {}
+    for name, target in targets.items():
+        if name in experts:
+            stacks.setdefault(experts[name], []).append(target)
+        else:
+            yield PlannedLinear(name, tuple(weights.keys_of(f"{name}.weight")), shapes[name], target)
+    for parameter, own in stacks.items():
+        for key in weights.keys_of(parameter):
+            yield PlannedLinear(parameter, (key,), module.folder[key].shape, sum(own) / len(own))
+
+
+def _size(count: int) -> str:
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1000:.1f} kB"

@@ -1,0 +1,102 @@
+"""The interface of a scorer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.methods.patterns import IN_CACHES, Group, Pattern, ZeroCount
+from lvlm_prune.methods.statistics import Statistic
+
+
+class Scorer(ABC):
+    """How important each weight of a Linear is. Subclass it, write `score`, name the class in YAML.
+
+    A scorer that also changes the remaining weights overrides `prune` and sets `updates_weights`; one that compares
+    other groups of weights than the pattern does overrides `expected_zeros`, against which the written
+    checkpoint is held.
+
+    Example:
+        >>> import torch
+        >>> from lvlm_prune.methods.patterns import Unstructured
+        >>> class SignedScorer(Scorer):
+        ...     def score(self, weight, statistic):
+        ...         return weight.float()
+        >>> SignedScorer().prune(torch.tensor([[-1.0, 2.0]]), None, 0.5, Unstructured())
+        (tensor([[0., 2.]]), tensor([[ True, False]]))
+    """
+
+    statistic: ClassVar[type[Statistic] | None] = None
+    """The sums that `score` needs of a Linear's input; None where weights are enough."""
+    updates_weights: ClassVar[bool] = False
+    """True where `prune` changes weights that stay; else the writer checks that they are byte-identical."""
+    by_row: ClassVar[bool] = False
+    """True where the scores of a row depend on no other row of the weight: large weights are scored in parts then."""
+    group: Group = "row"
+    """What is compared with what under the unstructured pattern."""
+
+    @abstractmethod
+    def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
+        """Importance of each weight, float32 of shape (C_out, C_in).
+
+        Args:
+            weight: The Linear's weight, shape (C_out, C_in), in the model's dtype.
+            statistic: The sums over the pool of this Linear's input site; None when `statistic` is None.
+        """
+
+    def prune(
+        self, weight: Tensor, statistic: Statistic | None, sparsity: float, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        """The new weight, same shape and dtype as the dense one, with +0.0 where the mask is True; and the mask."""
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        rows = max(self._scores_at_once(weight.numel(), weight.is_cuda) // weight.shape[1], 1)
+        for start in range(0, len(weight), rows):
+            here = slice(start, start + rows)
+            mask[here] = pattern.mask(self.score(weight[here], statistic), sparsity, self.group)
+        return weight.masked_fill(mask, 0.0), mask
+
+    def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
+        """Bytes that `prune` takes beside weight and mask, for the plan.
+
+        Args:
+            shape: (C_out, C_in).
+            itemsize: Bytes of one weight in memory.
+        """
+        weights = shape[0] * shape[1]
+        return weights * itemsize + self._scores_at_once(weights, torch.cuda.is_available()) * 40
+
+    def _scores_at_once(self, weights: int, on_gpu: bool) -> int:
+        """Scores that are held at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy."""
+        if not self.by_row or self.group != "row":
+            return weights
+        return min(weights, 2**22 if on_gpu else IN_CACHES)
+
+    def cost(self, rows: int, columns: int) -> float:
+        """How long Linears of one statistic take, in any unit; work is dealt out over processes by it.
+
+        Args:
+            rows: Their output channels together.
+            columns: Their input channels.
+        """
+        return float(rows * columns)
+
+    def check(self, pattern: Pattern) -> None:  # noqa: B027
+        """Refuse a pattern that this scorer cannot prune to, before any work.
+
+        Raises:
+            InputError: Pattern and scorer contradict each other.
+        """
+
+    def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
+        """What `prune` promises of the zeros in a weight of this shape; empty where only their total is known."""
+        return [pattern.expected_zeros(shape, sparsity, self.group)]
+
+    def notes(self, statistic: Statistic | None, mask: Tensor, sparsity: float) -> dict[str, Any]:
+        """What the manifest is to say of a Linear that was just pruned, as plain data; most often nothing."""
+        return {}
+
+    def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
+        """One line about the whole run out of the notes of its Linears (by full name); empty where all is well."""
+        return ""

@@ -1,0 +1,230 @@
+"""Sums over calibration tokens that a scorer needs of a Linear's input.
+
+A statistic belongs to an input *site*: Linears that are fed by the same tensor (q/k/v, gate/up) share one.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.errors import RunError
+from lvlm_prune.methods.products import HELD_PRODUCTS, invert_lower_, stripes
+
+
+class Statistic(ABC):
+    """A sum over calibration tokens: float32 inside one sample, float64 over samples.
+
+    Args:
+        channels: Number of input channels of the site.
+        device: Where the sums live.
+    """
+
+    energy: ClassVar[str] = "diagonal"
+    """What `output_energy` is: `exact`, or `diagonal`, which takes channels for uncorrelated."""
+
+    @abstractmethod
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None: ...
+
+    @abstractmethod
+    def add(self, inputs: Tensor, weights: Tensor) -> None:
+        """Add one sample's tokens.
+
+        Args:
+            inputs: Input of the site, shape (T, channels), any float dtype.
+            weights: Weight of each token, shape (T,), bool or float.
+        """
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The float64 sums themselves, to be summed over processes in place."""
+
+    @staticmethod
+    def nbytes(channels: int) -> int:
+        """Bytes of the sums over a site of so many channels, for the plan."""
+        return 8 * channels
+
+    @staticmethod
+    def adding_bytes(tokens: int, channels: int, itemsize: int) -> int:
+        """Bytes that `add` takes for a sample of so many tokens, for the plan.
+
+        Args:
+            tokens: Number of tokens.
+            channels: Number of input channels of the site.
+            itemsize: Bytes of one activation.
+        """
+        return tokens * channels * (4 if itemsize == 4 else 8)
+
+    def squared_norms(self) -> Tensor | None:
+        """Squared norm of each channel over the pool, float64 of shape (channels,); None where it is not known."""
+        return None
+
+    def output_energy(self, weight: Tensor) -> Tensor | None:
+        r"""Squared norm of what a weight makes of the pool, as far as the sums tell; float64 without dimension.
+
+        .. math:: \sum_t w_t^2 \lVert W x_t \rVert^2 \approx \sum_{ij} W_{ij}^2 \sum_t w_t^2 x_{tj}^2
+
+        Args:
+            weight: float32 of shape (rows, channels).
+
+        Returns:
+            None where the squared norms are not known.
+        """
+        norms = self.squared_norms()
+        return None if norms is None else weight.square().sum(dim=0).double() @ norms
+
+
+class ChannelNorm(Statistic):
+    r"""Squared norm of each input channel over the pool.
+
+    .. math:: \sum_t w_t^2 x_{tj}^2
+
+    Example:
+        >>> norm = ChannelNorm(2)
+        >>> norm.add(torch.tensor([[3.0, 1.0], [4.0, 1.0], [9.0, 9.0]]), torch.tensor([True, True, False]))
+        >>> norm.value.sqrt()
+        tensor([5.0000, 1.4142], dtype=torch.float64)
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.value = torch.zeros(channels, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, weights: Tensor) -> None:
+        """Add `w_t^2 x_tj^2` summed over the tokens of one sample."""
+        self.value += weights.float().square() @ inputs.float().square()
+
+    def tensors(self) -> list[Tensor]:
+        """The squared norms, float64 of shape (channels,)."""
+        return [self.value]
+
+    def squared_norms(self) -> Tensor:
+        """The sums themselves."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Cholesky factor of the inverse of a damped Gram matrix.
+
+    Args:
+        upper: Upper triangular U with U^T U = (H + damping)^-1, float32 of shape (channels, channels).
+        dead: Channels that are zero in every token of the pool, bool of shape (channels,); U is diagonal there.
+        damping: The share of the mean diagonal that was added, the asked one or the first larger one that sufficed.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+
+class Gram(Statistic):
+    r"""Products of each two input channels over the pool.
+
+    .. math:: H = \sum_t w_t^2 \, x_t x_t^T
+
+    Example:
+        >>> gram = Gram(2)
+        >>> gram.add(torch.tensor([[3.0, 1.0], [4.0, 1.0], [9.0, 9.0]]), torch.tensor([True, True, False]))
+        >>> gram.value
+        tensor([[25.,  7.],
+                [ 7.,  2.]], dtype=torch.float64)
+    """
+
+    energy = "exact"
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        # Symmetric: only what is on and below the diagonal is summed up.
+        self._lower = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self._factors: dict[tuple[float, int], InverseFactor] = {}
+
+    def add(self, inputs: Tensor, weights: Tensor) -> None:
+        """Add `w_t^2 x_t x_t^T` summed over the tokens of one sample."""
+        # The product costs T * channels^2: what does not count is left out first.
+        counts = weights if weights.dtype == torch.bool else weights != 0
+        tokens = inputs[counts].float()
+        if weights.dtype != torch.bool:
+            tokens *= weights[counts].float()[:, None]
+        if len(tokens):
+            for rows in stripes(inputs.shape[1]):
+                self._lower[rows, : rows.stop] += tokens[:, rows].T @ tokens[:, : rows.stop]
+
+    @staticmethod
+    def nbytes(channels: int) -> int:
+        """See `Statistic.nbytes`: the products in float64, and the factor in float32."""
+        return 12 * channels**2
+
+    @staticmethod
+    def adding_bytes(tokens: int, channels: int, itemsize: int) -> int:
+        """See `Statistic.adding_bytes`: the tokens that count, in float32, and products that are to be added."""
+        return tokens * channels * (itemsize if itemsize == 4 else itemsize + 4) + 4 * min(channels**2, HELD_PRODUCTS)
+
+    @property
+    def value(self) -> Tensor:
+        """The products, float64 of shape (channels, channels)."""
+        return self._lower.tril() + self._lower.tril(-1).T
+
+    def tensors(self) -> list[Tensor]:
+        """The products as they are summed up, float64 of shape (channels, channels): those below the diagonal count."""
+        return [self._lower]
+
+    def squared_norms(self) -> Tensor:
+        """The diagonal."""
+        return self._lower.diagonal()
+
+    def output_energy(self, weight: Tensor) -> Tensor:
+        r"""Exactly :math:`\operatorname{tr} W H W^\top`."""
+        diagonal = weight.square().sum(dim=0).double() @ self._lower.diagonal()
+        below = diagonal.new_zeros(())
+        for rows in stripes(weight.shape[1]):
+            products = self._lower[rows, : rows.stop].float().tril(rows.start - 1)
+            below += ((weight[:, rows] @ products) * weight[:, : rows.stop]).sum(dtype=torch.float64)
+        return diagonal + 2 * below
+
+    def inverse_factor(self, damping: float) -> InverseFactor:
+        r"""Upper Cholesky factor of the damped inverse, computed once for all Linears of the site.
+
+        .. math:: U^T U = (H + \lambda \, \overline{\mathrm{diag}(H)} \, I)^{-1}
+
+        Where the damped matrix is still singular within float32 (the precision of a sample's sums), lambda grows
+        tenfold until it is not; the answer says so.
+
+        Args:
+            damping: Lambda, a share of the mean diagonal, 0 or larger.
+
+        Raises:
+            RunError: The sums are not finite, or all channels are zero.
+        """
+        # The version changes with every change of the sums, be it by `add` or by a sum over processes.
+        key = (damping, self._lower._version)
+        if key not in self._factors:
+            self._factors = {key: self._factorise(damping)}
+        return self._factors[key]
+
+    def _factorise(self, damping: float) -> InverseFactor:
+        diagonal = self._lower.diagonal()
+        mean = diagonal.mean().item()
+        if not torch.isfinite(self._lower.sum()):
+            raise RunError("NaN or infinity in the Gram matrix of the calibration tokens")
+        if mean == 0:
+            raise RunError("the Gram matrix is zero: no calibration token has a value that is not zero")
+        dead = diagonal == 0
+        share, failed = damping, torch.empty((), dtype=torch.int32, device=self._lower.device)
+        while True:
+            # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
+            # so H^-1 = R^-T R^-1 and U = R^-1. One factorisation and one triangular inverse; H^-1 is never formed.
+            # Reversed, what is below the diagonal comes to lie above it, and only what is below is looked at.
+            # A wide matrix takes gigabytes: factor and inverse take its place.
+            lower = self._lower.flip(0, 1).T
+            damped = lower.diagonal().add_((share * mean + dead * mean).flip(0)).clone()
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
+            if not failed and (lower.diagonal().square() / damped).min() > torch.finfo(torch.float32).eps:
+                break
+            del lower
+            share = max(10 * share, 1e-6)
+        inverse = invert_lower_(lower)
+        upper = torch.empty_like(inverse, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for rows in stripes(len(inverse)):
+            upper[rows] = inverse[len(inverse) - rows.stop : len(inverse) - rows.start].flip(0, 1)
+        return InverseFactor(upper, dead, share)

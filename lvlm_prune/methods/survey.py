@@ -1,0 +1,115 @@
+"""Surveys: what a plugin may learn from the dense model before the first block is pruned.
+
+allocation ─┐ wants_survey                        for each block of the dense model:
+pool ───────┴──────────────► one survey for all       survey_block_start      no sample has gone through it yet
+                                                      survey_sample           each sample, once
+                                                      survey_block_end        sums over processes
+                             survey_end ──► findings ──► manifest ──► use_survey      (also after --resume true)
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.methods.tokens import Tokens
+
+SumOverProcesses = Callable[[Tensor], Tensor]
+
+
+def surveyed_samples(count: int | None, numbers: Sequence[int]) -> frozenset[int]:
+    """Which samples a survey of `count` samples takes: of two surveys the smaller one takes a part of the larger one's.
+
+    They are drawn, not the first ones: a calibration set may be in the order of the files that it comes from.
+
+    Args:
+        count: How many; None, or more than there are: all.
+        numbers: Numbers of the samples of all processes, ascending.
+
+    Example:
+        >>> sorted(surveyed_samples(2, [0, 1, 2, 4, 5])), sorted(surveyed_samples(3, [0, 1, 2, 4, 5]))
+        ([4, 5], [0, 4, 5])
+    """
+    places = sorted(range(len(numbers)), key=lambda place: hashlib.sha256(str(place).encode()).digest())
+    return frozenset(numbers[place] for place in places[:count])
+
+
+class Surveyor:
+    """A plugin that may want a survey of the dense model: allocations and pools are surveyors.
+
+    Example:
+        >>> import torch
+        >>> class CountTokens(Surveyor):
+        ...     wants_survey = True
+        ...     count = 0.0
+        ...     def survey_sample(self, block, tokens, inputs):
+        ...         self.count += len(tokens.modality)
+        ...     def survey_end(self, sum_over_processes):
+        ...         return {"tokens": sum_over_processes(torch.tensor([self.count], dtype=torch.float64)).item()}
+        ...     def use_survey(self, findings):
+        ...         self.tokens = findings["tokens"]
+        >>> counter = CountTokens()
+        >>> tokens = Tokens(torch.zeros(3, 2), torch.zeros(3, 2), visual=torch.zeros(3, dtype=torch.bool))
+        >>> counter.survey_sample("layers.0", tokens, inputs={})
+        >>> counter.survey_end(lambda values: values)
+        {'tokens': 3.0}
+    """
+
+    wants_survey: bool = False
+    """True where a survey of the dense model is to run before pruning."""
+    survey_needs: frozenset[str] = frozenset()
+    """Optional fields of `Tokens` that `survey_sample` looks at, of `methods.tokens.NEEDS`; others stay empty."""
+    survey_samples: int | None = None
+    """How many calibration samples the survey takes, drawn from the set, the same on any number of processes; None, or
+    more than there are: all of them."""
+    wants_survey_losses: bool = False
+    """True where `survey_block_start` evaluates losses, which needs the output embedding in memory."""
+
+    def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail) -> str:
+        """What evaluating losses will cost, in a line for the user; asked before it starts.
+
+        Args:
+            linears: Path of each block -> names of its Linears that are going to be pruned, relative to the block.
+            tail: All blocks, from the input of the first one; for measuring what a forward costs.
+        """
+        return ""
+
+    def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], tail: DecoderTail) -> None:
+        """The samples of this process are at the input of the block; no sums over processes here.
+
+        Args:
+            block: Path of the block.
+            linears: Its Linears that are going to be pruned, name relative to the block -> module with its weight.
+            tail: This block and all after it, for this process' share of the samples to survey.
+        """
+
+    def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:
+        """One sample went through the block; no sums over processes here.
+
+        Args:
+            block: Path of the block.
+            tokens: The sample's real tokens; valid only during this call.
+            inputs: Input of each Linear that the block called, name relative to the block -> shape (n, C_in). Mostly
+                n = T; where k streams run side by side n = k T, and any n where a Linear sees other tokens than the
+                decoder's own. The same holds for `tokens.outputs`.
+        """
+
+    def survey_block_end(
+        self, block: str, linears: Mapping[str, nn.Linear], sum_over_processes: SumOverProcesses
+    ) -> None:
+        """All samples of all processes went through the block.
+
+        Args:
+            block: Path of the block.
+            linears: Its Linears that are going to be pruned, the same on all processes.
+            sum_over_processes: Sums a float64 tensor over all processes (the identity with one).
+        """
+
+    def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
+        """What was found, as plain data for the manifest, the same on all processes."""
+        return {}
+
+    def use_survey(self, findings: Mapping[str, Any]) -> None:
+        """Take what `survey_end` returned, just now or in the interrupted run that goes on."""

@@ -1,0 +1,1 @@
+"""The folder that a run writes: what stands in it, and whether it is right."""

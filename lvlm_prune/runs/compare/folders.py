@@ -1,0 +1,147 @@
+"""An output folder of `prune` or `recover`: its record, its scores, and which weights it kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
+from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.record import read_record
+from lvlm_prune.output.manifest import FILE_NAME, leaves
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.summaries import RECORD_NAME
+
+_OPTION = "folders"
+# Options that say nothing about the checkpoint.
+_BESIDE = ("output", "resume", "evaluate", "report", "plan", "config")
+
+
+class ComparedFolder:
+    """A finished run.
+
+    Args:
+        path: The folder that it wrote.
+
+    Raises:
+        InputError: It is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        name = next((name for name in (RECORD_NAME, FILE_NAME) if (self.path / name).is_file()), None)
+        if name is None:
+            problem = f"has no {FILE_NAME} and no {RECORD_NAME}: not a folder that prune or recover wrote"
+            raise InputError(_OPTION, path, problem)
+        try:
+            self.record: Mapping[str, Any] = json.loads((self.path / name).read_text())
+        except ValueError:
+            raise InputError(_OPTION, path, f"its {name} cannot be read") from None
+        if self.record.get("status") != "complete":
+            raise InputError(_OPTION, path, "its run is not finished; go on with --resume true first")
+        self.verb = "prune" if name == FILE_NAME else "recover"
+        self.linears: Mapping[str, Mapping[str, Any]] = self.record["linears"]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Options of the run, and what its data and versions were, by their full names."""
+        record = self.record
+        found = {key: value for key, value in leaves(record.get("config", {})) if key.split(".")[0] not in _BESIDE}
+        data = record.get("calibration") or record.get("data", {}).get("examined", {})
+        found |= {"command": self.verb, "fingerprint of the data": data.get("fingerprint")}
+        found["fingerprint of the input"] = record.get("model", {}).get("fingerprint")
+        found |= {f"versions.{name}": version for name, version in record.get("versions", {}).items()}
+        return {_option(key): _text(key, value) for key, value in found.items()}
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """`average`, `retention` (or None) and `tasks`: task -> score; None where nobody scored the checkpoint.
+
+        What `evaluate` wrote comes before what the run itself found.
+        """
+        if (found := read_record(self.path)) is not None:
+            tasks = {task: entry["score"] for task, entry in found["tasks"].items()}
+            return {"average": found["average"], "retention": found["retention"], "tasks": tasks}
+        scored = self.record.get("evaluation")
+        if scored is None:
+            return None
+        which = "pruned" if self.verb == "prune" else "recovered"
+        kept = scored["retention"] if self.verb == "prune" else scored["retention"][which]
+        own = scored[which]
+        return {"average": own["average"], "retention": kept["average"], "tasks": own["tasks"]}
+
+    def place_of(self, name: str) -> tuple[str, int]:
+        """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block."""
+        kind, block = name.rpartition(".")[2], self.linears[name].get("block")
+        if block is None:
+            block = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+        return (f"vision {kind}" if block in self._in_tower else kind), block
+
+    def sparsity(self) -> dict[str, dict[int, float]]:
+        """Kind of Linear -> block -> share of zeros; `all` over all kinds."""
+        zeros: dict[str, dict[int, float]] = {}
+        sizes: dict[str, dict[int, int]] = {}
+        for name, entry in self.linears.items():
+            kind, block = self.place_of(name)
+            size = entry["shape"][0] * entry["shape"][1]
+            for key in (kind, "all"):
+                zeros.setdefault(key, {}).setdefault(block, 0.0)
+                sizes.setdefault(key, {}).setdefault(block, 0)
+                zeros[key][block] += entry["achieved"] * size
+                sizes[key][block] += size
+        return {kind: {block: zeros[kind][block] / size for block, size in of.items()} for kind, of in sizes.items()}
+
+    @property
+    def mean_sparsity(self) -> float:
+        """Share of zeros over all Linears of the record."""
+        sizes = {name: entry["shape"][0] * entry["shape"][1] for name, entry in self.linears.items()}
+        zeros = sum(entry["achieved"] * sizes[name] for name, entry in self.linears.items())
+        return zeros / max(sum(sizes.values()), 1)
+
+    def kept(self, name: str) -> Tensor:
+        """Bool of the shape of a Linear, or of an expert's matrix: True where its weight is not zero."""
+        matrix = self._experts.get(name)
+        if matrix is None:
+            return self._weights.stored(f"{name}.weight") != 0
+        return matrix.of(self._weights.stored(f"{name.removesuffix(matrix.name)}{matrix.parameter}")) != 0
+
+    @cached_property
+    def _in_tower(self) -> set[int]:
+        return {block["index"] for block in self.record.get("blocks", []) if block.get("target") == "vision"}
+
+    @cached_property
+    def _module(self) -> LVLMModule:
+        options = self.record.get("config", {}).get("model", {})
+        trusted = bool(options.get("trust_remote_code", False)) if isinstance(options, Mapping) else False
+        module = LVLMModule(str(self.path), trust_remote_code=trusted)
+        try:
+            module.open()
+        except InputError as error:
+            raise InputError(_OPTION, self.path, error.problem) from None
+        return module
+
+    @cached_property
+    def _experts(self) -> dict[str, ExpertMatrix]:
+        return self._module.expert_matrices()
+
+    @cached_property
+    def _weights(self) -> StreamedWeights:
+        module = self._module
+        assert module.folder is not None
+        return StreamedWeights(module.model, module.runner.decoder, module.folder, "cpu")
+
+
+def _option(key: str) -> str:
+    """Name of an option on the command line: `pruning.pool.alpha` for `pruning.pool.init_args.alpha`."""
+    return key.replace(".init_args", "").removesuffix(".class_path")
+
+
+def _text(key: str, value: Any) -> str:
+    if key.endswith(".class_path"):
+        return str(value).rpartition(".")[2]
+    return "–" if value in (None, "", {}, []) else value if isinstance(value, str) else json.dumps(value)

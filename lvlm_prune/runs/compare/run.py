@@ -1,0 +1,160 @@
+"""A comparison: what the folders were made with, how sparse they are and where, which weights both kept, the scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.runs.compare.folders import ComparedFolder
+from lvlm_prune.errors import InputError
+from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.folder import writing
+
+RECORD_NAME, TABLE_NAME = "compare.json", "compare.md"
+
+
+def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
+    """See `LVLMTrainer.compare`."""
+    if len(folders) < 2:
+        raise InputError("folders", " ".join(folders) or "''", "name two folders or more")
+    target = Path(output) if output else None
+    if target is not None and target.exists():
+        if not target.is_dir():
+            raise InputError("output", target, "is a file")
+        if any(target.iterdir()) and not (target / RECORD_NAME).is_file():
+            raise InputError("output", target, "exists, is not empty and holds no comparison; choose another folder")
+    record = comparison([ComparedFolder(path) for path in folders])
+    table = comparison_markdown(record)
+    print(table, flush=True)
+    if target is not None:
+        from lvlm_prune.report.comparison import comparison_page
+        from lvlm_prune.report.page import write_page
+
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            replace_durably(target / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+            replace_durably(target / TABLE_NAME, (table + "\n").encode())
+            write_page(target, *comparison_page(record))
+        print(f"wrote {target} (report.html · {RECORD_NAME} · {TABLE_NAME})", flush=True)
+    return record
+
+
+def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
+    """All that is compared, as plain data.
+
+    Returns:
+        `folders`: per folder `name`, `path`, `command`, `sparsity`, and of its scores `average`, `retention` and
+        `tasks`, or null; `settings`: option -> its value in each folder, where they differ; `sparsity`: per folder,
+        kind of Linear (and `all`) -> block -> share of zeros; `overlap`: per pair `first`, `second` (numbers of
+        folders), `linears` that both have, `mean` over all their weights, and `kinds`: kind of Linear -> block ->
+        intersection over union of the weights that both kept.
+    """
+    names = _names([folder.path for folder in folders])
+    described = []
+    for name, folder in zip(names, folders, strict=True):
+        scores = folder.scores or {"average": None, "retention": None, "tasks": None}
+        described.append(
+            {"name": name, "path": str(folder.path), "command": folder.verb, "sparsity": folder.mean_sparsity} | scores
+        )
+    settings = [folder.settings for folder in folders]
+    keys = list(dict.fromkeys(key for one in settings for key in one))
+    values = {key: [one.get(key, "–") for one in settings] for key in keys}
+    return {
+        "folders": described,
+        "settings": {key: of for key, of in values.items() if len(set(of)) > 1},
+        "sparsity": [_with_text_keys(folder.sparsity()) for folder in folders],
+        "overlap": [
+            {"first": first, "second": second} | overlap(folders[first], folders[second])
+            for first, second in combinations(range(len(folders)), 2)
+        ],
+    }
+
+
+def overlap(first: ComparedFolder, second: ComparedFolder) -> dict[str, Any]:
+    """Intersection over union of the weights that both kept; one Linear of each in memory at a time."""
+    both: dict[str, dict[int, int]] = {}
+    either: dict[str, dict[int, int]] = {}
+    compared = 0
+    for name, entry in first.linears.items():
+        if name not in second.linears or list(entry["shape"]) != list(second.linears[name]["shape"]):
+            continue
+        compared += 1
+        ours, theirs = first.kept(name), second.kept(name)
+        kind, block = first.place_of(name)
+        for counts, found in ((both, ours & theirs), (either, ours | theirs)):
+            of = counts.setdefault(kind, {})
+            of[block] = of.get(block, 0) + int(found.sum())
+    total = sum(count for of in either.values() for count in of.values())
+    kinds = {
+        kind: {block: both[kind][block] / max(count, 1) for block, count in of.items()} for kind, of in either.items()
+    }
+    return {
+        "linears": compared,
+        "mean": sum(count for of in both.values() for count in of.values()) / total if total else None,
+        "kinds": _with_text_keys(kinds),
+    }
+
+
+def comparison_markdown(record: Mapping[str, Any]) -> str:
+    """The same as tables in Markdown: folders, settings that differ, sparsity per block, overlap, scores."""
+    folders = record["folders"]
+    names = [folder["name"] for folder in folders]
+    rows = [
+        ["sparsity", *(_percent(folder["sparsity"]) for folder in folders)],
+        ["average score", *(_percent(folder["average"]) for folder in folders)],
+        ["retained", *(_percent(folder["retention"]) for folder in folders)],
+    ]
+    parts = [_table(["", *names], rows)]
+    settings = [[key, *(value.replace("|", "\\|") for value in values)] for key, values in record["settings"].items()]
+    parts.append(_table(["setting", *names], settings) if settings else "All settings are the same.")
+    blocks = sorted({int(block) for of in record["sparsity"] for block in of["all"]})
+    rows = [[str(block), *(_percent(of["all"].get(str(block))) for of in record["sparsity"])] for block in blocks]
+    parts.append(_table(["sparsity of block", *names], rows))
+    for pair in record["overlap"]:
+        title = f"{names[pair['first']]} and {names[pair['second']]}"
+        if pair["mean"] is None:
+            parts.append(f"Overlap of kept weights, {title}: no Linear of the same name and shape.")
+            continue
+        kinds = list(pair["kinds"])
+        of_pair = sorted({int(block) for of in pair["kinds"].values() for block in of})
+        rows = [[str(block), *(_share(pair["kinds"][kind].get(str(block))) for kind in kinds)] for block in of_pair]
+        head = f"Overlap of kept weights (IoU), {title}: {pair['mean']:.3f} over {pair['linears']} Linears"
+        parts.append(f"{head}\n\n{_table(['block', *kinds], rows)}")
+    tasks = list(dict.fromkeys(task for folder in folders for task in folder["tasks"] or {}))
+    if tasks:
+        rows = [[task, *(_score((folder["tasks"] or {}).get(task)) for folder in folders)] for task in tasks]
+        parts.append(_table(["score", *names], rows))
+    return "\n\n".join(parts)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Names of folders: the last part, or all of the path where that is not enough to tell them apart."""
+    short = [path.resolve().name for path in paths]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
+def _with_text_keys(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    """As JSON would have it, so that the record in memory is the record on disk."""
+    return {kind: {str(block): value for block, value in of.items()} for kind, of in values.items()}
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, *rows]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], "|---" * len(heads) + "|", *text[1:]])
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _score(value: float | None) -> str:
+    """A share in percent, another score as it is."""
+    return "–" if value is None else f"{100 * value:.1f}%" if value <= 1 else f"{value:.1f}"

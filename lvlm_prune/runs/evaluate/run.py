@@ -1,0 +1,156 @@
+"""One evaluation: a checkpoint, and if asked the dense one, scored by an engine.
+
+check both, and the engine ─► launch processes ─► dense model ─► pruned model ─► evaluation.json, evaluation.md
+(nothing written)                                 one in memory at a time        report.html beside them, once more
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.engine import Engine
+from lvlm_prune.evaluation.record import RECORD_NAME, TABLE_NAME, evaluation_record, evaluation_table, write_record
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Launch
+from lvlm_prune.output.manifest import FILE_NAME, Manifest
+from lvlm_prune.output.folder import choose_folder, writing
+from lvlm_prune.plugins import describe
+from lvlm_prune.output.names import PAGE_NAME
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+
+class EvaluationRun:
+    """See `LVLMTrainer.evaluate` for the arguments."""
+
+    def __init__(self, trainer: LVLMTrainer, model: LVLMModule, baseline: str, engine: Engine, output: str) -> None:
+        from lvlm_prune.module import LVLMModule
+
+        self.trainer, self.model, self.engine = trainer, model, engine
+        self.started = time.perf_counter()
+        if "vision" in model.targets:
+            raise InputError("model.targets", "vision", "does nothing here; the whole checkpoint is scored")
+        model.open()
+        assert model.folder is not None
+        self.baseline: LVLMModule | None = None
+        if baseline:
+            self.baseline = LVLMModule(
+                baseline,
+                trust_remote_code=model.trust_remote_code,
+                attn_implementation=model.attn_implementation,
+            )
+            try:
+                self.baseline.open()
+            except InputError as error:
+                raise InputError("baseline", error.value, error.problem) from None
+        engine.check()
+        self.folder = self._output_folder(output, model.folder.path)
+
+    def __call__(self) -> dict[str, Any]:
+        """Do all of it."""
+        trainer = self.trainer
+        launch = Launch(trainer, [])
+        with interruptible(lambda: "", trainer.exits_when_interrupted, launch), launch.together():
+            launch.start()
+            trainer.processes = processes = launch.processes
+            measured = self.engine.measure(self.model, self.baseline, processes, trainer.strategy.root_device)
+            record = evaluation_record(measured) | self._provenance()
+            processes.on_main(lambda: self._write(record))
+        return record
+
+    def _output_folder(self, output: str, checkpoint: Path) -> Path:
+        """Where to write: beside the record of the run that made the checkpoint, unless the user says otherwise.
+
+        Raises:
+            InputError: The folder holds something else, or cannot be written.
+        """
+        from lvlm_prune.output.summaries import RECORD_NAME as RECOVERY
+
+        ours = any((checkpoint / name).is_file() for name in (FILE_NAME, RECOVERY))
+        if not output and ours:
+            folder = checkpoint
+        else:
+            folder = choose_folder(output, f"{self.model.label}-evaluation", resume=False)
+        if folder.exists() and not folder.is_dir():
+            raise InputError("output", folder, "is a file")
+        known = folder.resolve() == checkpoint.resolve() or (folder / RECORD_NAME).is_file()
+        if not known and folder.is_dir() and any(folder.iterdir()):
+            raise InputError("output", folder, "exists, is not empty and holds no evaluation; choose another folder")
+        existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError("output", folder, f"no permission to write in {existing}; name another folder")
+        return folder
+
+    def _provenance(self) -> dict[str, Any]:
+        import lightning
+        import torch
+        import transformers
+
+        import lvlm_prune
+
+        packages = (lvlm_prune, torch, lightning, transformers)
+        return {
+            "model": _origin(self.model),
+            "baseline": None if self.baseline is None else _origin(self.baseline),
+            "engine": describe(self.engine),
+            "config": describe(self.trainer.run_config or {}),
+            "versions": {package.__name__: package.__version__ for package in packages},
+            "processes": self.trainer.world_size,
+            "device": str(self.trainer.strategy.root_device),
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for logger in self.trainer.loggers:
+            found = {f"evaluation/{task}": entry["score"] for task, entry in record["tasks"].items()}
+            names = ("average", "retention", "perplexity", "kl")
+            found |= {f"evaluation/{name}": record[name] for name in names if record.get(name) is not None}
+            logger.log_metrics(found)
+            logger.finalize("success")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_record(self.folder, record)
+            page = refresh_page(self.folder)
+        written = " · ".join([RECORD_NAME, TABLE_NAME, *([PAGE_NAME] if page else [])])
+        table = evaluation_table(record)
+        self.trainer.say(f"{table}\nwrote {self.folder} ({written}) · {record['seconds']:.0f} s")
+
+
+def refresh_page(folder: Path) -> bool:
+    """Write the report that lies in a folder once more, now that the checkpoint there is scored.
+
+    Returns:
+        Whether there is one.
+    """
+    from lvlm_prune.output.summaries import RECORD_NAME as RECOVERY
+
+    if not (folder / PAGE_NAME).is_file():
+        return False
+    from lvlm_prune.report.page import write_page
+    from lvlm_prune.report.pruning import pruning_page
+    from lvlm_prune.report.recovery import recovery_page
+
+    pages: dict[str, Callable[[Manifest, Path], Any]] = {RECOVERY: recovery_page, FILE_NAME: pruning_page}
+    for name, page in pages.items():
+        if (folder / name).is_file():
+            record = Manifest.read(folder, name)
+            if record.get("status") == "complete":
+                write_page(folder, *page(record, folder))
+                return True
+    return False
+
+
+def _origin(module: LVLMModule) -> dict[str, Any]:
+    assert module.folder is not None
+    return {
+        "path": module.path,
+        "folder": str(module.folder.path),
+        "fingerprint": module.folder.fingerprint(),
+    }

@@ -1,0 +1,228 @@
+"""One probe: a survey of the dense model, then every cell of the grid, then the page.
+
+check ─► catch block-0 inputs ─► survey of the dense model ─► for each cell: prune one pathway ─► scores ─► page
+                                 overlap of masks, map, ...     block by block, as `prune` does
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from lvlm_prune.data import CalibrationDataModule, MixtureSource, load_processor
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Launch
+from lvlm_prune.loop import BlockLoop
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, writing
+from lvlm_prune.plugins import describe, plugin_class
+from lvlm_prune.runs.probe.pathways import PathwayPruning
+from lvlm_prune.blocks.routing import routed
+from lvlm_prune.output.provenance import provenance
+from lvlm_prune.runs.prune.participants import Demands
+from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.output.names import PAGE_NAME
+from lvlm_prune.report.page import write_page
+from lvlm_prune.report.probe import grid_markdown, probe_page
+
+if TYPE_CHECKING:
+    from lvlm_prune.callbacks import ModalityProbe
+    from lvlm_prune.evaluation.scores import Scores
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+RECORD_NAME = "probe.json"
+
+# What a resumed probe takes from the record that an interrupted one left.
+_FINDINGS = ("survey", "blocks", "linears", "map", "contributions", "dense", "grid")
+
+
+class ProbeRun:
+    """See `LVLMTrainer.probe` for the arguments."""
+
+    def __init__(
+        self,
+        trainer: LVLMTrainer,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        output: str,
+        resume: bool,
+        evaluate: bool,
+    ) -> None:
+        from lvlm_prune.callbacks import ModalityProbe
+
+        self.trainer, self.model, self.datamodule = trainer, model, datamodule
+        given = next((callback for callback in trainer.callbacks if isinstance(callback, ModalityProbe)), None)
+        self.probe: ModalityProbe = given or ModalityProbe()
+        self.folder, self.resume = choose_folder(output, f"{model.label}-probe", resume), resume
+        self.evaluates = evaluate and model.path == "demo"
+        self.started = time.perf_counter()
+
+    def __call__(self) -> Manifest:
+        """Do all of it, or what an interrupted probe left.
+
+        Raises:
+            InputError: Something does not fit; nothing was written.
+        """
+        trainer, model, data = self.trainer, self.model, self.datamodule
+        trainer.forget_samples()
+        model.refuse_vision("probe")
+        model.open()
+        source = None if model.folder is None else model.folder.path
+        refuse_unusable(self.folder, source, RECORD_NAME, self.resume, copies=False)
+        earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
+        data.setup("prune")
+        if data.source.needs_processor and model.processor is None:
+            assert model.folder is not None
+            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        cells = [
+            PathwayPruning(pathway, pool, sparsity, self.probe.scorer, self.probe.visual)
+            for sparsity, pathway, pool in product(self.probe.sparsities, self.probe.pathways, self.probe.pools)
+        ]
+        names = PathwayPruning("text", "text", 0.5, self.probe.scorer, self.probe.visual)
+        names.plan(model)
+        self.probe.targets = {name: name for name in names.shapes}
+        for cell in cells:
+            cell.plan(model)
+        launch = Launch(trainer, [self.probe])
+        with interruptible(self._way_on, trainer.exits_when_interrupted, launch), launch.together():
+            launch.start()
+            trainer.processes = launch.processes
+            if earlier is not None and earlier.get("status") == "complete":
+                now = provenance(trainer, model, data)
+                earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder)
+                trainer.say(f"{self.folder} is complete already")
+                return earlier
+            with trainer.watched_memory() as trainer.memory:
+                self._measure(launch.fabric, names, cells, earlier)
+        return trainer.manifest
+
+    def _way_on(self) -> str:
+        started = (self.folder / RECORD_NAME).is_file()
+        return f"go on with --resume true --output {self.folder}" if started else ""
+
+    def _measure(
+        self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning], earlier: Manifest | None
+    ) -> None:
+        trainer, model, data, manifest = self.trainer, self.model, self.datamodule, self.trainer.manifest
+        trainer.weights = model.weights(fabric.device)
+        manifest.update(provenance(trainer, model, data) | {"probe": describe(self.probe), "grid": []})
+        raise_hook = partial(fabric.call, trainer=trainer, pl_module=model)
+        stream = CalibrationStream(trainer, model, data, Demands([self.probe, names]), fabric.device, raise_hook)
+        stream.catch(model.parts[-1])
+        if earlier is not None:
+            earlier.refuse_other(manifest, self.folder)
+            manifest.update({name: earlier[name] for name in _FINDINGS if name in earlier})
+        self.probe.set_of_sample = self._sets()
+        stream.survey()
+        self._note("probing")
+        self._score_dense()
+        for cell in cells[len(manifest["grid"]) :]:
+            manifest["grid"].append(self._cell(cell))
+            self._note("probing")
+        self._finish()
+
+    def _sets(self) -> dict[int, str]:
+        """Number of each sample -> name of the data set that it comes from."""
+        source, selection = self.datamodule.source, self.datamodule.select()
+        numbers = range(len(selection))
+        if not isinstance(source, MixtureSource):
+            return dict.fromkeys(numbers, plugin_class(source).__name__)
+        labels = [f"{part + 1} {plugin_class(each).__name__}" for part, each in enumerate(source.sources)]
+        return {number: labels[source.part_of(selection[number])] for number in numbers}
+
+    def _prune(self, cell: PathwayPruning) -> None:
+        """Prune one pathway block by block; later blocks are calibrated on what the earlier ones now put out."""
+        trainer, model = self.trainer, self.model
+        cell.on_prune_start(trainer, model)
+        loop = BlockLoop(
+            model.parts[-1],
+            trainer.weights,
+            trainer.rows,
+            raise_hook=lambda name, **arguments: getattr(cell, name)(trainer, model, **arguments),
+            gathers=lambda: True,
+            needs=lambda: cell.needs,
+            agree=trainer.processes.agree,
+            placement=trainer.memory.placement,
+        ).fork()
+        loop.run()
+
+    def _cell(self, cell: PathwayPruning) -> dict[str, Any]:
+        """Prune one pathway, and score the model."""
+        trainer = self.trainer
+        self._prune(cell)
+        result: dict[str, Any] = {
+            "pathway": cell.pathway,
+            "pool": cell.pool_name,
+            "sparsity": cell.sparsity,
+        }
+        if self.evaluates and trainer.processes.is_main:
+            from lvlm_prune.evaluation.scores import retention
+
+            scores = self._score(cell)
+            kept = retention(scores, self._dense_scores)
+            result |= {"scores": scores.to_dict(), "retention": kept.to_dict()}
+        retained = f" · {100 * result['retention']['average']:.1f}% retained" if "retention" in result else ""
+        trainer.say(
+            f"{result['pathway']} pathway · pool {result['pool']} · {100 * cell.sparsity:g}% of "
+            f"{len(cell.shapes)} Linears{retained}"
+        )
+        cell.pruned.clear()
+        return result
+
+    def _score_dense(self) -> None:
+        if not (self.evaluates and self.trainer.processes.is_main):
+            return
+        from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
+        from lvlm_prune.evaluation.scores import Scores
+
+        assert self.model.folder is not None
+        disable_progress_bar()
+        self._whole = AutoModelForImageTextToText.from_pretrained(self.model.folder.path, dtype=torch.float32).eval()
+        self._processor = AutoProcessor.from_pretrained(self.model.folder.path)
+        self._questions = EmbeddedBenchmark(self.probe.images, self.probe.texts).questions
+        known = self.trainer.manifest.get("dense")
+        self._dense_scores = self._score() if known is None else Scores.from_dict(known)
+        self.trainer.manifest["dense"] = self._dense_scores.to_dict()
+
+    def _score(self, cell: PathwayPruning | None = None) -> Scores:
+        """The embedded model on its benchmark, one pathway pruned."""
+        from lvlm_prune.evaluation.answers import score
+
+        with routed(self._whole, {} if cell is None else cell.pruned, "text" if cell is None else cell.pathway):
+            return score(self._whole, self._processor, self._questions)
+
+    def _note(self, status: str) -> None:
+        """Write down what is known; from here on the folder can be resumed."""
+        self.trainer.manifest["status"] = status
+        if self.trainer.processes.is_main:
+            with writing(self.folder):
+                make_folder(self.folder)
+                self.trainer.manifest.write(self.folder, RECORD_NAME)
+
+    def _finish(self) -> None:
+        trainer, manifest = self.trainer, self.trainer.manifest
+        manifest["seconds"] = time.perf_counter() - self.started
+        if not trainer.processes.is_main:
+            return
+        table = grid_markdown(manifest)
+        with writing(self.folder):
+            if trainer.run_config is not None:
+                config = yaml.safe_dump(dict(trainer.run_config), sort_keys=False)
+                replace_durably(self.folder / "config.yaml", config.encode())
+            if table:
+                replace_durably(self.folder / "probe.md", table.encode())
+            write_page(self.folder, *probe_page(manifest))
+        self._note("complete")
+        trainer.say(
+            (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {RECORD_NAME}) · "
+            f"{manifest['seconds']:.0f} s"
+        )

@@ -1,0 +1,98 @@
+"""The callbacks of a run: which take part, and what they ask of the calibration samples together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.callbacks import Callback, ProgressBar
+
+from lvlm_prune.callbacks import (
+    BlockMetrics,
+    BlockwisePruning,
+    EmbeddedEvaluation,
+    PluginSurvey,
+    PruneProgressBar,
+    PruningReport,
+    RetentionEvaluation,
+    SparseCheckpointWriter,
+)
+from lvlm_prune.memory.footprint import Method
+
+
+def with_defaults(callbacks: Sequence[Callback], progress_bar: ProgressBar | None) -> list[Callback]:
+    """The user's callbacks, then survey, writer, progress bar, evaluation, metrics, report; each unless given.
+
+    The survey comes before the writer, which keeps what was found.
+
+    Args:
+        callbacks: The trainer's.
+        progress_bar: The one of these that the trainer uses; None: it is to show none.
+    """
+    given = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    # Only what is written and verified can be scored.
+    evaluations = [callback for callback in given if isinstance(callback, RetentionEvaluation)]
+    given = [callback for callback in given if callback not in evaluations]
+    tail: list[Callback] = [SparseCheckpointWriter(), *(evaluations or [EmbeddedEvaluation()]), BlockMetrics()]
+    tail.append(PruningReport())
+    if isinstance(progress_bar, PruneProgressBar):
+        tail.insert(1, progress_bar)
+    elif progress_bar is not None:  # Lightning's default bar knows nothing of pruning
+        tail.insert(1, PruneProgressBar())
+    tail = [PluginSurvey(callback) for callback in given if isinstance(callback, BlockwisePruning)] + tail
+    return given + [callback for callback in tail if not any(isinstance(one, type(callback)) for one in given)]
+
+
+class Demands:
+    """What callbacks ask for together; every answer holds for now, since it may be another one at the next block.
+
+    Args:
+        callbacks: Those that take part. Stock Lightning callbacks ask for nothing.
+
+    Attributes:
+        pruning: The callback that prunes; None where none does.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+        self.pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
+
+    def gathers(self) -> bool:
+        """Whether a block's activations are wanted before it is pruned."""
+        return any(getattr(callback, "wants_activations", False) for callback in self._callbacks)
+
+    def surveying(self) -> list[Callback]:
+        """Those that want a survey of the dense model."""
+        return [callback for callback in self._callbacks if getattr(callback, "wants_survey", False)]
+
+    def samples(self) -> bool:
+        """Whether calibration samples are needed at all."""
+        return self.gathers() or bool(self.surveying())
+
+    def needs(self) -> frozenset[str]:
+        """What is to be recorded of a forward, of `lvlm_prune.methods.tokens.NEEDS`."""
+        return self._together("needs")
+
+    def survey_needs(self) -> frozenset[str]:
+        """The same for the survey."""
+        return self._together("survey_needs")
+
+    def _together(self, name: str) -> frozenset[str]:
+        return frozenset().union(*(getattr(callback, name, ()) for callback in self._callbacks))
+
+    def visual(self) -> list[str]:
+        """Modalities that count as visual tokens."""
+        return ["image", "video"] if self.pruning is None else self.pruning.visual
+
+    def method(self) -> Method | None:
+        """What takes memory of what is asked for; None where no callback prunes."""
+        pruning = self.pruning
+        if pruning is None:
+            return None
+        return Method(
+            pruning.pool if pruning.wants_activations else None,
+            pruning.scorer,
+            self.needs(),
+            bool(self.surveying()),
+            self.survey_needs(),
+            pruning.prunes_experts,
+        )

@@ -1,0 +1,54 @@
+"""What runs on the same calibration set have in common, so that it is computed once for all of them.
+
+run 1   catch ─► survey ─► blocks ...          the samples at the input of block 0, and what a survey of the dense model
+run 2     └───────┴──────► blocks ...          found, are kept; they depend neither on sparsity nor on scorer
+run 3                      blocks ...
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lvlm_prune.distributed.launching import Launch
+from lvlm_prune.loop.catching import CaughtSamples
+
+# Of the options of `BlockwisePruning`: what is done with a survey, and plugins, which count where they want one.
+_NOT_SURVEYED = {"sparsity", "pattern", "pool", "scorer", "allocation", "record", "name"}
+
+
+@dataclass
+class SharedCalibration:
+    """Kept by the first run of one model on one calibration set, taken by those after it; in memory.
+
+    Args:
+        launch: The processes of all runs.
+        samples: What was caught; None before the first run.
+        surveys: Key of a survey -> its findings.
+    """
+
+    launch: Launch
+    samples: CaughtSamples | None = None
+    surveys: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def keep_survey(self, key: str, findings: Mapping[str, Any]) -> None:
+        """Keep what a survey found."""
+        self.surveys[key] = copy.deepcopy(dict(findings))
+
+    def take_survey(self, key: str) -> dict[str, Any] | None:
+        """What the survey of this key found; None before there was one."""
+        return copy.deepcopy(self.surveys.get(key))
+
+
+def survey_key(pruning: Mapping[str, Any], plugins: Iterable[str]) -> str:
+    """What a survey of the dense model depends on, besides model and samples.
+
+    Args:
+        pruning: Options of `BlockwisePruning` as plain data.
+        plugins: Which of them are plugins that want the survey.
+    """
+    wanted = set(plugins) | (pruning.keys() - _NOT_SURVEYED)
+    return json.dumps({name: pruning[name] for name in sorted(wanted)}, sort_keys=True)

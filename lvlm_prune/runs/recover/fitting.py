@@ -1,0 +1,185 @@
+"""Recovery through `Trainer.fit`: sparse LoRA, or the pruned Linears themselves, on answer tokens."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
+
+from lvlm_prune.errors import InputError, ProcessLost
+from lvlm_prune.distributed.launching import TrainingLauncher
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.folder import release
+from lvlm_prune.distributed.processes import is_lost_connection
+from lvlm_prune.recovery.distillation import Teacher
+from lvlm_prune.recovery.merging import write_merged
+from lvlm_prune.runs.recover.run import CHECKPOINTS, TEACHER, RecoveryRun
+from lvlm_prune.output.summaries import RECORD_NAME
+from lvlm_prune.recovery.training_checkpoint import DurableCheckpointIO
+
+if TYPE_CHECKING:
+    from lvlm_prune.callbacks import FrozenMasks, LossHistory
+    from lvlm_prune.module import LVLMModule
+
+
+class FittingRun(RecoveryRun):
+    """The methods `lora` and `full`."""
+
+    masks: FrozenMasks
+    history: LossHistory
+
+    def _check(self, earlier: Manifest | None) -> None:
+        if self.recipe.method == "full" and self.model.dtype_option == "auto":
+            self.model.dtype_option = "float32"  # in bfloat16 most updates of a weight would be rounded away
+        if not self.trainer.max_epochs and self.trainer.max_steps == -1:
+            raise InputError("trainer.max_epochs", self.trainer.max_epochs, "nothing would be trained")
+        super()._check(earlier)
+
+    def _examine(self, earlier: Manifest | None) -> None:
+        super()._examine(earlier)
+        if self.dense is not None and self.trainer.is_global_zero:
+            examined = self.record["data"]["examined"]
+            identity = {"dense": self.record["dense"]["fingerprint"], "data": examined["fingerprint"]}
+            self.teacher = Teacher(self.folder / TEACHER, self.recipe.distillation, self._samples(), identity)
+            vocabulary = self.dense.model.config.get_text_config(decoder=True).vocab_size
+            self.teacher_bytes = self.teacher.check_room(examined["answers"], vocabulary)
+
+    def _samples(self) -> list[int]:
+        return [*self.datamodule.train_indices, *self.datamodule.validation_indices]
+
+    def _train(self) -> None:
+        if self.dense is not None:
+            # Before the pruned model is in memory.
+            self._ask_dense(self.dense)
+        self.model.load()
+        self._compose()
+        self._fit()
+
+    def _ask_dense(self, dense: LVLMModule) -> None:
+        """What the dense model says before each answer token."""
+        if not self.trainer.is_global_zero:
+            self.model.teacher = Teacher.wait_for(self.folder / TEACHER, self.recipe.distillation, self._samples())
+            return
+        self.model.teacher = self.teacher
+        if self.teacher.complete:
+            return
+        from lvlm_prune.recovery.dense import write_teacher
+
+        clock = time.perf_counter()
+        bar = Tqdm(
+            total=len(self._samples()),
+            bar_format="Asking the dense model {bar:24} {n}/{total} samples · {elapsed} · {remaining} left",
+            disable=None if self.trainer.progress_bar_callback is not None else True,
+            leave=False,
+        )
+        write_teacher(dense, self.datamodule, self.teacher, self.trainer.strategy.root_device, bar.update)
+        bar.close()
+        asked, seconds = self.record["data"]["examined"]["answers"], time.perf_counter() - clock
+        self._say(
+            f"dense model asked before {asked} answer tokens in {seconds:.0f} s ({self.teacher_bytes / 1e6:.1f} MB)"
+        )
+        self.record["teacher"] = {"seconds": seconds, "bytes": self.teacher_bytes}
+
+    def _compose(self) -> None:
+        """Callbacks: the user's, `FrozenMasks`, `SparseLoRA` for the method `lora`, checkpoints to go on from."""
+        from lvlm_prune.callbacks import FrozenMasks, LossHistory, SparseLoRA
+
+        trainer = self.trainer
+        callbacks: list[Callback] = [
+            callback
+            for callback in trainer.callbacks
+            if not _is_lightnings_own(callback) and not isinstance(callback, SparseLoRA)
+        ]
+        masks = next((callback for callback in callbacks if isinstance(callback, FrozenMasks)), None)
+        if masks is None:
+            masks = FrozenMasks()
+            callbacks.append(masks)
+        self.masks = masks
+        if self.lora is not None:
+            callbacks.append(self.lora)
+        else:
+            for linear in self.model.pruned.values():
+                linear.weight.requires_grad_(True)
+        self.history = LossHistory()
+        callbacks.append(self.history)
+        self.checkpoints = ModelCheckpoint(
+            dirpath=self.folder / CHECKPOINTS,
+            filename="best",
+            monitor="validation_loss" if self.datamodule.validation_indices else None,
+            save_last=True,
+            enable_version_counter=False,
+        )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer.callbacks = _CallbackConnector._reorder_callbacks([*callbacks, self.checkpoints])
+
+    def _fit(self) -> None:
+        last = self.folder / CHECKPOINTS / "last.ckpt"
+        clock, handler = time.perf_counter(), signal.getsignal(signal.SIGINT)
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            self.trainer.strategy._launcher = TrainingLauncher(launcher, self.children)
+        try:
+            self.trainer.fit(
+                self.model, datamodule=self.datamodule, ckpt_path=last if self.resume and last.is_file() else None
+            )
+        except SystemExit as error:  # how Lightning passes on an interruption; it ignores any other from then on
+            signal.signal(signal.SIGINT, handler)
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise self.children.settled(error.__context__) from None
+            raise
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                raise self.children.settled(ProcessLost()) from None
+            raise
+        self.children.release()
+        best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
+        if best:
+            trained = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
+            self.model.load_state_dict(trained, strict=False)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        score = self.checkpoints.best_model_score
+        metrics = {name: value.item() for name, value in self.trainer.logged_metrics.items()}
+        self.record["training"] = {
+            "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+            "steps": self.trainer.global_step,
+            "epochs": self.trainer.current_epoch,
+            "train_loss": metrics.get("train_loss"),
+            "validation_loss": score.item() if best and score is not None else metrics.get("validation_loss"),
+            "history": self.history.points,
+            "seconds": time.perf_counter() - clock,
+        }
+
+    def _write(self) -> None:
+        base = self.model.folder
+        assert base is not None
+        self.record["status"] = "writing"
+        self.record.write(self.folder, RECORD_NAME)
+        masks = self.masks.masks
+        write_merged(self.model, base, self._copy_base(), self.weights, masks)
+        self._verify(masks)
+        if self.lora is not None:
+            from peft import get_peft_model_state_dict
+
+            from lvlm_prune.recovery.adapter_folder import mask_digest, save_sparse_adapter
+
+            save_sparse_adapter(
+                self.folder / "adapter",
+                self.model.model.peft_config["default"],
+                get_peft_model_state_dict(self.model.model, adapter_name="default"),
+                {name: mask_digest(self.model.pruned[name].weight) for name in self.model.adapted},
+                self.lora.gradient,
+            )
+        release(self.folder)
+
+
+def _is_lightnings_own(callback: Callback) -> bool:
+    """Lightning's default checkpoint callback, which nobody asked for."""
+    return type(callback) is ModelCheckpoint and callback.dirpath is None and callback.monitor is None

@@ -1,0 +1,427 @@
+"""One recovery from a pruned checkpoint to a better one with the same zeros.
+
+check ─► what the dense model says ─► train ─────────────────► merge into a copy, verify ─► adapter, record, scores
+(nothing written)  teacher/           checkpoints/ or blocks/                              these folders removed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.data import RecoveryDataModule, load_processor
+from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.record import EVALUATION_FILES
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
+from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.output.folder import (
+    choose_folder,
+    copy_checkpoint,
+    lock_folder,
+    make_folder,
+    refuse_unusable,
+    writing,
+)
+from lvlm_prune.methods.patterns import Pattern, parse_pattern
+from lvlm_prune.plugins import plugin_class
+from lvlm_prune.output.provenance import provenance
+from lvlm_prune.recovery.distillation import Distillation
+from lvlm_prune.recovery.masks import ZeroMask, is_pruned
+from lvlm_prune.recovery.merging import verify_merged
+from lvlm_prune.recovery.optimization import Optimization
+from lvlm_prune.recovery.reconstruction import Reconstruction
+from lvlm_prune.output.summaries import RECORD_NAME, summary
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
+
+if TYPE_CHECKING:
+    from lvlm_prune.callbacks import SparseLoRA
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+DEMO_SPARSITY = 0.7
+Method = Literal["lora", "full", "blockwise"]
+
+# Folders of an unfinished run, inside its output.
+CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
+# Of the run that made the base; they would be taken for records of this run.
+_RECORDS = (
+    FILE_NAME,
+    RECORD_NAME,
+    "config.yaml",
+    PAGE_NAME,
+    FIGURE_FOLDER,
+    "statistics.safetensors",
+    *EVALUATION_FILES,
+    "adapter",
+    *WORK_FOLDERS,
+)
+
+
+@dataclass
+class Recipe:
+    """How to recover; see `LVLMTrainer.recover`."""
+
+    method: Method = "lora"
+    optimization: Optimization = field(default_factory=Optimization)
+    dense: str = ""
+    distillation: Distillation = field(default_factory=Distillation)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss asks the dense model."""
+        return self.distillation.weight > 0
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model takes part."""
+        return self.distils or self.method == "blockwise"
+
+
+class RecoveryRun(ABC):
+    """What all methods share: checks before anything is written, and what follows training.
+
+    Args:
+        trainer: Devices, loggers, callbacks.
+        model: The pruned model.
+        datamodule: What to train on.
+        recipe: How.
+        output: Folder to write.
+        resume: Go on with an unfinished run.
+        evaluate: Score the embedded model.
+        report: Write `report.html` and its figures.
+    """
+
+    def __init__(
+        self,
+        trainer: LVLMTrainer,
+        model: LVLMModule,
+        datamodule: RecoveryDataModule,
+        recipe: Recipe,
+        output: str,
+        resume: bool,
+        evaluate: bool,
+        report: bool = True,
+    ) -> None:
+        self.trainer, self.model, self.datamodule, self.recipe = trainer, model, datamodule, recipe
+        self.resume, self.evaluate, self.report = resume, evaluate, report
+        self.started = time.perf_counter()
+        refuse_mismatch(trainer)
+        model.optimization = recipe.optimization
+        self.folder = self._output_folder(output)
+        self.record = Manifest()
+        self.weights: StreamedWeights
+        self.dense: LVLMModule | None = None
+        self.lora: SparseLoRA | None = None
+        self.children = Children()
+        self._lock: int | None = None
+
+    def __call__(self) -> Manifest:
+        """Do all of it, or what an interrupted run left."""
+        follow_parent()
+        try:
+            with interruptible(self._way_on, self.trainer.exits_when_interrupted, self.children):
+                return self._carry_out()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _way_on(self) -> str:
+        started = (self.folder / RECORD_NAME).is_file()
+        return f"go on with --resume true --output {self.folder}" if started else ""
+
+    def _carry_out(self) -> Manifest:
+        if self.resume and self.folder.is_dir():
+            self._keep_others_out()
+        earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
+        self._find_base(earlier)
+        self._check(earlier)
+        if earlier is not None and earlier.get("status") == "complete":
+            self._say(f"{self.folder} is complete already")
+            return earlier
+        self._examine(earlier)
+        with writing(self.folder):
+            self._begin(earlier)
+            self._train()
+            if self.trainer.is_global_zero:
+                self._write()
+        if self.trainer.is_global_zero:
+            clock = time.perf_counter()
+            self._score()
+            self.record["evaluation_seconds"] = time.perf_counter() - clock
+            self._finish()
+        return self.record
+
+    @abstractmethod
+    def _train(self) -> None:
+        """Train, and fill `record["training"]`."""
+
+    @abstractmethod
+    def _write(self) -> None:
+        """Write and verify the recovered checkpoint."""
+
+    # ---- before training ---------------------------------------------------------------------------------------------
+    def _output_folder(self, output: str) -> Path:
+        if not output and self.trainer.world_size > 1:
+            raise InputError("output", "''", "several processes write into one folder: name it")
+        label = "demo-atv-70" if self.model.path == "demo" else self.model.label
+        return choose_folder(output, f"{label}-recovered", self.resume)
+
+    def _find_base(self, earlier: Manifest | None) -> None:
+        """The pruned checkpoint; the embedded model is dense, so it is pruned first."""
+        if self.model.path != "demo":
+            return
+        if earlier is not None:
+            self.model.path = earlier["model"]["path"]
+        elif self.trainer.is_global_zero:
+            self.model.path = str(self._prune_embedded())
+        else:
+            problem = "is pruned by one process only; prune it first and give the folder as --model.path"
+            raise InputError("model.path", "demo", problem)
+
+    def _prune_embedded(self) -> Path:
+        from lvlm_prune.callbacks import BlockwisePruning, PruneProgressBar
+        from lvlm_prune.data import CalibrationDataModule
+        from lvlm_prune.module import LVLMModule
+
+        self._refuse_unusable(CheckpointFolder(_embedded()))
+        self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
+        bar = [PruneProgressBar()] if self.trainer.progress_bar_callback is not None else []
+        pruner = type(self.trainer)(
+            accelerator=self.trainer.accelerator_name(),
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=bool(bar),
+            enable_model_summary=False,
+            callbacks=[BlockwisePruning(sparsity=DEMO_SPARSITY, name="ATV"), *bar],
+        )
+        pruner.quiet = self.trainer.quiet
+        pruner.prune(LVLMModule("demo"), CalibrationDataModule(), evaluate=self.evaluate, report=self.report)
+        assert pruner.output_folder is not None
+        return pruner.output_folder
+
+    def _check(self, earlier: Manifest | None) -> None:
+        """Check everything that can be checked without going through the data."""
+        model, data = self.model, self.datamodule
+        model.refuse_vision("recover")
+        model.open()
+        assert model.folder is not None
+        if self.trainer.is_global_zero:
+            self._refuse_unusable(model.folder)
+        if data.source.needs_processor and model.processor is None:
+            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        data.connect(model.processor, model.context_length)
+        data.setup("fit")
+        self.base_record = _record_of(model.folder.path)
+        # Made before adapters change the names of modules.
+        self.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, "cpu")
+        self.lora = self._adapters()
+        self._refuse_unpruned()
+        if self.recipe.needs_dense:
+            from lvlm_prune.recovery.dense import open_dense
+
+            self.dense = open_dense(self.recipe.dense, model, self.base_record)
+        elif self.recipe.dense:
+            raise InputError(
+                "dense", self.recipe.dense, "does nothing without --distillation.weight or --method blockwise"
+            )
+        self.record.update(self._provenance())
+        if earlier is not None:
+            earlier.refuse_other(self.record, self.folder)
+
+    def _adapters(self) -> SparseLoRA | None:
+        """The user's adapters, or default ones; None for a method that trains none."""
+        from lvlm_prune.callbacks import SparseLoRA
+
+        if self.recipe.method == "full":
+            return None
+        given = (callback for callback in self.trainer.callbacks if isinstance(callback, SparseLoRA))
+        return next(given, None) or SparseLoRA()
+
+    def _refuse_unpruned(self) -> None:
+        """Find the pruned Linears, one weight in memory at a time.
+
+        Raises:
+            InputError: There are none, or none where an adapter is to be.
+        """
+        linears = self.model.linears()
+        self.pruned_names = [name for name in linears if is_pruned(self.weights.stored(f"{name}.weight"))]
+        self.model.refuse_unpruned(self.pruned_names)
+        if self.lora is not None:
+            self.lora.select(self.pruned_names)
+
+    def _examine(self, earlier: Manifest | None) -> None:
+        """Go through the data once, before anything is written; where an interrupted run did, look at some of it.
+
+        Raises:
+            InputError: A sample cannot be used, or is another one than the interrupted run had.
+        """
+        if earlier is not None and "examined" in earlier["data"]:
+            examined = self.record["data"]["examined"] = earlier["data"]["examined"]
+            if self.trainer.is_global_zero and self.datamodule.sampled() != examined["sampled"]:
+                problem = f"gives other samples now than in the unfinished run in {self.folder}"
+                raise InputError("data.source", plugin_class(self.datamodule.source).__name__, problem)
+        elif self.trainer.is_global_zero:
+            self.record["data"]["examined"] = asdict(self.datamodule.examine())
+
+    def _begin(self, earlier: Manifest | None) -> None:
+        """From here on the folder can be resumed."""
+        if not self.trainer.is_global_zero:
+            return
+        make_folder(self.folder)
+        self._keep_others_out()
+        assert self.model.folder is not None
+        self._refuse_unusable(self.model.folder)  # another run may have come first
+        self.record["status"] = "training"
+        self.record.write(self.folder, RECORD_NAME)
+        if self.record["config"]:
+            config = yaml.safe_dump(self.record["config"], sort_keys=False)
+            replace_durably(self.folder / "config.yaml", config.encode())
+
+    def _keep_others_out(self) -> None:
+        """Lock the folder until the run ends, however it ends."""
+        if self._lock is None and self.trainer.is_global_zero:
+            self._lock = lock_folder(self.folder)
+
+    def _refuse_unusable(self, base: CheckpointFolder) -> None:
+        refuse_unusable(self.folder, base.path, RECORD_NAME, self.resume)
+
+    def _provenance(self) -> dict[str, Any]:
+        model = self.model
+        assert model.folder is not None
+        config = dict(self.trainer.run_config or {})
+        if "model" in config:
+            config["model"] = dict(config["model"]) | {"path": model.path}
+        found = provenance(self.trainer, model, self.datamodule)
+        record = {
+            "config": config or {"method": self.recipe.method, "optimization": vars(model.optimization)},
+            "model": found["model"],
+            "data": found["calibration"] | {"samples": len(self.datamodule.train_indices)},
+            "method": self.recipe.method,
+            "versions": found["versions"] | {"peft": _version("peft")},
+            "processes": found["processes"],
+            "device": found["device"],
+        }
+        if self.dense is not None:
+            assert self.dense.folder is not None
+            folder = self.dense.folder
+            record["dense"] = {"path": self.dense.path, "folder": str(folder.path), "fingerprint": folder.fingerprint()}
+        elif "dense" in self.base_record:
+            record["dense"] = self.base_record["dense"]
+        return record
+
+    # ---- after training ----------------------------------------------------------------------------------------------
+    def _copy_base(self) -> CheckpointFolder:
+        """A copy of the base to overwrite; nobody can load it yet."""
+        base = self.model.folder
+        assert base is not None
+        copy_checkpoint(base.path, self.folder, leave_out=_RECORDS)
+        return base.at(self.folder)
+
+    def _verify(self, masks: Mapping[str, ZeroMask]) -> None:
+        """Read what was written again, and note what it holds."""
+        base = self.model.folder
+        assert base is not None
+        pattern = self._pattern()
+        found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern)
+        zeros = found.pop("zeros")
+        self.record["verified"] = found
+        self.record["pattern"] = str(pattern) if pattern is not None else "unstructured"
+        self.record["linears"] = {
+            name: {
+                "shape": list(mask.shape),
+                "zeros": zeros[name],
+                "achieved": zeros[name] / (mask.shape[0] * mask.shape[1]),
+            }
+            for name, mask in masks.items()
+        }
+
+    def _pattern(self) -> Pattern | None:
+        """The pattern that the base was pruned to, where its record says so."""
+        text = self.base_record.get("pattern")
+        try:
+            return parse_pattern(text) if text else None
+        except ValueError:
+            return None
+
+    def _score(self) -> None:
+        """The embedded model dense, pruned and recovered, on the embedded benchmark; other models are not scored."""
+        origin = self.base_record.get("origin") or self.base_record.get("model", {}).get("path")
+        self.record["origin"] = origin
+        if not (self.evaluate and origin == "demo"):
+            return
+        from lvlm_prune.evaluation.builtin import BuiltinEngine
+        from lvlm_prune.evaluation.scores import Scores, retention
+
+        assert self.model.folder is not None
+        earlier = self.base_record.get("evaluation", {})
+        folders = {"dense": _embedded(), "pruned": self.model.folder.path, "recovered": self.folder}
+        known = {"dense": earlier.get("dense"), "pruned": earlier.get("recovered", earlier.get("pruned"))}
+        scores = {
+            name: Scores.from_dict(saved) if (saved := known.get(name)) else BuiltinEngine().score(folder, title=name)
+            for name, folder in folders.items()
+        }
+        self.record["evaluation"] = {name: found.to_dict() for name, found in scores.items()}
+        self.record["evaluation"]["retention"] = {
+            name: retention(scores[name], scores["dense"]).to_dict() for name in ("pruned", "recovered")
+        }
+
+    def _finish(self) -> None:
+        for name in WORK_FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.record["seconds"] = time.perf_counter() - self.started
+        self.record["status"] = "complete"
+        self.record.write(self.folder, RECORD_NAME)
+        if self.report:
+            # Matplotlib takes its time to load; who wants no page does not wait for it.
+            from lvlm_prune.report.page import write_page
+            from lvlm_prune.report.recovery import recovery_page
+
+            write_page(self.folder, *recovery_page(self.record, self.folder))
+        self._say(summary(self.record, self.folder))
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_global_zero and not self.trainer.quiet:
+            print(text, flush=True)
+
+
+def _record_of(base: Path) -> dict[str, Any]:
+    """What the run that made the base wrote about it; empty where it was made by other tools.
+
+    `dense` says from which checkpoint the base was pruned.
+    """
+    for name in (RECORD_NAME, FILE_NAME):
+        if (base / name).is_file():
+            try:
+                record = dict(json.loads((base / name).read_text()))
+            except ValueError:
+                continue
+            if name == FILE_NAME:
+                record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
+            return record
+    return {}
+
+
+def _embedded() -> Path:
+    from lvlm_prune.demo import CHECKPOINT
+
+    return Path(CHECKPOINT)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

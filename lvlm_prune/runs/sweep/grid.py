@@ -1,0 +1,246 @@
+"""The points of a grid: every recipe with every combination of the swept options that it takes.
+
+recipes   atv.yaml  wanda.yaml  atv_2of4.yaml
+grid      pruning.sparsity 0.5 0.6 ─┬─ pruning.pool.alpha 1 2 ─┬─ seeds 0 1
+points    atv       2 sparsities    x  2 alphas                x  2 seeds  = 8
+          wanda     2 sparsities         (has no alpha)        x  2 seeds  = 4
+          atv_2of4   (2:4 is 50%)     x  2 alphas              x  2 seeds  = 4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from glob import glob
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.errors import InputError
+from lvlm_prune.cli_errors import explain
+from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
+from lvlm_prune.plugins import describe
+
+SPARSITY, PATTERN, SEED = "pruning.sparsity", "pruning.pattern", "data.seed"
+_DEFAULT_RECIPE = "default"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Args:
+        recipe: Name of the recipe: its file's without the suffix.
+        options: Swept options that apply to it, dotted name -> value.
+        seed: Seed of the calibration set; None for a method that needs no data.
+        config: Everything that the run is made with, plain data under `pruning` and `data`.
+    """
+
+    recipe: str
+    options: Mapping[str, Any]
+    seed: int | None
+    config: Mapping[str, Any]
+
+    def instantiate(self) -> tuple[BlockwisePruning, CalibrationDataModule]:
+        """Method and calibration set, new objects with each call."""
+        made = _parser().instantiate(_parser().parse_object(dict(self.config)))
+        return made.pruning, made.data
+
+    @cached_property
+    def data_key(self) -> str:
+        """The same for points that run on the same calibration set."""
+        return json.dumps(self.config["data"], sort_keys=True)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the configuration; the name of the method does not matter."""
+        pruning = {name: value for name, value in self.config["pruning"].items() if name != "name"}
+        text = json.dumps({"pruning": pruning, "data": self.config["data"]}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """Recipe, options and seed in one line."""
+        named = [f"{name.rpartition('.')[2]} {readable(value)}" for name, value in self.options.items()]
+        return " · ".join([self.recipe, *named] + ([] if self.seed is None else [f"seed {self.seed}"]))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Recipes, options and seeds, all combined.
+
+    Args:
+        recipes: Files like those in `configs/prune`, or patterns of such (`configs/prune/*.yaml`); only their
+            `pruning` key is read. Empty: the default method.
+        options: Dotted name of each swept option, under `pruning` or `data` -> its values.
+        seeds: Calibration seeds.
+        data: Options of the calibration set that all points share.
+    """
+
+    recipes: Sequence[str]
+    options: Mapping[str, Sequence[Any]]
+    seeds: Sequence[int]
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        recipes: Sequence[str] | str,
+        grid: Mapping[str, Any],
+        seeds: Sequence[int] | int | None,
+        datamodule: CalibrationDataModule,
+    ) -> Grid:
+        """A grid as the command line gives it: one value is a list of one.
+
+        Raises:
+            InputError: An option cannot be swept, or a seed is given twice.
+        """
+        for name, values in grid.items():
+            if name.split(".")[0] not in ("pruning", "data") or name == SEED:
+                problem = "choose it with --seeds" if name == SEED else "a sweep varies options of `pruning` and `data`"
+                raise InputError("grid", name, problem)
+            if "." not in name:
+                example = f"--grid '{{{name}.{next(iter(values), 'option') if isinstance(values, dict) else 'option'}"
+                raise InputError("grid", name, f"write the option's whole name and its values: {example}: [...]}}'")
+        if seeds is None:
+            seeds = datamodule.seed
+        elif datamodule.seed:
+            raise InputError("data.seed", datamodule.seed, "contradicts --seeds, which chooses the seeds of a sweep")
+        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise InputError("seeds", seeds, "must be one or more different seeds")
+        return cls(
+            [recipes] if isinstance(recipes, str) else list(recipes),
+            {name: values if isinstance(values, list) else [values] for name, values in grid.items()},
+            seeds,
+            describe(datamodule)["init_args"],
+        )
+
+    def points(self) -> list[Point]:
+        """All points, each once, checked; points on the same calibration set follow each other.
+
+        An option that a recipe does not take is left out for it, and so are the sparsity of an N:M pattern, which is
+        given by the pattern, and the seed of a method that needs no data.
+
+        Raises:
+            InputError: A recipe or a value cannot be used, or no recipe takes an option.
+        """
+        points: dict[str, Point] = {}
+        used: set[str] = set()
+        for name, pruning in _methods(self.recipes):
+            for values in product(*self.options.values()):
+                # A class comes before its options.
+                swept = dict(sorted(zip(self.options, values), key=lambda option: option[0].count(".")))
+                options, config, needs_data = _options_of(name, pruning, swept, self.data)
+                used |= set(options)
+                for seed in self.seeds if needs_data else [0]:
+                    seeded = {**config, "data": {**config["data"], "seed": seed}}
+                    point = Point(name, options, seed if needs_data else None, seeded)
+                    points.setdefault(point.identity, point)
+        for name in self.options:
+            if name not in used:
+                raise InputError("grid", name, "is an option of no recipe of this sweep")
+        order = list(dict.fromkeys(point.data_key for point in points.values()))
+        return sorted(points.values(), key=lambda point: order.index(point.data_key))
+
+
+def _options_of(
+    recipe: str, pruning: Mapping[str, Any], options: Mapping[str, Any], data: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Options that a recipe takes, everything that its runs are made with (but the seed), and whether it needs data."""
+    options = dict(options)
+    if _is_semi_structured(options.get(PATTERN, pruning.get("pattern", "unstructured"))):
+        options.pop(SPARSITY, None)
+        pruning = {name: value for name, value in pruning.items() if name != "sparsity"}
+    config = _parse(recipe, pruning, options, data)
+    method = _parser().instantiate(_parser().parse_object(config)).pruning
+    if not method.wants_activations and any(map(_is_of_pool, options)):
+        options = {name: value for name, value in options.items() if not _is_of_pool(name)}
+        config = _parse(recipe, pruning, options, data)
+    return options, config, method.wants_activations or method.allocation.wants_survey
+
+
+def _is_of_pool(option: str) -> bool:
+    return f"{option}.".startswith("pruning.pool.")
+
+
+@cache
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BlockwisePruning, "pruning")
+    parser.add_class_arguments(CalibrationDataModule, "data")
+    return parser
+
+
+def _parse(recipe: str, pruning: Mapping[str, Any], options: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of method and calibration set, defaults filled in; takes those out of `options` that the recipe lacks.
+
+    Raises:
+        InputError: The recipe or a value cannot be used.
+    """
+    parser = _parser()
+    try:
+        base = parser.parse_object({"pruning": dict(pruning), "data": dict(data)})
+    except ArgumentError as error:
+        raise InputError("recipes", recipe, explain(str(error))) from None
+    while options:
+        arguments = [
+            f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
+        ]
+        try:
+            base = parser.parse_args(arguments, namespace=base.clone())
+            break
+        except ArgumentError as error:
+            line = explain(str(error), arguments)
+            option = line.partition(": ")[0].removeprefix("--").split(" ")[0]
+            if not (line.endswith("unknown option") and option in options):
+                raise InputError("grid", option, f"{recipe}: {line}") from None
+            del options[option]
+    return yaml.safe_load(parser.dump(base, skip_none=False))
+
+
+def _methods(recipes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and `pruning` options of each recipe."""
+    if not recipes:
+        yield _DEFAULT_RECIPE, {}
+    seen: dict[str, str] = {}
+    for pattern in recipes:
+        files = sorted(glob(pattern)) or [pattern]
+        for file in files:
+            path = Path(file)
+            if not path.is_file():
+                raise InputError("recipes", pattern, "no such file")
+            try:
+                content = yaml.safe_load(path.read_text())
+            except (yaml.YAMLError, UnicodeDecodeError):
+                raise InputError("recipes", file, "cannot be read as YAML") from None
+            pruning = content.get("pruning") if isinstance(content, dict) else None
+            if not isinstance(pruning, dict):
+                raise InputError("recipes", file, "has no options under `pruning`")
+            if seen.setdefault(path.stem, file) != file:
+                raise InputError("recipes", file, f"has the same name as {seen[path.stem]}")
+            yield path.stem, pruning
+
+
+def _is_semi_structured(pattern: Any) -> bool:
+    try:
+        return isinstance(parse_pattern(pattern), SemiStructured)
+    except (ValueError, TypeError, AttributeError):
+        return False  # refused where the method is made
+
+
+def readable(value: Any) -> str:
+    """A value of an option for people: a plugin by its class alone."""
+    if isinstance(value, str):
+        return value.rpartition(".")[2] if value.count(".") and not value.replace(".", "").isdigit() else value
+    if isinstance(value, Mapping) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return f"{value:g}" if isinstance(value, float) else str(value)

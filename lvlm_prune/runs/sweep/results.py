@@ -1,0 +1,125 @@
+"""What a sweep found: one JSON line per finished run, so that nothing finished is done again.
+
+sweep.jsonl             {"identity": ..., "recipe": ..., "options": ..., "seed": ..., "scores": ..., ...}
+sweep-1of2.jsonl        the same, of a process that does a part of the runs; all are read together
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.scores import Retention, Scores, retention
+from lvlm_prune.output.manifest import sync_folder
+from lvlm_prune.runs.sweep.grid import Point
+
+
+class Results:
+    """Finished runs of a folder, by identity.
+
+    Args:
+        folder: The sweep's output folder.
+        file_name: Where this process appends.
+    """
+
+    def __init__(self, folder: Path, file_name: str = "sweep.jsonl") -> None:
+        self.folder, self.path = folder, folder / file_name
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def read(self) -> Results:
+        """Read what all processes finished so far. A line that was cut off by a crash is left out.
+
+        Raises:
+            InputError: The folder holds something else.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError("output", self.folder, "is a file")
+        files = sorted(self.folder.glob("sweep*.jsonl")) if self.folder.is_dir() else []
+        if not files and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError("output", self.folder, "exists, is not empty and holds no sweep; choose another folder")
+        for file in files:
+            for line in file.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                    self.records[record["identity"]] = record
+                except (ValueError, TypeError, KeyError):
+                    continue
+        return self
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a finished run; it is on the disk when this returns."""
+        self.records[record["identity"]] = dict(record)
+        new = not self.path.exists()
+        with self.path.open("ab+") as file:
+            if file.tell() and _last_byte(file) != b"\n":
+                file.write(b"\n")
+            file.write((json.dumps(record) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync_folder(self.folder)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A point of the grid and what became of it.
+
+    Args:
+        point: Where in the grid.
+        record: Its line.
+        scores: Of the pruned model.
+        kept: Share of the dense model's accuracy that is left.
+    """
+
+    point: Point
+    record: Mapping[str, Any]
+    scores: Scores
+    kept: Retention
+
+
+def finished_runs(
+    points: Iterable[Point], records: Mapping[str, Mapping[str, Any]], key: str, dense: Scores
+) -> list[FinishedRun]:
+    """The points that are finished, in the order of the grid.
+
+    Args:
+        points: The grid.
+        records: Lines by identity.
+        key: What all runs have in common, see `record_identity`.
+        dense: Scores of the dense model.
+    """
+    runs = []
+    for point in points:
+        record = records.get(record_identity(point, key))
+        if record is not None:
+            scores = Scores.from_dict(record["scores"])
+            runs.append(FinishedRun(point, record, scores, retention(scores, dense)))
+    return runs
+
+
+def record_identity(point: Point, key: str) -> str:
+    """What a run depends on: its own configuration, and what all of them have in common (model, engine)."""
+    return f"{point.identity[:32]}-{key}"
+
+
+def share(points: Sequence[Point], part: str) -> list[Point]:
+    """The points that one of several processes does: `2/3` is the second third, runs on the same data together.
+
+    Raises:
+        InputError: `part` is not of that form.
+    """
+    number, slash, count = part.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise InputError("part", part, "must be of the form 1/2, the first of two parts")
+    start, end = (len(points) * edge // int(count) for edge in (int(number) - 1, int(number)))
+    return list(points[start:end])
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)

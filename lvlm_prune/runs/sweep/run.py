@@ -1,0 +1,245 @@
+"""One sweep: every point of a grid is pruned, scored and noted; then table, figure and page are written.
+
+check all points ─► launch processes ─► dense model scored ─► for each calibration set: caught once, surveyed once
+(nothing written)                                               for each point: prune ─► verify ─► score ─► one line
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lvlm_prune.callbacks import RetentionEvaluation
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.engine import Engine
+from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Launch
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.folder import lock_folder, writing
+from lvlm_prune.plugins import describe
+from lvlm_prune.runs.prune.sharing import SharedCalibration
+from lvlm_prune.runs.sweep.grid import Grid, Point
+from lvlm_prune.runs.sweep.page import write_sweep_page
+from lvlm_prune.runs.sweep.results import FinishedRun, Results, finished_runs, record_identity, share
+from lvlm_prune.runs.sweep.tables import csv_table, markdown_table, summary, swept_option
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.trainer import LVLMTrainer
+
+
+_WAY_ON = "the same command goes on behind the last finished run"
+
+
+class SweepRun:
+    """See `LVLMTrainer.sweep` for the arguments."""
+
+    def __init__(
+        self,
+        trainer: LVLMTrainer,
+        model: LVLMModule,
+        grid: Grid,
+        engine: Engine,
+        output: str,
+        part: str,
+        keep: bool,
+        across: str,
+    ) -> None:
+        self.trainer, self.model, self.engine = trainer, model, engine
+        self.keep = keep
+        self.across = swept_option(across, grid.options)
+        model.refuse_vision("sweep")
+        model.open()
+        if model.folder is None:
+            raise InputError("model.path", model.path, "a sweep needs a checkpoint folder")
+        engine.check()
+        self.points = grid.points()
+        self.mine = share(self.points, part) if part else self.points
+        self.folder = Path(output or f"runs/{model.label}-sweep")
+        name = f"sweep-{part.replace('/', 'of')}.jsonl" if part else "sweep.jsonl"
+        self.results = Results(self.folder, name).read()
+        self.key = self._key()
+        self._check_points()
+
+    def __call__(self) -> list[FinishedRun]:
+        """Do what is not yet done, and write what is known."""
+        trainer = self.trainer
+        launch = Launch(trainer, [])
+        with interruptible(lambda: _WAY_ON, trainer.exits_when_interrupted, launch), launch.together():
+            launch.start()
+            trainer.processes = launch.processes
+            try:
+                return self._work(launch)
+            finally:
+                trainer.shared = None
+
+    def _work(self, launch: Launch) -> list[FinishedRun]:
+        trainer = self.trainer
+        # Another process may have begun before this one read.
+        self.results.records = trainer.processes.on_main(lambda: self.results.records)
+        pending = [point for point in self.mine if not self._is_finished(point)]
+        trainer.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
+        trainer.processes.on_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        dense = self._dense_scores()
+        done = len(self.mine) - len(pending)
+        with self._single_runs():
+            for _, group in groupby(pending, key=lambda point: point.data_key):
+                trainer.shared = SharedCalibration(launch)
+                for point in group:
+                    record = self._run(point, dense)
+                    done += 1
+                    place = f"[{done}/{len(self.mine)}] {point.label}"
+                    trainer.say(f"{place}: {100 * record['retention']:.1f}% retained · {record['seconds']:.1f} s")
+        runs = finished_runs(self.points, self.results.read().records, self.key, dense)
+        trainer.processes.on_main(lambda: self._write(runs, dense))
+        return runs
+
+    # ---- before the first run ----------------------------------------------------------------------------------------
+    def _key(self) -> str:
+        """What all runs have in common: the checkpoint, how it is run, the engine."""
+        model = self.model
+        assert model.folder is not None
+        common = {
+            "model": model.folder.fingerprint(),
+            "dtype": str(model.compute_dtype),
+            "attention": model.attn_implementation,
+            "engine": describe(self.engine),
+        }
+        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _check_points(self) -> None:
+        """Refuse what no run could do, before the first one starts."""
+        from lvlm_prune.data import load_processor
+
+        checked: set[str] = set()
+        for point in self.mine:
+            pruning, data = point.instantiate()
+            try:
+                pruning.plan(self.model)
+                if point.data_key not in checked:
+                    data.setup("prune")
+                    checked.add(point.data_key)
+            except InputError as error:
+                raise InputError(error.option, error.value, f"{error.problem} (in {point.label})") from None
+            if data.source.needs_processor and self.model.processor is None:
+                assert self.model.folder is not None
+                self.model.processor = load_processor(self.model.folder.path, self.model.trust_remote_code)
+
+    # ---- the runs ----------------------------------------------------------------------------------------------------
+    def _is_finished(self, point: Point) -> bool:
+        known = record_identity(point, self.key) in self.results.records
+        return known and not (self.keep and not self._checkpoint(point).is_dir())
+
+    def _checkpoint(self, point: Point) -> Path:
+        """Where the run writes; without `keep` only until it is scored."""
+        name = point.label.replace(" · ", "_").replace(" ", "-").replace("/", "-").replace(":", "of")
+        return self.folder / ("checkpoints" if self.keep else "unfinished") / f"{name}-{point.identity[:6]}"
+
+    def _dense_scores(self) -> Scores:
+        identity = f"dense-{self.key}"
+        if identity not in self.results.records:
+            assert self.model.folder is not None
+            device = self.trainer.strategy.root_device
+            scores = self.engine.score(self.model.folder.path, self.trainer.processes, device, "dense")
+            self._note({"identity": identity, "model": self.model.path, "scores": scores.to_dict()})
+        return Scores.from_dict(self.results.records[identity]["scores"])
+
+    def _run(self, point: Point, dense: Scores) -> dict[str, Any]:
+        trainer, folder = self.trainer, self._checkpoint(point)
+        pruning, data = point.instantiate()
+        trainer.processes.on_main(lambda: self._clear(folder))
+        trainer.run_config = self._config(point)
+        trainer.callbacks[:] = [pruning, RetentionEvaluation(self.engine, dense), *self._own_callbacks]
+        quiet, trainer.quiet = trainer.quiet, True
+        try:
+            manifest = trainer.prune(self.model, data, output=str(folder), evaluate=False, report=self.keep)
+        except RunError as error:
+            wrapped = RunError(f"{point.label}: {error}")
+            wrapped.agreed = error.agreed
+            raise wrapped from None
+        finally:
+            trainer.quiet = quiet
+        record = self._record(point, manifest)
+        if not self.keep:
+            trainer.processes.on_main(lambda: self._remove(folder))
+        self._note(record)
+        return record
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Remove what an interrupted run left, but not what another process is writing."""
+        if folder.is_dir():
+            lock = lock_folder(folder)
+            shutil.rmtree(folder)
+            if lock is not None:
+                os.close(lock)
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # another process may be at work there
+            folder.parent.rmdir()
+
+    def _config(self, point: Point) -> dict[str, Any]:
+        """What repeats this one run with `lvlm-prune prune --config`."""
+        config = {name: value for name, value in (self._sweep_config or {}).items() if name in ("trainer", "model")}
+        return {**config, **point.config}
+
+    def _record(self, point: Point, manifest: Manifest) -> dict[str, Any]:
+        budget = manifest.get("mean_visual_tokens")
+        return {
+            "identity": record_identity(point, self.key),
+            "recipe": point.recipe,
+            "method": manifest["method"]["init_args"]["name"],
+            "options": dict(point.options),
+            "seed": point.seed,
+            "model": {name: manifest["model"][name] for name in ("path", "fingerprint")},
+            "calibration": manifest["calibration"].get("fingerprint"),
+            "sparsity": manifest["sparsity"],
+            "seconds": manifest["seconds"],
+            "cost": manifest.cost(),
+            "scores": manifest["evaluation"]["pruned"],
+            "retention": manifest["evaluation"]["retention"]["average"],
+            **({} if budget is None else {"mean_visual_tokens": budget}),
+        }
+
+    def _note(self, record: dict[str, Any]) -> None:
+        if self.trainer.processes.is_main:
+            with writing(self.folder):
+                self.results.add(record)
+        self.results.records[record["identity"]] = record
+
+    @contextmanager
+    def _single_runs(self) -> Iterator[None]:
+        """Single runs have callbacks and a configuration of their own."""
+        trainer = self.trainer
+        self._own_callbacks, self._sweep_config = list(trainer.callbacks), trainer.run_config
+        try:
+            yield
+        finally:
+            trainer.callbacks[:], trainer.run_config = self._own_callbacks, self._sweep_config
+
+    # ---- after the last run ------------------------------------------------------------------------------------------
+    def _write(self, runs: list[FinishedRun], dense: Scores) -> None:
+        missing = len(self.points) - len(runs)
+        note = f"{missing} of {len(self.points)} runs are still to be done." if missing else ""
+        table = markdown_table(runs, self.across) if runs else ""
+        text = "\n\n".join(part for part in (summary(dense), table, note) if part) + "\n"
+        if self.trainer.run_config is not None:
+            config = yaml.safe_dump(dict(self.trainer.run_config), sort_keys=False)
+            replace_durably(self.folder / "config.yaml", config.encode())
+        replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
+        replace_durably(self.folder / "sweep.md", text.encode())
+        if runs:
+            write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note)
+        self.trainer.say(f"{text}\nwrote {self.folder} · sweep.md · sweep.csv" + (" · report.html" if runs else ""))

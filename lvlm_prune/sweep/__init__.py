@@ -1,1 +1,0 @@
-"""Many runs of `prune` over a grid of recipes, options and seeds; one table and one figure out."""

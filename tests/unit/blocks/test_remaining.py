@@ -1,0 +1,77 @@
+"""Losses from a cached block input on are the same whether weights stay in memory or stream from disk."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lvlm_prune.blocks.remaining as tails
+from lvlm_prune.blocks import BlockRunner, ResidentWeights, Weights
+from lvlm_prune.blocks.remaining import Change, DecoderTail, TailSample
+from tests.families import FAMILIES, Sample, make_inputs, tiny_model
+from tests.unit.blocks.test_streaming import save, stream
+
+
+def scaled(weight: nn.Parameter, factor: float) -> Change:
+    @contextmanager
+    def change(sample: int):
+        dense = weight.data
+        weight.data = dense * factor
+        try:
+            yield
+        finally:
+            weight.data = dense
+
+    return change
+
+
+def losses(
+    runner: BlockRunner, weights: Weights, inputs: list[dict[str, Tensor]], first: int
+) -> dict[int, list[float]]:
+    weights.load_frame()
+    batches = [runner.catch(one) for one in inputs]
+    weights.release_frame(any(batch.needs_token_embedding for batch in batches))
+    weights.load_output_embedding()
+    for index in range(first):
+        weights.load_block(index)
+        for batch in batches:
+            runner.advance(index, batch)
+        weights.release_block(index)
+    weights.load_block(first)
+    samples = []
+    for batch in batches:
+        assert batch.input_ids is not None
+        for row, ids in enumerate(batch.input_ids):
+            samples.append(TailSample(len(samples), batch, row, predicted=ids > 2))
+    linear = [module for module in runner.block(first).modules() if isinstance(module, nn.Linear)][-1]
+    tail = DecoderTail(runner, weights, samples, first)
+    found = tail.losses([scaled(linear.weight, factor) for factor in (1.0, 1.5, 0.0)])
+    before = [batch.hidden.clone() for batch in batches]
+    assert found == tail.losses([scaled(linear.weight, factor) for factor in (1.0, 1.5, 0.0)])
+    assert all(torch.equal(hidden, batch.hidden) for hidden, batch in zip(before, batches))
+    return found
+
+
+@pytest.mark.parametrize("held", [1, 2**32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_losses_are_those_in_memory(family: str, held: int, tmp_path: Path, monkeypatch) -> None:
+    """However many samples go through the later blocks together."""
+    monkeypatch.setattr(tails, "_HELD_BYTES", held)
+    save(family, tmp_path)
+    model = tiny_model(family)
+    inputs = [
+        make_inputs(family, model, samples) for samples in ([Sample(3, 0, 5), Sample(2, 1, 9)], [Sample(4, 2, 3)])
+    ]
+    resident = losses(BlockRunner(model), ResidentWeights(), inputs, first=1)
+    runner, weights = stream(tmp_path)
+    streamed = losses(runner, weights, inputs, first=1)
+    assert streamed == resident
+    assert len(resident) == 3
+    if family != "mllama":  # the gates of its cross-attention blocks start closed
+        assert all(values[0] != values[1] != values[2] for values in resident.values())
+    weights.release_output_embedding()
+    weights.release_block(1)
+    head = runner.model.get_output_embeddings()  # type: ignore[operator]
+    assert head.weight.device.type == "meta"

@@ -1,0 +1,33 @@
+"""RIA: relative importance and activations."""
+
+import pytest
+import torch
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.methods.patterns import Unstructured
+from lvlm_prune.methods.scorers import RIAScorer
+from lvlm_prune.methods.statistics import ChannelNorm
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_equals_its_equation_entry_by_entry(exponent, reference, gathered):
+    golden = reference("wanda")
+    weight, tokens = golden["W"].double().abs(), golden["X"].double().flatten(0, 1)
+    score = RIAScorer(exponent).score(golden["W"], gathered(ChannelNorm, golden["X"]))
+    for i, j in [(0, 0), (3, 95), (63, 17)]:
+        share = weight[i, j] / weight[i].sum() + weight[i, j] / weight[:, j].sum()
+        expected = share * tokens[:, j].norm() ** exponent
+        assert score[i, j].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rows_and_columns_of_zeros_do_not_make_nan(gathered):
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    weight[1], weight[:, 2] = 0, 0
+    pruned, _ = RIAScorer().prune(weight, gathered(ChannelNorm, [torch.ones(3, 6)]), 0.5, Unstructured())
+    assert torch.isfinite(pruned).all()
+
+
+@pytest.mark.parametrize("exponent", [-0.5, float("nan"), float("inf")])
+def test_bad_exponent(exponent):
+    with pytest.raises(InputError, match=r"--pruning.scorer.exponent"):
+        RIAScorer(exponent)

@@ -1,0 +1,64 @@
+"""The manifest survives a crash and refuses to be continued by another run."""
+
+import pytest
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+
+
+@pytest.fixture
+def written(tmp_path):
+    config = {"pruning": {"sparsity": 0.5, "pool": {"init_args": {"alpha": 1.0}}}, "trainer": {"devices": 1}}
+    manifest = Manifest(config=config, model={"fingerprint": "a"}, calibration={"seed": 0}, blocks=[{"index": 0}])
+    manifest.write(tmp_path)
+    return manifest, tmp_path
+
+
+def test_what_is_written_is_read(written):
+    manifest, folder = written
+    assert Manifest.read(folder) == manifest
+    assert Manifest.read(folder).finished_blocks() == [0]
+    assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+
+
+def test_the_same_run_may_go_on_with_other_devices(written):
+    manifest, folder = written
+    same = Manifest(manifest | {"config": manifest["config"] | {"trainer": {"devices": 8}, "resume": True}})
+    manifest.refuse_other(same, folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "named"),
+    [
+        (
+            "config",
+            {"pruning": {"sparsity": 0.5, "pool": {"init_args": {"alpha": 2.0}}}},
+            "pruning.pool.init_args.alpha",
+        ),
+        ("config", {"pruning": {"sparsity": 0.5}}, "pruning.pool.init_args.alpha"),
+        ("model", {"fingerprint": "b"}, "model.path .*: has changed"),
+        ("calibration", {"fingerprint": "b"}, "data.source .*: gives other calibration samples"),
+        ("calibration", {"seed": 1}, "calibration.seed"),
+    ],
+)
+def test_another_run_is_refused_with_the_first_difference(written, section, changed, named):
+    manifest, folder = written
+    with pytest.raises(InputError, match=named):
+        manifest.refuse_other(Manifest(manifest | {section: changed}), folder)
+
+
+def test_a_folder_without_a_readable_manifest_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a folder that"):
+        Manifest.read(tmp_path)
+    (tmp_path / FILE_NAME).write_text('{"status": "pru')
+    with pytest.raises(InputError, match="cannot be read"):
+        Manifest.read(tmp_path)
+
+
+def test_a_crash_while_writing_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    replace_durably(path, b"old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        replace_durably(path, b"new")
+    assert path.read_bytes() == b"old"
