@@ -1,0 +1,1 @@
+"""`compare`: output folders of `prune` and `recover` side by side."""

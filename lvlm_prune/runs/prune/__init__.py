@@ -1,0 +1,1 @@
+"""`prune`: a dense checkpoint becomes a sparse one."""

@@ -1,0 +1,1 @@
+"""`recover`: a sparse checkpoint gets accuracy back, and its zeros stay."""
