@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+from lvlm_prune.packed.registration import register
+
 __version__ = "0.1.0"
 
 # In a checkout `callbacks/` lies beside the package; an installation maps it to `lvlm_prune.callbacks`.
 if (Path(__file__).parents[1] / "callbacks" / "__init__.py").is_file():
     __path__.append(str(Path(__file__).parents[1]))
+
+# `from_pretrained` reads packed checkpoints from now on.
+register()
 
 
 def __getattr__(name: str):

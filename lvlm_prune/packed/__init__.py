@@ -1,1 +1,8 @@
-"""Sparse checkpoints that are smaller on disk and in memory, and the kernels that make them faster."""
+"""Packed checkpoints: sparse weights stored without their zeros, and models that compute with them.
+
+    sparse folder ──pack──► packed folder ──from_pretrained──► PackedLinear, packed experts
+          ▲                      │
+          └───────unpack─────────┘   byte for byte
+
+`docs/packed_format.md` describes the files.
+"""

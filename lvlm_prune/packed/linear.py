@@ -1,0 +1,67 @@
+"""A Linear whose weight is packed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lvlm_prune.packed.kernels import packed_linear
+from lvlm_prune.packed.weight import PackedWeight
+
+
+class PackedLinear(nn.Linear):
+    """`y = x W^T + b`, with W stored without its zeros.
+
+    A Linear in all but its weight, so that what looks for Linears finds it. The gradient goes to the input and to the
+    bias; adapters beside it can be trained, it cannot.
+
+    Args:
+        linear: What it takes the place of; its bias is taken over.
+        nbytes: What the packed weight will take.
+    """
+
+    def __init__(self, linear: nn.Linear, nbytes: int = 0) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_parameter("bias", linear.bias)
+        self.add_module("weight", PackedWeight(tuple(linear.weight.shape), linear.weight.dtype, nbytes))
+        self.train(linear.training)
+        # Keeps initializers away.
+        self._is_hf_initialized = True
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight."""
+        return self._modules["weight"]  # type: ignore[return-value]
+
+    def reset_parameters(self) -> None:
+        """A packed weight is read, never initialized."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x of shape (..., in). Returns: shape (..., out)."""
+        return packed_linear(x, self.packed.matrices[0], self.bias)
+
+    def dense(self) -> nn.Linear:
+        """The same Linear with its weight unpacked."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.packed.dense())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+
+def unpack_modules(model: nn.Module) -> None:
+    """Replace every packed weight of a model by a dense parameter of the same dtype, in place, one at a time."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            _set_child(model, name, module.dense())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedWeight):
+            path, _, leaf = name.rpartition(".")
+            dense = module.dense()
+            parent = model.get_submodule(path)
+            delattr(parent, leaf)
+            parent.register_parameter(leaf, nn.Parameter(dense))
+
+
+def _set_child(model: nn.Module, name: str, child: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, child)

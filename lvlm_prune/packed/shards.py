@@ -1,0 +1,198 @@
+"""Safetensors files written tensor by tensor, with the header known only at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.blocks.checkpoint import CheckpointFolder, TensorInfo
+from lvlm_prune.errors import InputError
+from lvlm_prune.manifest import replacing
+from lvlm_prune.packed.folder import PackedFolder, one_shard
+from lvlm_prune.packed.format import Format, encode
+
+ORIGINAL_HEADER = "lvlm_prune_dense_header"
+"""Entry of a packed shard's metadata: the header of the shard that it was made from, for unpacking byte by byte."""
+
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
+_COPIED = 2**22
+
+
+class ShardWriter:
+    """Collects the tensors of one safetensors file, those of one element size together, so that all are aligned.
+
+    Args:
+        spool: Makes a temporary file.
+    """
+
+    def __init__(self, spool: Any) -> None:
+        self._spool = spool
+        self._files: dict[int, IO[bytes]] = {}
+        self._tensors: dict[int, list[tuple[str, str, tuple[int, ...], int]]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor that lies on the CPU."""
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self.add_bytes(name, _NAMES[tensor.dtype], tuple(tensor.shape), [content])
+
+    def add_bytes(self, name: str, dtype: str, shape: tuple[int, ...], content: Iterable[Any]) -> None:
+        """Add a tensor as pieces of bytes.
+
+        Args:
+            name: Its name.
+            dtype: Its dtype as safetensors spells it.
+            shape: Its shape.
+            content: Its bytes, little-endian and row-major.
+        """
+        width = _element_size(dtype)
+        file = self._files.setdefault(width, None) or self._spool()  # type: ignore[arg-type]
+        self._files[width] = file
+        size = sum(file.write(piece) for piece in content)
+        self._tensors.setdefault(width, []).append((name, dtype, shape, size))
+
+    def finish(self, file: IO[bytes], metadata: Mapping[str, str]) -> None:
+        """Write the whole file: widest elements first, as safetensors itself does."""
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        end = 0
+        widths = sorted(self._files, reverse=True)
+        for width in widths:
+            for name, dtype, shape, size in self._tensors[width]:
+                header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+                end += size
+        file.write(header_bytes(json.dumps(header, separators=(",", ":"), ensure_ascii=False)))
+        for width in widths:
+            self._files[width].seek(0)
+            shutil.copyfileobj(self._files[width], file, _COPIED)
+
+
+@contextmanager
+def writing_shard(path: Path, metadata: Mapping[str, str]) -> Iterator[ShardWriter]:
+    """A writer whose file takes its place, durably, when the context closes without an error.
+
+    Raises:
+        OSError: The disk is full, or cannot be written.
+    """
+    with ExitStack() as spools:
+        writer = ShardWriter(lambda: spools.enter_context(tempfile.TemporaryFile(dir=path.parent)))
+        yield writer
+        with replacing(path) as file:
+            writer.finish(file, metadata)
+
+
+def header_bytes(text: str) -> bytes:
+    """A header with its length in front, filled with spaces so that the tensors behind it are aligned to 8 bytes."""
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def read_header(path: Path) -> str:
+    """The header of a safetensors file that was already found sound, as it is written there."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return file.read(length).decode()
+
+
+def pack_shard(source: CheckpointFolder, shard: str, target: Path, packable: set[str], form: Format) -> dict[str, int]:
+    """Write the packed form of one shard.
+
+    Args:
+        source: The folder with the sparse weights.
+        shard: Name of the file, kept.
+        target: Folder to write to.
+        packable: Names of tensors that are packed where that makes them smaller.
+        form: How.
+
+    Returns:
+        Name of each packed tensor to the size of its parts in bytes.
+
+    Raises:
+        OSError: The disk is full, or cannot be written.
+    """
+    view = one_shard(source.path, shard)
+    text = read_header(source.path / shard)
+    metadata = {"format": "pt", **json.loads(text).get("__metadata__", {}), ORIGINAL_HEADER: text}
+    packed: dict[str, int] = {}
+    with writing_shard(target / shard, metadata) as writer:
+        for key, place in view.tensors.items():
+            # Where two shards hold a tensor of the same name, the other one counts and this one is only kept.
+            parts = encode(view.read(key), form) if key in packable and source[key] == place else None
+            if parts is None:
+                writer.add_bytes(key, place.dtype, place.shape, view._parts(key, _COPIED))
+                continue
+            for end, part in parts.items():
+                writer.add(key + end, part)
+            packed[key] = sum(part.nbytes for part in parts.values())
+    return packed
+
+
+def unpack_shard(source: Path, shard: str, target: Path) -> None:
+    """Write the dense form of one packed shard: the bytes that were packed, where the shard tells what they were.
+
+    Raises:
+        InputError: The shard is broken.
+        OSError: The disk is full, or cannot be written.
+    """
+    packed = PackedFolder(one_shard(source, shard))
+    original = json.loads(read_header(source / shard)).get("__metadata__", {}).get(ORIGINAL_HEADER)
+    if original is None:
+        text, order = _fresh_header(packed)
+        content = header_bytes(text)
+    else:
+        content, order = struct.pack("<Q", len(original.encode())) + original.encode(), _order(packed, original)
+    with replacing(target / shard) as file:
+        file.write(content)
+        for key in order:
+            for piece in packed._parts(key, _COPIED):
+                file.write(piece)
+
+
+def _fresh_header(packed: PackedFolder) -> tuple[str, list[str]]:
+    order = sorted(packed, key=lambda key: (-_element_size(packed[key].dtype), key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in order:
+        place = packed[key]
+        header[key] = {"dtype": place.dtype, "shape": list(place.shape), "data_offsets": [end, end + place.nbytes]}
+        end += place.nbytes
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False), order
+
+
+def _order(packed: PackedFolder, original: str) -> list[str]:
+    """Names in the order of their bytes in the original file.
+
+    Raises:
+        InputError: The original header is not one of these tensors.
+    """
+    try:
+        entries = {key: entry for key, entry in json.loads(original).items() if key != "__metadata__"}
+        order = sorted(entries, key=lambda key: entries[key]["data_offsets"])
+        end, sound = 0, entries.keys() == packed.tensors.keys()
+        for key in order if sound else ():
+            place, entry = packed[key], entries[key]
+            sound &= entry["dtype"] == place.dtype and tuple(entry["shape"]) == place.shape
+            sound &= list(entry["data_offsets"]) == [end, end + place.nbytes]
+            end += place.nbytes
+    except (ValueError, TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        shard = packed.shards[0]
+        raise InputError("model.path", packed.path, f"{shard} says it was made from a file with other tensors")
+    return order
+
+
+def _element_size(dtype: str) -> int:
+    place = TensorInfo("", dtype, (), 0, 0)
+    try:
+        return place.torch_dtype.itemsize
+    except InputError:
+        return 1
