@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.blocks.sources import WeightSource, find_sources
+from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.errors import InputError, LVLMPruneError
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import COMPANIONS
@@ -199,11 +199,12 @@ class PackedLoading:
         if shape != tuple(weight.shape):
             raise ValueError(_FAILED.format(f"{key} has shape {shape}, {tuple(weight.shape)} in the model"))
         values, mask = values.to(device, weight.dtype), mask.to(device)
+        rows, columns = shape[-2:]
         if len(shape) == 2:
-            return [PackedMatrix.from_bitmask(values, mask, shape)]
+            return [PackedMatrix.from_bitmask(values, mask, (rows, columns))]
         counts = _kept(mask)
         return [
-            PackedMatrix.from_bitmask(own.clone(), bits.clone(), shape[1:])
+            PackedMatrix.from_bitmask(own.clone(), bits.clone(), (rows, columns))
             for own, bits in zip(values.split(counts), mask)
         ]
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lvlm_prune.packed.format import METHOD, VERSION
+from lvlm_prune.packed.format import METHOD, VERSION, Format
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ class PackedQuantizer(HfQuantizer):
         """The state dict that `save_pretrained` writes, with packed tensors as the format has them."""
         from lvlm_prune.packed.saving import state_dict_to_save
 
-        form = getattr(self.quantization_config, "format", "bitmask")
+        form: Format = getattr(self.quantization_config, "format", "bitmask")
         sources = [] if self.loading is None else self.loading.converted
         return state_dict_to_save(model, form, sources), {}
 

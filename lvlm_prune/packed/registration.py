@@ -1,7 +1,7 @@
 """Makes transformers know packed checkpoints, once it is imported; costs nothing where it never is.
 
-`import lvlm_prune` runs `register`. Importing transformers there would take seconds that `lvlm-prune --version` does not
-have; waiting until a part of this package that needs transformers is imported would leave a user who only writes
+`import lvlm_prune` runs `register`. Importing transformers there would take seconds that `lvlm-prune --version` does
+not have; waiting until a part of this package that needs transformers is imported would leave a user who only writes
 `import lvlm_prune` with an unknown format. So the import of transformers' list of quantizers is watched for.
 """
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lvlm_prune.blocks.sources import WeightSource
-from lvlm_prune.blocks.sources import _revert as revert
+from lvlm_prune.checkpoints.sources import WeightSource
+from lvlm_prune.checkpoints.sources import _revert as revert
 from lvlm_prune.packed.format import Format, encode
 from lvlm_prune.packed.weight import PackedWeight
 

@@ -14,9 +14,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.blocks.checkpoint import CheckpointFolder, TensorInfo
+from lvlm_prune.checkpoints.checkpoint import CheckpointFolder, TensorInfo
 from lvlm_prune.errors import InputError
-from lvlm_prune.manifest import replacing
+from lvlm_prune.output.manifest import replacing
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.format import Format, encode
 

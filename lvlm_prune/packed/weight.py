@@ -1,8 +1,9 @@
 """A packed weight in the place of a parameter.
 
-Models do more with a weight than multiply by it: they ask for its dtype, index a stack of experts, hand it to a function
-of torch. `PackedWeight` answers questions without unpacking, multiplies packed, and for anything else unpacks for that
-one call. It cannot be changed: what would change the unpacked copy is refused, because the change would be lost.
+Models do more with a weight than multiply by it: they ask for its dtype, index a stack of experts, hand it to a
+function of torch. `PackedWeight` answers questions without unpacking, multiplies packed, and for anything else unpacks
+for that one call. It cannot be changed: what would change the unpacked copy is refused, because the change would be
+lost.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ class PackedWeight(ActsAsTensor, nn.Module):
             values, mask = matrix.to_bitmask()
             fresh = fn(values)
             same = fresh.dtype == values.dtype and fresh.device == values.device
-            moved.append(matrix if same else PackedMatrix.from_bitmask(fresh, fn(mask), tuple(matrix.shape)))
+            shape = (matrix.shape[0], matrix.shape[1])
+            moved.append(matrix if same else PackedMatrix.from_bitmask(fresh, fn(mask), shape))
         if moved:
             self.fill(moved)
         return self

@@ -13,8 +13,8 @@ from torch import Tensor
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
-from lvlm_prune.output.manifest import FILE_NAME, leaves
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.manifest import FILE_NAME, leaves
 from lvlm_prune.output.summaries import RECORD_NAME
 
 _OPTION = "folders"

@@ -8,10 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.runs.compare.folders import ComparedFolder
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.folder import writing
+from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.runs.compare.folders import ComparedFolder
 
 RECORD_NAME, TABLE_NAME = "compare.json", "compare.md"
 

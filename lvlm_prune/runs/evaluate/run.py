@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import RECORD_NAME, TABLE_NAME, evaluation_record, evaluation_table, write_record
-from lvlm_prune.distributed.interruption import interruptible
-from lvlm_prune.distributed.launching import Launch
-from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.folder import choose_folder, writing
-from lvlm_prune.plugins import describe
+from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.names import PAGE_NAME
+from lvlm_prune.plugins import describe
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

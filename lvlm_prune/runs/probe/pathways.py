@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lvlm_prune.loop.activations import batches_of
 from lvlm_prune.blocks import modality_of_tokens
+from lvlm_prune.blocks.routing import Pathway, route, tokens_of
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop import Block
+from lvlm_prune.loop.activations import batches_of
 from lvlm_prune.methods.pools import MixedPool, Pool, TextOnlyPool, VisualOnlyPool
-from lvlm_prune.blocks.routing import Pathway, route, tokens_of
 from lvlm_prune.methods.scorers import Scorer
 
 if TYPE_CHECKING:

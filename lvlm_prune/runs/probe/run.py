@@ -17,21 +17,21 @@ from lightning.fabric import Fabric
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
+from lvlm_prune.blocks.routing import routed
 from lvlm_prune.data import CalibrationDataModule, MixtureSource, load_processor
 from lvlm_prune.distributed.interruption import interruptible
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.loop import BlockLoop
-from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, writing
-from lvlm_prune.plugins import describe, plugin_class
-from lvlm_prune.runs.probe.pathways import PathwayPruning
-from lvlm_prune.blocks.routing import routed
-from lvlm_prune.output.provenance import provenance
-from lvlm_prune.runs.prune.participants import Demands
-from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PAGE_NAME
+from lvlm_prune.output.provenance import provenance
+from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.report.page import write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page
+from lvlm_prune.runs.probe.pathways import PathwayPruning
+from lvlm_prune.runs.prune.participants import Demands
+from lvlm_prune.runs.prune.stream import CalibrationStream
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe

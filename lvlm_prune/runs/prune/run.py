@@ -15,14 +15,14 @@ import torch
 
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.data import CalibrationDataModule, load_processor
-from lvlm_prune.errors import InputError
-from lvlm_prune.memory.footprint import BatchSize
 from lvlm_prune.distributed.interruption import interruptible
 from lvlm_prune.distributed.launching import Joined, Launch
-from lvlm_prune.output.manifest import FILE_NAME, Manifest
+from lvlm_prune.errors import InputError
+from lvlm_prune.memory.footprint import BatchSize
 from lvlm_prune.memory.measuring import Stopwatch
-from lvlm_prune.output.folder import choose_folder, free_bytes
 from lvlm_prune.memory.planning import Plan, make_plan
+from lvlm_prune.output.folder import choose_folder, free_bytes
+from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.runs.prune.participants import Demands, with_defaults
 from lvlm_prune.runs.prune.stream import CalibrationStream

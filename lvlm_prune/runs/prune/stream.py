@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lvlm_prune.loop.activations import SampleRow, batches_of
 from lvlm_prune.blocks import Part, Weights
-from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.callbacks import PluginSurvey
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.loop import BlockLoop
-from lvlm_prune.memory.measuring import Stopwatch
-from lvlm_prune.runs.prune.participants import Demands
+from lvlm_prune.loop.activations import SampleRow, batches_of
 from lvlm_prune.loop.catching import Catcher, CaughtSamples
-from lvlm_prune.runs.prune.sharing import survey_key
+from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.methods.survey import surveyed_samples
+from lvlm_prune.runs.prune.participants import Demands
+from lvlm_prune.runs.prune.sharing import survey_key
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule

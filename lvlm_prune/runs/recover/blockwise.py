@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lvlm_prune.loop.activations import SampleRow
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.data import CalibrationBatch
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
-from lvlm_prune.errors import InputError
 from lvlm_prune.distributed.launching import Launch
-from lvlm_prune.loop import BlockLoop
-from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.folder import release
 from lvlm_prune.distributed.processes import Processes
+from lvlm_prune.errors import InputError
+from lvlm_prune.loop import BlockLoop
+from lvlm_prune.loop.activations import SampleRow
 from lvlm_prune.loop.catching import catch_batch
+from lvlm_prune.output.folder import release
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.summaries import RECORD_NAME
 from lvlm_prune.recovery.masks import StoredMasks
 from lvlm_prune.runs.recover.run import BLOCKS, RecoveryRun
-from lvlm_prune.output.summaries import RECORD_NAME
 
 _RECONSTRUCTING = "reconstructing"
 

@@ -13,16 +13,16 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
-from lvlm_prune.errors import InputError, ProcessLost
 from lvlm_prune.distributed.launching import TrainingLauncher
-from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.folder import release
 from lvlm_prune.distributed.processes import is_lost_connection
+from lvlm_prune.errors import InputError, ProcessLost
+from lvlm_prune.output.folder import release
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.summaries import RECORD_NAME
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.merging import write_merged
-from lvlm_prune.runs.recover.run import CHECKPOINTS, TEACHER, RecoveryRun
-from lvlm_prune.output.summaries import RECORD_NAME
 from lvlm_prune.recovery.training_checkpoint import DurableCheckpointIO
+from lvlm_prune.runs.recover.run import CHECKPOINTS, TEACHER, RecoveryRun
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import FrozenMasks, LossHistory

@@ -21,11 +21,11 @@ import yaml
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import RecoveryDataModule, load_processor
-from lvlm_prune.errors import InputError
-from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.distributed.interruption import interruptible
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
-from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.record import EVALUATION_FILES
+from lvlm_prune.methods.patterns import Pattern, parse_pattern
 from lvlm_prune.output.folder import (
     choose_folder,
     copy_checkpoint,
@@ -34,16 +34,16 @@ from lvlm_prune.output.folder import (
     refuse_unusable,
     writing,
 )
-from lvlm_prune.methods.patterns import Pattern, parse_pattern
-from lvlm_prune.plugins import plugin_class
+from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.output.provenance import provenance
+from lvlm_prune.output.summaries import RECORD_NAME, summary
+from lvlm_prune.plugins import plugin_class
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.masks import ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
-from lvlm_prune.output.summaries import RECORD_NAME, summary
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import SparseLoRA

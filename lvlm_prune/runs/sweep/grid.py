@@ -23,9 +23,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli_errors import explain
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.errors import InputError
-from lvlm_prune.cli_errors import explain
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
 from lvlm_prune.plugins import describe
 

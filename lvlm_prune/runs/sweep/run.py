@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lvlm_prune.callbacks import RetentionEvaluation
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.distributed.interruption import interruptible
-from lvlm_prune.distributed.launching import Launch
-from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.folder import lock_folder, writing
+from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.plugins import describe
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.sweep.grid import Grid, Point
