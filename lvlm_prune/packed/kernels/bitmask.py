@@ -5,11 +5,13 @@
      [0, 0, 7, 0, 0]]                            [0b00100]]
 
 A weight is kept where its bit pattern is not zero: a negative zero survives, and unpacking gives back every byte.
-Everything here is plain torch and runs on any device; `native` has the same in C++.
+What the C++ kernels do faster on the CPU is left to them; the rest is plain torch and runs on any device.
 """
 
 import torch
 from torch import Tensor
+
+from lvlm_prune.packed.kernels import cpu
 
 BIT_PATTERN = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """The integer type that shows the bits of a weight, for each dtype that can be packed."""
@@ -36,6 +38,8 @@ def pack_rows(dense: Tensor) -> tuple[Tensor, Tensor]:
                 [ 4]], dtype=torch.uint8))
     """
     check_dense(dense)
+    if cpu.usable(dense):
+        return cpu.pack_rows(dense)
     kept = dense.view(BIT_PATTERN[dense.dtype]) != 0
     padded = torch.nn.functional.pad(kept, (0, -dense.shape[1] % 8)).view(len(dense), -1, 8)
     mask = (padded.to(torch.uint8) << _bits(dense.device)).sum(dim=2, dtype=torch.uint8)
@@ -43,7 +47,14 @@ def pack_rows(dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_rows(values: Tensor, mask: Tensor, columns: int) -> Tensor:
-    """The dense matrix of shape (rows, columns) again, bit for bit; the inverse of `pack_rows`."""
+    """The dense matrix of shape (rows, columns) again, bit for bit; the inverse of `pack_rows`.
+
+    Raises:
+        ValueError: where the mask is not of as many values.
+    """
+    if cpu.usable(values) and cpu.usable(mask):
+        return cpu.unpack_rows(values, mask, columns)
+    check_counts(values, mask, columns)
     dense = values.new_zeros(len(mask), columns)
     begin = 0
     for rows, bits in zip(dense.split(max(AT_ONCE // columns, 1)), mask.split(max(AT_ONCE // columns, 1))):
@@ -73,20 +84,13 @@ def check_dense(dense: Tensor) -> None:
         raise ValueError(f"`dense` has shape {tuple(dense.shape)}; a matrix with rows and columns is needed")
 
 
-def check_packed(values: Tensor, mask: Tensor, shape: tuple[int, int]) -> None:
-    """Refuse pieces that do not belong together, before any kernel reads them.
-
-    Raises:
-        ValueError: naming the argument, where a dtype or a shape is not what `shape` asks for, where a bit is set past
-            the last column, or where there are not as many values as bits.
-    """
+def check_form(values: Tensor, mask: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse dtypes and shapes that do not belong together, with a ValueError that names the argument."""
     rows, columns = shape
     if rows < 1 or columns < 1:
         raise ValueError(f"`shape` is {tuple(shape)}; a matrix with rows and columns is needed")
     if values.dtype not in BIT_PATTERN or values.ndim != 1:
-        raise ValueError(
-            f"`values` is {values.dtype} of shape {tuple(values.shape)}; floats in one dimension are needed"
-        )
+        raise ValueError(f"`values` is {values.dtype} of shape {tuple(values.shape)}; a list of floats is needed")
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, -(-columns // 8)):
         raise ValueError(
             f"`mask` is {mask.dtype} of shape {tuple(mask.shape)}; a matrix of {rows} x {columns} has uint8 of shape "
@@ -94,6 +98,10 @@ def check_packed(values: Tensor, mask: Tensor, shape: tuple[int, int]) -> None:
         )
     if values.device != mask.device:
         raise ValueError(f"`values` is on {values.device}, `mask` on {mask.device}")
+
+
+def check_counts(values: Tensor, mask: Tensor, columns: int) -> None:
+    """Refuse bits past the last column, and a mask that is not of as many values, with a ValueError."""
     if columns % 8 and bool((mask[:, -1] >> (columns % 8)).any()):
         raise ValueError(f"`mask` has bits set past the last of {columns} columns")
     kept = int(count_kept(mask).sum())

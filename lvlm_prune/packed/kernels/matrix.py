@@ -1,11 +1,11 @@
 """A packed matrix in memory, laid out for the kernels of this machine."""
 
-from typing import Self
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lvlm_prune.packed.kernels import bitmask
+from lvlm_prune.packed.kernels import bitmask, cpu
 
 
 class PackedMatrix:
@@ -14,8 +14,10 @@ class PackedMatrix:
     It is made by `from_bitmask` or `from_dense`, which check everything: a kernel trusts its fields.
 
     Attributes:
-        values: The non-zero values, of shape (n_kept,).
-        mask: The bits that say where they stand.
+        values: The non-zero values, and after them what a kernel may read but never uses.
+        mask: The bits that say where they stand: uint8 of shape (rows, ceil(columns / 8)) in the device-neutral form,
+            int64 of shape (groups, words, 8) in tiles of 8 rows x 64 columns.
+        start: Where each group of 8 rows begins in `values`, int64; None in the device-neutral form.
         rows: Output features.
         columns: Input features.
 
@@ -28,13 +30,15 @@ class PackedMatrix:
                 [0., 0., 7., 0., 0.]])
     """
 
-    def __init__(self, values: Tensor, mask: Tensor, shape: tuple[int, int]) -> None:
+    def __init__(self, values: Tensor, mask: Tensor, start: Tensor | None, shape: tuple[int, int]) -> None:
         self.values = values
         self.mask = mask
+        self.start = start
         self.rows, self.columns = shape
+        self.n_kept = values.numel() if start is None else int(start[-1])
 
     @classmethod
-    def from_bitmask(cls, values: Tensor, mask: Tensor, shape: tuple[int, int]) -> Self:
+    def from_bitmask(cls, values: Tensor, mask: Tensor, shape: tuple[int, int]) -> PackedMatrix:
         """Check the device-neutral pieces and lay them out for this machine.
 
         Args:
@@ -46,33 +50,43 @@ class PackedMatrix:
         Raises:
             ValueError: where the pieces do not belong together; nothing was read out of bounds.
         """
-        bitmask.check_packed(values, mask, shape)
-        return cls(values.contiguous(), mask.contiguous(), shape)
+        bitmask.check_form(values, mask, shape)
+        if not (cpu.usable(values) and cpu.usable(mask)):
+            bitmask.check_counts(values, mask, shape[1])
+            return cls(values.contiguous(), mask.contiguous(), None, shape)
+        offset = cpu.check_counts(values, mask, shape[1])
+        return cls(*cpu.tile(values, mask, offset, shape[1]), shape)
 
     @classmethod
-    def from_dense(cls, dense: Tensor) -> Self:
+    def from_dense(cls, dense: Tensor) -> PackedMatrix:
         """Pack a matrix of shape (rows, columns); bfloat16, float16 or float32, else ValueError."""
         values, mask = bitmask.pack_rows(dense)
         return cls.from_bitmask(values, mask, (dense.shape[0], dense.shape[1]))
 
     def to_bitmask(self) -> tuple[Tensor, Tensor]:
         """The device-neutral pieces again, `(values, mask)` as `from_bitmask` takes them."""
-        return self.values, self.mask
+        if self.start is None:
+            return self.values, self.mask
+        return cpu.untile(self.values, self.mask, self.start, self.rows, self.columns)
 
     def to_dense(self) -> Tensor:
         """The dense matrix, of shape (rows, columns), with the same bits as before packing."""
-        return bitmask.unpack_rows(self.values, self.mask, self.columns)
+        if self.start is None:
+            return bitmask.unpack_rows(self.values, self.mask, self.columns)
+        return cpu.unpack(self.values, self.mask, self.start, self.rows, self.columns)
 
-    def operands(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    def operands(
+        self, x: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
         """The arguments of the operator `lvlm_prune::packed_linear`."""
-        return x, self.values, self.mask, bias, self.rows
+        return x, self.values, self.mask, self.start, bias, self.rows
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> PackedMatrix:
         """The same matrix on another device; itself where it is there already."""
         if torch.device(device) == self.device:
             return self
         values, mask = self.to_bitmask()
-        return type(self)(values.to(device), mask.to(device), (self.rows, self.columns))
+        return type(self).from_bitmask(values.to(device), mask.to(device), (self.rows, self.columns))
 
     @property
     def shape(self) -> torch.Size:
@@ -90,14 +104,9 @@ class PackedMatrix:
         return self.values.device
 
     @property
-    def n_kept(self) -> int:
-        """Number of values that are not zero."""
-        return self.values.numel()
-
-    @property
     def nbytes(self) -> int:
         """Bytes that the matrix takes in memory."""
-        return self.values.nbytes + self.mask.nbytes
+        return self.values.nbytes + self.mask.nbytes + (0 if self.start is None else self.start.nbytes)
 
     def __repr__(self) -> str:
         share = 1 - self.n_kept / (self.rows * self.columns)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from lvlm_prune.packed.kernels import PackedMatrix, packed_linear
-from tests.unit.packed.kernels.matrices import DTYPES, SHAPES, sparse
+from tests.unit.packed.kernels.matrices import DTYPES, SHAPES, same_bits, sparse
 
 
 def activations(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
@@ -24,18 +24,19 @@ def assert_as_exact_as(result: torch.Tensor, x: torch.Tensor, dense: torch.Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 20, 70])
-def test_each_number_of_tokens(dtype, shape, tokens):
+def test_each_number_of_tokens(kernels, dtype, shape):
     dense = sparse(*shape, 0.5, dtype)
-    x, bias = activations(tokens, shape[1], dtype=dtype), activations(shape[0], dtype=dtype, seed=2)
     matrix = PackedMatrix.from_dense(dense)
-    assert_as_exact_as(packed_linear(x, matrix), x, dense)
-    assert_as_exact_as(packed_linear(x, matrix, bias), x, dense, bias)
+    bias = activations(shape[0], dtype=dtype, seed=2)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20, 70):
+        x = activations(tokens, shape[1], dtype=dtype)
+        assert_as_exact_as(packed_linear(x, matrix), x, dense)
+        assert_as_exact_as(packed_linear(x, matrix, bias), x, dense, bias)
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", DTYPES)
-def test_each_pair_of_dtypes(x_dtype, weight_dtype):
+def test_each_pair_of_dtypes(kernels, x_dtype, weight_dtype):
     dense = sparse(40, 130, 0.6, weight_dtype)
     for tokens in (1, 4, 40):
         x = activations(tokens, 130, dtype=x_dtype)
@@ -44,7 +45,7 @@ def test_each_pair_of_dtypes(x_dtype, weight_dtype):
         assert_as_exact_as(result, x, dense)
 
 
-def test_leading_dimensions_stay():
+def test_leading_dimensions_stay(kernels):
     dense = sparse(12, 20, 0.5, torch.float32)
     matrix = PackedMatrix.from_dense(dense)
     for shape in [(20,), (2, 20), (2, 3, 20), (0, 20), (2, 0, 20)]:
@@ -54,7 +55,7 @@ def test_leading_dimensions_stay():
     torch.testing.assert_close(packed_linear(strided, matrix), functional.linear(strided, dense))
 
 
-def test_the_operator_keeps_the_rules_of_torch(monkeypatch, tmp_path):
+def test_the_operator_keeps_the_rules_of_torch(kernels, monkeypatch, tmp_path):
     # torch sets this variable when its compiler is imported.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     matrix = PackedMatrix.from_dense(sparse(16, 64, 0.5, torch.float32))
@@ -66,7 +67,7 @@ def test_the_operator_keeps_the_rules_of_torch(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_the_gradient_is_the_dense_one(tokens):
+def test_the_gradient_is_the_dense_one(kernels, tokens):
     dense = sparse(24, 70, 0.5, torch.float32)
     matrix = PackedMatrix.from_dense(dense)
     gradients = []
@@ -78,7 +79,7 @@ def test_the_gradient_is_the_dense_one(tokens):
     torch.testing.assert_close(*gradients)
 
 
-def test_a_compiled_model_has_the_operator_in_one_graph(monkeypatch, tmp_path):
+def test_a_compiled_model_has_the_operator_in_one_graph(kernels, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     matrix = PackedMatrix.from_dense(sparse(24, 70, 0.5, torch.float32))
     x = activations(3, 70, dtype=torch.float32)
@@ -93,3 +94,30 @@ def test_what_does_not_fit_is_refused():
         packed_linear(torch.zeros(2, 71), matrix)
     with pytest.raises(ValueError, match="meta"):
         packed_linear(torch.zeros(2, 70, device="meta"), matrix)
+
+
+def test_zeros_far_from_everything_and_large_matrices(kernels):
+    """Several threads, several pieces, groups without any value."""
+    dense = sparse(520, 1030, 0.7, torch.bfloat16)
+    dense[8:24] = 0
+    dense[100, :] = 1
+    matrix = PackedMatrix.from_dense(dense)
+    torch.set_num_threads(2)
+    try:
+        for tokens in (1, 4, 600):
+            x = activations(tokens, 1030, dtype=torch.bfloat16)
+            assert_as_exact_as(packed_linear(x, matrix), x, dense)
+            assert same_bits(matrix.to_dense(), dense)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_one_token_has_the_same_result_with_any_number_of_threads(kernels):
+    matrix = PackedMatrix.from_dense(sparse(520, 1030, 0.7, torch.bfloat16))
+    x = activations(1, 1030, dtype=torch.bfloat16)
+    one = packed_linear(x, matrix)
+    torch.set_num_threads(2)
+    try:
+        assert same_bits(packed_linear(x, matrix), one)
+    finally:
+        torch.set_num_threads(1)

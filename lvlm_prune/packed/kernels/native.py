@@ -1,0 +1,135 @@
+"""The kernels in C++ (`packed.cpp`), called through ctypes.
+
+The library is built when the package is installed and a compiler is there. Without it, or on a machine where it cannot
+be loaded, `library()` is None and everything is done in plain torch. Threads come from torch's own OpenMP pool: a
+second pool beside it would make both wait for each other.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+"""Of the interface; a library of another version is not used."""
+
+FORCE = "LVLM_PRUNE_KERNELS"
+"""Environment variable that names the instruction set to use at most: torch, plain, avx2 or avx512."""
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How the library numbers dtypes."""
+
+
+class Level(IntEnum):
+    """Instruction sets, from the least to the most."""
+
+    TORCH = -1
+    PLAIN = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+_forced: Level | None = None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, ready to be called; None where it is not built or does not fit."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_packed" + suffix)
+        if path.exists():
+            try:
+                return _prepare(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError):  # built for another machine, or by another version of this package
+                return None
+    return None
+
+
+def level() -> Level:
+    """The instruction set that the kernels use: the best one of this processor, or a lesser one that was asked for."""
+    return min(_best(), _from_environment() if _forced is None else _forced)
+
+
+@contextmanager
+def limited_to(name: str) -> Iterator[Level]:
+    """Use at most this instruction set in a `with` block, for measurements and tests; yields the one that is used."""
+    global _forced
+    before, _forced = _forced, _parse(name)
+    try:
+        yield level()
+    finally:
+        _forced = before
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a contiguous tensor on the CPU."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _parse(name: str) -> Level:
+    names = [level.name.lower() for level in Level]
+    if name.lower() not in names:
+        raise ValueError(f"{FORCE} is {name!r}; it can be {', '.join(names)}")
+    return Level[name.upper()]
+
+
+@functools.cache
+def _best() -> Level:
+    native = library()
+    return Level.TORCH if native is None else Level(native.lvlm_best_level())
+
+
+@functools.cache
+def _from_environment() -> Level:
+    return _parse(os.environ.get(FORCE) or Level.AVX512.name)
+
+
+def _prepare(native: ctypes.CDLL) -> ctypes.CDLL | None:
+    if native.lvlm_version() != VERSION:
+        return None
+    address, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    signatures = {
+        # mask, rows, columns, offset, threads
+        "offsets": [address, number, number, address, small],
+        # dense, mask, offset, values, rows, columns, size, level, threads
+        "pack": [address] * 4 + [number] * 2 + [small] * 3,
+        # values, mask, offset, dense, rows, columns, size, level, threads
+        "unpack_rows": [address] * 4 + [number] * 2 + [small] * 3,
+        # values, mask, offset, tile_mask, tile_values, start, rows, columns, size, threads
+        "tile": [address] * 6 + [number] * 2 + [small] * 2,
+        # tile_mask, tile_values, start, mask, offset, values, rows, columns, size, threads
+        "untile": [address] * 6 + [number] * 2 + [small] * 2,
+        # mask, values, start, rows, columns, kind, from, to, out, as_float, level, threads
+        "unpack": [address] * 3 + [number] * 2 + [small, number, number, address] + [small] * 3,
+        # mask, values, start, rows, columns, kind, x, x_kind, tokens, bias, bias_kind, y, level, threads
+        "linear": [address] * 3
+        + [number, number, small, address, small, number, address, small, address, small, small],
+        # weight, rows, columns, kind, x, x_kind, y, level, threads
+        "dense": [address, number, number, small, address, small, address, small, small],
+    }
+    for name, arguments in signatures.items():
+        getattr(native, f"lvlm_{name}").argtypes = arguments
+    native.lvlm_slack.restype = ctypes.c_int64
+    native.lvlm_use_pool.argtypes = [address] * 3
+    pool = _pool()
+    if pool is not None:
+        native.lvlm_use_pool(*pool)
+    return native
+
+
+def _pool() -> list[int | None] | None:
+    """Three functions of the OpenMP library that torch has loaded, whatever its name; None where it has another one."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        loaded = ctypes.CDLL(str(path))
+        functions = [loaded.GOMP_parallel, loaded.omp_get_thread_num, loaded.omp_get_num_threads]
+    except (OSError, AttributeError):
+        return None
+    return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
