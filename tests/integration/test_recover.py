@@ -80,6 +80,13 @@ def test_adapter_and_merged_checkpoint_are_the_same_model(dtype, tolerance, base
     assert all(torch.equal(written[name], tensor) for name, tensor in unloaded.items())
 
 
+def test_what_is_no_terminal_gets_lines_and_no_bar(bases, recover, tmp_path, capfd):
+    assert recover(bases / "unstructured-float32", tmp_path / "out", "--trainer.enable_progress_bar=true") == 0
+    said = capfd.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["recovered", "verified:", "wrote"]
+    assert not said.err
+
+
 def test_training_lowers_the_loss(bases, recover, tmp_path):
     """On six samples, learnt by heart."""
     losses = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
@@ -181,5 +182,7 @@ class FittingRun(RecoveryRun):
 
 
 def _is_lightnings_own(callback: Callback) -> bool:
-    """Lightning's default checkpoint callback, which nobody asked for."""
+    """What nobody asked for: Lightning's default checkpoint callback, and its bar where that would fill a file."""
+    if type(callback) in (RichProgressBar, TQDMProgressBar):
+        return not sys.stdout.isatty()
     return type(callback) is ModelCheckpoint and callback.dirpath is None and callback.monitor is None
