@@ -154,6 +154,11 @@ class LVLMModule(L.LightningModule):
         """Number of blocks that are pruned."""
         return sum(len(part.runner) for part in self.parts)
 
+    @property
+    def block_weights(self) -> int:
+        """Number of weights of the largest block, pruned or not."""
+        return max(sum(weight.numel() for weight in block.parameters()) for block in self.runner.decoder.layers)
+
     def refuse_vision(self, verb: str) -> None:
         """Raise where the vision tower is a target of a verb that knows only the decoder.
 

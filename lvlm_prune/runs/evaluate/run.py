@@ -21,6 +21,7 @@ from lvlm_prune.output.folder import choose_folder, writing
 from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.names import PAGE_NAME
 from lvlm_prune.plugins import describe
+from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -60,7 +61,8 @@ class EvaluationRun:
         with interruptible(lambda: "", trainer.exits_when_interrupted, launch), launch.together():
             launch.start()
             trainer.processes = processes = launch.processes
-            measured = self.engine.measure(self.model, self.baseline, processes, trainer.strategy.root_device)
+            with suitable_threads(self.model.block_weights, trainer.num_devices):
+                measured = self.engine.measure(self.model, self.baseline, processes, trainer.strategy.root_device)
             record = evaluation_record(measured) | self._provenance()
             processes.on_main(lambda: self._write(record))
         return record

@@ -32,6 +32,7 @@ from lvlm_prune.report.probe import grid_markdown, probe_page
 from lvlm_prune.runs.probe.pathways import PathwayPruning
 from lvlm_prune.runs.prune.participants import Demands
 from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe
@@ -101,7 +102,8 @@ class ProbeRun:
                 earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder)
                 trainer.say(f"{self.folder} is complete already")
                 return earlier
-            with trainer.watched_memory() as trainer.memory:
+            threads = suitable_threads(model.block_weights, trainer.num_devices)
+            with trainer.watched_memory() as trainer.memory, threads:
                 self._measure(launch.fabric, names, cells, earlier)
         return trainer.manifest
 

@@ -26,6 +26,7 @@ from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.runs.prune.participants import Demands, with_defaults
 from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -63,7 +64,8 @@ class PruneRun:
                     if trainer.plan_run:
                         trainer.say(str(self._plan()))
                     else:
-                        self._carry_out(finished)
+                        with suitable_threads(self.model.block_weights, trainer.num_devices):
+                            self._carry_out(finished)
             except BaseException as error:
                 self.raise_hook("on_exception", exception=error)
                 raise

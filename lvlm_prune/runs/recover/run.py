@@ -44,6 +44,7 @@ from lvlm_prune.recovery.masks import ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
+from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import SparseLoRA
@@ -152,6 +153,12 @@ class RecoveryRun(ABC):
             self._say(f"{self.folder} is complete already")
             return earlier
         self._examine(earlier)
+        with suitable_threads(self.model.block_weights, self.trainer.num_devices):
+            self._recover(earlier)
+        return self.record
+
+    def _recover(self, earlier: Manifest | None) -> None:
+        """Train, write, score."""
         with writing(self.folder):
             self._begin(earlier)
             self._train()
@@ -162,7 +169,6 @@ class RecoveryRun(ABC):
             self._score()
             self.record["evaluation_seconds"] = time.perf_counter() - clock
             self._finish()
-        return self.record
 
     @abstractmethod
     def _train(self) -> None:

@@ -1,0 +1,254 @@
+"""LightningCLI with the verbs of this project as subcommands; its errors are one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
+from lvlm_prune.cli_errors import VERBS, OptionError, explain
+from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.distributed.interruption import said_of_interruption
+from lvlm_prune.distributed.launching import is_first_process
+from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status
+from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.plugins import load_installed_plugins
+from lvlm_prune.trainer import LVLMTrainer
+
+_DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
+_QUIET = {"logger": False, "enable_model_summary": False}
+_TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "prune": _QUIET | {"enable_checkpointing": False},
+    "probe": _QUIET | {"enable_checkpointing": False},
+    "sweep": _QUIET | {"enable_checkpointing": False},
+    "evaluate": _QUIET | {"enable_checkpointing": False},
+    "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
+}
+# Options of `recover` that a method does not use.
+_LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
+
+
+# Classes whose short names the command line is to know, beyond those that its signatures lead to.
+_ENGINES = (LMEvalEngine, LMMSEvalEngine)
+
+
+class LVLMParser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    command_line: ClassVar[Sequence[str]] = ()
+    folder: ClassVar[Path] = Path()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing usage and a page of type subtleties."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        raise OptionError(explain(message, self.command_line, self.folder, known)) from None
+
+
+class LVLMCLI(LightningCLI):
+    """LightningCLI with the verbs of this project.
+
+    Top-level keys of a configuration: `trainer`, `model` (LVLMModule), `data`, `output`, `resume`, `evaluate`; for
+    `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `probe`, whose data is the same,
+    `probing` (ModalityProbe); for `recover`, whose data is a RecoveryDataModule, `lora` (SparseLoRA), `method`,
+    `optimization`, `dense`, `distillation` and `reconstruction`; for `sweep`, `recipes`, `grid`, `seeds` and `engine`;
+    for `evaluate`, which has no `data`, `baseline` and `engine`. `compare` has only `folders` and `output`.
+    """
+
+    _verb: str
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and which of their arguments the CLI builds itself; of a command that begins with one, this one.
+
+        Building the options of all takes longer than most commands need to find a mistake in theirs.
+        """
+        named = [verb for verb in LVLMParser.command_line[:1] if verb in VERBS]
+        return {verb: {"model", "datamodule"} for verb in named or VERBS}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._verb = subcommand
+        if subcommand == "compare":
+            return self._compare_parser(**kwargs)
+        self.trainer_defaults = _TRAINER_DEFAULTS[subcommand]
+        data = RecoveryDataModule if subcommand == "recover" else CalibrationDataModule
+        self.datamodule_class = self._datamodule_class = data
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def _compare_parser(self, **options: Any) -> LightningArgumentParser:
+        """Folders, which have no option before them, and no trainer, model or data."""
+        parser = self.init_parser(**options)
+        parser.add_argument("folders", nargs="+", type=str, help="Two or more output folders of prune and recover.")
+        parser.add_argument("--output", type=str, default="", help="Folder for a page, the record and the table.")
+        self._subcommand_method_arguments["compare"] = ["folders", "output"]
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`trainer`, `model` and, but for `evaluate`, `data`."""
+        if self._verb != "evaluate":
+            super().add_core_arguments_to_parser(parser)
+            return
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(self._model_class, "model")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callback that does the work has a key of its own."""
+        if self._verb == "prune":
+            parser.add_lightning_class_args(BlockwisePruning, "pruning")
+        elif self._verb == "probe":
+            parser.add_lightning_class_args(ModalityProbe, "probing")
+        elif self._verb == "recover":
+            parser.add_lightning_class_args(SparseLoRA, "lora")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a configuration file that gives a plain value where options belong."""
+        for key in (
+            "trainer",
+            "model",
+            "data",
+            "pruning",
+            "probing",
+            "lora",
+            "optimization",
+            "distillation",
+            "reconstruction",
+        ):
+            value = self._get(self.config, key)
+            if isinstance(value, (str, int, float, list)):
+                raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
+
+    def instantiate_classes(self) -> None:
+        """Trainer, model and data, where the subcommand has any."""
+        if self.subcommand != "compare":
+            super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        if self.subcommand != "compare":
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "compare":
+            super()._run_subcommand(subcommand)
+            return
+        LVLMTrainer.compare(self.config["compare"]["folders"], self.config["compare"]["output"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> LVLMTrainer:
+        """The Trainer; what it says against its options becomes one line.
+
+        Raises:
+            InputError: Accelerator, devices or strategy cannot be had on this machine.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)  # type: ignore[return-value]
+        except (MisconfigurationException, RuntimeError, ValueError) as error:
+            option = next((name for name in ("accelerator", "devices", "strategy") if name in str(error)), "devices")
+            value = self._get(self.config, f"trainer.{option}")
+            said = str(error).replace("\n", " ")
+            # What SLURM lacks is said with the way out.
+            problem = said if isinstance(error, RuntimeError) else said.split(". ")[0]
+            raise InputError(f"trainer.{option}", value, problem) from None
+
+    trainer: LVLMTrainer
+
+    def before_prune(self) -> None:
+        """Hand the process over to the trainer."""
+        self._hand_over("prune")
+
+    def before_probe(self) -> None:
+        """The same."""
+        self._hand_over("probe")
+
+    def before_sweep(self) -> None:
+        """The same."""
+        self._hand_over("sweep")
+
+    def before_evaluate(self) -> None:
+        """The same, and refuse a precision that the engine does not hear of.
+
+        Raises:
+            InputError: `model.dtype` is not at its default.
+        """
+        config = self._hand_over("evaluate")
+        if config["model"]["dtype"] != "auto":
+            raise InputError("model.dtype", config["model"]["dtype"], "does nothing here; the engine has `dtype`")
+
+    def before_recover(self) -> None:
+        """The same, and refuse options of what the method leaves out.
+
+        Raises:
+            InputError: One of them is not at its default.
+        """
+        config = self._hand_over("recover")
+        defaults = self._parser("recover").get_defaults()
+        for section in _LEFT_OUT[config["method"]]:
+            for name, value in config.pop(section).items():
+                if value != defaults[section][name]:
+                    raise InputError(f"{section}.{name}", value, f"does nothing with --method {config['method']}")
+
+    def _hand_over(self, verb: str) -> dict[str, Any]:
+        """The trainer gets the configuration that repeats the run, and may end the process, which is all its own."""
+        self.trainer.exits_when_interrupted = True
+        self.trainer.run_config = config = self._run_config(verb)
+        return config
+
+    def _run_config(self, verb: str) -> dict[str, Any]:
+        parser, values = self._parser(verb), self.config[verb]
+        config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
+        config.pop("config", None)
+        return config
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line, and print as one line what the user can mend.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        Exit status, as of `lvlm_prune.cli.main`.
+    """
+    # Lightning sets its own levels when it is imported.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # A user's own module is found in the working directory, but never shadows an installed one.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        _run(arguments)
+    except OtherProcessFailed as failure:
+        return failure.status
+    except LVLMPruneError as error:
+        # Before they know of each other all processes fail alike, and one speaks.
+        if error.agreed or is_first_process():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        if is_first_process():
+            print(said_of_interruption(*interruption.args), file=sys.stderr)
+        return exit_status(interruption)
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    load_installed_plugins()
+    LVLMParser.command_line, LVLMParser.folder = arguments, Path.cwd()
+    LVLMCLI(
+        LVLMModule,
+        CalibrationDataModule,
+        trainer_class=LVLMTrainer,
+        trainer_defaults=_TRAINER_DEFAULTS["prune"],
+        save_config_callback=None,
+        seed_everything_default=False,
+        parser_class=LVLMParser,
+        parser_kwargs={"default_env": True, "env_prefix": "LVLM", "description": _DESCRIPTION},
+        args=list(arguments),
+    )
