@@ -37,7 +37,8 @@ from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.memory.measuring import Stopwatch, anonymous_memory
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import METHOD_PHASES, Manifest
-from lvlm_prune.trainer import LVLMTrainer
+from lvlm_prune.run import RunOptions, RunTrainer
+from lvlm_prune.runs.prune.run import PruneRun
 
 RECIPES = Path(__file__).parents[1] / "configs" / "prune"
 PRESETS = {
@@ -127,7 +128,7 @@ def in_memory(model: nn.Module, dense: dict[str, Tensor], samples: list[dict], r
 
 def from_disk(folder: Path, samples: list[dict], recipe: str, device: str) -> dict[str, float]:
     """Seconds of reading and writing, and the most memory that a run from disk to disk takes beside what was there."""
-    trainer = LVLMTrainer(
+    trainer = RunTrainer(
         accelerator=device,
         devices=1,
         logger=False,
@@ -136,13 +137,13 @@ def from_disk(folder: Path, samples: list[dict], recipe: str, device: str) -> di
         enable_model_summary=False,
         callbacks=[load_pruning(RECIPES / f"{recipe}.yaml")],
     )
-    trainer.quiet = True
     data = CalibrationDataModule(InputsSource(samples))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device == "cuda" else anonymous_memory()
     with tempfile.TemporaryDirectory(dir=folder.parent) as output:
-        manifest = trainer.prune(LVLMModule(str(folder)), data, output=output, evaluate=False, report=False)
+        options = RunOptions(evaluate=False, report=False, quiet=True)
+        manifest = PruneRun(trainer, LVLMModule(str(folder)), data, output, options)()
     measured = manifest["memory"]["measured"]["device" if device == "cuda" else "host"]
     seconds = {name: sum(block["seconds"][name] for block in manifest["blocks"]) for name in ("read", "write")}
     return seconds | {"peak_added_bytes": measured - before}

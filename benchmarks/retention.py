@@ -56,7 +56,6 @@ def run_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
             trainer = LVLMTrainer(
                 accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
-            trainer.quiet = True
             finished = trainer.sweep(
                 LVLMModule("demo", dtype="float32"),
                 CalibrationDataModule(EmbeddedSource()),

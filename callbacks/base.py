@@ -26,7 +26,7 @@ from lvlm_prune.loop.activations import Activations
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class PruneCallback(Callback):
@@ -46,47 +46,47 @@ class PruneCallback(Callback):
     survey_samples: int | None = None
     """How many calibration samples the survey is to run at least, see `surveyed_samples`; None: all of them."""
 
-    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """All calibration samples are caught at the input of the first block; nothing is pruned yet."""
 
-    def on_survey_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_survey_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """The samples are about to go through the dense model once; afterwards they are where they were."""
 
     def on_survey_block_start(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
     ) -> None:
         """The dense block is loaded, all samples are at its input; no sums over processes here."""
 
     def on_survey_batch_end(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """One calibration sample went through the dense block; no sums over processes here."""
 
-    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """All samples to survey went through the dense block; its weights are released after this hook."""
 
-    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        """Put what was found into `trainer.manifest["survey"]`, as plain data, the same on all processes."""
+    def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
+        """Put what was found into `trainer.run.record["survey"]`, as plain data, the same on all processes."""
 
-    def on_survey_restored(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        """An interrupted run surveyed the model already; what it found is in `trainer.manifest["survey"]`."""
+    def on_survey_restored(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
+        """An interrupted run surveyed the model already; what it found is in `trainer.run.record["survey"]`."""
 
-    def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_start(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """The block's dense weights are loaded."""
 
     def on_calibration_batch_end(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """One calibration sample went through the block, not yet pruned."""
 
-    def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """All calibration samples went through the block: prune it now."""
 
-    def on_propagation_batch_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_propagation_batch_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """One calibration batch went through the pruned block and is the input of the next one now."""
 
-    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """The block is done; its weights are released after this hook."""
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """All blocks are done."""

@@ -8,13 +8,11 @@ After a crash at any moment the blocks that pruning.json names are completely wr
 from the input checkpoint.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -25,12 +23,13 @@ from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.output.folder import (
+    FolderLock,
     copy_checkpoint,
     is_occupied,
-    lock_folder,
     make_folder,
     refuse_unusable,
     release,
+    write_config,
     writing,
 )
 from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
@@ -40,7 +39,7 @@ from lvlm_prune.plugins import describe
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 Result = TypeVar("Result")
 
@@ -51,48 +50,48 @@ class SparseCheckpointWriter(PruneCallback):
     A model that was handed over in memory is not written.
     """
 
-    _lock: int | None = None
+    _lock: FolderLock | None = None
 
-    def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: "RunTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Refuse an output folder that cannot be written, before anything is done.
 
         Raises:
             InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room; or it
                 is to be resumed, and was begun from other shards.
         """
-        folder = trainer.output_folder
+        folder = trainer.run.folder
         if stage != "prune" or folder is None:
             return
         assert pl_module.folder is not None
-        refuse_unusable(folder, pl_module.folder.path, FILE_NAME, trainer.resume_run, copies=not trainer.plan_run)
-        resumes = trainer.resume_run and is_occupied(folder, FILE_NAME)
+        options = trainer.run.options
+        refuse_unusable(folder, pl_module.folder.path, FILE_NAME, options.resume, copies=not options.plan)
+        resumes = options.resume and is_occupied(folder, FILE_NAME)
         if resumes and Manifest.read(folder).get("status") == "pruning":
             pl_module.folder.refuse_other_layout(folder)
 
-    def teardown(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
+    def teardown(self, trainer: "RunTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Let other runs into the folder."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
 
-    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Copy the input folder, or find out where an unfinished run stands."""
-        folder = trainer.output_folder
-        trainer.manifest.setdefault("blocks", [])
-        trainer.manifest.setdefault("linears", {})
+        folder = trainer.run.folder
+        trainer.run.record.setdefault("blocks", [])
+        trainer.run.record.setdefault("linears", {})
         if folder is None:
             return
         started = _on_main(trainer, folder, lambda: self._start(trainer, pl_module, folder))
         for key in ("status", "blocks", "linears"):
-            trainer.manifest[key] = started[key]
+            trainer.run.record[key] = started[key]
         if "survey" in started:
-            trainer.manifest["survey"] = started["survey"]
+            trainer.run.record["survey"] = started["survey"]
 
-    def _start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
+    def _start(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
-        manifest = trainer.manifest
+        manifest = trainer.run.record
         make_folder(folder)
-        self._lock = lock_folder(folder)
+        self._lock = FolderLock(folder)
         if (folder / FILE_NAME).is_file():
             started = Manifest.read(folder)
             started.refuse_other(manifest, folder)
@@ -100,8 +99,7 @@ class SparseCheckpointWriter(PruneCallback):
                 return started
         manifest["status"] = "copying"
         manifest.write(folder)
-        if trainer.run_config is not None:
-            replace_durably(folder / "config.yaml", yaml.safe_dump(dict(trainer.run_config), sort_keys=False).encode())
+        write_config(folder, trainer.run.config)
         # The input may have been pruned itself: its own records would be taken for ours.
         records = (FILE_NAME, "config.yaml", PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
         copy_checkpoint(pl_module.folder.path, folder, leave_out=records)
@@ -109,13 +107,13 @@ class SparseCheckpointWriter(PruneCallback):
         manifest.write(folder)
         return manifest
 
-    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the survey found: an interrupted run that goes on does not survey again."""
-        folder = trainer.output_folder
+        folder = trainer.run.folder
         if folder is not None:
-            _on_main(trainer, folder, lambda: trainer.manifest.write(folder))
+            _on_main(trainer, folder, lambda: trainer.run.record.write(folder))
 
-    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block's pruned weights, then the manifest that says so."""
         matrices = block.matrices()
         weights = {name: matrices[name].weight for name in block.masks}
@@ -123,50 +121,50 @@ class SparseCheckpointWriter(PruneCallback):
         for name, entry in block.record.pop("linears", {}).items():
             rows, columns = entry["shape"]
             achieved = zeros.get(name, 0) / (rows * columns)
-            trainer.manifest["linears"][name] = entry | {"block": block.index, "achieved": achieved}
-        forwards = trainer.processes.sum(torch.tensor([block.forwards], dtype=torch.float64))
+            trainer.run.record["linears"][name] = entry | {"block": block.index, "achieved": achieved}
+        forwards = trainer.run.processes.sum(torch.tensor([block.forwards], dtype=torch.float64))
         block.record["forwards"] = int(forwards.item())
         names = {"index": block.index, "name": block.name}
         if block.target != "language":
             names["target"] = block.target
-        trainer.manifest["blocks"].append(names | block.record)
-        folder = trainer.output_folder
+        trainer.run.record["blocks"].append(names | block.record)
+        folder = trainer.run.folder
         if folder is not None:
             _on_main(trainer, folder, lambda: self._write_block(trainer, pl_module, block, folder))
 
-    def _write_block(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
+    def _write_block(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
         assert pl_module.folder is not None
-        assert isinstance(trainer.weights, StreamedWeights)
+        assert isinstance(trainer.run.weights, StreamedWeights)
         clock = Stopwatch()
         written = pl_module.folder.at(folder)
         for parameter, members in _by_parameter(block).items():
             pruned = pl_module.model.get_parameter(parameter).detach()
-            if not block.updated.isdisjoint(members) or not trainer.weights.is_stored_as_used(parameter):
+            if not block.updated.isdisjoint(members) or not trainer.run.weights.is_stored_as_used(parameter):
                 pruned = self._in_stored_dtype(trainer, block, parameter, members)
-            for key, tensor in trainer.weights.to_disk({parameter: pruned}, written).items():
+            for key, tensor in trainer.run.weights.to_disk({parameter: pruned}, written).items():
                 written.write(key, tensor)
         written.sync()
-        if trainer.recorded:
-            replace_durably(folder / _statistics_part(block.index), save(trainer.recorded))
-            trainer.recorded.clear()
-        trainer.manifest["blocks"][-1]["seconds"]["write"] = clock.lap()
-        trainer.manifest.write(folder)
+        if trainer.run.recorded:
+            replace_durably(folder / _statistics_part(block.index), save(trainer.run.recorded))
+            trainer.run.recorded.clear()
+        trainer.run.record["blocks"][-1]["seconds"]["write"] = clock.lap()
+        trainer.run.record.write(folder)
 
     @staticmethod
     def _in_stored_dtype(
-        trainer: "LVLMTrainer", block: Block, parameter: str, members: Mapping[str, Callable[[Tensor], Tensor]]
+        trainer: "RunTrainer", block: Block, parameter: str, members: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> Tensor:
         """The new value of a parameter on the CPU, where it is stored otherwise than it is used, or weights changed."""
-        assert isinstance(trainer.weights, StreamedWeights)
+        assert isinstance(trainer.run.weights, StreamedWeights)
         matrices = block.matrices()
         if len(members) == 1 and block.updated.issuperset(members) and parameter.endswith(".weight"):
             (name,) = members
             stored = torch.empty_like(
-                matrices[name].weight, device="cpu", dtype=trainer.weights.stored_dtype(parameter)
+                matrices[name].weight, device="cpu", dtype=trainer.run.weights.stored_dtype(parameter)
             )
         else:
             # The stored weight, not the one in compute precision: what stays must stay byte by byte.
-            stored = trainer.weights.stored(parameter)
+            stored = trainer.run.weights.stored(parameter)
         for name, part in members.items():
             weight = part(stored)
             if name in block.updated:
@@ -174,30 +172,31 @@ class SparseCheckpointWriter(PruneCallback):
                 weight.copy_(matrices[name].weight.detach().to("cpu", weight.dtype) + 0.0)
             weight.masked_fill_(block.masks[name].cpu(), 0.0)
             if name in block.updated:
-                trainer.manifest["linears"][f"{block.name}.{name}"]["pruned"] = int((weight == 0).sum())
+                trainer.run.record["linears"][f"{block.name}.{name}"]["pruned"] = int((weight == 0).sum())
         return stored
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Verify what was written, and only then make the folder loadable.
 
         Raises:
             RunError: The folder does not hold what was promised.
         """
-        folder = trainer.output_folder
-        if trainer.manifest.get("status") == "complete":
+        folder = trainer.run.folder
+        if trainer.run.record.get("status") == "complete":
             if folder is not None:
                 _on_main(trainer, folder, lambda: _remove_parts(folder))
             return
         if folder is None:
             self._summarise(trainer, pl_module)
             return
-        trainer.manifest.update(_on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder)))
-        trainer.say(_verified_line(trainer.manifest))
+        trainer.run.record.update(_on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder)))
+        trainer.run.say(_verified_line(trainer.run.record))
 
-    def _finish(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
+    def _finish(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
-        pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
-        linears = trainer.manifest["linears"]
+        pruning = trainer.run.find(BlockwisePruning)
+        assert pruning is not None
+        linears = trainer.run.record["linears"]
         expectations = {
             name: Expectation(
                 entry["pruned"],
@@ -207,46 +206,48 @@ class SparseCheckpointWriter(PruneCallback):
             for name, entry in linears.items()
             if "note" not in entry
         }
-        assert isinstance(trainer.weights, StreamedWeights)
+        weights = trainer.run.weights
+        assert isinstance(weights, StreamedWeights)
         written = pl_module.folder.at(folder)
-        found = verify_checkpoint(pl_module.folder, written, trainer.weights, expectations, pl_module.expert_matrices())
+        found = verify_checkpoint(pl_module.folder, written, weights, expectations, pl_module.expert_matrices())
         for name, zeros in found.pop("zeros").items():
             rows, columns = linears[name]["shape"]
             linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
-        trainer.manifest["verified"] = found
+        trainer.run.record["verified"] = found
         self._summarise(trainer, pl_module)
-        trainer.manifest["pattern"] = str(pruning.pattern)
-        trainer.manifest["updates_weights"] = pruning.scorer.updates_weights
+        trainer.run.record["pattern"] = str(pruning.pattern)
+        trainer.run.record["updates_weights"] = pruning.scorer.updates_weights
         self._join_statistics(trainer, folder)
         release(folder)
-        trainer.manifest["status"] = "complete"
-        trainer.manifest.write(folder)
+        trainer.run.record["status"] = "complete"
+        trainer.run.record.write(folder)
         _remove_parts(folder)
-        return trainer.manifest
+        return trainer.run.record
 
     @staticmethod
-    def _summarise(trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
-        pruning = next(callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning))
-        trainer.manifest["memory"]["measured"] = trainer.memory.measured()
-        trainer.manifest["method"] = describe(pruning)
+    def _summarise(trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
+        pruning = trainer.run.find(BlockwisePruning)
+        assert pruning is not None
+        trainer.run.record["memory"]["measured"] = trainer.run.memory.measured()
+        trainer.run.record["method"] = describe(pruning)
         found: dict[str, Any] = {
             "target": pruning.mean_target(),
-            "achieved": trainer.manifest.achieved_sparsity(),
+            "achieved": trainer.run.record.achieved_sparsity(),
         }
         if "vision" in pl_module.targets:
             found["parts"] = {
                 target: {
                     "target": pruning.sparsity_of(target),
-                    "achieved": trainer.manifest.achieved_sparsity(trainer.manifest.blocks_of(target)),
+                    "achieved": trainer.run.record.achieved_sparsity(trainer.run.record.blocks_of(target)),
                 }
                 for target in dict.fromkeys(part.target for part in pl_module.parts)
             }
-        trainer.manifest["sparsity"] = found
+        trainer.run.record["sparsity"] = found
 
     @staticmethod
-    def _join_statistics(trainer: "LVLMTrainer", folder: Path) -> None:
+    def _join_statistics(trainer: "RunTrainer", folder: Path) -> None:
         """One `statistics.safetensors` out of the parts that each block left."""
-        parts = [folder / _statistics_part(block["index"]) for block in trainer.manifest["blocks"]]
+        parts = [folder / _statistics_part(block["index"]) for block in trainer.run.record["blocks"]]
         joined: dict[str, Tensor] = {}
         for part in parts:
             if part.is_file():
@@ -290,7 +291,7 @@ def _statistics_part(block: int | str) -> str:
     return f"statistics.{block}.part"
 
 
-def _on_main(trainer: "LVLMTrainer", folder: Path, work: Callable[[], Result]) -> Result:
+def _on_main(trainer: "RunTrainer", folder: Path, work: Callable[[], Result]) -> Result:
     """Write on the main process only.
 
     Raises:
@@ -301,4 +302,4 @@ def _on_main(trainer: "LVLMTrainer", folder: Path, work: Callable[[], Result]) -
         with writing(folder):
             return work()
 
-    return trainer.processes.on_main(written)
+    return trainer.run.processes.on_main(written)

@@ -10,7 +10,7 @@ from lvlm_prune.output.folder import writing
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class RetentionEvaluation(PruneCallback):
@@ -24,23 +24,23 @@ class RetentionEvaluation(PruneCallback):
     def __init__(self, engine: Engine, dense: Scores | None = None) -> None:
         self.engine, self.dense = engine, dense
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Load both checkpoints as a user would, answer the questions, compare."""
-        folder, device = trainer.output_folder, trainer.strategy.root_device
-        if folder is None or "evaluation" in trainer.manifest:
+        folder, device = trainer.run.folder, trainer.run.hardware.device
+        if folder is None or "evaluation" in trainer.run.record:
             return
         assert pl_module.folder is not None
-        dense = self.dense or self.engine.score(pl_module.folder.path, trainer.processes, device, "dense")
-        pruned = self.engine.score(folder, trainer.processes, device, "pruned")
-        trainer.manifest["evaluation"] = {
+        dense = self.dense or self.engine.score(pl_module.folder.path, trainer.run.processes, device, "dense")
+        pruned = self.engine.score(folder, trainer.run.processes, device, "pruned")
+        trainer.run.record["evaluation"] = {
             "dense": dense.to_dict(),
             "pruned": pruned.to_dict(),
             "retention": retention(pruned, dense).to_dict(),
         }
-        if trainer.processes.is_main:
+        if trainer.run.processes.is_main:
             with writing(folder):
-                trainer.manifest.write(folder)
-        trainer.say(retention_table(dense, pruned))
+                trainer.run.record.write(folder)
+        trainer.run.say(retention_table(dense, pruned))
 
 
 class EmbeddedEvaluation(RetentionEvaluation):
@@ -52,9 +52,9 @@ class EmbeddedEvaluation(RetentionEvaluation):
     def __init__(self) -> None:
         super().__init__(BuiltinEngine())
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """The same, unless the user does not want it."""
-        if trainer.evaluate_run and pl_module.path == "demo":
+        if trainer.run.options.evaluate and pl_module.path == "demo":
             super().on_prune_end(trainer, pl_module)
 
 

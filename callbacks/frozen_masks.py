@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lvlm_prune.methods.patterns import Pattern
-from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
+from lvlm_prune.recovery.masks import ZeroMask, load_pruned, verify_zeros
+from lvlm_prune.recovery.objective import RecoveryObjective
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -32,7 +33,8 @@ class FrozenMasks(Callback):
         """Note where the zeros are."""
         if stage != "fit":
             return
-        pl_module.load()
+        load_pruned(pl_module)
+        pl_module.objective = pl_module.objective or RecoveryObjective()
         if not self.masks:
             self.masks = {name: ZeroMask(linear.weight) for name, linear in pl_module.pruned.items()}
 

@@ -16,32 +16,31 @@ from lvlm_prune.memory.measuring import Stopwatch, peak_memory
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class BlockMetrics(PruneCallback):
     """Logs what the manifest says of a block as soon as the block is done; without a logger it does nothing."""
 
-    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Log the options of the run."""
         for logger in trainer.loggers:
-            if trainer.run_config is not None:
-                logger.log_hyperparams(dict(trainer.run_config))
+            logger.log_hyperparams(dict(trainer.run.config))
 
     def on_survey_block_start(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
     ) -> None:
         """Start the clock."""
         self._clock = Stopwatch()
 
-    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Log what surveying the block took."""
         found = {"survey/seconds": self._clock.lap(), "survey/peak_memory_bytes": float(peak_memory())}
         self._log(trainer, found, block.index)
 
-    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Log what the survey found, block by block where it says so of blocks or of their Linears."""
-        found = _numbers(trainer.manifest["survey"], "survey")
+        found = _numbers(trainer.run.record["survey"], "survey")
         first = pl_module.parts[-1].first
         for index in range(len(pl_module.runner)):
             name = pl_module.runner.name(index)
@@ -53,15 +52,15 @@ class BlockMetrics(PruneCallback):
             if of_block:
                 self._log(trainer, of_block, first + index)
 
-    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Log the block's numbers of the manifest."""
-        record = trainer.manifest["blocks"][-1]
+        record = trainer.run.record["blocks"][-1]
         found = dict(_numbers({key: record[key] for key in record if key not in _NOT_NUMBERS}, "block"))
-        found["block/sparsity"] = trainer.manifest.achieved_sparsity([block.index])
+        found["block/sparsity"] = trainer.run.record.achieved_sparsity([block.index])
         budgets = record.get("visual_tokens")
         if budgets:
             found["block/visual_tokens"] = sum(budgets) / len(budgets)
-        for name, entry in trainer.manifest["linears"].items():
+        for name, entry in trainer.run.record["linears"].items():
             if entry["block"] == block.index:
                 of = name.removeprefix(f"{block.name}.")
                 found[f"sparsity/{of}"] = entry["achieved"]
@@ -69,22 +68,22 @@ class BlockMetrics(PruneCallback):
                     found[f"error/{of}"] = entry["error"]
         self._log(trainer, found, block.index)
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Log sparsity, time and retention of the whole run, and let the loggers write."""
-        manifest = trainer.manifest
+        manifest = trainer.run.record
         found = {"run/sparsity": manifest["sparsity"]["achieved"]}
         if "seconds" in manifest:
             found["run/seconds"] = manifest["seconds"]
         if "evaluation" in manifest:
             found |= dict(_numbers(manifest["evaluation"]["retention"], "run/retention"))
         self._log(trainer, found, max(pl_module.num_blocks - 1, 0))
-        if trainer.processes.is_main:
+        if trainer.run.processes.is_main:
             for logger in trainer.loggers:
                 logger.finalize("success")
 
     @staticmethod
-    def _log(trainer: "LVLMTrainer", found: Mapping[str, float], step: int) -> None:
-        if trainer.processes.is_main:
+    def _log(trainer: "RunTrainer", found: Mapping[str, float], step: int) -> None:
+        if trainer.run.processes.is_main:
             for logger in trainer.loggers:
                 logger.log_metrics(dict(found), step=step)
                 logger.save()  # what a run that dies had found is there

@@ -2,7 +2,7 @@
 
 on_survey_batch_end   statistics of text and of visual tokens, drift, diversity of outputs, block inputs for the map
 on_survey_block_end   a mask from each modality alone, and how much the two overlap
-on_survey_end         the map in two dimensions; everything into trainer.manifest
+on_survey_end         the map in two dimensions; everything into trainer.run.record
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lvlm_prune.pruning.calibration import BlockCalibration
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 _RANKS = 101
 """Points of a contribution curve: from the token that contributes most to the one that does least, in percent."""
@@ -103,20 +103,20 @@ class ModalityProbe(PruneCallback):
         self.set_of_sample: dict[int, str] = {}
         """Number of each calibration sample -> name of its data set; the run fills it."""
 
-    def on_survey_start(self, trainer: LVLMTrainer, pl_module: LVLMModule) -> None:
+    def on_survey_start(self, trainer: RunTrainer, pl_module: LVLMModule) -> None:
         """Choose the blocks of the map and of the curves.
 
         Raises:
             InputError: No sample has visual tokens, or none has text.
         """
-        tokens = trainer.manifest["calibration"]["tokens"]
+        tokens = trainer.run.record["calibration"]["tokens"]
         if not any(tokens.get(name) for name in self.visual) or not tokens.get("text"):
-            source = trainer.manifest["calibration"]["source"]["class_path"]
+            source = trainer.run.record["calibration"]["source"]["class_path"]
             raise InputError("data.source", source, "the probe compares text and visual tokens; there is only one kind")
         last = len(pl_module.runner) - 1
         self._map_blocks = sorted({0, (last + 1) // 2, last}) if self.map_tokens else []
         self._curve_block = (last + 1) // 2
-        samples = trainer.manifest["calibration"]["num_samples"]
+        samples = trainer.run.record["calibration"]["num_samples"]
         self._per_sample = -(-self.map_tokens // samples)
         by_set: dict[str, list[int]] = defaultdict(list)
         for sample in sorted(self.set_of_sample):
@@ -129,7 +129,7 @@ class ModalityProbe(PruneCallback):
         self._found_linears: dict[str, dict[str, Any]] = {}
 
     def on_survey_block_start(
-        self, trainer: LVLMTrainer, pl_module: LVLMModule, block: Block, tail: DecoderTail
+        self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, tail: DecoderTail
     ) -> None:
         """Fresh sums."""
         targets = {name: full_name for name in block.linears if (full_name := f"{block.name}.{name}") in self.targets}
@@ -143,7 +143,7 @@ class ModalityProbe(PruneCallback):
         self._diversity: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
 
     def on_survey_batch_end(
-        self, trainer: LVLMTrainer, pl_module: LVLMModule, block: Block, sample: Activations
+        self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, sample: Activations
     ) -> None:
         """Add one sample."""
         tokens = sample.tokens(self.visual, {"outputs"}, asked_by="the probe")
@@ -180,11 +180,11 @@ class ModalityProbe(PruneCallback):
         singular = scaled_to_one(singular_contributions(attention))
         self._curves[self._curve_of[number]].append((_by_rank(received), _by_rank(singular)))
 
-    def on_survey_block_end(self, trainer: LVLMTrainer, pl_module: LVLMModule, block: Block) -> None:
+    def on_survey_block_end(self, trainer: RunTrainer, pl_module: LVLMModule, block: Block) -> None:
         """Sum over processes, make both masks, compare them."""
         devices = {name: linear.weight.device for name, linear in block.linears.items()}
         for calibration in self._calibrations.values():
-            calibration.finish(trainer.processes, devices)
+            calibration.finish(trainer.run.processes, devices)
         for name, linear in block.linears.items():
             full_name = f"{block.name}.{name}"
             if full_name not in self.targets:
@@ -202,10 +202,10 @@ class ModalityProbe(PruneCallback):
             self._found_linears[full_name] = {"block": block.index, "iou": overlap}
         self._found_blocks.append({"index": block.index, "name": block.name} | self._summed(trainer))
 
-    def _summed(self, trainer: LVLMTrainer) -> dict[str, Any]:
+    def _summed(self, trainer: RunTrainer) -> dict[str, Any]:
         drift: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         diversity: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-        parts = trainer.processes.gather(
+        parts = trainer.run.processes.gather(
             (dict(self._drift), {name: dict(terms) for name, terms in self._diversity.items()})
         )
         for drifts, diversities in parts:
@@ -222,23 +222,23 @@ class ModalityProbe(PruneCallback):
             },
         }
 
-    def on_survey_end(self, trainer: LVLMTrainer, pl_module: LVLMModule) -> None:
+    def on_survey_end(self, trainer: RunTrainer, pl_module: LVLMModule) -> None:
         """Everything found, into the manifest; the map is computed by the main process."""
         vectors: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
         curves: dict[str, list] = defaultdict(list)
-        for own_vectors, own_curves in trainer.processes.gather((dict(self._vectors), dict(self._curves))):
+        for own_vectors, own_curves in trainer.run.processes.gather((dict(self._vectors), dict(self._curves))):
             for key, rows in own_vectors.items():
                 vectors[key] += rows
             for name, pairs in own_curves.items():
                 curves[name] += pairs
-        manifest = trainer.manifest
+        manifest = trainer.run.record
         manifest["blocks"], manifest["linears"] = self._found_blocks, self._found_linears
         manifest["map"] = (
             {
                 str(block): token_map({kind: torch.cat(vectors[block, kind]) for kind in ("text", "visual")})
                 for block in self._map_blocks
             }
-            if trainer.processes.is_main
+            if trainer.run.processes.is_main
             else {}
         )
         manifest["contributions"] = {

@@ -30,7 +30,7 @@ from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, 
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class BlockwisePruning(PruneCallback):
@@ -164,12 +164,12 @@ class BlockwisePruning(PruneCallback):
         """Target sparsity of the decoder, or of the vision tower."""
         return self.vision_sparsity if target == "vision" and self.vision_sparsity is not None else self.sparsity
 
-    def setup(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: "RunTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Find the Linears to prune before anything is written."""
         if stage == "prune":
             self.plan(pl_module)
 
-    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Say what will be done; refuse a pool of visual tokens where there are none."""
         weights = sum(rows * columns for rows, columns in self.shapes.values())
         blocks, share = f"{pl_module.num_blocks} blocks", f"{100 * self.sparsity:.4g}%"
@@ -177,14 +177,14 @@ class BlockwisePruning(PruneCallback):
             blocks += f" ({sum(map(len, pl_module.towers))} of the vision tower)"
             if self.sparsity_of("vision") != self.sparsity:
                 share += f" (vision tower {100 * self.sparsity_of('vision'):.4g}%)"
-        trainer.say(
+        trainer.run.say(
             f"{pl_module.label} · {blocks} · {len(self.shapes)} Linears · "
             f"{_readable(weights)} weights · {self.name} · {share} {self.pattern}"
-            + (f" · {trainer.manifest['calibration']['num_samples']} samples" if self.wants_activations else "")
+            + (f" · {trainer.run.record['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
         if not self.wants_activations:
             return
-        tokens = trainer.manifest["calibration"]["tokens"]
+        tokens = trainer.run.record["calibration"]["tokens"]
         if self.pool.needs_visual and not any(tokens.get(name) for name in self.visual):
             problem = "needs visual tokens, and no calibration sample has any"
             raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
@@ -193,7 +193,7 @@ class BlockwisePruning(PruneCallback):
             raise InputError("model.targets", "vision", problem)
 
     # ---- at each block -----------------------------------------------------------------------------------------------
-    def on_block_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_start(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Start fresh statistics, and stop at broken weights."""
         matrices = block.matrices()
         full_names = {name: f"{block.name}.{name}" for name in matrices}
@@ -209,50 +209,52 @@ class BlockwisePruning(PruneCallback):
                 self.pool,
                 self.scorer.statistic,
                 self.record,
-                example=None if trainer.picture is None or block.target == "vision" else trainer.picture.sample,
+                example=None
+                if trainer.run.samples.picture is None or block.target == "vision"
+                else trainer.run.samples.picture.sample,
             )
 
     def on_calibration_batch_end(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """Add the tokens that the pool selects; hold its candidates."""
         if self._calibration is not None:
             tokens = sample.tokens(self.visual, self.pool.needs, asked_by=plugin_class(self.pool).__name__)
             self._calibration.add(sample, tokens)
 
-    def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share."""
         calibration = self._calibration
         if calibration is not None:
             devices = {name: matrix.weight.device for name, matrix in block.matrices().items()}
-            block.record.update(calibration.finish(trainer.processes, devices))
+            block.record.update(calibration.finish(trainer.run.processes, devices))
         targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
         pruner = BlockPruner(self.scorer, self.pattern, self.min_expert_tokens, self.rare_experts)
-        pruner.prune(block, targets, calibration, trainer.processes)
+        pruner.prune(block, targets, calibration, trainer.run.processes)
         if self.record and calibration is not None:
-            num_samples = trainer.manifest["calibration"]["num_samples"]
-            trainer.recorded.update(calibration.recorded(trainer.processes, num_samples))
+            num_samples = trainer.run.record["calibration"]["num_samples"]
+            trainer.run.recorded.update(calibration.recorded(trainer.run.processes, num_samples))
         self._calibration = None
 
     def scorer_of(self, entry: Mapping[str, Any]) -> Scorer:
         """What scored a matrix, given its entry in the manifest."""
         return scorer_of(entry, self.scorer)
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Note the mean budget, and say what is worth knowing: what the scorer found, what was left out."""
-        budgets = [k for block in trainer.manifest.get("blocks", []) for k in block.get("visual_tokens", [])]
+        budgets = [k for block in trainer.run.record.get("blocks", []) for k in block.get("visual_tokens", [])]
         if budgets:
-            trainer.manifest["mean_visual_tokens"] = sum(budgets) / len(budgets)
-        linears = trainer.manifest.get("linears", {})
+            trainer.run.record["mean_visual_tokens"] = sum(budgets) / len(budgets)
+        linears = trainer.run.record.get("linears", {})
         lines = [
             self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}),
             self._rare_experts_line(linears),
-            _skipped_line(trainer.manifest.get("calibration", {})),
+            _skipped_line(trainer.run.record.get("calibration", {})),
         ]
         if lines := [line for line in lines if line]:
-            trainer.manifest["warnings"] = lines
+            trainer.run.record["warnings"] = lines
             for line in lines:
-                trainer.say(f"warning: {line}")
+                trainer.run.say(f"warning: {line}")
 
     def _rare_experts_line(self, linears: Mapping[str, Mapping[str, Any]]) -> str:
         rare = [name for name, entry in linears.items() if "routed_tokens" in entry]

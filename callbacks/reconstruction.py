@@ -35,7 +35,7 @@ from lvlm_prune.recovery.reconstruction import Reconstruction, squared_sums
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.recovery.adapter_layer import SparseLoraLinear
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class BlockwiseReconstruction(PruneCallback):
@@ -71,11 +71,11 @@ class BlockwiseReconstruction(PruneCallback):
         self._adapters: dict[str, Tensor] = {}
         self._step = 0
 
-    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Sort the batches by what they are for."""
         samples: dict[int, set[int]] = {}
         batches: dict[int, CaughtBatch] = {}
-        for row in trainer.rows:
+        for row in trainer.run.samples.rows:
             batches[id(row.batch)] = row.batch
             samples.setdefault(id(row.batch), set()).add(row.sample)
         held_out = {key for key, numbers in samples.items() if numbers <= self.validation}
@@ -84,11 +84,11 @@ class BlockwiseReconstruction(PruneCallback):
         self._all = list(batches.values())
         # The dense model's own way of the samples, through dense blocks alone.
         self._dense_way = {key: batch.fork() for key, batch in batches.items()} if self._follows_dense else {}
-        self._step = sum(entry["steps"] for entry in trainer.manifest["blocks"])
+        self._step = sum(entry["steps"] for entry in trainer.run.record["blocks"])
         per_block = len(self._all) + self.options.epochs * len(self._train)
         self._bar = Tqdm(
             total=per_block * len(pl_module.runner),
-            initial=per_block * len(trainer.manifest["blocks"]),
+            initial=per_block * len(trainer.run.record["blocks"]),
             bar_format="Reconstructing {bar:24} {desc}{elapsed} · {remaining} left",
             disable=None if trainer.progress_bar_callback is not None else True,
         )
@@ -104,7 +104,7 @@ class BlockwiseReconstruction(PruneCallback):
             for batch in self._dense_way.values():
                 pl_module.runner.advance(index, batch)
 
-    def on_block_calibrated(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Ask the dense block, fit the adapters, merge them."""
         started = time.perf_counter()
         self._bar.set_description_str(f"block {block.index + 1}/{len(pl_module.runner)} · ", refresh=False)
@@ -127,28 +127,28 @@ class BlockwiseReconstruction(PruneCallback):
             block.linears[name].weight.data.copy_(merged)
         block.record.update(found | {"fit_seconds": time.perf_counter() - started})
 
-    def on_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block, then say so: a run that dies before that does the block again."""
-        assert isinstance(trainer.weights, StreamedWeights)
+        assert isinstance(trainer.run.weights, StreamedWeights)
         weights = {f"{path}.weight": merged for path, merged in self._merged.items()}
-        for key, tensor in trainer.weights.to_disk(weights, self.written).items():
+        for key, tensor in trainer.run.weights.to_disk(weights, self.written).items():
             self.written.write(key, tensor)
         self.written.sync()
         replace_durably(self.work / f"{block.index:04}.safetensors", save(self._adapters))
-        trainer.manifest["blocks"].append({"index": block.index, "name": block.name} | block.record)
-        trainer.manifest.write(self.written.path, RECORD_NAME)
+        trainer.run.record["blocks"].append({"index": block.index, "name": block.name} | block.record)
+        trainer.run.record.write(self.written.path, RECORD_NAME)
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Close the bar."""
         self._bar.close()
 
-    def on_exception(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: "RunTrainer", pl_module: "LVLMModule", exception: BaseException) -> None:  # type: ignore[override]
         """Close the bar, so that the error stands on a line of its own."""
         if hasattr(self, "_bar"):
             self._bar.close()
 
     # ---- one block ---------------------------------------------------------------------------------------------------
-    def _ask_dense(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", index: int) -> dict[int, Tensor]:
+    def _ask_dense(self, trainer: "RunTrainer", pl_module: "LVLMModule", index: int) -> dict[int, Tensor]:
         """What the dense block puts out for each batch; afterwards the pruned block is in memory again."""
         runner, targets = pl_module.runner, {}
         self.dense.load_block(index)
@@ -158,12 +158,12 @@ class BlockwiseReconstruction(PruneCallback):
             else:
                 targets[id(batch)] = runner.run(index, batch)
             self._bar.update(1)
-        trainer.weights.load_block(index)
+        trainer.run.weights.load_block(index)
         return targets
 
     def _fit(
         self,
-        trainer: "LVLMTrainer",
+        trainer: "RunTrainer",
         runner: BlockRunner,
         block: Block,
         layers: Mapping[str, "SparseLoraLinear"],
@@ -228,10 +228,10 @@ class BlockwiseReconstruction(PruneCallback):
         error, size = torch.stack(sums).double().sum(dim=0).tolist()
         return error / max(size, 1e-30)
 
-    def _merge(self, trainer: "LVLMTrainer", path: str) -> Tensor:
+    def _merge(self, trainer: "RunTrainer", path: str) -> Tensor:
         """The Linear's weight as it is going to be stored, on the CPU."""
-        assert isinstance(trainer.weights, StreamedWeights)
-        stored = trainer.weights.stored(f"{path}.weight")
+        assert isinstance(trainer.run.weights, StreamedWeights)
+        stored = trainer.run.weights.stored(f"{path}.weight")
         mask = ZeroMask(stored)
         merged = stored
         if f"{path}.lora_A.weight" in self._adapters:

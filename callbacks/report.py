@@ -10,40 +10,40 @@ from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class PruningReport(PruneCallback):
     """Writes `report.html` beside the checkpoint, its figures as PNG into `report/`, and says where everything is."""
 
-    def on_prune_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep the picture of one calibration sample, over which selected tokens will be drawn."""
-        pruning = next((callback for callback in trainer.callbacks if isinstance(callback, BlockwisePruning)), None)
+        pruning = trainer.run.find(BlockwisePruning)
         if pruning is not None and pruning.scorer.statistic is not None:
-            trainer.manifest["reconstruction"] = pruning.scorer.statistic.energy
-        folder, picture = trainer.output_folder, trainer.picture
+            trainer.run.record["reconstruction"] = pruning.scorer.statistic.energy
+        folder, picture = trainer.run.folder, trainer.run.samples.picture
         if picture is None:
             return
-        trainer.manifest["picture"] = {"sample": picture.sample, "grid": list(picture.grid)}
-        if folder is not None and trainer.report_run and trainer.processes.is_main:
+        trainer.run.record["picture"] = {"sample": picture.sample, "grid": list(picture.grid)}
+        if folder is not None and trainer.run.options.report and trainer.run.processes.is_main:
             (folder / FIGURE_FOLDER).mkdir(exist_ok=True)
             picture.image.save(folder / FIGURE_FOLDER / PICTURE_NAME)
 
-    def on_prune_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Render the manifest."""
-        folder = trainer.output_folder
-        if folder is None or not trainer.processes.is_main:
+        folder = trainer.run.folder
+        if folder is None or not trainer.run.processes.is_main:
             return
         with writing(folder):
-            trainer.manifest["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            trainer.manifest.write(folder)
-            if trainer.report_run:
+            trainer.run.record["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            trainer.run.record.write(folder)
+            if trainer.run.options.report:
                 # Matplotlib takes its time to load; who wants no page does not wait for it.
                 from lvlm_prune.report.page import write_page
                 from lvlm_prune.report.pruning import pruning_page
 
-                write_page(folder, *pruning_page(trainer.manifest, folder))
+                write_page(folder, *pruning_page(trainer.run.record, folder))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        seconds = trainer.manifest["seconds"]
-        page = f"{PAGE_NAME} · " if trainer.report_run else ""
-        trainer.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{FILE_NAME} · {seconds:.0f} s")
+        seconds = trainer.run.record["seconds"]
+        page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
+        trainer.run.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{FILE_NAME} · {seconds:.0f} s")

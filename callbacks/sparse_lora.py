@@ -1,6 +1,6 @@
 """Sparse LoRA: adapters on the pruned Linears whose update never touches a pruned weight.
 
-trainer = LVLMTrainer(callbacks=[SparseLoRA(rank=8)])
+trainer = RunTrainer(callbacks=[SparseLoRA(rank=8)])
 trainer.recover(LVLMModule("runs/my-pruned-model"), RecoveryDataModule(), output="runs/recovered")
 """
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.recovery.masked_lora import Gradient
+from lvlm_prune.recovery.masks import load_pruned
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -89,7 +90,7 @@ class SparseLoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Inject the adapters, before the optimizer is made."""
         if stage == "fit" and not pl_module.adapted:
-            pl_module.load()
+            load_pruned(pl_module)
             self.inject(pl_module)
 
     def inject(self, pl_module: "LVLMModule") -> None:

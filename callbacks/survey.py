@@ -22,7 +22,7 @@ from lvlm_prune.plugins import plugin_class
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 
 class PluginSurvey(PruneCallback):
@@ -59,26 +59,26 @@ class PluginSurvey(PruneCallback):
         counts = [plugin.survey_samples for plugin in self.surveyors.values()]
         return None if None in counts else max((count for count in counts if count is not None), default=0)
 
-    def on_survey_start(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_survey_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Draw the samples of each plugin."""
-        numbers = trainer.sample_numbers
+        numbers = trainer.run.samples.numbers
         self._samples = {
             name: surveyed_samples(plugin.survey_samples, numbers) for name, plugin in self.surveyors.items()
         }
 
     def on_survey_block_start(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
     ) -> None:
         """Let the plugins try changed weights; before the first block, let them say what that costs."""
         for name, plugin in self.surveyors.items():
             own = tail.of_samples(self._samples[name])
             if plugin.wants_survey_losses and block.place == 0:
-                trainer.weights.load_output_embedding()
-                trainer.say(plugin.announce_survey(self._linears_of_blocks(pl_module), own))
+                trainer.run.weights.load_output_embedding()
+                trainer.run.say(plugin.announce_survey(self._linears_of_blocks(pl_module), own))
             plugin.survey_block_start(block.name, self._linears(block), own)
 
     def on_survey_batch_end(
-        self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """Show the sample to each plugin that takes it."""
         linears = self._linears(block)
@@ -93,27 +93,27 @@ class PluginSurvey(PruneCallback):
             tokens = sample.tokens(self.pruning.visual, plugin.survey_needs, asked_by=plugin_class(plugin).__name__)
             plugin.survey_sample(block.name, tokens, inputs)
 
-    def on_survey_block_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule", block: Block) -> None:
+    def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Let the plugins sum over processes."""
         for plugin in self.surveyors.values():
-            plugin.survey_block_end(block.name, self._linears(block), trainer.processes.sum)
+            plugin.survey_block_end(block.name, self._linears(block), trainer.run.processes.sum)
 
-    def on_survey_end(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the plugins found, and deal out the sparsity."""
         if any(plugin.wants_survey_losses for plugin in self.surveyors.values()):
-            trainer.weights.release_output_embedding()
+            trainer.run.weights.release_output_embedding()
         for name, plugin in self.surveyors.items():
-            trainer.manifest["survey"][name] = plugin.survey_end(trainer.processes.sum)
+            trainer.run.record["survey"][name] = plugin.survey_end(trainer.run.processes.sum)
         self.on_survey_restored(trainer, pl_module)
 
-    def on_survey_restored(self, trainer: "LVLMTrainer", pl_module: "LVLMModule") -> None:
+    def on_survey_restored(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Give each plugin what it found, and deal out the sparsity."""
         for name, plugin in self.surveyors.items():
-            plugin.use_survey(trainer.manifest["survey"][name])
+            plugin.use_survey(trainer.run.record["survey"][name])
         self.pruning.allocate()
         targets = self.pruning.targets.values()
         if min(targets) < max(targets):
-            trainer.say(f"surveyed: sparsity {min(targets):.3f} to {max(targets):.3f} per Linear")
+            trainer.run.say(f"surveyed: sparsity {min(targets):.3f} to {max(targets):.3f} per Linear")
 
     def _linears(self, block: Block) -> dict[str, nn.Linear]:
         """Linears of the block that are going to be pruned."""

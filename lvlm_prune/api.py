@@ -20,7 +20,8 @@ from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.trainer import LVLMTrainer
+from lvlm_prune.run import RunOptions, RunTrainer
+from lvlm_prune.runs.prune.run import PruneRun
 
 
 class InputsSource(CalibrationSource):
@@ -82,8 +83,10 @@ def prune(
     output: str | Path = "",
     processor: Any = None,
     callbacks: Sequence[Callback] = (),
-    trainer: LVLMTrainer | None = None,
+    trainer: RunTrainer | None = None,
     targets: Sequence[Target] = ("language",),
+    resume: bool = False,
+    quiet: bool | None = None,
 ) -> Manifest:
     """Prune a model in memory in place, or a checkpoint folder into another one.
 
@@ -96,6 +99,8 @@ def prune(
         callbacks: More callbacks on the same lifecycle.
         trainer: A trainer of your own (devices, loggers); its callbacks must hold the method then.
         targets: What is pruned: the `language` decoder, the `vision` tower, or both.
+        resume: Go on with the unfinished run in `output`, which had the same method, model and data.
+        quiet: Print nothing; default: unless there is a trainer of your own.
 
     Returns:
         The manifest: what was done, to what, with what result.
@@ -126,10 +131,11 @@ def prune(
         data = CalibrationDataModule(calibration)
     else:
         data = CalibrationDataModule(InputsSource(calibration))
+    quiet = trainer is None if quiet is None else quiet
     if trainer is None:
         device = next(model.parameters()).device.type if isinstance(model, nn.Module) else "auto"
         with _quiet_lightning():
-            trainer = LVLMTrainer(
+            trainer = RunTrainer(
                 accelerator={"cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(device, "auto"),
                 devices=1,
                 logger=False,
@@ -138,5 +144,5 @@ def prune(
                 enable_model_summary=False,
                 callbacks=[pruning or BlockwisePruning(), *callbacks],
             )
-        trainer.quiet = True
-    return trainer.prune(module, data, output="" if in_memory else str(output), evaluate=False)
+    options = RunOptions(resume=resume, evaluate=False, quiet=quiet)
+    return PruneRun(trainer, module, data, "" if in_memory else str(output), options)()

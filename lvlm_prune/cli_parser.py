@@ -196,8 +196,8 @@ class LVLMCLI(LightningCLI):
 
     def _hand_over(self, verb: str) -> dict[str, Any]:
         """The trainer gets the configuration that repeats the run, and may end the process, which is all its own."""
-        self.trainer.exits_when_interrupted = True
-        self.trainer.run_config = config = self._run_config(verb)
+        self.trainer.owns_process = True
+        self.trainer.config = config = self._run_config(verb)
         return config
 
     def _run_config(self, verb: str) -> dict[str, Any]:

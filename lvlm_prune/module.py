@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
@@ -32,11 +32,31 @@ from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton, resolve
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
+from lvlm_prune.data.processing import load_processor
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.errors import InputError
-from lvlm_prune.recovery.distillation import Teacher
-from lvlm_prune.recovery.masks import pruned_linears
-from lvlm_prune.recovery.optimization import Optimization
+
+
+class Objective(Protocol):
+    """What training makes small beside the answers' cross-entropy, and how; who trains hands it to the model."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks run once more in backward."""
+
+    def divergence(self, logits: Tensor, samples: list[int]) -> Tensor | None:
+        """A second loss, summed over answer tokens; None where there is none.
+
+        Args:
+            logits: float32 of shape (answer tokens, vocabulary), sample by sample.
+            samples: Number of each sample.
+        """
+
+    def mixed(self, loss: Tensor, divergence: Tensor) -> Tensor:
+        """What is made small, of the mean cross-entropy and the mean divergence."""
+
+    def optimizers(self, parameters: Iterable[nn.Parameter], steps: int) -> dict[str, Any]:
+        """What `configure_optimizers` returns, for a number of steps."""
 
 
 class LVLMModule(L.LightningModule):
@@ -76,8 +96,7 @@ class LVLMModule(L.LightningModule):
         self.processor: Any = None
         self.runner: BlockRunner
         self.towers: list[TowerRunner] = []
-        self.optimization = Optimization()
-        self.teacher: Teacher | None = None
+        self.objective: Objective | None = None
         self.pruned: dict[str, nn.Linear] = {}
         self.adapted: dict[str, nn.Module] = {}
         # Answer tokens of each batch since the last step of the optimizer.
@@ -107,6 +126,27 @@ class LVLMModule(L.LightningModule):
         module.processor = processor
         module._find_blocks()
         return module
+
+    def options(self) -> dict[str, Any]:
+        """What the module was made with, under the names of its options, as plain data."""
+        return {
+            "path": self.path,
+            "dtype": self.dtype_option,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "attn_implementation": self.attn_implementation,
+            "targets": list(self.targets),
+        }
+
+    def require_processor(self) -> None:
+        """Load the checkpoint's processor, unless there is one already.
+
+        Raises:
+            InputError: It cannot be loaded.
+        """
+        if self.processor is None:
+            assert self.folder is not None
+            self.processor = load_processor(self.folder.path, self.trust_remote_code)
 
     @property
     def label(self) -> str:
@@ -167,22 +207,6 @@ class LVLMModule(L.LightningModule):
         """
         if "vision" in self.targets:
             raise InputError("model.targets", "vision", f"`{verb}` works on the language decoder")
-
-    def load(self) -> None:
-        """Bring the whole model into memory, for training, and find its pruned Linears.
-
-        Raises:
-            InputError: The checkpoint cannot be used, or nothing in it is pruned.
-        """
-        if self.pruned:
-            return
-        self.load_whole()
-        pruned = pruned_linears(self.linears())
-        self.refuse_unpruned(pruned)
-        self.pruned = pruned
-        for linear in self.pruned.values():
-            # Tools that multiply with a mask leave -0.0 behind.
-            linear.weight.data.masked_fill_(linear.weight == 0, 0.0)
 
     def refuse_unpruned(self, pruned: Collection[str]) -> None:
         """Raise where the names of the pruned Linears are none.
@@ -252,14 +276,14 @@ class LVLMModule(L.LightningModule):
     # ---- training ----------------------------------------------------------------------------------------------------
     def on_fit_start(self) -> None:
         """Let blocks run again in backward, if asked; also models that could not do so themselves."""
-        if self.optimization.gradient_checkpointing:
+        if self.objective is not None and self.objective.gradient_checkpointing:
             for index in range(len(self.runner)):
                 block: Any = self.runner.block(index)
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def on_fit_end(self) -> None:
         """Blocks as they were."""
-        if self.optimization.gradient_checkpointing:
+        if self.objective is not None and self.objective.gradient_checkpointing:
             for index in range(len(self.runner)):
                 self.runner.block(index).__dict__.pop("forward", None)
 
@@ -288,10 +312,10 @@ class LVLMModule(L.LightningModule):
         total, divergence, count = self.answer_losses(batch)
         tokens = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
         loss = total / tokens
-        if self.teacher is not None:
+        if divergence is not None and self.objective is not None:
             self.log("train_cross_entropy", loss, batch_size=count)
             self.log("train_divergence", divergence / tokens, batch_size=count)
-            loss = self.teacher.options.mixed(loss, divergence / tokens)
+            loss = self.objective.mixed(loss, divergence / tokens)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
         self._accumulated.append(tokens)
         return loss * (tokens / self._accumulated[0])
@@ -306,28 +330,30 @@ class LVLMModule(L.LightningModule):
                     if parameter.grad is not None:
                         parameter.grad *= scale
 
-    def answer_losses(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Cross-entropy and (with a teacher, else 0) divergence, summed over a batch's answer tokens; their number."""
-        total, divergence, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
+    def answer_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None, int]:
+        """Cross-entropy and divergence (where the objective has one), summed over answer tokens; their number."""
+        total, divergence, count = torch.zeros((), device=self.device), None, 0
         for group in batch:
             logits, target = self.answer_logits(group)
             total = total + cross_entropy(logits, target, reduction="sum")
             count += len(target)
-            if self.teacher is not None:
-                divergence = divergence + self.teacher.divergence(logits, group[SAMPLE_NUMBER].tolist())
+            numbers = group[SAMPLE_NUMBER].tolist()
+            if self.objective is not None and (more := self.objective.divergence(logits, numbers)) is not None:
+                divergence = more if divergence is None else divergence + more
         return total, divergence, count
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log `validation_loss`, the mean cross-entropy of all answer tokens of the validation samples."""
         total, divergence, count = self.answer_losses(batch)
         self.log("validation_loss", total / count, prog_bar=True, batch_size=count, sync_dist=True)
-        if self.teacher is not None:
+        if divergence is not None:
             self.log("validation_divergence", divergence / count, batch_size=count, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what is trainable; see `Optimization`."""
+        """What the objective says, over what is trainable."""
+        assert self.objective is not None
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return self.optimization.build(trainable, int(self.trainer.estimated_stepping_batches))
+        return self.objective.optimizers(trainable, int(self.trainer.estimated_stepping_batches))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and say which base it belongs to."""

@@ -1,94 +1,29 @@
 """The Trainer: Lightning's, with `prune`, `recover`, `evaluate`, `compare`, `probe` and `sweep` beside `fit`.
 
-Each verb is a run of its own, which leaves with the trainer what callbacks may rely on.
+Each verb is a run of its own, in `lvlm_prune/runs`; the trainer holds none of its state.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 from jsonargparse import lazy_instance
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from lvlm_prune.blocks import Weights
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.data.picture import Picture
-from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.loop.activations import SampleRow
-from lvlm_prune.memory.hidden_states import Wanted, checked_place
-from lvlm_prune.memory.run_memory import RunMemory
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.plugins import own_instance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
-from lvlm_prune.runs.prune.sharing import SharedCalibration
+from lvlm_prune.run import RunOptions, RunTrainer
 from lvlm_prune.runs.sweep.results import FinishedRun
 
 
-class LVLMTrainer(L.Trainer):
-    """Lightning's Trainer with the verbs of this project.
-
-    Attributes:
-        manifest: What was done so far; becomes `pruning.json`.
-        rows: The calibration samples of this process.
-        sample_numbers: Numbers of the calibration samples of all processes, ascending.
-        processes: All processes of the run.
-        weights: Brings the weights of blocks into memory, and releases them.
-        output_folder: What is written; None for a model in memory.
-        resume_run: Whether the run goes on with an unfinished one.
-        evaluate_run: Whether the embedded model is scored.
-        report_run: Whether a page is written.
-        plan_run: Whether it is only said what a run would do.
-        quiet: Whether nothing is printed.
-        picture: One calibration sample whose visual tokens can be drawn; None where there is none.
-        recorded: Tensors that callbacks want written to `statistics.safetensors`.
-        run_config: The configuration that repeats the run, as plain data.
-        memory: Memory of this process, and where its samples wait.
-        exits_when_interrupted: Whether Ctrl-C may end the whole process where the run does not end at once.
-        shared: What this run has in common with others of a sweep; None: it is the only one.
-
-    Args:
-        hidden_states: Where hidden states and what else belongs to a calibration sample wait for their turn: on the
-            `device`, in `host` memory, or on `disk` in memory-mapped files. `auto` takes the first of these with room.
-        scratch: Folder on the disk for memory-mapped files, which are nameless and vanish with the process; default:
-            the disk of the output folder.
-        options: Those of Lightning's Trainer.
-    """
-
-    callbacks: list[Callback]
-    manifest: Manifest
-    rows: list[SampleRow]
-    sample_numbers: list[int]
-    processes: Processes
-    weights: Weights
-    recorded: dict[str, Tensor]
-    picture: Picture | None = None
-    run_config: Mapping[str, Any] | None = None
-    output_folder: Path | None = None
-    resume_run: bool = False
-    evaluate_run: bool = True
-    report_run: bool = True
-    plan_run: bool = False
-    quiet: bool = False
-    memory: RunMemory
-    exits_when_interrupted: bool = False
-    shared: SharedCalibration | None = None
-
-    def __init__(self, hidden_states: Wanted = "auto", scratch: str = "", **options: Any) -> None:
-        self.hidden_states, self.scratch = checked_place(hidden_states), scratch
-        if scratch and not os.access(scratch, os.W_OK | os.X_OK):
-            raise InputError("trainer.scratch", scratch, "is not a folder that can be written")
-        super().__init__(**options)
+class LVLMTrainer(RunTrainer):
+    """Lightning's Trainer with the verbs of this project."""
 
     def prune(
         self,
@@ -117,8 +52,7 @@ class LVLMTrainer(L.Trainer):
         """
         from lvlm_prune.runs.prune.run import PruneRun
 
-        self.resume_run, self.evaluate_run, self.report_run, self.plan_run = resume, evaluate, report, plan
-        return PruneRun(self, model, datamodule, output)()
+        return PruneRun(self, model, datamodule, output, RunOptions(resume, evaluate, report, plan))()
 
     def recover(
         self,
@@ -156,13 +90,11 @@ class LVLMTrainer(L.Trainer):
         """
         from lvlm_prune.runs.recover.blockwise import BlockwiseRun
         from lvlm_prune.runs.recover.fitting import FittingRun
-        from lvlm_prune.runs.recover.run import Recipe, RecoveryRun
+        from lvlm_prune.runs.recover.run import RecoveryOptions, RecoveryRun
 
-        recipe = Recipe(method, optimization, dense, distillation, reconstruction)
+        recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
-        run = kind(self, model, datamodule, recipe, output, resume, evaluate, report)
-        self.output_folder = run.folder
-        return run()
+        return kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report))()
 
     def probe(
         self,
@@ -271,22 +203,3 @@ class LVLMTrainer(L.Trainer):
         from lvlm_prune.runs.compare.run import compare
 
         return compare(folders, output)
-
-    def forget_samples(self) -> None:
-        """Nothing done yet, no sample caught."""
-        self.manifest, self.recorded, self.rows, self.sample_numbers = Manifest(), {}, [], []
-        self.picture = None
-
-    def watched_memory(self) -> RunMemory:
-        """A context that looks at memory; the output folder is known."""
-        device = self.strategy.root_device
-        return RunMemory(self.hidden_states, device, self.scratch, self.output_folder, sharing=self.num_devices)
-
-    def say(self, text: str) -> None:
-        """Print for the user, once for all processes."""
-        if self.processes.is_main and not self.quiet:
-            print(text, flush=True)
-
-    def accelerator_name(self) -> str:
-        """`cpu`, `cuda` or `mps`."""
-        return self.strategy.root_device.type

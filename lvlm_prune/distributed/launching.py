@@ -16,21 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as _TrainerLauncher
 
+from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError, ProcessLost
-
-if TYPE_CHECKING:
-    from lvlm_prune.trainer import LVLMTrainer
 
 _PARENT = "_LVLM_PRUNE_PARENT"
 # How long a process may take to end by itself once the run is over, in seconds.
@@ -74,6 +71,11 @@ class Children:
                     _thread.interrupt_main()
                 return
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While the context is open, all processes end alike; one that started no others ends as it does."""
+        yield
+
     def release(self) -> None:
         """From now on they may end."""
         self._over.set()
@@ -116,7 +118,7 @@ class Launch(Children):
     """Fabric on the Trainer's devices, and the processes that it needs.
 
     Args:
-        trainer: Devices, nodes, accelerator, loggers.
+        hardware: Devices, nodes, accelerator, loggers.
         callbacks: Whose hooks Fabric is to raise.
 
     Attributes:
@@ -127,27 +129,23 @@ class Launch(Children):
         InputError: The strategy cannot be used, or a launcher started another number of processes.
     """
 
-    def __init__(self, trainer: LVLMTrainer, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, hardware: Hardware, callbacks: Sequence[Callback]) -> None:
         super().__init__()
-        if isinstance(trainer.strategy, DDPStrategy):
-            strategy = "ddp"
-        elif isinstance(trainer.strategy, SingleDeviceStrategy):
-            strategy = "auto"
-        else:
+        if hardware.strategy not in ("ddp", "auto"):
             problem = "pruning knows `ddp` and a single device; a block always fits on one device"
-            raise InputError("trainer.strategy", type(trainer.strategy).__name__, problem)
-        refuse_mismatch(trainer)
-        devices: Any = trainer.num_devices if trainer.accelerator_name() == "cpu" else trainer.device_ids
+            raise InputError("trainer.strategy", hardware.strategy, problem)
+        refuse_mismatch(hardware)
+        devices: Any = hardware.devices if hardware.accelerator == "cpu" else list(hardware.device_ids)
         self.fabric = Fabric(
-            accelerator=trainer.accelerator_name(),
+            accelerator=hardware.accelerator,
             devices=devices,
-            num_nodes=trainer.num_nodes,
-            strategy=strategy,
+            num_nodes=hardware.nodes,
+            strategy=hardware.strategy,
             callbacks=list(callbacks),
-            loggers=list(trainer.loggers),
+            loggers=list(hardware.loggers),
         )
         self.processes = Processes()
-        self._per_node, self._nodes = trainer.num_devices, trainer.num_nodes
+        self._per_node, self._nodes = hardware.devices, hardware.nodes
         self._count = self._per_node * self._nodes
         self._environment = getattr(self.fabric.strategy, "cluster_environment", None)
         self._variables = dict(os.environ)
@@ -217,17 +215,17 @@ class Launch(Children):
         os.environ.update(self._variables)
 
 
-class Joined(Launch):
+class SharedLaunch(Launch):
     """Another Fabric, with other callbacks, for processes that an earlier launch brought together and will end.
 
     Args:
-        trainer: As for `Launch`.
+        hardware: As for `Launch`.
         callbacks: Whose hooks Fabric is to raise.
         launch: The launch that was started.
     """
 
-    def __init__(self, trainer: LVLMTrainer, callbacks: Sequence[Callback], launch: Launch) -> None:
-        super().__init__(trainer, callbacks)
+    def __init__(self, hardware: Hardware, callbacks: Sequence[Callback], launch: Launch) -> None:
+        super().__init__(hardware, callbacks)
         self.processes = launch.processes
 
     @property
@@ -263,26 +261,25 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def refuse_mismatch(trainer: LVLMTrainer) -> None:
+def refuse_mismatch(hardware: Hardware) -> None:
     """Refuse another number of processes than devices times nodes, before they wait for each other in vain.
 
     Raises:
         InputError: A launcher started more or fewer, or several nodes are wanted and nothing says where they meet.
     """
     started = _started_processes()
-    wanted = trainer.num_devices * trainer.num_nodes
+    wanted = hardware.world_size
     if started is not None and started[1] != wanted:
         launcher, count = started
-        asked = f"{trainer.num_devices} x {trainer.num_nodes}"
+        asked = f"{hardware.devices} x {hardware.nodes}"
         counted = f"{count} process" + ("es" if count > 1 else "")
         problem = f"{launcher} started {counted}, devices x num_nodes is {asked} = {wanted}"
-        raise InputError("trainer.devices", trainer.num_devices, problem)
-    if started is None and trainer.num_nodes > 1:
+        raise InputError("trainer.devices", hardware.devices, problem)
+    if started is None and hardware.nodes > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if missing and isinstance(environment, LightningEnvironment):
+        if missing and isinstance(hardware.environment, LightningEnvironment):
             problem = f"needs torchrun or srun, or {', '.join(missing)} in the environment of each node's process"
-            raise InputError("trainer.num_nodes", trainer.num_nodes, problem)
+            raise InputError("trainer.num_nodes", hardware.nodes, problem)
 
 
 def _started_processes() -> tuple[str, int] | None:

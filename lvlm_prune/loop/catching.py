@@ -7,7 +7,7 @@ batches of this process ─► model up to block 0 ─► held ─► numbers, t
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,10 +38,10 @@ class CaughtSamples:
         picture: What one of them shows, for the report.
     """
 
-    rows: list[SampleRow]
-    sizes: list[BatchSize]
-    numbers: list[int]
-    calibration: dict[str, Any]
+    rows: list[SampleRow] = field(default_factory=list)
+    sizes: list[BatchSize] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
     picture: Picture | None = None
 
     def fork(self) -> CaughtSamples:

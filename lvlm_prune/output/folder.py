@@ -5,12 +5,15 @@ Until the run is complete and verified `config.json` is held back, so that nobod
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lvlm_prune.errors import InputError, RunError
-from lvlm_prune.output.manifest import sync_file, sync_folder
+from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
 
 try:
     import fcntl
@@ -116,27 +119,43 @@ def make_folder(folder: Path) -> None:
         sync_folder(path.parent)
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Keep other runs out of an output folder until the descriptor that is returned is closed, or the process ends.
+class FolderLock:
+    """Keeps other runs out of an output folder until it is released, or the process ends.
 
-    Returns:
-        An open descriptor; None where the file system knows no locks.
+    Where the file system knows no locks, nothing is kept out.
+
+    Args:
+        folder: The folder, which exists.
 
     Raises:
         InputError: Another run is writing it.
     """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError("output", folder, "is being written by another run") from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError("output", folder, "is being written by another run") from None
+        except OSError:
+            os.close(descriptor)
+            return
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let other runs in; a second time it does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.yaml`, which repeats the run."""
+    replace_durably(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
 
 
 @contextmanager

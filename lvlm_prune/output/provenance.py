@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -10,20 +11,24 @@ import transformers
 
 import lvlm_prune
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.plugins import describe
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
 
 
 def provenance(
-    trainer: LVLMTrainer, model: LVLMModule, datamodule: CalibrationDataModule | RecoveryDataModule
+    config: Mapping[str, Any],
+    hardware: Hardware,
+    model: LVLMModule,
+    datamodule: CalibrationDataModule | RecoveryDataModule,
 ) -> dict[str, Any]:
     """What a run starts from, as plain data.
 
     Args:
-        trainer: Devices, and the configuration that repeats the run.
+        config: What repeats the run.
+        hardware: Its devices.
         model: The opened model.
         datamodule: What the run calibrates or trains on.
     """
@@ -31,7 +36,7 @@ def provenance(
     if model.folder is not None:
         source |= {"folder": str(model.folder.path), "fingerprint": model.folder.fingerprint()}
     return {
-        "config": describe(trainer.run_config or {"model": model, "data": datamodule}),
+        "config": describe(config),
         "model": source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},
         "calibration": {"source": describe(datamodule.source), "seed": datamodule.seed},
         "versions": {
@@ -40,6 +45,6 @@ def provenance(
             "lightning": lightning.__version__,
             "transformers": transformers.__version__,
         },
-        "processes": trainer.world_size,
-        "device": str(trainer.strategy.root_device),
+        "processes": hardware.world_size,
+        "device": str(hardware.device),
     }

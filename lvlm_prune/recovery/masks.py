@@ -14,6 +14,7 @@ from lvlm_prune.methods.patterns import Pattern, SemiStructured
 
 if TYPE_CHECKING:
     from lvlm_prune.blocks import StreamedWeights
+    from lvlm_prune.module import LVLMModule
 
 # A dense weight has a few zeros by chance, above all in low precision.
 LEAST_SPARSITY = 0.01
@@ -30,6 +31,23 @@ def pruned_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
         ['sparse']
     """
     return {name: linear for name, linear in linears.items() if is_pruned(linear.weight)}
+
+
+def load_pruned(module: LVLMModule) -> None:
+    """Bring a whole model into memory, for training, and find its pruned Linears; a second time it does nothing.
+
+    Raises:
+        InputError: The checkpoint cannot be used, or nothing in it is pruned.
+    """
+    if module.pruned:
+        return
+    module.load_whole()
+    pruned = pruned_linears(module.linears())
+    module.refuse_unpruned(pruned)
+    module.pruned = pruned
+    for linear in pruned.values():
+        # Tools that multiply with a mask leave -0.0 behind.
+        linear.weight.data.masked_fill_(linear.weight == 0, 0.0)
 
 
 def is_pruned(weight: Tensor) -> bool:

@@ -53,7 +53,7 @@ class BrokenScorer(WandaScorer):
 class FailingHook(PruneCallback):
     """Fails on the last process, at a place where nobody asks whether anybody failed."""
     def on_block_start(self, trainer, pl_module, block):
-        if trainer.processes.rank == trainer.processes.count - 1:
+        if trainer.run.processes.rank == trainer.run.processes.count - 1:
             raise KeyError("a mistake in a callback")
 
 class FullDisk(PruneCallback):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -257,10 +256,10 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(surveyed, tmp_path, monkeypatch, caps
         assert main([*SURVEYED, f"--output={folder}"]) == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     assert capsys.readouterr().err == f"interrupted: go on with --resume true --output {folder}\n"
-    lock = output_folder.lock_folder(folder)
+    lock = output_folder.FolderLock(folder)
     assert main([*SURVEYED, f"--output={folder}", "--resume=true"]) == 2
     assert capsys.readouterr().err == f"error: --output {folder}: is being written by another run\n"
-    os.close(lock)
+    lock.release()
     assert main([*SURVEYED, f"--output={folder}", "--resume=true"]) == 0
     assert_same_checkpoint(surveyed, folder)
 

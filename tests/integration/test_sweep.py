@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import pytest
 from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
 from lvlm_prune.loop import catching
-from lvlm_prune.output.folder import lock_folder
-from lvlm_prune.trainer import LVLMTrainer
+from lvlm_prune.output.folder import FolderLock
+from lvlm_prune.runs.prune.run import PruneRun
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 
 RECIPES = REPOSITORY / "configs" / "prune"
@@ -60,7 +59,7 @@ def count(monkeypatch):
 
     counted(catching, "catch_batch", "catch")
     counted(PluginSurvey, "on_survey_end", "survey")
-    counted(LVLMTrainer, "prune", "run")
+    counted(PruneRun, "__call__", "run")
     return counts
 
 
@@ -121,12 +120,12 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, capsys, count):
         assert main(arguments) == 130
     assert len(records(out)) == 1
     (unfinished,) = (out / "unfinished").iterdir()
-    lock = lock_folder(unfinished)
+    lock = FolderLock(unfinished)
     capsys.readouterr()
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"error: --output {unfinished}: is being written by another run\n"
     assert (unfinished / "pruning.json").is_file()
-    os.close(lock)
+    lock.release()
     assert main(arguments) == 0
     assert count["run"] == 4
     assert len(records(out)) == 3

@@ -10,31 +10,29 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import RECORD_NAME, TABLE_NAME, evaluation_record, evaluation_table, write_record
-from lvlm_prune.output.folder import choose_folder, writing
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.folder import choose_folder, existing_folder, writing
 from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.names import PAGE_NAME
 from lvlm_prune.plugins import describe
+from lvlm_prune.run import Run, RunOptions, RunTrainer
+from lvlm_prune.runs.session import join, session
 from lvlm_prune.threads import suitable_threads
-
-if TYPE_CHECKING:
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
 
 
 class EvaluationRun:
     """See `LVLMTrainer.evaluate` for the arguments."""
 
-    def __init__(self, trainer: LVLMTrainer, model: LVLMModule, baseline: str, engine: Engine, output: str) -> None:
-        from lvlm_prune.module import LVLMModule
-
+    def __init__(self, trainer: RunTrainer, model: LVLMModule, baseline: str, engine: Engine, output: str) -> None:
         self.trainer, self.model, self.engine = trainer, model, engine
+        self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
         self.started = time.perf_counter()
         if "vision" in model.targets:
             raise InputError("model.targets", "vision", "does nothing here; the whole checkpoint is scored")
@@ -55,16 +53,14 @@ class EvaluationRun:
         self.folder = self._output_folder(output, model.folder.path)
 
     def __call__(self) -> dict[str, Any]:
-        """Do all of it."""
-        trainer = self.trainer
-        launch = Launch(trainer, [])
-        with interruptible(lambda: "", trainer.exits_when_interrupted, launch), launch.together():
-            launch.start()
-            trainer.processes = processes = launch.processes
-            with suitable_threads(self.model.block_weights, trainer.num_devices):
-                measured = self.engine.measure(self.model, self.baseline, processes, trainer.strategy.root_device)
+        """Score the checkpoints, and write the record."""
+        launch = Launch(self.run.hardware, [])
+        with session(self.trainer, self.run, launch, way_on=lambda: "") as run:
+            join(run, launch)
+            with suitable_threads(self.model.block_weights, run.hardware.devices):
+                measured = self.engine.measure(self.model, self.baseline, run.processes, run.hardware.device)
             record = evaluation_record(measured) | self._provenance()
-            processes.on_main(lambda: self._write(record))
+            run.processes.on_main(lambda: self._write(record))
         return record
 
     def _output_folder(self, output: str, checkpoint: Path) -> Path:
@@ -85,7 +81,7 @@ class EvaluationRun:
         known = folder.resolve() == checkpoint.resolve() or (folder / RECORD_NAME).is_file()
         if not known and folder.is_dir() and any(folder.iterdir()):
             raise InputError("output", folder, "exists, is not empty and holds no evaluation; choose another folder")
-        existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+        existing = existing_folder(folder)
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError("output", folder, f"no permission to write in {existing}; name another folder")
         return folder
@@ -102,15 +98,15 @@ class EvaluationRun:
             "model": _origin(self.model),
             "baseline": None if self.baseline is None else _origin(self.baseline),
             "engine": describe(self.engine),
-            "config": describe(self.trainer.run_config or {}),
+            "config": describe(self.run.config),
             "versions": {package.__name__: package.__version__ for package in packages},
-            "processes": self.trainer.world_size,
-            "device": str(self.trainer.strategy.root_device),
+            "processes": self.run.hardware.world_size,
+            "device": str(self.run.hardware.device),
             "seconds": time.perf_counter() - self.started,
         }
 
     def _write(self, record: dict[str, Any]) -> None:
-        for logger in self.trainer.loggers:
+        for logger in self.run.hardware.loggers:
             found = {f"evaluation/{task}": entry["score"] for task, entry in record["tasks"].items()}
             names = ("average", "retention", "perplexity", "kl")
             found |= {f"evaluation/{name}": record[name] for name in names if record.get(name) is not None}
@@ -122,7 +118,7 @@ class EvaluationRun:
             page = refresh_page(self.folder)
         written = " · ".join([RECORD_NAME, TABLE_NAME, *([PAGE_NAME] if page else [])])
         table = evaluation_table(record)
-        self.trainer.say(f"{table}\nwrote {self.folder} ({written}) · {record['seconds']:.0f} s")
+        self.run.say(f"{table}\nwrote {self.folder} ({written}) · {record['seconds']:.0f} s")
 
 
 def refresh_page(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from lvlm_prune.methods.scorers import Scorer
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+    from lvlm_prune.run import RunTrainer
 
 POOLS: dict[str, type[Pool]] = {"text": TextOnlyPool, "visual": VisualOnlyPool, "mixed": MixedPool}
 
@@ -68,14 +68,14 @@ class PathwayPruning(BlockwisePruning):
             raise InputError("model.path", pl_module.path, "no QKV or feed-forward Linears found by name")
         self.allocate()
 
-    def on_prune_start(self, trainer: LVLMTrainer, pl_module: LVLMModule) -> None:
+    def on_prune_start(self, trainer: RunTrainer, pl_module: LVLMModule) -> None:
         """Note which tokens of each batch take the pruned pathway."""
-        for batch in batches_of(trainer.rows):
+        for batch in batches_of(trainer.run.samples.rows):
             assert batch.input_ids is not None
             modality = modality_of_tokens(pl_module.model.config, batch.input_ids, batch.attention_mask)
             self._taken.append(tokens_of(self.pathway, modality))
 
-    def on_block_calibrated(self, trainer: LVLMTrainer, pl_module: LVLMModule, block: Block) -> None:
+    def on_block_calibrated(self, trainer: RunTrainer, pl_module: LVLMModule, block: Block) -> None:
         """Prune as ever, but as a second pathway beside the dense weights."""
         dense = {name: block.linears[name].weight.detach().clone() for name in self._targets}
         super().on_block_calibrated(trainer, pl_module, block)
@@ -86,11 +86,11 @@ class PathwayPruning(BlockwisePruning):
             self._handles.append(route(linear, pruned, lambda: self._taken[self._place], full_name))
             self.pruned[full_name] = pruned.cpu()
 
-    def on_propagation_batch_end(self, trainer: LVLMTrainer, pl_module: LVLMModule, block: Block) -> None:
+    def on_propagation_batch_end(self, trainer: RunTrainer, pl_module: LVLMModule, block: Block) -> None:
         """The next batch."""
         self._place += 1
 
-    def on_block_end(self, trainer: LVLMTrainer, pl_module: LVLMModule, block: Block) -> None:
+    def on_block_end(self, trainer: RunTrainer, pl_module: LVLMModule, block: Block) -> None:
         """Leave the block as it was."""
         for handle in self._handles:
             handle.remove()

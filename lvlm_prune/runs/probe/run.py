@@ -12,33 +12,33 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from lightning.fabric import Fabric
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks.routing import routed
-from lvlm_prune.data import CalibrationDataModule, MixtureSource, load_processor
-from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.data import CalibrationDataModule, MixtureSource
+from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.loop import BlockLoop
-from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, writing
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PAGE_NAME
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.report.page import write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page
+from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.probe.pathways import PathwayPruning
-from lvlm_prune.runs.prune.participants import Demands
+from lvlm_prune.runs.prune.participants import Participants
 from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.runs.session import join, session
 from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe
     from lvlm_prune.evaluation.scores import Scores
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
 
 RECORD_NAME = "probe.json"
 
@@ -51,7 +51,7 @@ class ProbeRun:
 
     def __init__(
         self,
-        trainer: LVLMTrainer,
+        trainer: RunTrainer,
         model: LVLMModule,
         datamodule: CalibrationDataModule,
         output: str,
@@ -65,25 +65,25 @@ class ProbeRun:
         self.probe: ModalityProbe = given or ModalityProbe()
         self.folder, self.resume = choose_folder(output, f"{model.label}-probe", resume), resume
         self.evaluates = evaluate and model.path == "demo"
+        config = trainer.config or described_config(model, datamodule, probing=self.probe)
+        self.run = Run(RunOptions(resume, evaluate), config, Hardware.of(trainer), [self.probe], folder=self.folder)
         self.started = time.perf_counter()
 
     def __call__(self) -> Manifest:
-        """Do all of it, or what an interrupted probe left.
+        """Probe, or go on with what an interrupted probe left.
 
         Raises:
             InputError: Something does not fit; nothing was written.
         """
-        trainer, model, data = self.trainer, self.model, self.datamodule
-        trainer.forget_samples()
+        run, model, data = self.run, self.model, self.datamodule
         model.refuse_vision("probe")
         model.open()
         source = None if model.folder is None else model.folder.path
         refuse_unusable(self.folder, source, RECORD_NAME, self.resume, copies=False)
         earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
         data.setup("prune")
-        if data.source.needs_processor and model.processor is None:
-            assert model.folder is not None
-            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        if data.source.needs_processor:
+            model.require_processor()
         cells = [
             PathwayPruning(pathway, pool, sparsity, self.probe.scorer, self.probe.visual)
             for sparsity, pathway, pool in product(self.probe.sparsities, self.probe.pathways, self.probe.pools)
@@ -93,19 +93,18 @@ class ProbeRun:
         self.probe.targets = {name: name for name in names.shapes}
         for cell in cells:
             cell.plan(model)
-        launch = Launch(trainer, [self.probe])
-        with interruptible(self._way_on, trainer.exits_when_interrupted, launch), launch.together():
-            launch.start()
-            trainer.processes = launch.processes
+        launch = Launch(run.hardware, [self.probe])
+        with session(self.trainer, run, launch, self._way_on):
+            join(run, launch)
             if earlier is not None and earlier.get("status") == "complete":
-                now = provenance(trainer, model, data)
+                now = provenance(run.config, run.hardware, model, data)
                 earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder)
-                trainer.say(f"{self.folder} is complete already")
+                run.say(f"{self.folder} is complete already")
                 return earlier
-            threads = suitable_threads(model.block_weights, trainer.num_devices)
-            with trainer.watched_memory() as trainer.memory, threads:
+            threads = suitable_threads(model.block_weights, run.hardware.devices)
+            with self.trainer.watched_memory() as run.memory, threads:
                 self._measure(launch.fabric, names, cells, earlier)
-        return trainer.manifest
+        return run.record
 
     def _way_on(self) -> str:
         started = (self.folder / RECORD_NAME).is_file()
@@ -114,11 +113,11 @@ class ProbeRun:
     def _measure(
         self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning], earlier: Manifest | None
     ) -> None:
-        trainer, model, data, manifest = self.trainer, self.model, self.datamodule, self.trainer.manifest
-        trainer.weights = model.weights(fabric.device)
-        manifest.update(provenance(trainer, model, data) | {"probe": describe(self.probe), "grid": []})
-        raise_hook = partial(fabric.call, trainer=trainer, pl_module=model)
-        stream = CalibrationStream(trainer, model, data, Demands([self.probe, names]), fabric.device, raise_hook)
+        run, model, data, manifest = self.run, self.model, self.datamodule, self.run.record
+        run.weights = model.weights(fabric.device)
+        manifest.update(provenance(run.config, run.hardware, model, data) | {"probe": describe(self.probe), "grid": []})
+        raise_hook = partial(fabric.call, trainer=self.trainer, pl_module=model)
+        stream = CalibrationStream(run, model, data, Participants([self.probe, names]), fabric.device, raise_hook)
         stream.catch(model.parts[-1])
         if earlier is not None:
             earlier.refuse_other(manifest, self.folder)
@@ -143,37 +142,37 @@ class ProbeRun:
 
     def _prune(self, cell: PathwayPruning) -> None:
         """Prune one pathway block by block; later blocks are calibrated on what the earlier ones now put out."""
-        trainer, model = self.trainer, self.model
+        trainer, run, model = self.trainer, self.run, self.model
         cell.on_prune_start(trainer, model)
         loop = BlockLoop(
             model.parts[-1],
-            trainer.weights,
-            trainer.rows,
+            run.weights,
+            run.samples.rows,
             raise_hook=lambda name, **arguments: getattr(cell, name)(trainer, model, **arguments),
             gathers=lambda: True,
             needs=lambda: cell.needs,
-            agree=trainer.processes.agree,
-            placement=trainer.memory.placement,
+            agree=run.processes.agree,
+            placement=run.memory.placement,
         ).fork()
         loop.run()
 
     def _cell(self, cell: PathwayPruning) -> dict[str, Any]:
         """Prune one pathway, and score the model."""
-        trainer = self.trainer
+        run = self.run
         self._prune(cell)
         result: dict[str, Any] = {
             "pathway": cell.pathway,
             "pool": cell.pool_name,
             "sparsity": cell.sparsity,
         }
-        if self.evaluates and trainer.processes.is_main:
+        if self.evaluates and run.processes.is_main:
             from lvlm_prune.evaluation.scores import retention
 
             scores = self._score(cell)
             kept = retention(scores, self._dense_scores)
             result |= {"scores": scores.to_dict(), "retention": kept.to_dict()}
         retained = f" · {100 * result['retention']['average']:.1f}% retained" if "retention" in result else ""
-        trainer.say(
+        run.say(
             f"{result['pathway']} pathway · pool {result['pool']} · {100 * cell.sparsity:g}% of "
             f"{len(cell.shapes)} Linears{retained}"
         )
@@ -181,7 +180,7 @@ class ProbeRun:
         return result
 
     def _score_dense(self) -> None:
-        if not (self.evaluates and self.trainer.processes.is_main):
+        if not (self.evaluates and self.run.processes.is_main):
             return
         from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
         from lvlm_prune.evaluation.scores import Scores
@@ -191,9 +190,9 @@ class ProbeRun:
         self._whole = AutoModelForImageTextToText.from_pretrained(self.model.folder.path, dtype=torch.float32).eval()
         self._processor = AutoProcessor.from_pretrained(self.model.folder.path)
         self._questions = EmbeddedBenchmark(self.probe.images, self.probe.texts).questions
-        known = self.trainer.manifest.get("dense")
+        known = self.run.record.get("dense")
         self._dense_scores = self._score() if known is None else Scores.from_dict(known)
-        self.trainer.manifest["dense"] = self._dense_scores.to_dict()
+        self.run.record["dense"] = self._dense_scores.to_dict()
 
     def _score(self, cell: PathwayPruning | None = None) -> Scores:
         """The embedded model on its benchmark, one pathway pruned."""
@@ -204,27 +203,25 @@ class ProbeRun:
 
     def _note(self, status: str) -> None:
         """Write down what is known; from here on the folder can be resumed."""
-        self.trainer.manifest["status"] = status
-        if self.trainer.processes.is_main:
+        self.run.record["status"] = status
+        if self.run.processes.is_main:
             with writing(self.folder):
                 make_folder(self.folder)
-                self.trainer.manifest.write(self.folder, RECORD_NAME)
+                self.run.record.write(self.folder, RECORD_NAME)
 
     def _finish(self) -> None:
-        trainer, manifest = self.trainer, self.trainer.manifest
+        run, manifest = self.run, self.run.record
         manifest["seconds"] = time.perf_counter() - self.started
-        if not trainer.processes.is_main:
+        if not run.processes.is_main:
             return
         table = grid_markdown(manifest)
         with writing(self.folder):
-            if trainer.run_config is not None:
-                config = yaml.safe_dump(dict(trainer.run_config), sort_keys=False)
-                replace_durably(self.folder / "config.yaml", config.encode())
+            write_config(self.folder, run.config)
             if table:
                 replace_durably(self.folder / "probe.md", table.encode())
             write_page(self.folder, *probe_page(manifest))
         self._note("complete")
-        trainer.say(
+        run.say(
             (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {RECORD_NAME}) · "
             f"{manifest['seconds']:.0f} s"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
@@ -42,7 +43,7 @@ def with_defaults(callbacks: Sequence[Callback], progress_bar: ProgressBar | Non
     return given + [callback for callback in tail if not any(isinstance(one, type(callback)) for one in given)]
 
 
-class Demands:
+class Participants:
     """What callbacks ask for together; every answer holds for now, since it may be another one at the next block.
 
     Args:
@@ -55,6 +56,10 @@ class Demands:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = callbacks
         self.pruning = next((callback for callback in callbacks if isinstance(callback, BlockwisePruning)), None)
+
+    def sections(self) -> dict[str, Any]:
+        """Key of the command line's configuration -> the callback behind it."""
+        return {} if self.pruning is None else {"pruning": self.pruning}
 
     def gathers(self) -> bool:
         """Whether a block's activations are wanted before it is pruned."""

@@ -7,77 +7,104 @@ check everything ─► launch processes ─► for tower, decoder: catch the sa
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.blocks import StreamedWeights
-from lvlm_prune.data import CalibrationDataModule, load_processor
-from lvlm_prune.distributed.interruption import interruptible
-from lvlm_prune.distributed.launching import Joined, Launch
+from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.distributed.hardware import Hardware
+from lvlm_prune.distributed.launching import Launch, SharedLaunch
 from lvlm_prune.errors import InputError
 from lvlm_prune.memory.footprint import BatchSize
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.memory.planning import Plan, make_plan
+from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, free_bytes
 from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.provenance import provenance
-from lvlm_prune.runs.prune.participants import Demands, with_defaults
+from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
+from lvlm_prune.runs.prune.participants import Participants, with_defaults
+from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.runs.session import ended, session
 from lvlm_prune.threads import suitable_threads
-
-if TYPE_CHECKING:
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
 
 
 class PruneRun:
-    """See `LVLMTrainer.prune` for the arguments."""
+    """See `LVLMTrainer.prune`.
 
-    def __init__(self, trainer: LVLMTrainer, model: LVLMModule, datamodule: CalibrationDataModule, output: str) -> None:
+    Args:
+        trainer: Its loggers and progress bar.
+        model: The model to prune.
+        datamodule: The calibration set.
+        output: Folder to write; empty for one of its own.
+        options: What the user asked for.
+        callbacks: Those of the run, the method among them; default: the trainer's.
+        config: What repeats the run; default: what the trainer was given, or a description of the objects.
+        hardware: Devices; default: the trainer's.
+        shared: What the run has in common with others on the same calibration set; None: it is the only one.
+    """
+
+    def __init__(
+        self,
+        trainer: RunTrainer,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        output: str,
+        options: RunOptions,
+        callbacks: Sequence[Callback] | None = None,
+        config: Mapping[str, Any] | None = None,
+        hardware: Hardware | None = None,
+        shared: SharedCalibration | None = None,
+    ) -> None:
         self.started = time.perf_counter()
         self.trainer, self.model, self.datamodule = trainer, model, datamodule
-        self.output = output
-        trainer.forget_samples()
-        self.callbacks = callbacks = with_defaults(trainer.callbacks, trainer.progress_bar_callback)
-        self.demands = Demands(callbacks)
-        shared = trainer.shared
-        self.launch = Launch(trainer, callbacks) if shared is None else Joined(trainer, callbacks, shared.launch)
+        self.output, self.shared = output, shared
+        given = trainer.callbacks if callbacks is None else callbacks
+        self.callbacks = with_defaults(given, trainer.progress_bar_callback)
+        self.participants = Participants(self.callbacks)
+        if config is None:
+            config = trainer.config or described_config(model, datamodule, **self.participants.sections())
+        hardware = hardware or Hardware.of(trainer)
+        self.launch = (
+            Launch(hardware, self.callbacks)
+            if shared is None
+            else SharedLaunch(hardware, self.callbacks, shared.launch)
+        )
+        self.run = Run(options, config, hardware, self.callbacks, processes=self.launch.processes)
         self.raise_hook = partial(self.launch.fabric.call, trainer=trainer, pl_module=model)
 
     def __call__(self) -> Manifest:
-        """Do all of it, or what an interrupted run left; or only say what would be done."""
-        trainer, launch = self.trainer, self.launch
-        trainer.processes = launch.processes
-        at_once = trainer.exits_when_interrupted and trainer.shared is None
-        with interruptible(self._way_on, at_once, launch), launch.together():
-            try:
-                if launch.joins:
-                    launch.start()
-                finished = self._prepare()
-                if finished is None and not trainer.plan_run:
-                    launch.start()
-                trainer.processes = launch.processes
-                with trainer.watched_memory() as trainer.memory:
-                    if trainer.plan_run:
-                        trainer.say(str(self._plan()))
-                    else:
-                        with suitable_threads(self.model.block_weights, trainer.num_devices):
-                            self._carry_out(finished)
-            except BaseException as error:
-                self.raise_hook("on_exception", exception=error)
-                raise
-            finally:
-                self.raise_hook("teardown", stage="prune")
-        return trainer.manifest
+        """Prune, or go on with what an interrupted run left; or only say what would be done."""
+        run, launch = self.run, self.launch
+        with (
+            session(self.trainer, run, launch, self._way_on, at_once=self.shared is None),
+            ended(self.raise_hook, "prune"),
+        ):
+            if launch.joins:
+                launch.start()
+            finished = self._prepare()
+            if finished is None and not run.options.plan:
+                launch.start()
+            run.processes = launch.processes
+            with self.trainer.watched_memory() as run.memory:
+                if run.options.plan:
+                    run.say(str(self._plan()))
+                else:
+                    with suitable_threads(self.model.block_weights, run.hardware.devices):
+                        self._carry_out(finished)
+        return run.record
 
     def _way_on(self) -> str:
-        return f"go on with --resume true --output {self.trainer.output_folder}" if self._is_resumable() else ""
+        return f"go on with --resume true --output {self.run.folder}" if self._is_resumable() else ""
 
     def _is_resumable(self) -> bool:
-        folder = self.trainer.output_folder
+        folder = self.run.folder
         return folder is not None and (folder / FILE_NAME).is_file()
 
     # ---- before any work ---------------------------------------------------------------------------------------------
@@ -87,20 +114,19 @@ class PruneRun:
         Returns:
             The manifest of a finished run that is asked to go on; None where there is something to do.
         """
-        trainer, model, data = self.trainer, self.model, self.datamodule
+        run, model, data = self.run, self.model, self.datamodule
         model.open()
         data.setup("prune")
-        trainer.output_folder = None if model.folder is None else self._choose_folder()
-        finished = self._finished_run() if trainer.resume_run else None
-        if self.demands.samples() and data.source.needs_processor and model.processor is None:
-            assert model.folder is not None
-            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        run.folder = None if model.folder is None else self._choose_folder()
+        finished = self._finished_run() if run.options.resume else None
+        if self.participants.samples() and data.source.needs_processor:
+            model.require_processor()
         self.raise_hook("setup", stage="prune")
         return finished
 
     def _choose_folder(self) -> Path:
         label = next((callback.run_label() for callback in self.callbacks if hasattr(callback, "run_label")), "pruned")
-        return choose_folder(self.output, f"{self.model.label}-{label}", self.trainer.resume_run)
+        return choose_folder(self.output, f"{self.model.label}-{label}", self.run.options.resume)
 
     def _finished_run(self) -> Manifest | None:
         """The manifest of the output folder if nothing is left to do there but, at most, evaluation and report.
@@ -108,13 +134,13 @@ class PruneRun:
         Raises:
             InputError: The folder holds the result of another run.
         """
-        folder = self.trainer.output_folder
+        folder = self.run.folder
         if folder is None or not self._is_resumable():
             return None
         found = Manifest.read(folder)
         if found.get("status") != "complete":
             return None
-        now = provenance(self.trainer, self.model, self.datamodule)
+        now = provenance(self.run.config, self.run.hardware, self.model, self.datamodule)
         found.refuse_other({**now, "calibration": found["calibration"]}, folder)
         found.setdefault("seconds", 0.0)
         return found
@@ -125,60 +151,61 @@ class PruneRun:
         Raises:
             InputError: The model is in memory already, or no callback prunes.
         """
-        trainer, model, pruning, method = self.trainer, self.model, self.demands.pruning, self.demands.method()
+        run, model = self.run, self.model
+        pruning, method = self.participants.pruning, self.participants.method()
         weights = model.weights(torch.device("cpu"))
         if not isinstance(weights, StreamedWeights) or pruning is None or method is None:
             raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
         sizes: list[BatchSize] = []
-        if self.demands.samples():
-            batches = self.datamodule.calibration_batches(model.processor, 0, trainer.world_size)
+        if self.participants.samples():
+            batches = self.datamodule.calibration_batches(model.processor, 0, run.hardware.world_size)
             sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
         footprints = []
         for part in model.parts:
             in_tower = [each for size in sizes for each in size.samples_in_tower()]
-            trainer.memory.sizes = in_tower if part.target == "vision" else sizes
-            footprints.append(trainer.memory.predict(model, part, method))
-        assert trainer.output_folder is not None
-        free = free_bytes(trainer.output_folder)
+            run.memory.sizes = in_tower if part.target == "vision" else sizes
+            footprints.append(run.memory.predict(model, part, method))
+        assert run.folder is not None
+        free = free_bytes(run.folder)
         return make_plan(model, weights, targets, pruning.shapes, footprints, free)
 
     # ---- the work ----------------------------------------------------------------------------------------------------
     def _carry_out(self, finished: Manifest | None) -> None:
-        trainer = self.trainer
+        run = self.run
         if finished is None:
             # A folder that is named after what is there already may be another one on each process.
-            trainer.output_folder = trainer.processes.on_main(lambda: trainer.output_folder)
+            run.folder = run.processes.on_main(lambda: run.folder)
             self._prune()
-            trainer.manifest["seconds"] = time.perf_counter() - self.started
+            run.record["seconds"] = time.perf_counter() - self.started
         else:
-            trainer.manifest = finished
-            trainer.say(f"{trainer.output_folder} is complete already")
+            run.record = finished
+            run.say(f"{run.folder} is complete already")
         self.raise_hook("on_prune_end")
 
     def _prune(self) -> None:
         """Prune tower by tower, then the decoder; each starts from samples that are caught behind what is done."""
-        trainer, model, device = self.trainer, self.model, self.launch.fabric.device
-        trainer.weights = model.weights(device)
-        trainer.manifest.update(provenance(trainer, model, self.datamodule))
-        trainer.manifest["catch_seconds"] = 0.0
-        stream = CalibrationStream(trainer, model, self.datamodule, self.demands, device, self.raise_hook)
+        run, model, device = self.run, self.model, self.launch.fabric.device
+        run.weights = model.weights(device)
+        run.record.update(provenance(run.config, run.hardware, model, self.datamodule))
+        run.record["catch_seconds"] = 0.0
+        stream = CalibrationStream(run, model, self.datamodule, self.participants, device, self.raise_hook, self.shared)
         finished = self._finished_blocks()
         *towers, last = model.parts
         parts = [*(tower for tower in towers if not finished.issuperset(tower.numbers)), last]
         for part in parts:
             clock = Stopwatch()
             stream.catch(part)
-            trainer.manifest["catch_seconds"] += clock.lap()
+            run.record["catch_seconds"] += clock.lap()
             if part is parts[0]:
                 self.raise_hook("on_prune_start")
-            if self.demands.surveying():
+            if self.participants.surveying():
                 stream.survey()
             stream.prune(part)
 
     def _finished_blocks(self) -> set[int]:
         """Blocks that an interrupted run finished, where it is to go on."""
-        folder = self.trainer.output_folder
-        if not self.trainer.resume_run or folder is None or not self._is_resumable():
+        folder = self.run.folder
+        if not self.run.options.resume or folder is None or not self._is_resumable():
             return set()
         return set(Manifest.read(folder).finished_blocks())

@@ -1,12 +1,12 @@
 """The calibration samples on their way: caught, placed where there is room, surveyed, streamed through the blocks.
 
-What callbacks may rely on lies with the trainer: its rows, sample numbers, picture, memory, weights and manifest.
+What callbacks may rely on lies in the `Run`: its samples, memory, weights and record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 
@@ -19,62 +19,63 @@ from lvlm_prune.loop.activations import SampleRow, batches_of
 from lvlm_prune.loop.catching import Catcher, CaughtSamples
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.methods.survey import surveyed_samples
-from lvlm_prune.runs.prune.participants import Demands
-from lvlm_prune.runs.prune.sharing import survey_key
-
-if TYPE_CHECKING:
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.run import Run
+from lvlm_prune.runs.prune.participants import Participants
+from lvlm_prune.runs.prune.sharing import SharedCalibration, survey_key
 
 
 class CalibrationStream:
     """Takes the samples of a run from before the first block to behind the last one.
 
     Args:
-        trainer: Its processes are together, its weights and its memory are set.
+        run: Its processes are together, its weights and its memory are set.
         model: The opened model.
         datamodule: The calibration set.
-        demands: What the callbacks ask for.
+        participants: The callbacks, and what they ask for.
         device: Where the model runs.
         raise_hook: Called as `raise_hook(name, **arguments)`.
+        shared: What the run has in common with others on the same samples.
     """
 
     def __init__(
         self,
-        trainer: LVLMTrainer,
+        run: Run,
         model: LVLMModule,
         datamodule: CalibrationDataModule,
-        demands: Demands,
+        participants: Participants,
         device: torch.device,
         raise_hook: Callable[..., None],
+        shared: SharedCalibration | None = None,
     ) -> None:
-        self._trainer, self._model, self._demands, self._raise_hook = trainer, model, demands, raise_hook
-        self._catcher = Catcher(model, datamodule, device, trainer.processes, trainer.memory, demands.visual())
+        self._run, self._model, self._participants, self._raise_hook = run, model, participants, raise_hook
+        self._shared = shared
+        self._catcher = Catcher(model, datamodule, device, run.processes, run.memory, participants.visual())
 
     def catch(self, part: Part) -> None:
         """Have the samples wait at the first block of `part`, where there is room, if anybody needs them.
 
         What comes before it may be pruned already.
         """
-        trainer = self._trainer
-        if self._demands.samples():
-            trainer.rows = []
-            trainer.memory.forget()
+        run = self._run
+        if self._participants.samples():
+            picture = run.samples.picture
+            run.samples = CaughtSamples()
+            run.memory.forget()
             samples = self._samples_at(part)
-            trainer.rows, trainer.sample_numbers = samples.rows, samples.numbers
-            trainer.manifest["calibration"] |= samples.calibration
-            trainer.picture = trainer.picture or samples.picture
-        if (method := self._demands.method()) is not None:
-            earlier = trainer.manifest.get("memory", {})
-            trainer.manifest["memory"] = trainer.memory.settle(self._model, part, method, earlier)
+            run.samples = replace(samples, picture=picture or samples.picture)
+            run.record["calibration"] |= samples.calibration
+        if (method := self._participants.method()) is not None:
+            earlier = run.record.get("memory", {})
+            run.record["memory"] = run.memory.settle(self._model, part, method, earlier)
 
     def _samples_at(self, part: Part) -> CaughtSamples:
         """The samples at the first block of `part`; other runs on the same ones may have caught them."""
-        shared = self._trainer.shared
+        shared = self._shared
         if shared is not None and shared.samples is not None:
             samples = shared.samples.fork()
             for batch, size in zip(batches_of(samples.rows), samples.sizes, strict=True):
-                self._trainer.memory.hold(batch, size)
+                self._run.memory.hold(batch, size)
             return samples
         samples = self._catcher.catch(part, self._weights_of(part), self._written() if part.first > 0 else None)
         if shared is not None:
@@ -84,33 +85,33 @@ class CalibrationStream:
     def survey(self) -> None:
         """Look at the dense model before any block is pruned, unless an interrupted run already did.
 
-        Findings are in `manifest["survey"]` afterwards, and the samples are where they were: at the input of block 0.
+        Findings are in `record["survey"]` afterwards, and the samples are where they were: at the input of block 0.
         """
-        trainer, manifest = self._trainer, self._trainer.manifest
-        shared, key = trainer.shared, self._survey_key()
+        run, record = self._run, self._run.record
+        shared, key = self._shared, self._survey_key()
         if shared is not None and key is not None and (found := shared.take_survey(key)) is not None:
-            manifest["survey"] = found
-        if manifest.get("survey"):
+            record["survey"] = found
+        if record.get("survey"):
             self._raise_hook("on_survey_restored")
             return
         clock = Stopwatch()
-        manifest["survey"] = {}
-        counts = [getattr(callback, "survey_samples", None) for callback in self._demands.surveying()]
-        wanted = frozenset().union(*(surveyed_samples(count, trainer.sample_numbers) for count in counts))
-        rows = [row for row in trainer.rows if row.sample in wanted]
-        loop = self._loop(self._model.parts[-1], trainer.weights, rows, self._demands.survey_needs).fork()
+        record["survey"] = {}
+        counts = [getattr(callback, "survey_samples", None) for callback in self._participants.surveying()]
+        wanted = frozenset().union(*(surveyed_samples(count, run.samples.numbers) for count in counts))
+        rows = [row for row in run.samples.rows if row.sample in wanted]
+        loop = self._loop(self._model.parts[-1], run.weights, rows, self._participants.survey_needs).fork()
         self._raise_hook("on_survey_start")
-        forwards = trainer.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
-        manifest["survey"] |= {"block_forwards": int(forwards.item()), "seconds": clock.lap()}
+        forwards = run.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
+        record["survey"] |= {"block_forwards": int(forwards.item()), "seconds": clock.lap()}
         self._raise_hook("on_survey_end")
         if shared is not None and key is not None:
-            shared.keep_survey(key, manifest["survey"])
+            shared.keep_survey(key, record["survey"])
 
     def _survey_key(self) -> str | None:
         """What the survey depends on; None where that is not known."""
-        asking = self._demands.surveying()
+        asking = self._participants.surveying()
         plugins = [name for callback in asking if isinstance(callback, PluginSurvey) for name in callback.surveyors]
-        options = (self._trainer.run_config or {}).get("pruning")
+        options = self._run.config.get("pruning")
         if options is None or not all(isinstance(callback, PluginSurvey) for callback in asking):
             return None
         return survey_key(options, plugins)
@@ -118,9 +119,9 @@ class CalibrationStream:
     def prune(self, part: Part) -> None:
         """Take the samples through the blocks at which they wait; those that an interrupted run finished stay."""
         weights = self._weights_of(part)
-        rows = self._trainer.rows if self._demands.gathers() else []
-        done = [index - part.first for index in self._trainer.manifest.finished_blocks() if index in part.numbers]
-        loop = self._loop(part, weights, rows, self._demands.needs)
+        rows = self._run.samples.rows if self._participants.gathers() else []
+        done = [index - part.first for index in self._run.record.finished_blocks() if index in part.numbers]
+        loop = self._loop(part, weights, rows, self._participants.needs)
         loop.run(done, load_done=lambda place: weights.load_block(place, self._written()))
 
     def _loop(
@@ -131,17 +132,17 @@ class CalibrationStream:
             weights,
             rows,
             raise_hook=self._raise_hook,
-            gathers=self._demands.gathers,
+            gathers=self._participants.gathers,
             needs=needs,
-            agree=self._trainer.processes.agree,
-            placement=self._trainer.memory.placement,
+            agree=self._run.processes.agree,
+            placement=self._run.memory.placement,
         )
 
     def _weights_of(self, part: Part) -> Weights:
-        weights = self._trainer.weights
+        weights = self._run.weights
         return weights if part.target == "language" else weights.of(part.runner.decoder)
 
     def _written(self) -> CheckpointFolder | None:
         """The checkpoint as far as it is pruned; None for a model in memory."""
-        folder, output = self._model.folder, self._trainer.output_folder
+        folder, output = self._model.folder, self._run.folder
         return None if folder is None or output is None else folder.at(output)

@@ -13,16 +13,16 @@ from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.data import CalibrationBatch
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.distributed.launching import Launch
-from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.loop.activations import SampleRow
-from lvlm_prune.loop.catching import catch_batch
+from lvlm_prune.loop.catching import CaughtSamples, catch_batch
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.summaries import RECORD_NAME
 from lvlm_prune.recovery.masks import StoredMasks
 from lvlm_prune.runs.recover.run import BLOCKS, RecoveryRun
+from lvlm_prune.runs.session import ended
 
 _RECONSTRUCTING = "reconstructing"
 
@@ -31,15 +31,15 @@ class BlockwiseRun(RecoveryRun):
     """The method `blockwise`; see `BlockwiseReconstruction`."""
 
     def _check(self, earlier: Manifest | None) -> None:
-        if self.trainer.world_size > 1:
-            raise InputError("trainer.devices", self.trainer.world_size, "method blockwise runs on one device")
-        if self.recipe.optimization.gradient_checkpointing:
+        if self.run.hardware.world_size > 1:
+            raise InputError("trainer.devices", self.run.hardware.world_size, "method blockwise runs on one device")
+        if self.recovery.optimization.gradient_checkpointing:
             raise InputError("optimization.gradient_checkpointing", True, "does nothing with --method blockwise")
         super()._check(earlier)
         from lvlm_prune.recovery.dense import open_dense_weights
 
         assert self.dense is not None
-        device = self.trainer.strategy.root_device
+        device = self.run.hardware.device
         self.dense_weights = open_dense_weights(self.dense, self.model, device)
 
     def _begin(self, earlier: Manifest | None) -> None:
@@ -58,15 +58,15 @@ class BlockwiseRun(RecoveryRun):
     def _train(self) -> None:
         from lvlm_prune.callbacks import BlockwiseReconstruction
 
-        trainer, model = self.trainer, self.model
+        trainer, run, model = self.trainer, self.run, self.model
         assert self.lora is not None
         assert model.folder is not None
         clock = time.perf_counter()
         written = model.folder.at(self.folder)
         fitting = BlockwiseReconstruction(
             self.lora,
-            self.recipe.reconstruction,
-            self.recipe.optimization,
+            self.recovery.reconstruction,
+            self.recovery.optimization,
             self.pruned_names,
             self.dense_weights,
             written,
@@ -74,42 +74,37 @@ class BlockwiseRun(RecoveryRun):
             set(self.datamodule.validation_indices),
         )
         callbacks = [*(one for one in trainer.callbacks if not isinstance(one, BlockwiseReconstruction)), fitting]
-        fabric = Launch(trainer, callbacks).fabric
-        trainer.processes, trainer.manifest, trainer.recorded = Processes(), self.record, {}
-        trainer.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, fabric.device)
+        fabric = Launch(run.hardware, callbacks).fabric
+        run.callbacks = callbacks
+        run.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, fabric.device)
 
         def raise_hook(name: str, **arguments: Any) -> None:
             fabric.call(name, trainer=trainer, pl_module=model, **arguments)
 
         def load_done(index: int) -> None:
             fitting.pass_through(model, index)
-            trainer.weights.load_block(index, written)
+            run.weights.load_block(index, written)
 
-        trainer.rows = self._catch(fabric.device)
+        run.samples = CaughtSamples(self._catch(fabric.device))
         raise_hook("setup", stage="recover")
-        try:
+        with ended(raise_hook, "recover"):
             raise_hook("on_prune_start")
             loop = BlockLoop(
                 model.parts[-1],
-                trainer.weights,
-                trainer.rows,
+                run.weights,
+                run.samples.rows,
                 raise_hook=raise_hook,
                 gathers=lambda: False,
                 needs=frozenset,
-                agree=trainer.processes.agree,
+                agree=run.processes.agree,
             )
             loop.run(self.record.finished_blocks(), load_done)
             raise_hook("on_prune_end")
-        except BaseException as error:
-            raise_hook("on_exception", exception=error)
-            raise
-        finally:
-            raise_hook("teardown", stage="recover")
         self._summarise(time.perf_counter() - clock)
 
     def _catch(self, device: torch.device) -> list[SampleRow]:
         """Every sample at the input of the first block; training and validation samples share no batch."""
-        data, weights = self.datamodule, self.trainer.weights
+        data, weights = self.datamodule, self.run.weights
         weights.load_frame()
         rows: list[SampleRow] = []
         for numbers in (data.train_indices, data.validation_indices):

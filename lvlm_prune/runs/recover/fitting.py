@@ -21,6 +21,7 @@ from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.summaries import RECORD_NAME
 from lvlm_prune.recovery.distillation import Teacher
+from lvlm_prune.recovery.masks import load_pruned
 from lvlm_prune.recovery.merging import write_merged
 from lvlm_prune.recovery.training_checkpoint import DurableCheckpointIO
 from lvlm_prune.runs.recover.run import CHECKPOINTS, TEACHER, RecoveryRun
@@ -37,7 +38,7 @@ class FittingRun(RecoveryRun):
     history: LossHistory
 
     def _check(self, earlier: Manifest | None) -> None:
-        if self.recipe.method == "full" and self.model.dtype_option == "auto":
+        if self.recovery.method == "full" and self.model.dtype_option == "auto":
             self.model.dtype_option = "float32"  # in bfloat16 most updates of a weight would be rounded away
         if not self.trainer.max_epochs and self.trainer.max_steps == -1:
             raise InputError("trainer.max_epochs", self.trainer.max_epochs, "nothing would be trained")
@@ -48,7 +49,7 @@ class FittingRun(RecoveryRun):
         if self.dense is not None and self.trainer.is_global_zero:
             examined = self.record["data"]["examined"]
             identity = {"dense": self.record["dense"]["fingerprint"], "data": examined["fingerprint"]}
-            self.teacher = Teacher(self.folder / TEACHER, self.recipe.distillation, self._samples(), identity)
+            self.teacher = Teacher(self.folder / TEACHER, self.recovery.distillation, self._samples(), identity)
             vocabulary = self.dense.model.config.get_text_config(decoder=True).vocab_size
             self.teacher_bytes = self.teacher.check_room(examined["answers"], vocabulary)
 
@@ -59,16 +60,18 @@ class FittingRun(RecoveryRun):
         if self.dense is not None:
             # Before the pruned model is in memory.
             self._ask_dense(self.dense)
-        self.model.load()
+        load_pruned(self.model)
         self._compose()
         self._fit()
 
     def _ask_dense(self, dense: LVLMModule) -> None:
         """What the dense model says before each answer token."""
         if not self.trainer.is_global_zero:
-            self.model.teacher = Teacher.wait_for(self.folder / TEACHER, self.recipe.distillation, self._samples())
+            self.objective.teacher = Teacher.wait_for(
+                self.folder / TEACHER, self.recovery.distillation, self._samples()
+            )
             return
-        self.model.teacher = self.teacher
+        self.objective.teacher = self.teacher
         if self.teacher.complete:
             return
         from lvlm_prune.recovery.dense import write_teacher

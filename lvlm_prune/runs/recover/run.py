@@ -7,34 +7,33 @@ check ─► what the dense model says ─► train ─────────�
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
-from lvlm_prune.data import RecoveryDataModule, load_processor
-from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.data import RecoveryDataModule
+from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.methods.patterns import Pattern, parse_pattern
+from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import (
+    FolderLock,
     choose_folder,
     copy_checkpoint,
-    lock_folder,
     make_folder,
     refuse_unusable,
+    write_config,
     writing,
 )
-from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.output.manifest import FILE_NAME, Manifest
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.output.summaries import RECORD_NAME, summary
@@ -42,14 +41,15 @@ from lvlm_prune.plugins import plugin_class
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.masks import ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
+from lvlm_prune.recovery.objective import RecoveryObjective
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
+from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
+from lvlm_prune.runs.session import session
 from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import SparseLoRA
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
 
 DEMO_SPARSITY = 0.7
 Method = Literal["lora", "full", "blockwise"]
@@ -71,7 +71,7 @@ _RECORDS = (
 
 
 @dataclass
-class Recipe:
+class RecoveryOptions:
     """How to recover; see `LVLMTrainer.recover`."""
 
     method: Method = "lora"
@@ -98,46 +98,44 @@ class RecoveryRun(ABC):
         trainer: Devices, loggers, callbacks.
         model: The pruned model.
         datamodule: What to train on.
-        recipe: How.
+        recovery: How.
         output: Folder to write.
-        resume: Go on with an unfinished run.
-        evaluate: Score the embedded model.
-        report: Write `report.html` and its figures.
+        options: What the user asked for.
     """
 
     def __init__(
         self,
-        trainer: LVLMTrainer,
+        trainer: RunTrainer,
         model: LVLMModule,
         datamodule: RecoveryDataModule,
-        recipe: Recipe,
+        recovery: RecoveryOptions,
         output: str,
-        resume: bool,
-        evaluate: bool,
-        report: bool = True,
+        options: RunOptions,
     ) -> None:
-        self.trainer, self.model, self.datamodule, self.recipe = trainer, model, datamodule, recipe
-        self.resume, self.evaluate, self.report = resume, evaluate, report
+        self.trainer, self.model, self.datamodule, self.recovery = trainer, model, datamodule, recovery
+        self.resume = options.resume
         self.started = time.perf_counter()
-        refuse_mismatch(trainer)
-        model.optimization = recipe.optimization
+        hardware = Hardware.of(trainer)
+        refuse_mismatch(hardware)
+        model.objective = self.objective = RecoveryObjective(recovery.optimization)
         self.folder = self._output_folder(output)
-        self.record = Manifest()
+        self.run = Run(options, self._config(), hardware, trainer.callbacks, folder=self.folder)
+        self.record = self.run.record
         self.weights: StreamedWeights
         self.dense: LVLMModule | None = None
         self.lora: SparseLoRA | None = None
         self.children = Children()
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
 
     def __call__(self) -> Manifest:
-        """Do all of it, or what an interrupted run left."""
+        """Recover, or go on with what an interrupted run left."""
         follow_parent()
         try:
-            with interruptible(self._way_on, self.trainer.exits_when_interrupted, self.children):
+            with session(self.trainer, self.run, self.children, self._way_on):
                 return self._carry_out()
         finally:
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock.release()
 
     def _way_on(self) -> str:
         started = (self.folder / RECORD_NAME).is_file()
@@ -198,26 +196,27 @@ class RecoveryRun(ABC):
             raise InputError("model.path", "demo", problem)
 
     def _prune_embedded(self) -> Path:
-        from lvlm_prune.callbacks import BlockwisePruning, PruneProgressBar
+        from lvlm_prune.callbacks import BlockwisePruning
         from lvlm_prune.data import CalibrationDataModule
-        from lvlm_prune.module import LVLMModule
+        from lvlm_prune.runs.prune.run import PruneRun
 
         self._refuse_unusable(CheckpointFolder(_embedded()))
         self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
-        bar = [PruneProgressBar()] if self.trainer.progress_bar_callback is not None else []
-        pruner = type(self.trainer)(
-            accelerator=self.trainer.accelerator_name(),
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=bool(bar),
-            enable_model_summary=False,
-            callbacks=[BlockwisePruning(sparsity=DEMO_SPARSITY, name="ATV"), *bar],
+        model, data = LVLMModule("demo"), CalibrationDataModule()
+        pruning = BlockwisePruning(sparsity=DEMO_SPARSITY, name="ATV")
+        pruner = PruneRun(
+            self.trainer,
+            model,
+            data,
+            output="",
+            options=replace(self.run.options, resume=False),
+            callbacks=[pruning],
+            config=described_config(model, data, pruning=pruning),
+            hardware=self.run.hardware.alone(),
         )
-        pruner.quiet = self.trainer.quiet
-        pruner.prune(LVLMModule("demo"), CalibrationDataModule(), evaluate=self.evaluate, report=self.report)
-        assert pruner.output_folder is not None
-        return pruner.output_folder
+        pruner()
+        assert pruner.run.folder is not None
+        return pruner.run.folder
 
     def _check(self, earlier: Manifest | None) -> None:
         """Check everything that can be checked without going through the data."""
@@ -227,8 +226,8 @@ class RecoveryRun(ABC):
         assert model.folder is not None
         if self.trainer.is_global_zero:
             self._refuse_unusable(model.folder)
-        if data.source.needs_processor and model.processor is None:
-            model.processor = load_processor(model.folder.path, model.trust_remote_code)
+        if data.source.needs_processor:
+            model.require_processor()
         data.connect(model.processor, model.context_length)
         data.setup("fit")
         self.base_record = _record_of(model.folder.path)
@@ -236,13 +235,13 @@ class RecoveryRun(ABC):
         self.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, "cpu")
         self.lora = self._adapters()
         self._refuse_unpruned()
-        if self.recipe.needs_dense:
+        if self.recovery.needs_dense:
             from lvlm_prune.recovery.dense import open_dense
 
-            self.dense = open_dense(self.recipe.dense, model, self.base_record)
-        elif self.recipe.dense:
+            self.dense = open_dense(self.recovery.dense, model, self.base_record)
+        elif self.recovery.dense:
             raise InputError(
-                "dense", self.recipe.dense, "does nothing without --distillation.weight or --method blockwise"
+                "dense", self.recovery.dense, "does nothing without --distillation.weight or --method blockwise"
             )
         self.record.update(self._provenance())
         if earlier is not None:
@@ -252,7 +251,7 @@ class RecoveryRun(ABC):
         """The user's adapters, or default ones; None for a method that trains none."""
         from lvlm_prune.callbacks import SparseLoRA
 
-        if self.recipe.method == "full":
+        if self.recovery.method == "full":
             return None
         given = (callback for callback in self.trainer.callbacks if isinstance(callback, SparseLoRA))
         return next(given, None) or SparseLoRA()
@@ -293,30 +292,33 @@ class RecoveryRun(ABC):
         self._refuse_unusable(self.model.folder)  # another run may have come first
         self.record["status"] = "training"
         self.record.write(self.folder, RECORD_NAME)
-        if self.record["config"]:
-            config = yaml.safe_dump(self.record["config"], sort_keys=False)
-            replace_durably(self.folder / "config.yaml", config.encode())
+        write_config(self.folder, self.record["config"])
 
     def _keep_others_out(self) -> None:
         """Lock the folder until the run ends, however it ends."""
         if self._lock is None and self.trainer.is_global_zero:
-            self._lock = lock_folder(self.folder)
+            self._lock = FolderLock(self.folder)
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
         refuse_unusable(self.folder, base.path, RECORD_NAME, self.resume)
 
+    def _config(self) -> Mapping[str, Any]:
+        """What repeats the run."""
+        return self.trainer.config or described_config(
+            self.model, self.datamodule, optimization=self.recovery.optimization
+        ) | {"method": self.recovery.method}
+
     def _provenance(self) -> dict[str, Any]:
         model = self.model
         assert model.folder is not None
-        config = dict(self.trainer.run_config or {})
-        if "model" in config:
-            config["model"] = dict(config["model"]) | {"path": model.path}
-        found = provenance(self.trainer, model, self.datamodule)
+        # The embedded model was pruned on the way.
+        config = {**self.run.config, "model": {**self.run.config["model"], "path": model.path}}
+        found = provenance(config, self.run.hardware, model, self.datamodule)
         record = {
-            "config": config or {"method": self.recipe.method, "optimization": vars(model.optimization)},
+            "config": found["config"],
             "model": found["model"],
             "data": found["calibration"] | {"samples": len(self.datamodule.train_indices)},
-            "method": self.recipe.method,
+            "method": self.recovery.method,
             "versions": found["versions"] | {"peft": _version("peft")},
             "processes": found["processes"],
             "device": found["device"],
@@ -367,7 +369,7 @@ class RecoveryRun(ABC):
         """The embedded model dense, pruned and recovered, on the embedded benchmark; other models are not scored."""
         origin = self.base_record.get("origin") or self.base_record.get("model", {}).get("path")
         self.record["origin"] = origin
-        if not (self.evaluate and origin == "demo"):
+        if not (self.run.options.evaluate and origin == "demo"):
             return
         from lvlm_prune.evaluation.builtin import BuiltinEngine
         from lvlm_prune.evaluation.scores import Scores, retention
@@ -391,7 +393,7 @@ class RecoveryRun(ABC):
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
         self.record.write(self.folder, RECORD_NAME)
-        if self.report:
+        if self.run.options.report:
             # Matplotlib takes its time to load; who wants no page does not wait for it.
             from lvlm_prune.report.page import write_page
             from lvlm_prune.report.recovery import recovery_page
@@ -400,7 +402,7 @@ class RecoveryRun(ABC):
         self._say(summary(self.record, self.folder))
 
     def _say(self, text: str) -> None:
-        if self.trainer.is_global_zero and not self.trainer.quiet:
+        if self.trainer.is_global_zero and not self.run.options.quiet:
             print(text, flush=True)
 
 

@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import Any
 
 from lvlm_prune.callbacks import RetentionEvaluation
-from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.output.folder import lock_folder, writing
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.folder import FolderLock, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.plugins import describe
+from lvlm_prune.run import Run, RunOptions, RunTrainer
+from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
+from lvlm_prune.runs.session import join, session
 from lvlm_prune.runs.sweep.grid import Grid, Point
 from lvlm_prune.runs.sweep.page import write_sweep_page
 from lvlm_prune.runs.sweep.results import FinishedRun, Results, finished_runs, record_identity, share
 from lvlm_prune.runs.sweep.tables import csv_table, markdown_table, summary, swept_option
-
-if TYPE_CHECKING:
-    from lvlm_prune.module import LVLMModule
-    from lvlm_prune.trainer import LVLMTrainer
-
 
 _WAY_ON = "the same command goes on behind the last finished run"
 
@@ -46,7 +41,7 @@ class SweepRun:
 
     def __init__(
         self,
-        trainer: LVLMTrainer,
+        trainer: RunTrainer,
         model: LVLMModule,
         grid: Grid,
         engine: Engine,
@@ -57,6 +52,7 @@ class SweepRun:
     ) -> None:
         self.trainer, self.model, self.engine = trainer, model, engine
         self.keep = keep
+        self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
         self.across = swept_option(across, grid.options)
         model.refuse_vision("sweep")
         model.open()
@@ -72,36 +68,30 @@ class SweepRun:
         self._check_points()
 
     def __call__(self) -> list[FinishedRun]:
-        """Do what is not yet done, and write what is known."""
-        trainer = self.trainer
-        launch = Launch(trainer, [])
-        with interruptible(lambda: _WAY_ON, trainer.exits_when_interrupted, launch), launch.together():
-            launch.start()
-            trainer.processes = launch.processes
-            try:
-                return self._work(launch)
-            finally:
-                trainer.shared = None
+        """Prune and score what is not yet done, and write what is known."""
+        launch = Launch(self.run.hardware, [])
+        with session(self.trainer, self.run, launch, way_on=lambda: _WAY_ON) as run:
+            join(run, launch)
+            return self._work(launch)
 
     def _work(self, launch: Launch) -> list[FinishedRun]:
-        trainer = self.trainer
+        run = self.run
         # Another process may have begun before this one read.
-        self.results.records = trainer.processes.on_main(lambda: self.results.records)
+        self.results.records = run.processes.on_main(lambda: self.results.records)
         pending = [point for point in self.mine if not self._is_finished(point)]
-        trainer.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
-        trainer.processes.on_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
+        run.processes.on_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         dense = self._dense_scores()
         done = len(self.mine) - len(pending)
-        with self._single_runs():
-            for _, group in groupby(pending, key=lambda point: point.data_key):
-                trainer.shared = SharedCalibration(launch)
-                for point in group:
-                    record = self._run(point, dense)
-                    done += 1
-                    place = f"[{done}/{len(self.mine)}] {point.label}"
-                    trainer.say(f"{place}: {100 * record['retention']:.1f}% retained · {record['seconds']:.1f} s")
+        for _, group in groupby(pending, key=lambda point: point.data_key):
+            shared = SharedCalibration(launch)
+            for point in group:
+                record = self._prune(point, dense, shared)
+                done += 1
+                place = f"[{done}/{len(self.mine)}] {point.label}"
+                run.say(f"{place}: {100 * record['retention']:.1f}% retained · {record['seconds']:.1f} s")
         runs = finished_runs(self.points, self.results.read().records, self.key, dense)
-        trainer.processes.on_main(lambda: self._write(runs, dense))
+        run.processes.on_main(lambda: self._write(runs, dense))
         return runs
 
     # ---- before the first run ----------------------------------------------------------------------------------------
@@ -119,8 +109,6 @@ class SweepRun:
 
     def _check_points(self) -> None:
         """Refuse what no run could do, before the first one starts."""
-        from lvlm_prune.data import load_processor
-
         checked: set[str] = set()
         for point in self.mine:
             pruning, data = point.instantiate()
@@ -131,9 +119,8 @@ class SweepRun:
                     checked.add(point.data_key)
             except InputError as error:
                 raise InputError(error.option, error.value, f"{error.problem} (in {point.label})") from None
-            if data.source.needs_processor and self.model.processor is None:
-                assert self.model.folder is not None
-                self.model.processor = load_processor(self.model.folder.path, self.model.trust_remote_code)
+            if data.source.needs_processor:
+                self.model.require_processor()
 
     # ---- the runs ----------------------------------------------------------------------------------------------------
     def _is_finished(self, point: Point) -> bool:
@@ -149,29 +136,29 @@ class SweepRun:
         identity = f"dense-{self.key}"
         if identity not in self.results.records:
             assert self.model.folder is not None
-            device = self.trainer.strategy.root_device
-            scores = self.engine.score(self.model.folder.path, self.trainer.processes, device, "dense")
+            run = self.run
+            scores = self.engine.score(self.model.folder.path, run.processes, run.hardware.device, "dense")
             self._note({"identity": identity, "model": self.model.path, "scores": scores.to_dict()})
         return Scores.from_dict(self.results.records[identity]["scores"])
 
-    def _run(self, point: Point, dense: Scores) -> dict[str, Any]:
-        trainer, folder = self.trainer, self._checkpoint(point)
+    def _prune(self, point: Point, dense: Scores, shared: SharedCalibration) -> dict[str, Any]:
+        processes, folder = self.run.processes, self._checkpoint(point)
         pruning, data = point.instantiate()
-        trainer.processes.on_main(lambda: self._clear(folder))
-        trainer.run_config = self._config(point)
-        trainer.callbacks[:] = [pruning, RetentionEvaluation(self.engine, dense), *self._own_callbacks]
-        quiet, trainer.quiet = trainer.quiet, True
+        processes.on_main(lambda: self._clear(folder))
+        options = RunOptions(evaluate=False, report=self.keep, quiet=True)
+        callbacks = [pruning, RetentionEvaluation(self.engine, dense), *self.trainer.callbacks]
+        single = PruneRun(
+            self.trainer, self.model, data, str(folder), options, callbacks, self._config(point), shared=shared
+        )
         try:
-            manifest = trainer.prune(self.model, data, output=str(folder), evaluate=False, report=self.keep)
+            manifest = single()
         except RunError as error:
             wrapped = RunError(f"{point.label}: {error}")
             wrapped.agreed = error.agreed
             raise wrapped from None
-        finally:
-            trainer.quiet = quiet
         record = self._record(point, manifest)
         if not self.keep:
-            trainer.processes.on_main(lambda: self._remove(folder))
+            processes.on_main(lambda: self._remove(folder))
         self._note(record)
         return record
 
@@ -179,10 +166,9 @@ class SweepRun:
     def _clear(folder: Path) -> None:
         """Remove what an interrupted run left, but not what another process is writing."""
         if folder.is_dir():
-            lock = lock_folder(folder)
+            lock = FolderLock(folder)
             shutil.rmtree(folder)
-            if lock is not None:
-                os.close(lock)
+            lock.release()
 
     @staticmethod
     def _remove(folder: Path) -> None:
@@ -192,7 +178,7 @@ class SweepRun:
 
     def _config(self, point: Point) -> dict[str, Any]:
         """What repeats this one run with `lvlm-prune prune --config`."""
-        config = {name: value for name, value in (self._sweep_config or {}).items() if name in ("trainer", "model")}
+        config = {name: value for name, value in self.run.config.items() if name in ("trainer", "model")}
         return {**config, **point.config}
 
     def _record(self, point: Point, manifest: Manifest) -> dict[str, Any]:
@@ -214,20 +200,10 @@ class SweepRun:
         }
 
     def _note(self, record: dict[str, Any]) -> None:
-        if self.trainer.processes.is_main:
+        if self.run.processes.is_main:
             with writing(self.folder):
                 self.results.add(record)
         self.results.records[record["identity"]] = record
-
-    @contextmanager
-    def _single_runs(self) -> Iterator[None]:
-        """Single runs have callbacks and a configuration of their own."""
-        trainer = self.trainer
-        self._own_callbacks, self._sweep_config = list(trainer.callbacks), trainer.run_config
-        try:
-            yield
-        finally:
-            trainer.callbacks[:], trainer.run_config = self._own_callbacks, self._sweep_config
 
     # ---- after the last run ------------------------------------------------------------------------------------------
     def _write(self, runs: list[FinishedRun], dense: Scores) -> None:
@@ -235,11 +211,9 @@ class SweepRun:
         note = f"{missing} of {len(self.points)} runs are still to be done." if missing else ""
         table = markdown_table(runs, self.across) if runs else ""
         text = "\n\n".join(part for part in (summary(dense), table, note) if part) + "\n"
-        if self.trainer.run_config is not None:
-            config = yaml.safe_dump(dict(self.trainer.run_config), sort_keys=False)
-            replace_durably(self.folder / "config.yaml", config.encode())
+        write_config(self.folder, self.run.config)
         replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
         replace_durably(self.folder / "sweep.md", text.encode())
         if runs:
             write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note)
-        self.trainer.say(f"{text}\nwrote {self.folder} · sweep.md · sweep.csv" + (" · report.html" if runs else ""))
+        self.run.say(f"{text}\nwrote {self.folder} · sweep.md · sweep.csv" + (" · report.html" if runs else ""))

@@ -10,10 +10,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.demo.datasets import CalibrationCaptions
-from lvlm_prune.demo.making.contact_sheet import contact_sheet
 from lvlm_prune.demo.processing import build_tokenizer
 from lvlm_prune.demo.questions import TEXT_TASKS, VISION_TASKS
 from lvlm_prune.evaluation.answers import score
+from lvlm_prune.evaluation.contact_sheet import contact_sheet
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 

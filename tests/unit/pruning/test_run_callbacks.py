@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lvlm_prune.callbacks import BlockwisePruning, PruneCallback, PruneProgressBar, RetentionEvaluation
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.methods.scorers import MagnitudeScorer
-from lvlm_prune.runs.prune.participants import Demands, with_defaults
+from lvlm_prune.runs.prune.participants import Participants, with_defaults
 
 WRITTEN_AND_SCORED = ["SparseCheckpointWriter", "EmbeddedEvaluation", "BlockMetrics", "PruningReport"]
 
@@ -42,14 +42,14 @@ def test_demands_are_those_of_all_callbacks_and_may_change_during_the_run():
         needs = frozenset({"attention_map"})
 
     onlooker = Onlooker()
-    demands = Demands([EarlyStopping("loss"), BlockwisePruning(scorer=MagnitudeScorer()), onlooker])
-    assert not demands.gathers()
-    assert not demands.samples()
-    assert demands.needs() == {"attention_map"}
+    participants = Participants([EarlyStopping("loss"), BlockwisePruning(scorer=MagnitudeScorer()), onlooker])
+    assert not participants.gathers()
+    assert not participants.samples()
+    assert participants.needs() == {"attention_map"}
     onlooker.wants_survey, onlooker.survey_needs = True, frozenset({"outputs"})
-    assert not demands.gathers()
-    assert demands.samples()
-    assert demands.surveying() == [onlooker]
-    assert demands.survey_needs() == {"outputs"}
+    assert not participants.gathers()
+    assert participants.samples()
+    assert participants.surveying() == [onlooker]
+    assert participants.survey_needs() == {"outputs"}
     onlooker.wants_activations = True
-    assert demands.gathers()
+    assert participants.gathers()

@@ -1,6 +1,6 @@
 """One picture with images of the benchmark, what is asked about them, and the right answers.
 
-python -m lvlm_prune.demo.making.contact_sheet contact-sheet.png
+python -m lvlm_prune.evaluation.contact_sheet contact-sheet.png
 """
 
 import sys

@@ -1,0 +1,60 @@
+"""What launching needs to know of a Trainer: accelerator, devices, nodes, strategy, loggers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The devices of a run.
+
+    Args:
+        accelerator: `cpu`, `cuda` or `mps`.
+        device: The device of this process.
+        devices: Devices, and so processes, on this machine.
+        device_ids: Their numbers; as many as there are devices.
+        nodes: Machines.
+        strategy: `ddp` for several processes, `auto` for one device, or the name of a strategy that runs blocks in no
+            way known here.
+        environment: Lightning's cluster environment: who starts the processes; None where there is only one.
+        loggers: Lightning loggers.
+    """
+
+    accelerator: str
+    device: torch.device
+    devices: int = 1
+    device_ids: tuple[int, ...] = (0,)
+    nodes: int = 1
+    strategy: str = "auto"
+    environment: Any = None
+    loggers: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Hardware:
+        """The hardware that a Trainer was made for."""
+        strategy = type(trainer.strategy).__name__
+        if isinstance(trainer.strategy, DDPStrategy):
+            strategy = "ddp"
+        elif isinstance(trainer.strategy, SingleDeviceStrategy):
+            strategy = "auto"
+        device = trainer.strategy.root_device
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        ids, loggers = tuple(trainer.device_ids), tuple(trainer.loggers)
+        return cls(device.type, device, trainer.num_devices, ids, trainer.num_nodes, strategy, environment, loggers)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.devices * self.nodes
+
+    def alone(self) -> Hardware:
+        """The first device only, without loggers."""
+        return replace(
+            self, devices=1, device_ids=self.device_ids[:1], nodes=1, strategy="auto", environment=None, loggers=()
+        )

@@ -1,0 +1,60 @@
+"""What every verb repeats around its own work: how a run is entered, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lvlm_prune.distributed.interruption import interruptible
+from lvlm_prune.distributed.launching import Children, Launch
+from lvlm_prune.run import Run, RunTrainer
+
+
+@contextmanager
+def session(
+    trainer: RunTrainer, run: Run, children: Children, way_on: Callable[[], str], at_once: bool = True
+) -> Iterator[Run]:
+    """While the context is open, `run` is the one that is under way.
+
+    An interruption says how to go on, and all processes of the run end alike.
+
+    Args:
+        trainer: Whose callbacks the run is for.
+        run: The state that they share.
+        children: Processes that the run starts.
+        way_on: How an interrupted run goes on; an empty text where it cannot.
+        at_once: Whether an interruption may end the process the hard way, where it is all the command's own.
+    """
+    earlier = trainer.__dict__.get("run")
+    trainer.run = run
+    try:
+        with interruptible(way_on, trainer.owns_process and at_once, children), children.together():
+            yield run
+    finally:
+        if earlier is None:
+            del trainer.run
+        else:
+            trainer.run = earlier
+
+
+def join(run: Run, launch: Launch) -> None:
+    """Bring all processes of a run together; from here on they can talk."""
+    launch.start()
+    run.processes = launch.processes
+
+
+@contextmanager
+def ended(raise_hook: Callable[..., None], stage: str) -> Iterator[None]:
+    """Callbacks learn how what is inside ended: `on_exception` where it failed, `teardown` in any case.
+
+    Args:
+        raise_hook: Called as `raise_hook(name, **arguments)`.
+        stage: What `teardown` is told, for example `prune`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        raise_hook("on_exception", exception=error)
+        raise
+    finally:
+        raise_hook("teardown", stage=stage)
