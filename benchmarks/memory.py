@@ -183,7 +183,7 @@ def measure(folder: Path, written: dict[str, Any], recipe: str, *options: str) -
         "peak_of_manifest_bytes": memory["measured"]["host"],
         "predicted_bytes": memory["predicted"]["host"],
         "libraries_bytes": memory["baseline"],
-        "frame_bytes": frame,
+        "non_block_bytes": frame,
         "block_bytes": max(of_block),
         "planned_activations_bytes": activations,
         "limit_bytes": memory["baseline"] + frame + 3 * max(of_block) + activations,

@@ -32,8 +32,8 @@ from lvlm_prune.output.folder import (
     write_config,
     writing,
 )
-from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD
 from lvlm_prune.output.verification import Expectation, verify_checkpoint
 from lvlm_prune.plugins import describe
 
@@ -64,8 +64,8 @@ class SparseCheckpointWriter(PruneCallback):
             return
         assert pl_module.folder is not None
         options = trainer.run.options
-        refuse_unusable(folder, pl_module.folder.path, FILE_NAME, options.resume, copies=not options.plan)
-        resumes = options.resume and is_occupied(folder, FILE_NAME)
+        refuse_unusable(folder, pl_module.folder.path, PRUNING_RECORD, options.resume, copies=not options.plan)
+        resumes = options.resume and is_occupied(folder, PRUNING_RECORD)
         if resumes and Manifest.read(folder).get("status") == "pruning":
             pl_module.folder.refuse_other_layout(folder)
 
@@ -92,7 +92,7 @@ class SparseCheckpointWriter(PruneCallback):
         manifest = trainer.run.record
         make_folder(folder)
         self._lock = FolderLock(folder)
-        if (folder / FILE_NAME).is_file():
+        if (folder / PRUNING_RECORD).is_file():
             started = Manifest.read(folder)
             started.refuse_other(manifest, folder)
             if started.get("status") != "copying":
@@ -101,7 +101,7 @@ class SparseCheckpointWriter(PruneCallback):
         manifest.write(folder)
         write_config(folder, trainer.run.config)
         # The input may have been pruned itself: its own records would be taken for ours.
-        records = (FILE_NAME, "config.yaml", PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
+        records = (PRUNING_RECORD, "config.yaml", PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
         copy_checkpoint(pl_module.folder.path, folder, leave_out=records)
         manifest["status"] = "pruning"
         manifest.write(folder)

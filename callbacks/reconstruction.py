@@ -26,7 +26,7 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.output.manifest import replace_durably
-from lvlm_prune.output.summaries import RECORD_NAME
+from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 from lvlm_prune.recovery.optimization import Optimization
@@ -136,7 +136,7 @@ class BlockwiseReconstruction(PruneCallback):
         self.written.sync()
         replace_durably(self.work / f"{block.index:04}.safetensors", save(self._adapters))
         trainer.run.record["blocks"].append({"index": block.index, "name": block.name} | block.record)
-        trainer.run.record.write(self.written.path, RECORD_NAME)
+        trainer.run.record.write(self.written.path, RECOVERY_RECORD)
 
     def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Close the bar."""

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.output.folder import writing
-from lvlm_prune.output.manifest import FILE_NAME
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -46,4 +45,4 @@ class PruningReport(PruneCallback):
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         seconds = trainer.run.record["seconds"]
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
-        trainer.run.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{FILE_NAME} · {seconds:.0f} s")
+        trainer.run.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")

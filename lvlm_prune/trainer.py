@@ -88,9 +88,10 @@ class LVLMTrainer(RunTrainer):
         Returns:
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
+        from lvlm_prune.recovery.options import RecoveryOptions
         from lvlm_prune.runs.recover.blockwise import BlockwiseRun
         from lvlm_prune.runs.recover.fitting import FittingRun
-        from lvlm_prune.runs.recover.run import RecoveryOptions, RecoveryRun
+        from lvlm_prune.runs.recover.run import RecoveryRun
 
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun

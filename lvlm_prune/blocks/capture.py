@@ -124,7 +124,7 @@ class CaughtBatch:
 
 
 @dataclass
-class Recording:
+class ForwardRecord:
     """What one forward with stubbed blocks showed; the fields are those of `CaughtBatch`."""
 
     hidden: Tensor | None = None
@@ -190,7 +190,7 @@ def block_return(extra_outputs: int | None, block: int, hidden: Tensor) -> Any:
 
 def record(
     model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any], extra_outputs: int | None, poison: bool = False
-) -> Recording:
+) -> ForwardRecord:
     """One forward of `model` with every block stubbed.
 
     Args:
@@ -204,7 +204,7 @@ def record(
         UnexpectedForm: The decoder does not unpack this form to the hidden states.
         InputError: The decoder calls no block, or not in order.
     """
-    recording = Recording()
+    recording = ForwardRecord()
     returned: dict[int, tuple[Tensor, int]] = {}
 
     def note_glue(hidden: Any) -> None:
@@ -268,7 +268,7 @@ def record(
     return recording
 
 
-def record_first(model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any]) -> tuple[int | None, Recording]:
+def record_first(model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any]) -> tuple[int | None, ForwardRecord]:
     """Find out how the blocks return: the first form that the decoder unpacks to the hidden states.
 
     Returns:
@@ -289,7 +289,7 @@ def record_first(model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any]) 
 
 
 def reads_history(
-    model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any], form: int | None, clean: Recording
+    model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any], form: int | None, clean: ForwardRecord
 ) -> bool:
     """Whether the decoder computes arguments from the outputs of earlier blocks; `clean` is a recording without NaN."""
     poisoned = record(model, decoder, inputs, form, poison=True).arguments

@@ -12,7 +12,7 @@ from lvlm_prune.blocks.capture import (
     BlankEmbeddings,
     CarriedOutput,
     CaughtBatch,
-    Recording,
+    ForwardRecord,
     StopForward,
     UnexpectedForm,
     block_return,
@@ -141,7 +141,7 @@ class BlockRunner:
             _drop_embeddings(batch)
         return batch
 
-    def _record(self, inputs: Mapping[str, Any]) -> Recording:
+    def _record(self, inputs: Mapping[str, Any]) -> ForwardRecord:
         if self._reads_history is not None:
             try:
                 return record(self.model, self.decoder, inputs, self._form)

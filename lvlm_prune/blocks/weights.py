@@ -1,7 +1,7 @@
 """Weights that come when they are needed and go when they are not.
 
 disk   ████████████████████████████████████████  all of the checkpoint
-memory ██ frame: towers, embeddings  ──► released once all batches are caught
+memory ██ non-block weights: towers, embeddings  ──► released once all batches are caught
           ▓▓ block 0 ──► released
             ░▓▓ block 1 ──► released ...       ░ read in the background while block 0 is in work
 """
@@ -29,23 +29,23 @@ from lvlm_prune.errors import InputError
 class Weights(ABC):
     """Brings the parts of a model into memory.
 
-    The *frame* is what catching a batch needs and is not a block: vision tower, projector, embeddings, final norm.
+    Non-block weights are what catching a batch needs besides blocks: vision tower, projector, embeddings, final norm.
     """
 
     @abstractmethod
     def of(self, blocks: Decoder) -> "Weights":
-        """The same weights, with the blocks of a vision tower as `blocks`; they stay a part of the frame."""
+        """The same weights, with the blocks of a vision tower as `blocks`; they stay among the non-block weights."""
 
     @abstractmethod
-    def load_frame(self, folder: CheckpointFolder | None = None) -> None:
-        """Bring the frame into memory.
+    def load_non_block_weights(self, folder: CheckpointFolder | None = None) -> None:
+        """Bring the non-block weights into memory.
 
         Args:
             folder: Another folder of the same layout to read it from.
         """
 
     @abstractmethod
-    def release_frame(self, keep_token_embedding: bool = False) -> None:
+    def release_non_block_weights(self, keep_token_embedding: bool = False) -> None:
         """Let go of what only catching needs: everything outside the decoder, and the token embedding.
 
         Args:
@@ -81,11 +81,11 @@ class ResidentWeights(Weights):
     def of(self, blocks: Decoder) -> "ResidentWeights":
         return self
 
-    def load_frame(self, folder: CheckpointFolder | None = None) -> None:
+    def load_non_block_weights(self, folder: CheckpointFolder | None = None) -> None:
         if folder is not None:
-            raise ValueError("a model in memory does not read its frame from a folder")
+            raise ValueError("a model in memory does not read weights from a folder")
 
-    def release_frame(self, keep_token_embedding: bool = False) -> None:
+    def release_non_block_weights(self, keep_token_embedding: bool = False) -> None:
         pass
 
     def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:
@@ -110,7 +110,7 @@ class StreamedWeights(Weights):
 
     Raises:
         InputError: The checkpoint lacks a tensor of a block, or has one whose shape does not fit the configuration. A
-            missing tensor of the frame raises when a forward really uses it.
+            missing non-block tensor raises when a forward really uses it.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class StreamedWeights(Weights):
         self._take_blocks(decoder)
         in_blocks = {name for names in self._block_names for name in names}
         unused = _path_of_output_embedding(model)
-        self._frame_names = [
+        self._non_block_names = [
             name for name in self._dtypes if name not in in_blocks and not (unused and name.startswith(f"{unused}."))
         ]
         output = _path_of(model, model.get_output_embeddings())
         self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
-        self._refuse_unfit([*in_blocks, *self._frame_names])
+        self._refuse_unfit([*in_blocks, *self._non_block_names])
         self._refuse_missing(in_blocks)
 
     def _take_blocks(self, decoder: Decoder) -> None:
@@ -203,16 +203,16 @@ class StreamedWeights(Weights):
             written |= source.store(self._model, folder or self._folder, group)
         return written
 
-    def load_frame(self, folder: CheckpointFolder | None = None) -> None:
-        self._load(self._frame_names, folder or self._folder)
+    def load_non_block_weights(self, folder: CheckpointFolder | None = None) -> None:
+        self._load(self._non_block_names, folder or self._folder)
         for name, buffer in list(self._model.named_buffers(remove_duplicate=False)):
             if buffer.device.type != "meta":
                 self._set(name, buffer.to(self._device))
 
-    def release_frame(self, keep_token_embedding: bool = False) -> None:
+    def release_non_block_weights(self, keep_token_embedding: bool = False) -> None:
         embedding = _path_of(self._model, _input_embedding(self._model))
         in_blocks = {name for names in self._block_names for name in names}
-        for name in self._frame_names:
+        for name in self._non_block_names:
             is_embedding = embedding is not None and name.startswith(f"{embedding}.")
             is_between_blocks = name.startswith(self._decoder_path) and name not in in_blocks
             needed = keep_token_embedding if is_embedding else is_between_blocks
@@ -304,7 +304,7 @@ class StreamedWeights(Weights):
             error = InputError("model.path", self._folder.path, problem)
             if name in in_blocks:
                 raise error
-            if name in self._frame_names:
+            if name in self._non_block_names:
                 # Checkpoints on the hub lack heads of vision towers that no forward uses.
                 self._model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(partial(_fail, error))
 

@@ -11,8 +11,9 @@ from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.engine import Measurement
 from lvlm_prune.evaluation.scores import retention
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE
 
-EVALUATION_FILES = RECORD_NAME, TABLE_NAME = "evaluation.json", "evaluation.md"
+EVALUATION_FILES = EVALUATION_RECORD, EVALUATION_TABLE
 
 
 def evaluation_record(measured: Measurement) -> dict[str, Any]:
@@ -112,14 +113,14 @@ def _small(value: float | None) -> str:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write both files into a folder."""
-    replace_durably(folder / TABLE_NAME, (evaluation_table(record) + "\n").encode())
-    replace_durably(folder / RECORD_NAME, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    replace_durably(folder / EVALUATION_TABLE, (evaluation_table(record) + "\n").encode())
+    replace_durably(folder / EVALUATION_RECORD, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier `evaluate` found of the checkpoint in a folder; None where there is nothing readable."""
     try:
-        record = json.loads((folder / RECORD_NAME).read_text())
+        record = json.loads((folder / EVALUATION_RECORD).read_text())
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "tasks" in record else None

@@ -108,7 +108,7 @@ def fork_rows(rows: Iterable[SampleRow]) -> list[SampleRow]:
 
 
 @dataclass
-class Recording:
+class ForwardRecord:
     """What a block computed in one forward of one batch: inputs of its Linears, and what else was asked for."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class Recording:
 @contextmanager
 def recording(
     linears: Mapping[str, nn.Module], needs: frozenset[str] = frozenset(), stacks: Iterable[ExpertStack] = ()
-) -> Iterator[Recording]:
+) -> Iterator[ForwardRecord]:
     """Record what feeds the Linears while the context is open.
 
     Args:
@@ -152,7 +152,7 @@ def recording(
             what is routed to experts (`tokens.EXPERTS`).
         stacks: Stacks of routed experts.
     """
-    record = Recording()
+    record = ForwardRecord()
 
     def hook(name: str):
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -207,7 +207,7 @@ class Activations:
     def __init__(
         self,
         row: SampleRow,
-        record: Recording,
+        record: ForwardRecord,
         sites: dict[str, list[str]],
         hidden_in: Tensor,
         hidden_out: Tensor,

@@ -1,7 +1,7 @@
 """Catching: what comes before the first block runs once for each sample, which then waits at the block's input.
 
 batches of this process ─► model up to block 0 ─► held ─► numbers, tokens and fingerprint over all processes
-                           (its frame is loaded)          (the frame is released)
+                           (non-block weights loaded)     (and released)
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Catcher:
         error: BaseException | None = None
         config, in_tower = self.model.model.config, part.target == "vision"
         ranks = (self.processes.rank, self.processes.count)
-        weights.load_frame(written)
+        weights.load_non_block_weights(written)
         try:
             # In a tower nothing tells the images of several samples apart.
             batch_size = 1 if in_tower else None
@@ -102,7 +102,7 @@ class Catcher:
         except Exception as problem:
             error = problem
         self.processes.agree(error)
-        weights.release_frame(not in_tower and any(row.batch.needs_token_embedding for row in rows))
+        weights.release_non_block_weights(not in_tower and any(row.batch.needs_token_embedding for row in rows))
         return self._of_all(rows, digests, tokens, picture)
 
     def _catch_and_hold(self, batch: CalibrationBatch, part: Part) -> list[SampleRow]:
@@ -144,7 +144,7 @@ class Catcher:
 
 @torch.no_grad()
 def catch_batch(model: LVLMModule, batch: CalibrationBatch, device: torch.device) -> list[SampleRow]:
-    """The samples of a batch at the input of the decoder's first block; the frame is loaded.
+    """The samples of a batch at the input of the decoder's first block; the non-block weights are loaded.
 
     Raises:
         RunError: NaN or infinity is what reaches the block.

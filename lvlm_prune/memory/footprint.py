@@ -1,6 +1,6 @@
 """Memory that a run is going to need, from sizes that are known before it starts.
 
-    catching    frame            + inputs and tower of one batch          + samples caught so far
+    catching    non-block        + inputs and tower of one batch          + samples caught so far
     survey      block, next one  + forward, what is recorded of it        + samples, twice
     gathering   block            + forward, statistics, held candidates   + samples
     scoring     block            + statistics, masks, one weight's scores + samples
@@ -104,7 +104,7 @@ class BatchSize:
 
 
 @dataclass(frozen=True)
-class Method:
+class MemoryDemand:
     """What takes memory of a method: its plugins, and whether it surveys the dense model.
 
     Args:
@@ -166,7 +166,7 @@ class Footprint:
         self,
         module: LVLMModule,
         part: Part,
-        method: Method,
+        method: MemoryDemand,
         batches: Sequence[BatchSize],
         device: torch.device,
         baseline: int,
@@ -190,9 +190,9 @@ class Footprint:
         self._experts_per_token = max(_largest(config, name, 1) for name in _EXPERTS_PER_TOKEN)
         self._rotary_axes = 3 if "mrope_section" in rotary else 1
         self._eager = getattr(config, "_attn_implementation", "") == "eager"
-        self.frame_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
+        self.non_block_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
         if module.folder is None:  # the weights are in memory already, part of the baseline
-            self.frame_bytes, self.block_bytes = 0, [0] * len(self.block_bytes)
+            self.non_block_bytes, self.block_bytes = 0, [0] * len(self.block_bytes)
         sizes = (_BlockSize.of(runner.block(index), self.width) for index in range(len(runner)))
         self._blocks = [size if method.prunes_experts else replace(size, experts=()) for size in sizes]
 
@@ -215,7 +215,9 @@ class Footprint:
     def phases(self) -> dict[str, int]:
         """Bytes that each phase of the run takes where blocks run, besides what waits."""
         pool, scorer = self.method.pool, self.method.scorer
-        found = {"catching": max(map(self._catching, self.batches), default=0) + self.frame_bytes * bool(self.batches)}
+        found = {
+            "catching": max(map(self._catching, self.batches), default=0) + self.non_block_bytes * bool(self.batches)
+        }
         for size, block in zip(self.block_bytes, self._blocks):
             statistics = 0 if pool is None else block.statistics(scorer, pool)
             matrices = (*block.shapes, *block.experts)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lvlm_prune.blocks import CaughtBatch, Part, Place, Placement
-from lvlm_prune.memory.footprint import BatchSize, Footprint, Method, Peak, larger_phases
+from lvlm_prune.memory.footprint import BatchSize, Footprint, MemoryDemand, Peak, larger_phases
 from lvlm_prune.memory.hidden_states import HiddenStates, Wanted, available_device_memory, available_host_memory
 from lvlm_prune.memory.measuring import MemorySampler
 from lvlm_prune.module import LVLMModule
@@ -81,13 +81,15 @@ class RunMemory:
         self._held.add(batch)
         self.sizes.append(size)
 
-    def predict(self, model: LVLMModule, part: Part, method: Method) -> tuple[Footprint, Place]:
+    def predict(self, model: LVLMModule, part: Part, method: MemoryDemand) -> tuple[Footprint, Place]:
         """What these blocks will need, and where the samples can wait then, by the sizes of their batches."""
         output_bytes = 0 if model.folder is None else folder_bytes(model.folder.path)
         footprint = Footprint(model, part, method, self.sizes, self._device, self._sampler.start, output_bytes)
         return footprint, footprint.place(self._wanted, self._on_device, self._in_host)
 
-    def settle(self, model: LVLMModule, part: Part, method: Method, earlier: Mapping[str, Any] = {}) -> dict[str, Any]:
+    def settle(
+        self, model: LVLMModule, part: Part, method: MemoryDemand, earlier: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
         """All samples are caught: let them wait where there is room.
 
         Args:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lvlm_prune.errors import InputError
-
-FILE_NAME = "pruning.json"
+from lvlm_prune.output.names import PRUNING_RECORD
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
@@ -38,7 +37,7 @@ class Manifest(dict[str, Any]):
     """
 
     @classmethod
-    def read(cls, folder: Path, name: str = FILE_NAME) -> Manifest:
+    def read(cls, folder: Path, name: str = PRUNING_RECORD) -> Manifest:
         """Read the manifest of an output folder.
 
         Raises:
@@ -52,7 +51,7 @@ class Manifest(dict[str, Any]):
         except ValueError:
             raise InputError("output", folder, f"its {name} cannot be read") from None
 
-    def write(self, folder: Path, name: str = FILE_NAME) -> None:
+    def write(self, folder: Path, name: str = PRUNING_RECORD) -> None:
         """Replace the manifest of the folder in one step; it is on the disk when this returns."""
         replace_durably(folder / name, (json.dumps(self, indent=1) + "\n").encode())
 

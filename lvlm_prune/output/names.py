@@ -1,4 +1,10 @@
-"""Names of what a report consists of, in the folder that a run writes."""
+"""Names of what stands in the folders that runs write."""
+
+PRUNING_RECORD = "pruning.json"
+RECOVERY_RECORD = "recovery.json"
+PROBE_RECORD = "probe.json"
+EVALUATION_RECORD, EVALUATION_TABLE = "evaluation.json", "evaluation.md"
+COMPARISON_RECORD, COMPARISON_TABLE = "compare.json", "compare.md"
 
 PAGE_NAME = "report.html"
 FIGURE_FOLDER = "report"

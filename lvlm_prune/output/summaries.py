@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.output.manifest import Manifest
-
-RECORD_NAME = "recovery.json"
+from lvlm_prune.output.names import RECOVERY_RECORD
 
 
 def summary(record: Manifest, folder: Path) -> str:
@@ -30,7 +29,7 @@ def summary(record: Manifest, folder: Path) -> str:
     if "evaluation" in record:
         lines.append(_scores_table(record["evaluation"]))
     written = "merged checkpoint" + (" · adapter/" if (folder / "adapter").is_dir() else "")
-    return "\n".join([*lines, f"wrote {folder} ({written} · {RECORD_NAME}) · {record['seconds']:.0f} s"])
+    return "\n".join([*lines, f"wrote {folder} ({written} · {RECOVERY_RECORD}) · {record['seconds']:.0f} s"])
 
 
 def _scores_table(evaluation: dict[str, Any]) -> str:

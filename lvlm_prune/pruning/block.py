@@ -22,7 +22,7 @@ from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.scorers import MagnitudeScorer, Scorer
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.pruning.calibration import BlockCalibration
-from lvlm_prune.pruning.effects import BlockEffects, scored_rows
+from lvlm_prune.pruning.effects import PruningErrors, scored_rows
 
 _BY_MAGNITUDE = MagnitudeScorer()
 
@@ -66,7 +66,7 @@ class BlockPruner:
         """
         matrices = block.matrices()
         entries: dict[str, dict[str, Any]] = {}
-        effects = BlockEffects()
+        effects = PruningErrors()
         owners = self._deal({name: matrices[name].weight for name in targets}, calibration, processes.count)
         for name, target in targets.items():
             weight = matrices[name].weight
@@ -87,7 +87,7 @@ class BlockPruner:
                 block.updated.add(name)
         linears = {f"{block.name}.{name}": entry for name, entry in entries.items()}
         if processes.count > 1:
-            effects = BlockEffects.of_all(processes.gather(effects.on_cpu()))
+            effects = PruningErrors.of_all(processes.gather(effects.on_cpu()))
         for full_name, error in effects.errors().items():
             linears[full_name]["error"] = error
         if (scores := effects.scores()) is not None:
@@ -127,7 +127,7 @@ class BlockPruner:
         weight: Tensor,
         statistic: Statistic | None,
         entry: dict[str, Any],
-        effects: BlockEffects,
+        effects: PruningErrors,
     ) -> None:
         """Overwrite the weight; note in the entry what the scorer has to say, and in `effects` what it did."""
         scorer, target, full_name = scorer_of(entry, self.scorer), entry["target"], f"{block.name}.{name}"

@@ -19,7 +19,7 @@ from lvlm_prune.loop.activations import Activations
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
-from lvlm_prune.pruning.composition import PoolComposition
+from lvlm_prune.pruning.composition import PoolCounts
 
 
 class BlockCalibration:
@@ -47,7 +47,7 @@ class BlockCalibration:
         example: int | None = None,
     ) -> None:
         self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
-        self._composition = PoolComposition(example)
+        self._composition = PoolCounts(example)
         self._statistics: dict[str, Statistic] = {}
         self._site_of: dict[str, str] = {}
         self._held: list[tuple[str, int, Tensor, int, float]] = []

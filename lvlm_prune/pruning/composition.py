@@ -18,7 +18,7 @@ from lvlm_prune.methods.modality import MODALITIES
 from lvlm_prune.methods.tokens import Selection, Tokens
 
 
-class PoolComposition:
+class PoolCounts:
     """Counts what a pool selects at one block. Pools that choose for each Linear count as the mean over Linears.
 
     Args:

@@ -25,11 +25,11 @@ _WEIGHTS_LOOKED_AT = 2**17
 _WEIGHTS_OF_ERROR = 2**18
 
 
-class BlockEffects:
+class PruningErrors:
     """Collects what happened to the Linears of a block.
 
     Example:
-        >>> effects = BlockEffects()
+        >>> effects = PruningErrors()
         >>> weight, score = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 200.0]])
         >>> effects.add("up_proj", weight, torch.tensor([[0.0, 2.0]]), torch.tensor([[True, False]]), None, score)
         >>> effects.scores()
@@ -73,12 +73,12 @@ class BlockEffects:
         self._counts = counts if self._counts is None else self._counts + counts
         self._thresholds.append(score.masked_fill(~mask, -torch.inf).amax(dim=1))
 
-    def on_cpu(self) -> BlockEffects:
+    def on_cpu(self) -> PruningErrors:
         """The same in host memory, to be sent to other processes."""
         return self.of_all([self])
 
     @classmethod
-    def of_all(cls, parts: Sequence[BlockEffects]) -> BlockEffects:
+    def of_all(cls, parts: Sequence[PruningErrors]) -> PruningErrors:
         """What was collected in several parts, each about other Linears."""
         together = cls()
         for part in parts:

@@ -8,13 +8,13 @@ from typing import Any
 from markupsafe import Markup
 
 from lvlm_prune.report.figures.blocks import curves, heat_map
-from lvlm_prune.report.page import Plate, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, render_page, show
 
 # Pairs of folders that get a figure of their own; of more, those with the first folder.
 _MOST_PAIRS = 6
 
 
-def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[Plate]]:
+def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
     """The page as HTML, and the figures on it; every number on it stands in the record."""
     names = [folder["name"] for folder in record["folders"]]
     pairs = [number for number, pair in enumerate(record["overlap"]) if pair["mean"] is not None]
@@ -68,7 +68,7 @@ def _means(record: Mapping[str, Any], names: list[str]) -> Table:
     return Table(["folders", "overlap (IoU)", "Linears"], rows)
 
 
-def _sparsity(record: Mapping[str, Any], names: list[str]) -> Plate:
+def _sparsity(record: Mapping[str, Any], names: list[str]) -> PageFigure:
     lines = {
         name: {int(block): 100 * value for block, value in of["all"].items()}
         for name, of in zip(names, record["sparsity"], strict=True)
@@ -83,10 +83,12 @@ def _sparsity(record: Mapping[str, Any], names: list[str]) -> Plate:
         for block in blocks
     ]
     caption = "Sparsity of each block, over all its Linears that were to be pruned."
-    return Plate("sparsity", curves({"sparsity (%)": lines}, least_span=10), caption, Table(["block", *names], rows))
+    return PageFigure(
+        "sparsity", curves({"sparsity (%)": lines}, least_span=10), caption, Table(["block", *names], rows)
+    )
 
 
-def _overlap(record: Mapping[str, Any], names: list[str], number: int) -> Plate:
+def _overlap(record: Mapping[str, Any], names: list[str], number: int) -> PageFigure:
     pair = record["overlap"][number]
     values = {kind: {int(block): value for block, value in of.items()} for kind, of in pair["kinds"].items()}
     blocks = sorted({block for of in values.values() for block in of})
@@ -102,4 +104,4 @@ def _overlap(record: Mapping[str, Any], names: list[str], number: int) -> Plate:
         "Overlap (intersection over union) of the weights that {} and {} kept. One: the same weights."
     ).format(names[pair["first"]], names[pair["second"]])
     drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1)
-    return Plate(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, Table(["block", *values], rows))
+    return PageFigure(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, Table(["block", *values], rows))

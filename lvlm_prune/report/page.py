@@ -1,7 +1,7 @@
 """Self-contained pages: a record of a run, a template, figures drawn into it; no script, nothing from outside.
 
 record ──► show(record, "blocks", 0, "mean_drift") ──► <data value="0.01234" data-path="blocks/0/mean_drift">0.0123
-figure ──► Plate: drawing, caption, numbers behind it ──► <figure> in the page, and a PNG in a folder beside it
+figure ──► PageFigure: drawing, caption, numbers behind it ──► <figure> in the page, and a PNG in a folder beside it
 
 Every number on a page knows where it comes from, so a page can be held against the record.
 """
@@ -42,7 +42,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Plate:
+class PageFigure:
     """A figure of a page.
 
     Args:
@@ -103,7 +103,7 @@ def render_page(template: str, title: str, **values: Any) -> str:
     return environment.get_template(template).render(title=title, theme_css=Markup(theme_css()), **values)
 
 
-def write_page(folder: Path, page: str, plates: Sequence[Plate] | Mapping[str, Plate]) -> None:
+def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:
     """Write `report.html` into a folder, and its figures as PNG into `report/` beside it."""
     drawn = list(plates.values()) if isinstance(plates, Mapping) else list(plates)
     if drawn:

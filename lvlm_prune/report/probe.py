@@ -11,12 +11,12 @@ from markupsafe import Markup
 
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.figures.probe import contribution_curves, token_map
-from lvlm_prune.report.page import Plate, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, render_page, show
 
 _TERMS = {"text": "within text", "visual": "within visual", "between": "between the modalities"}
 
 
-def probe_page(record: Mapping[str, Any]) -> tuple[str, dict[str, Plate]]:
+def probe_page(record: Mapping[str, Any]) -> tuple[str, dict[str, PageFigure]]:
     """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`."""
     run = dict(record) | {"summary": summarise(record)}
     plates = {
@@ -116,7 +116,7 @@ def _grids(run: Mapping[str, Any]) -> dict[str, Table]:
     return tables
 
 
-def _overlaps(run: dict[str, Any]) -> list[Plate]:
+def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
     plates = []
     for sparsity, values in run["summary"]["iou"].items():
         caption = Markup(
@@ -125,7 +125,7 @@ def _overlaps(run: dict[str, Any]) -> list[Plate]:
         ).format(show(run, "summary", "sparsities", sparsity, unit="percent"))
         table = _by_kind(run, "summary", "iou", sparsity)
         plates.append(
-            Plate(
+            PageFigure(
                 f"mask-overlap-{100 * float(sparsity):g}",
                 heat_map(values, "overlap of masks (IoU)", least_span=0.1),
                 caption,
@@ -147,17 +147,17 @@ def _by_kind(run: dict[str, Any], *path: str) -> Table:
     return Table(["block", *values], rows)
 
 
-def _map(run: dict[str, Any]) -> Plate | None:
+def _map(run: dict[str, Any]) -> PageFigure | None:
     if not run["map"]:
         return None
     caption = (
         "Inputs of three blocks, brought to two dimensions by t-SNE: one point per token, taken evenly from all "
         "samples. Distances between far groups mean nothing."
     )
-    return Plate("token-map", token_map(run["map"]), caption)
+    return PageFigure("token-map", token_map(run["map"]), caption)
 
 
-def _drift(run: dict[str, Any]) -> Plate:
+def _drift(run: dict[str, Any]) -> PageFigure:
     names = list(dict.fromkeys(name for block in run["blocks"] for name in block["drift"]))
     lines = {name: {b["index"]: b["drift"][name] for b in run["blocks"] if name in b["drift"]} for name in names}
     rows = [
@@ -166,10 +166,10 @@ def _drift(run: dict[str, Any]) -> Plate:
     ]
     caption = "Drift: how far each block moves the tokens of a modality, one minus the cosine of its input and output."
     drawing = curves({"mean drift": {f"{name} tokens": values for name, values in lines.items()}})
-    return Plate("drift", drawing, caption, Table(["block", *(f"{name} tokens" for name in names)], rows))
+    return PageFigure("drift", drawing, caption, Table(["block", *(f"{name} tokens" for name in names)], rows))
 
 
-def _diversity(run: dict[str, Any]) -> list[Plate]:
+def _diversity(run: dict[str, Any]) -> list[PageFigure]:
     plates = []
     for term, values in run["summary"]["diversity"].items():
         caption = (
@@ -177,11 +177,11 @@ def _diversity(run: dict[str, Any]) -> list[Plate]:
             "tokens, dense model."
         )
         drawing = heat_map(values, f"diversity {_TERMS[term]}", least_span=0.1)
-        plates.append(Plate(f"diversity-{term}", drawing, caption, _by_kind(run, "summary", "diversity", term)))
+        plates.append(PageFigure(f"diversity-{term}", drawing, caption, _by_kind(run, "summary", "diversity", term)))
     return plates
 
 
-def _curves(run: dict[str, Any]) -> Plate | None:
+def _curves(run: dict[str, Any]) -> PageFigure | None:
     sets = run["contributions"]["sets"]
     if not sets:
         return None
@@ -203,7 +203,7 @@ def _curves(run: dict[str, Any]) -> Plate | None:
         "How much tokens contribute to the attention of block {}, in the order of their rank: a steep curve means "
         "that few tokens carry the sample. Mean over samples of each data set."
     ).format(show(run, "contributions", "block", unit="count"))
-    return Plate("contributions", contribution_curves(sets), caption, Table(columns, rows))
+    return PageFigure("contributions", contribution_curves(sets), caption, Table(columns, rows))
 
 
 def _mean(values: list[float]) -> float:

@@ -17,7 +17,7 @@ from lvlm_prune.pruning.composition import unpack
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.report.page import Plate, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, render_page, show
 
 _WORST = 10
 _PHASES = {
@@ -29,7 +29,7 @@ _PHASES = {
 }
 
 
-def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, dict[str, Plate]]:
+def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, dict[str, PageFigure]]:
     """The page as HTML, and the figures on it.
 
     Args:
@@ -209,7 +209,7 @@ def _experts(run: Mapping[str, Any]) -> Table:
     return Table(names, rows)
 
 
-def _plates(run: dict[str, Any], folder: Path | None) -> list[Plate | None]:
+def _plates(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]:
     return [
         _sparsity(run),
         _saliency(run),
@@ -221,15 +221,15 @@ def _plates(run: dict[str, Any], folder: Path | None) -> list[Plate | None]:
     ]
 
 
-def _sparsity(run: dict[str, Any]) -> Plate:
+def _sparsity(run: dict[str, Any]) -> PageFigure:
     values = run["summary"]["sparsity"]
     percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
     drawing = heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10)
     caption = "Sparsity of each kind of Linear in each block."
-    return Plate("sparsity", drawing, caption, _by_kind(run, "sparsity", "percent"))
+    return PageFigure("sparsity", drawing, caption, _by_kind(run, "sparsity", "percent"))
 
 
-def _error(run: dict[str, Any]) -> Plate | None:
+def _error(run: dict[str, Any]) -> PageFigure | None:
     if not run["summary"]["error"]:
         return None
     kind = run["reconstruction"]
@@ -242,7 +242,7 @@ def _error(run: dict[str, Any]) -> Plate | None:
         f"‖(W − W′) X‖ / ‖W X‖, {how}. Of large Linears evenly spaced rows are taken."
     )
     drawing = heat_map(run["summary"]["error"], "relative reconstruction error", least_span=0.1)
-    return Plate("reconstruction-error", drawing, caption, _by_kind(run, "error", "share"))
+    return PageFigure("reconstruction-error", drawing, caption, _by_kind(run, "error", "share"))
 
 
 def _by_kind(run: dict[str, Any], what: str, unit: str) -> Table:
@@ -256,7 +256,7 @@ def _by_kind(run: dict[str, Any], what: str, unit: str) -> Table:
     return Table(["block", *values], rows)
 
 
-def _saliency(run: dict[str, Any]) -> Plate | None:
+def _saliency(run: dict[str, Any]) -> PageFigure | None:
     blocks = run["blocks"]
     means = list(dict.fromkeys(key for block in blocks for key in block if key.startswith("mean_")))
     panels: dict[str, dict[str, dict[int, float]]] = {
@@ -278,10 +278,10 @@ def _saliency(run: dict[str, Any]) -> Plate | None:
         "How salient visual tokens are at each block, and how many of them calibrate it: the mean over samples of the "
         "number selected."
     )
-    return Plate("saliency", curves(panels), caption, Table(columns, rows))
+    return PageFigure("saliency", curves(panels), caption, Table(columns, rows))
 
 
-def _pool(run: dict[str, Any]) -> Plate | None:
+def _pool(run: dict[str, Any]) -> PageFigure | None:
     parts = run["summary"]["pool"]
     if not parts:
         return None
@@ -300,10 +300,10 @@ def _pool(run: dict[str, Any]) -> Plate | None:
     ]
     caption = "Which tokens calibrate each block, by modality; tokens with a weight count as much as their weight."
     columns = ["block", *(column for name in parts for column in (f"{name} tokens", f"{name} share"))]
-    return Plate("pool", shares(parts, "tokens of the pool"), caption, Table(columns, rows))
+    return PageFigure("pool", shares(parts, "tokens of the pool"), caption, Table(columns, rows))
 
 
-def _score_distribution(run: dict[str, Any]) -> Plate | None:
+def _score_distribution(run: dict[str, Any]) -> PageFigure | None:
     found = {block["index"]: block["scores"] for block in run["blocks"] if "scores" in block}
     if not found:
         return None
@@ -317,17 +317,17 @@ def _score_distribution(run: dict[str, Any]) -> Plate | None:
         "has its own threshold: its largest score that went. Of large Linears evenly spaced rows are shown."
     )
     table = Table(["block", "lowest tenth of thresholds", "median", "highest tenth"], rows)
-    return Plate("scores", score_distribution(found, BINS_PER_DECADE), caption, table)
+    return PageFigure("scores", score_distribution(found, BINS_PER_DECADE), caption, table)
 
 
-def _seconds(run: dict[str, Any]) -> Plate:
+def _seconds(run: dict[str, Any]) -> PageFigure:
     seconds = run["summary"]["seconds"]
     rows = [[name, show(run, "summary", "seconds", name)] for name in seconds]
     caption = "Where the time went, before verification and evaluation."
-    return Plate("seconds", bars(seconds, "seconds"), caption, Table(["phase", "seconds"], rows))
+    return PageFigure("seconds", bars(seconds, "seconds"), caption, Table(["phase", "seconds"], rows))
 
 
-def _picture(run: dict[str, Any], folder: Path | None) -> Plate | None:
+def _picture(run: dict[str, Any], folder: Path | None) -> PageFigure | None:
     path = None if folder is None else folder / FIGURE_FOLDER / PICTURE_NAME
     if path is None or not path.is_file() or not run.get("picture"):
         return None
@@ -340,4 +340,4 @@ def _picture(run: dict[str, Any], folder: Path | None) -> Plate | None:
     )
     with Image.open(path) as picture:
         drawing = tokens_on_picture(picture, (rows, columns), packed)
-    return Plate("tokens", drawing, caption)
+    return PageFigure("tokens", drawing, caption)

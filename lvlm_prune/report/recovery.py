@@ -10,12 +10,12 @@ from typing import Any
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.figures.training import loss_curves
-from lvlm_prune.report.page import Plate, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, render_page, show
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
 
 
-def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tuple[str, dict[str, Plate]]:
+def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tuple[str, dict[str, PageFigure]]:
     """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`.
 
     Args:
@@ -103,7 +103,7 @@ def _scores(run: Mapping[str, Any]) -> Table | None:
     return Table(["task", *names, "retained, pruned", "retained, recovered"], rows)
 
 
-def _losses(run: Mapping[str, Any]) -> Plate | None:
+def _losses(run: Mapping[str, Any]) -> PageFigure | None:
     history = {name: points for name, points in run["training"].get("history", {}).items() if points}
     if not history:
         return None
@@ -119,7 +119,7 @@ def _losses(run: Mapping[str, Any]) -> Plate | None:
         for name in history
     ]
     table = Table(["loss", "first step", "value", "last step", "value"], rows)
-    return Plate(
+    return PageFigure(
         "losses",
         loss_curves(history),
         "Losses of training and, where samples were held back, of validation: cross-entropy of the answer tokens.",
@@ -127,7 +127,7 @@ def _losses(run: Mapping[str, Any]) -> Plate | None:
     )
 
 
-def _errors(run: Mapping[str, Any]) -> Plate | None:
+def _errors(run: Mapping[str, Any]) -> PageFigure | None:
     """Of block-wise reconstruction: how far each block is from the dense one."""
     places = {place: block["index"] for place, block in enumerate(run.get("blocks", [])) if "error_after" in block}
     if not places:
@@ -136,10 +136,10 @@ def _errors(run: Mapping[str, Any]) -> Plate | None:
     lines = {name: {index: run["blocks"][place][key] for place, index in places.items()} for name, key in keys.items()}
     rows = [[index, *(show(run, "blocks", place, key) for key in keys.values())] for place, index in places.items()]
     caption = "Relative error of a block's outputs against the dense block, before and after its adapters were fitted."
-    return Plate("errors", curves({"relative error": lines}), caption, Table(["block", *keys], rows))
+    return PageFigure("errors", curves({"relative error": lines}), caption, Table(["block", *keys], rows))
 
 
-def _sparsity(run: Mapping[str, Any]) -> Plate:
+def _sparsity(run: Mapping[str, Any]) -> PageFigure:
     values = run["summary"]["sparsity"]
     percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
     blocks = sorted({block for of in values.values() for block in of})
@@ -152,7 +152,7 @@ def _sparsity(run: Mapping[str, Any]) -> Plate:
         for block in blocks
     ]
     caption = "Sparsity of each kind of Linear in each block, that of the base."
-    return Plate(
+    return PageFigure(
         "sparsity", heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10), caption, Table(["block", *values], rows)
     )
 

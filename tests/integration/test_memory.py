@@ -72,7 +72,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
     checkpoint = CheckpointFolder(tmp_path)
     runner = BlockRunner(build_skeleton(checkpoint))
     weights = StreamedWeights(runner.model, runner.decoder, checkpoint)
-    weights.load_frame()
+    weights.load_non_block_weights()
     batch = runner.catch(make_inputs("qwen2_vl", model, [Sample(3, 0, 5)]))
     tensors = {
         name: weakref.ref(parameter)
@@ -81,7 +81,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
     }
     assert any("visual" in name for name in tensors)
     assert any("embed_tokens" in name for name in tensors)
-    weights.release_frame(batch.needs_token_embedding)
+    weights.release_non_block_weights(batch.needs_token_embedding)
     alive = {name for name, reference in tensors.items() if reference() is not None}
     assert alive == {"model.language_model.norm.weight"}
     assert torch.isfinite(batch.hidden).all()

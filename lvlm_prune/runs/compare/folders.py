@@ -14,8 +14,8 @@ from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.manifest import FILE_NAME, leaves
-from lvlm_prune.output.summaries import RECORD_NAME
+from lvlm_prune.output.manifest import leaves
+from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 
 _OPTION = "folders"
 # Options that say nothing about the checkpoint.
@@ -34,9 +34,9 @@ class ComparedFolder:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        name = next((name for name in (RECORD_NAME, FILE_NAME) if (self.path / name).is_file()), None)
+        name = next((name for name in (RECOVERY_RECORD, PRUNING_RECORD) if (self.path / name).is_file()), None)
         if name is None:
-            problem = f"has no {FILE_NAME} and no {RECORD_NAME}: not a folder that prune or recover wrote"
+            problem = f"has no {PRUNING_RECORD} and no {RECOVERY_RECORD}: not a folder that prune or recover wrote"
             raise InputError(_OPTION, path, problem)
         try:
             self.record: Mapping[str, Any] = json.loads((self.path / name).read_text())
@@ -44,7 +44,7 @@ class ComparedFolder:
             raise InputError(_OPTION, path, f"its {name} cannot be read") from None
         if self.record.get("status") != "complete":
             raise InputError(_OPTION, path, "its run is not finished; go on with --resume true first")
-        self.verb = "prune" if name == FILE_NAME else "recover"
+        self.verb = "prune" if name == PRUNING_RECORD else "recover"
         self.linears: Mapping[str, Mapping[str, Any]] = self.record["linears"]
 
     @property

@@ -11,9 +11,8 @@ from typing import Any
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE
 from lvlm_prune.runs.compare.folders import ComparedFolder
-
-RECORD_NAME, TABLE_NAME = "compare.json", "compare.md"
 
 
 def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
@@ -24,7 +23,7 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     if target is not None and target.exists():
         if not target.is_dir():
             raise InputError("output", target, "is a file")
-        if any(target.iterdir()) and not (target / RECORD_NAME).is_file():
+        if any(target.iterdir()) and not (target / COMPARISON_RECORD).is_file():
             raise InputError("output", target, "exists, is not empty and holds no comparison; choose another folder")
     record = comparison([ComparedFolder(path) for path in folders])
     table = comparison_markdown(record)
@@ -35,10 +34,10 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
 
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            replace_durably(target / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
-            replace_durably(target / TABLE_NAME, (table + "\n").encode())
+            replace_durably(target / COMPARISON_RECORD, (json.dumps(record, indent=1) + "\n").encode())
+            replace_durably(target / COMPARISON_TABLE, (table + "\n").encode())
             write_page(target, *comparison_page(record))
-        print(f"wrote {target} (report.html · {RECORD_NAME} · {TABLE_NAME})", flush=True)
+        print(f"wrote {target} (report.html · {COMPARISON_RECORD} · {COMPARISON_TABLE})", flush=True)
     return record
 
 

@@ -16,11 +16,11 @@ from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.evaluation.record import RECORD_NAME, TABLE_NAME, evaluation_record, evaluation_table, write_record
+from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, existing_folder, writing
-from lvlm_prune.output.manifest import FILE_NAME, Manifest
-from lvlm_prune.output.names import PAGE_NAME
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.plugins import describe
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.session import join, session
@@ -69,16 +69,14 @@ class EvaluationRun:
         Raises:
             InputError: The folder holds something else, or cannot be written.
         """
-        from lvlm_prune.output.summaries import RECORD_NAME as RECOVERY
-
-        ours = any((checkpoint / name).is_file() for name in (FILE_NAME, RECOVERY))
+        ours = any((checkpoint / name).is_file() for name in (PRUNING_RECORD, RECOVERY_RECORD))
         if not output and ours:
             folder = checkpoint
         else:
             folder = choose_folder(output, f"{self.model.label}-evaluation", resume=False)
         if folder.exists() and not folder.is_dir():
             raise InputError("output", folder, "is a file")
-        known = folder.resolve() == checkpoint.resolve() or (folder / RECORD_NAME).is_file()
+        known = folder.resolve() == checkpoint.resolve() or (folder / EVALUATION_RECORD).is_file()
         if not known and folder.is_dir() and any(folder.iterdir()):
             raise InputError("output", folder, "exists, is not empty and holds no evaluation; choose another folder")
         existing = existing_folder(folder)
@@ -116,7 +114,7 @@ class EvaluationRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_record(self.folder, record)
             page = refresh_page(self.folder)
-        written = " · ".join([RECORD_NAME, TABLE_NAME, *([PAGE_NAME] if page else [])])
+        written = " · ".join([EVALUATION_RECORD, EVALUATION_TABLE, *([PAGE_NAME] if page else [])])
         table = evaluation_table(record)
         self.run.say(f"{table}\nwrote {self.folder} ({written}) · {record['seconds']:.0f} s")
 
@@ -127,15 +125,13 @@ def refresh_page(folder: Path) -> bool:
     Returns:
         Whether there is one.
     """
-    from lvlm_prune.output.summaries import RECORD_NAME as RECOVERY
-
     if not (folder / PAGE_NAME).is_file():
         return False
     from lvlm_prune.report.page import write_page
     from lvlm_prune.report.pruning import pruning_page
     from lvlm_prune.report.recovery import recovery_page
 
-    pages: dict[str, Callable[[Manifest, Path], Any]] = {RECOVERY: recovery_page, FILE_NAME: pruning_page}
+    pages: dict[str, Callable[[Manifest, Path], Any]] = {RECOVERY_RECORD: recovery_page, PRUNING_RECORD: pruning_page}
     for name, page in pages.items():
         if (folder / name).is_file():
             record = Manifest.read(folder, name)

@@ -24,7 +24,7 @@ from lvlm_prune.loop import BlockLoop
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import PAGE_NAME
+from lvlm_prune.output.names import PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.report.page import write_page
@@ -39,8 +39,6 @@ from lvlm_prune.threads import suitable_threads
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe
     from lvlm_prune.evaluation.scores import Scores
-
-RECORD_NAME = "probe.json"
 
 # What a resumed probe takes from the record that an interrupted one left.
 _FINDINGS = ("survey", "blocks", "linears", "map", "contributions", "dense", "grid")
@@ -79,8 +77,8 @@ class ProbeRun:
         model.refuse_vision("probe")
         model.open()
         source = None if model.folder is None else model.folder.path
-        refuse_unusable(self.folder, source, RECORD_NAME, self.resume, copies=False)
-        earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
+        refuse_unusable(self.folder, source, PROBE_RECORD, self.resume, copies=False)
+        earlier = Manifest.read(self.folder, PROBE_RECORD) if self.resume else None
         data.setup("prune")
         if data.source.needs_processor:
             model.require_processor()
@@ -107,7 +105,7 @@ class ProbeRun:
         return run.record
 
     def _way_on(self) -> str:
-        started = (self.folder / RECORD_NAME).is_file()
+        started = (self.folder / PROBE_RECORD).is_file()
         return f"go on with --resume true --output {self.folder}" if started else ""
 
     def _measure(
@@ -207,7 +205,7 @@ class ProbeRun:
         if self.run.processes.is_main:
             with writing(self.folder):
                 make_folder(self.folder)
-                self.run.record.write(self.folder, RECORD_NAME)
+                self.run.record.write(self.folder, PROBE_RECORD)
 
     def _finish(self) -> None:
         run, manifest = self.run, self.run.record
@@ -222,6 +220,6 @@ class ProbeRun:
             write_page(self.folder, *probe_page(manifest))
         self._note("complete")
         run.say(
-            (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {RECORD_NAME}) · "
+            (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {PROBE_RECORD}) · "
             f"{manifest['seconds']:.0f} s"
         )

@@ -17,7 +17,7 @@ from lvlm_prune.callbacks import (
     RetentionEvaluation,
     SparseCheckpointWriter,
 )
-from lvlm_prune.memory.footprint import Method
+from lvlm_prune.memory.footprint import MemoryDemand
 
 
 def with_defaults(callbacks: Sequence[Callback], progress_bar: ProgressBar | None) -> list[Callback]:
@@ -88,12 +88,12 @@ class Participants:
         """Modalities that count as visual tokens."""
         return ["image", "video"] if self.pruning is None else self.pruning.visual
 
-    def method(self) -> Method | None:
+    def method(self) -> MemoryDemand | None:
         """What takes memory of what is asked for; None where no callback prunes."""
         pruning = self.pruning
         if pruning is None:
             return None
-        return Method(
+        return MemoryDemand(
             pruning.pool if pruning.wants_activations else None,
             pruning.scorer,
             self.needs(),

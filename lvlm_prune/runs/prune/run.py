@@ -25,7 +25,8 @@ from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.memory.planning import Plan, make_plan
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, free_bytes
-from lvlm_prune.output.manifest import FILE_NAME, Manifest
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
@@ -105,7 +106,7 @@ class PruneRun:
 
     def _is_resumable(self) -> bool:
         folder = self.run.folder
-        return folder is not None and (folder / FILE_NAME).is_file()
+        return folder is not None and (folder / PRUNING_RECORD).is_file()
 
     # ---- before any work ---------------------------------------------------------------------------------------------
     def _prepare(self) -> Manifest | None:

@@ -19,7 +19,7 @@ from lvlm_prune.loop.activations import SampleRow
 from lvlm_prune.loop.catching import CaughtSamples, catch_batch
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.summaries import RECORD_NAME
+from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.recovery.masks import StoredMasks
 from lvlm_prune.runs.recover.run import BLOCKS, RecoveryRun
 from lvlm_prune.runs.session import ended
@@ -53,7 +53,7 @@ class BlockwiseRun(RecoveryRun):
         self._copy_base().sync()
         (self.folder / BLOCKS).mkdir(exist_ok=True)
         self.record["status"] = _RECONSTRUCTING
-        self.record.write(self.folder, RECORD_NAME)
+        self.record.write(self.folder, RECOVERY_RECORD)
 
     def _train(self) -> None:
         from lvlm_prune.callbacks import BlockwiseReconstruction
@@ -105,14 +105,14 @@ class BlockwiseRun(RecoveryRun):
     def _catch(self, device: torch.device) -> list[SampleRow]:
         """Every sample at the input of the first block; training and validation samples share no batch."""
         data, weights = self.datamodule, self.run.weights
-        weights.load_frame()
+        weights.load_non_block_weights()
         rows: list[SampleRow] = []
         for numbers in (data.train_indices, data.validation_indices):
             for group in (group for batch in data.batches(numbers) for group in batch):
                 inputs = {name: value for name, value in group.items() if name not in ("labels", SAMPLE_NUMBER)}
                 batch = CalibrationBatch(inputs, group[SAMPLE_NUMBER].tolist(), [])
                 rows += catch_batch(self.model, batch, device)
-        weights.release_frame(any(row.batch.needs_token_embedding for row in rows))
+        weights.release_non_block_weights(any(row.batch.needs_token_embedding for row in rows))
         return rows
 
     def _adapter(self) -> dict[str, Tensor]:

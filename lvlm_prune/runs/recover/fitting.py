@@ -19,7 +19,7 @@ from lvlm_prune.distributed.processes import is_lost_connection
 from lvlm_prune.errors import InputError, ProcessLost
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.summaries import RECORD_NAME
+from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.masks import load_pruned
 from lvlm_prune.recovery.merging import write_merged
@@ -165,7 +165,7 @@ class FittingRun(RecoveryRun):
         base = self.model.folder
         assert base is not None
         self.record["status"] = "writing"
-        self.record.write(self.folder, RECORD_NAME)
+        self.record.write(self.folder, RECOVERY_RECORD)
         masks = self.masks.masks
         write_merged(self.model, base, self._copy_base(), self.weights, masks)
         self._verify(masks)

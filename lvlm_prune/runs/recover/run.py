@@ -6,14 +6,13 @@ check ─► what the dense model says ─► train ─────────�
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
@@ -24,6 +23,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.methods.patterns import Pattern, parse_pattern
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import (
     FolderLock,
     choose_folder,
@@ -33,17 +33,15 @@ from lvlm_prune.output.folder import (
     write_config,
     writing,
 )
-from lvlm_prune.output.manifest import FILE_NAME, Manifest
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.provenance import provenance
-from lvlm_prune.output.summaries import RECORD_NAME, summary
+from lvlm_prune.output.summaries import summary
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.masks import ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
-from lvlm_prune.recovery.optimization import Optimization
-from lvlm_prune.recovery.reconstruction import Reconstruction
+from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.session import session
 from lvlm_prune.threads import suitable_threads
@@ -52,14 +50,13 @@ if TYPE_CHECKING:
     from lvlm_prune.callbacks import SparseLoRA
 
 DEMO_SPARSITY = 0.7
-Method = Literal["lora", "full", "blockwise"]
 
 # Folders of an unfinished run, inside its output.
 CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
 # Of the run that made the base; they would be taken for records of this run.
 _RECORDS = (
-    FILE_NAME,
-    RECORD_NAME,
+    PRUNING_RECORD,
+    RECOVERY_RECORD,
     "config.yaml",
     PAGE_NAME,
     FIGURE_FOLDER,
@@ -68,27 +65,6 @@ _RECORDS = (
     "adapter",
     *WORK_FOLDERS,
 )
-
-
-@dataclass
-class RecoveryOptions:
-    """How to recover; see `LVLMTrainer.recover`."""
-
-    method: Method = "lora"
-    optimization: Optimization = field(default_factory=Optimization)
-    dense: str = ""
-    distillation: Distillation = field(default_factory=Distillation)
-    reconstruction: Reconstruction = field(default_factory=Reconstruction)
-
-    @property
-    def distils(self) -> bool:
-        """Whether the loss asks the dense model."""
-        return self.distillation.weight > 0
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense model takes part."""
-        return self.distils or self.method == "blockwise"
 
 
 class RecoveryRun(ABC):
@@ -138,13 +114,13 @@ class RecoveryRun(ABC):
                 self._lock.release()
 
     def _way_on(self) -> str:
-        started = (self.folder / RECORD_NAME).is_file()
+        started = (self.folder / RECOVERY_RECORD).is_file()
         return f"go on with --resume true --output {self.folder}" if started else ""
 
     def _carry_out(self) -> Manifest:
         if self.resume and self.folder.is_dir():
             self._keep_others_out()
-        earlier = Manifest.read(self.folder, RECORD_NAME) if self.resume else None
+        earlier = Manifest.read(self.folder, RECOVERY_RECORD) if self.resume else None
         self._find_base(earlier)
         self._check(earlier)
         if earlier is not None and earlier.get("status") == "complete":
@@ -230,7 +206,7 @@ class RecoveryRun(ABC):
             model.require_processor()
         data.connect(model.processor, model.context_length)
         data.setup("fit")
-        self.base_record = _record_of(model.folder.path)
+        self.base_record = record_of(model.folder.path)
         # Made before adapters change the names of modules.
         self.weights = StreamedWeights(model.model, model.runner.decoder, model.folder, "cpu")
         self.lora = self._adapters()
@@ -291,7 +267,7 @@ class RecoveryRun(ABC):
         assert self.model.folder is not None
         self._refuse_unusable(self.model.folder)  # another run may have come first
         self.record["status"] = "training"
-        self.record.write(self.folder, RECORD_NAME)
+        self.record.write(self.folder, RECOVERY_RECORD)
         write_config(self.folder, self.record["config"])
 
     def _keep_others_out(self) -> None:
@@ -300,7 +276,7 @@ class RecoveryRun(ABC):
             self._lock = FolderLock(self.folder)
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
-        refuse_unusable(self.folder, base.path, RECORD_NAME, self.resume)
+        refuse_unusable(self.folder, base.path, RECOVERY_RECORD, self.resume)
 
     def _config(self) -> Mapping[str, Any]:
         """What repeats the run."""
@@ -392,7 +368,7 @@ class RecoveryRun(ABC):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
-        self.record.write(self.folder, RECORD_NAME)
+        self.record.write(self.folder, RECOVERY_RECORD)
         if self.run.options.report:
             # Matplotlib takes its time to load; who wants no page does not wait for it.
             from lvlm_prune.report.page import write_page
@@ -404,23 +380,6 @@ class RecoveryRun(ABC):
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.run.options.quiet:
             print(text, flush=True)
-
-
-def _record_of(base: Path) -> dict[str, Any]:
-    """What the run that made the base wrote about it; empty where it was made by other tools.
-
-    `dense` says from which checkpoint the base was pruned.
-    """
-    for name in (RECORD_NAME, FILE_NAME):
-        if (base / name).is_file():
-            try:
-                record = dict(json.loads((base / name).read_text()))
-            except ValueError:
-                continue
-            if name == FILE_NAME:
-                record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
-            return record
-    return {}
 
 
 def _embedded() -> Path:

@@ -27,7 +27,7 @@ def write_sweep_page(
         note: What is still to be said, for example that runs are missing.
     """
     from lvlm_prune.report.figures.sweeps import retention_curve
-    from lvlm_prune.report.page import Plate, Table, render_page, write_page
+    from lvlm_prune.report.page import PageFigure, Table, render_page, write_page
 
     heads, rows = table_rows(runs, across)
     label = "sparsity (%)" if across == SPARSITY else across.rpartition(".")[2].replace("_", " ")
@@ -37,7 +37,7 @@ def write_sweep_page(
             f"Retained accuracy against {label}, one line per method: mean over the calibration seeds, "
             "and the range from the lowest to the highest."
         )
-        plates.append(Plate("retention", retention_curve(lines, label), caption))
+        plates.append(PageFigure("retention", retention_curve(lines, label), caption))
     page = render_page(
         TEMPLATE,
         f"{model}: sweep of {len(runs)} runs",

@@ -30,9 +30,9 @@ def scaled(weight: nn.Parameter, factor: float) -> Change:
 def losses(
     runner: BlockRunner, weights: Weights, inputs: list[dict[str, Tensor]], first: int
 ) -> dict[int, list[float]]:
-    weights.load_frame()
+    weights.load_non_block_weights()
     batches = [runner.catch(one) for one in inputs]
-    weights.release_frame(any(batch.needs_token_embedding for batch in batches))
+    weights.release_non_block_weights(any(batch.needs_token_embedding for batch in batches))
     weights.load_output_embedding()
     for index in range(first):
         weights.load_block(index)

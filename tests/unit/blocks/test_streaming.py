@@ -78,9 +78,9 @@ def test_streamed_equals_resident(family: str, tmp_path: Path) -> None:
 
     runner, weights = stream(tmp_path)
     assert len(CheckpointFolder(tmp_path).shards) > 1
-    weights.load_frame()
+    weights.load_non_block_weights()
     batches = [runner.catch(batch) for batch in inputs]
-    weights.release_frame(any(batch.needs_token_embedding for batch in batches))
+    weights.release_non_block_weights(any(batch.needs_token_embedding for batch in batches))
     for output, reference in zip(finish_after_pruning(runner, batches, weights), expected):
         torch.testing.assert_close(output, reference, rtol=0, atol=0)
 
@@ -92,7 +92,7 @@ def test_loaded_weights_are_those_of_from_pretrained(family: str, tmp_path: Path
     model_class = getattr(transformers, FAMILIES[family].model)
     reference = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
     runner, weights = stream(tmp_path)
-    weights.load_frame()
+    weights.load_non_block_weights()
     for i in range(len(runner)):
         weights.load_block(i)
     loaded = dict(runner.model.named_parameters()) | dict(runner.model.named_buffers())
@@ -108,12 +108,12 @@ def test_only_the_decoder_stays_when_the_frame_is_released(tmp_path: Path) -> No
     save("llava", tmp_path)
     runner, weights = stream(tmp_path)
     assert all(parameter.device.type == "meta" for parameter in runner.model.parameters())
-    weights.load_frame()
+    weights.load_non_block_weights()
     in_memory = {name for name, parameter in runner.model.named_parameters() if parameter.device.type != "meta"}
     assert any("vision_tower" in name for name in in_memory)
     assert not any(".layers." in name and "language_model" in name for name in in_memory)
     assert "lm_head.weight" not in in_memory
-    weights.release_frame()
+    weights.release_non_block_weights()
     in_memory = {name for name, parameter in runner.model.named_parameters() if parameter.device.type != "meta"}
     assert in_memory == {"model.language_model.norm.weight"}
 
@@ -191,7 +191,7 @@ def test_checkpoints_in_the_model_s_own_spelling(tie: bool, tmp_path: Path) -> N
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tie and name == "lm_head.weight")}
     save_file(tensors, tmp_path / SINGLE_NAME)
     runner, weights = stream(tmp_path)
-    weights.load_frame()
+    weights.load_non_block_weights()
     weights.load_block(3)
     for name, parameter in runner.model.named_parameters():
         if parameter.device.type != "meta":
@@ -229,7 +229,7 @@ def test_a_missing_tensor_of_the_vision_tower_is_named_when_it_is_needed(tmp_pat
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, patch_embedding__weight=None)
     runner, weights = stream(tmp_path)
-    weights.load_frame()
+    weights.load_non_block_weights()
     with pytest.raises(InputError, match=r"lacks the tensor .*patch_embedding\.weight"):
         runner.catch(make_inputs("llava", model, [Sample(3, 0, 5)]))
 
@@ -262,7 +262,7 @@ def test_an_omni_checkpoint_gives_its_thinker(family: str, model_type: str, tmp_
     runner, weights = stream(tmp_path)
     name = f"{runner.name(3)}.self_attn.q_proj.weight"
     assert weights.key_of(name) == "thinker.model.layers.3.self_attn.q_proj.weight"
-    weights.load_frame()
+    weights.load_non_block_weights()
     weights.load_block(3)
     loaded = {path: tensor for path, tensor in runner.model.named_parameters() if tensor.device.type != "meta"}
     assert name in loaded

@@ -3,7 +3,8 @@
 import pytest
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.manifest import FILE_NAME, Manifest, replace_durably
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.names import PRUNING_RECORD
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def test_what_is_written_is_read(written):
     manifest, folder = written
     assert Manifest.read(folder) == manifest
     assert Manifest.read(folder).finished_blocks() == [0]
-    assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+    assert [path.name for path in folder.iterdir()] == [PRUNING_RECORD]
 
 
 def test_the_same_run_may_go_on_with_other_devices(written):
@@ -50,7 +51,7 @@ def test_another_run_is_refused_with_the_first_difference(written, section, chan
 def test_a_folder_without_a_readable_manifest_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a folder that"):
         Manifest.read(tmp_path)
-    (tmp_path / FILE_NAME).write_text('{"status": "pru')
+    (tmp_path / PRUNING_RECORD).write_text('{"status": "pru')
     with pytest.raises(InputError, match="cannot be read"):
         Manifest.read(tmp_path)
 

@@ -6,7 +6,7 @@ import torch
 from lvlm_prune.methods.patterns import Unstructured
 from lvlm_prune.methods.scorers import SparseGPTScorer, WandaScorer
 from lvlm_prune.methods.statistics import ChannelNorm, Gram
-from lvlm_prune.pruning.effects import BlockEffects, scored_rows
+from lvlm_prune.pruning.effects import PruningErrors, scored_rows
 
 
 def pruned_with(scorer, statistic, sparsity=0.5, rows=24):
@@ -17,7 +17,7 @@ def pruned_with(scorer, statistic, sparsity=0.5, rows=24):
     sums = statistic(16)
     sums.add(inputs, torch.ones(200, dtype=torch.bool))
     after, mask = scorer.prune(weight, sums, sparsity, Unstructured())
-    effects = BlockEffects()
+    effects = PruningErrors()
     effects.add("linear", weight, after, mask, sums, scorer.score(weight, sums)[scored_rows(weight)])
     return effects, inputs.double(), weight.double(), after.double(), mask, scorer.score(weight, sums)
 
@@ -58,5 +58,5 @@ def test_every_score_is_in_the_histogram_and_thresholds_are_of_rows():
 
 
 def test_a_block_of_dense_linears_has_no_scores():
-    assert BlockEffects().scores() is None
-    assert BlockEffects().errors() == {}
+    assert PruningErrors().scores() is None
+    assert PruningErrors().errors() == {}
