@@ -20,8 +20,8 @@ from lvlm_prune.data.picture import Picture, picture_of
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import SampleRow, batches_of, fork_rows, row_of_tower, rows_of
-from lvlm_prune.memory.footprint import BatchSize
 from lvlm_prune.memory.run_memory import RunMemory
+from lvlm_prune.memory.sizes import BatchSize
 from lvlm_prune.methods.modality import IMAGE, MODALITIES, VIDEO
 from lvlm_prune.module import LVLMModule
 

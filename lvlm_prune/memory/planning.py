@@ -8,7 +8,8 @@ from functools import reduce
 from math import prod
 
 from lvlm_prune.blocks import Place, StreamedWeights
-from lvlm_prune.memory.footprint import Footprint, Peak, larger_phases
+from lvlm_prune.memory.footprint import Footprint
+from lvlm_prune.memory.sizes import Peak, larger_phases
 from lvlm_prune.module import LVLMModule
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from lvlm_prune.blocks import CaughtBatch, Part, Place, Placement
-from lvlm_prune.memory.footprint import BatchSize, Footprint, MemoryDemand, Peak, larger_phases
+from lvlm_prune.memory.footprint import Footprint
 from lvlm_prune.memory.hidden_states import HiddenStates, Wanted, available_device_memory, available_host_memory
 from lvlm_prune.memory.measuring import MemorySampler
+from lvlm_prune.memory.sizes import BatchSize, MemoryDemand, Peak, larger_phases
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import existing_folder, folder_bytes
 

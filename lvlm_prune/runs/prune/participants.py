@@ -17,7 +17,7 @@ from lvlm_prune.callbacks import (
     RetentionEvaluation,
     SparseCheckpointWriter,
 )
-from lvlm_prune.memory.footprint import MemoryDemand
+from lvlm_prune.memory.sizes import MemoryDemand
 
 
 def with_defaults(callbacks: Sequence[Callback], progress_bar: ProgressBar | None) -> list[Callback]:

@@ -20,9 +20,9 @@ from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch, SharedLaunch
 from lvlm_prune.errors import InputError
-from lvlm_prune.memory.footprint import BatchSize
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.memory.planning import Plan, make_plan
+from lvlm_prune.memory.sizes import BatchSize
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, free_bytes
 from lvlm_prune.output.manifest import Manifest

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lvlm_prune.memory.footprint import BatchSize, Footprint, Method
+from lvlm_prune.memory.footprint import Footprint, Method
+from lvlm_prune.memory.sizes import BatchSize
 from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.module import LVLMModule
