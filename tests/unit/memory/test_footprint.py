@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lvlm_prune.memory.footprint import Footprint, Method
-from lvlm_prune.memory.sizes import BatchSize
+from lvlm_prune.memory.footprint import Footprint
+from lvlm_prune.memory.sizes import BatchSize, MemoryDemand
 from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.module import LVLMModule
@@ -16,7 +16,7 @@ def footprint(tmp_path):
     tiny_model("qwen2_vl").save_pretrained(tmp_path)
     module = LVLMModule(str(tmp_path))
     module.open()
-    method = Method(MixedPool(), WandaScorer(), frozenset(), True, frozenset(), True)
+    method = MemoryDemand(MixedPool(), WandaScorer(), frozenset(), True, frozenset(), True)
     batch = BatchSize.of({"input_ids": torch.ones(1, 50, dtype=torch.int64)}, module.model.config, ["image"])
 
     def predict(device: str) -> Footprint:
