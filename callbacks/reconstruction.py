@@ -31,6 +31,7 @@ from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction, squared_sums
+from lvlm_prune.seeds import combined_seed
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -178,13 +179,13 @@ class BlockwiseReconstruction(PruneCallback):
         built = self.optimization.build(parameters, total)
         optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
         before = self._error(runner, index, layers, validation, targets)
-        order = torch.Generator().manual_seed(self.lora.seed * 1_000_003 + index)
+        order = torch.Generator().manual_seed(combined_seed(self.lora.seed, index))
         for _ in range(self.options.epochs):
             losses = []
             for place in torch.randperm(len(train), generator=order).tolist():
                 batch = train[place]
                 if self.lora.dropout:
-                    torch.manual_seed((self.lora.seed * 1_000_003 + self._step) * 4099)
+                    torch.manual_seed(combined_seed(self.lora.seed, self._step) * 4099)
                 with torch.enable_grad():  # the loop has them off
                     error, size = squared_sums(runner.run_with_gradients(index, batch), targets[id(batch)], batch)
                     loss = error / size
@@ -258,7 +259,7 @@ def _adapters_on(
     config = lora.config(list(linears))
     layers = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lora.seed * 1_000_003 + index)
+        torch.manual_seed(combined_seed(lora.seed, index))
         for name, linear in linears.items():
             layer = sparse_lora_class(lora.gradient)(linear, "default", config, r=lora.rank, lora_alpha=lora.alpha)
             layer.prepare_to_train()

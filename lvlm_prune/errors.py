@@ -81,3 +81,14 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, Terminated):
         return 128 + signal.SIGTERM
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("too long\\nby far")), first_line(KeyError())
+        ('too long', 'KeyError')
+    """
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

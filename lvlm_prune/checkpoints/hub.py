@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, first_line
 
 DEMO = "demo"
 
@@ -60,7 +60,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except LocalEntryNotFoundError:
         problem = "no such folder, and the hub cannot be reached to download a model of this name"
     except HfHubHTTPError as error:
-        problem = f"no such folder, and the hub answers: {str(error).splitlines()[0]}"
+        problem = f"no such folder, and the hub answers: {first_line(error)}"
     except OSError as error:
         problem = f"no such folder, and downloading it from the hub failed: {error}"
     raise InputError("model.path", hub_id, problem)

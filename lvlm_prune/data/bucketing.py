@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lvlm_prune.data.batches import Inputs, batch_key, collate
+from lvlm_prune.seeds import combined_seed
 
 WINDOW = 16
 
@@ -126,10 +127,8 @@ class BucketedLoader:
         return [batches[index] for index in torch.randperm(len(batches), generator=generator)]
 
     def _generator(self, *numbers: int) -> torch.Generator:
-        seed = 0 if self.seed is None else self.seed
-        for number in numbers:
-            seed = (seed * 1_000_003 + number + 1) % 2**62
-        return torch.Generator().manual_seed(seed)
+        counted = (number + 1 for number in numbers)
+        return torch.Generator().manual_seed(combined_seed(self.seed or 0, *counted, modulus=2**62))
 
 
 class _Encoded(Dataset):

@@ -21,7 +21,7 @@ from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedSource
 from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of
 from lvlm_prune.data.source import CalibrationSource, Sample
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, RunError, first_line
 from lvlm_prune.plugins import own_instance
 
 log = logging.getLogger(__name__)
@@ -193,5 +193,5 @@ class CalibrationDataModule(L.LightningDataModule):
             return encode(processor, sample, max_pixels=self.max_pixels)
         # What processors raise on inputs that they do not like; anything else is a bug and keeps its traceback.
         except (ValueError, IndexError, TypeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise RunError(f"{type(processor).__name__} refuses it: {reason}") from error

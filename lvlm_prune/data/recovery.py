@@ -24,7 +24,7 @@ from lvlm_prune.data.labels import IGNORED, encode_with_labels
 from lvlm_prune.data.processing import pad_token_of
 from lvlm_prune.data.selection import choose
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, RunError, first_line
 from lvlm_prune.plugins import own_instance, plugin_class
 
 Value = TypeVar("Value")
@@ -185,7 +185,7 @@ class RecoveryDataModule(L.LightningDataModule):
         try:
             return encode_with_labels(self._processor, sample)
         except (ValueError, IndexError, TypeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise RunError(f"{type(self._processor).__name__} refuses it: {reason}") from error
 
     def _refuse_unlabelled(self, sample: Any) -> None:

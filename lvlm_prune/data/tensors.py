@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, first_line
 
 _KEY = re.compile(r"s(0|[1-9][0-9]*)\.(.+)")
 _INTEGER_TYPES = {"I64", "I32", "I16", "I8", "U8"}
@@ -58,7 +58,7 @@ class TensorSource(CalibrationSource):
                 for number, inputs in enumerate(names):
                     self._check(file, number, inputs)
         except (SafetensorError, OSError) as error:
-            problem = f"not a safetensors file, or truncated ({str(error).splitlines()[0]})"
+            problem = f"not a safetensors file, or truncated ({first_line(error)})"
             raise InputError(_OPTION, self.path, problem) from None
         self._names = names
 

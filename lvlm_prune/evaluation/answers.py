@@ -24,7 +24,7 @@ from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.data.conversation import Conversation, load_image
 from lvlm_prune.data.processing import encode, render, tokenizer_of
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, first_line
 from lvlm_prune.evaluation.metrics import METRICS
 from lvlm_prune.evaluation.scores import Question, Retention, Scores, retention
 
@@ -187,7 +187,7 @@ class _Answerer:
         try:
             yield
         except (ValueError, IndexError, TypeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             name, asked = type(self.processor).__name__, prompt.strip()[-80:].replace("\n", " ")
             raise RunError(f"{name} refuses the question '... {asked}' or one in its batch: {reason}") from error
 

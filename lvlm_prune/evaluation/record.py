@@ -11,6 +11,7 @@ from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.engine import Measurement
 from lvlm_prune.evaluation.scores import retention
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE
 
 EVALUATION_FILES = EVALUATION_RECORD, EVALUATION_TABLE
@@ -76,7 +77,7 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
     """
     compared = record["baseline_average"] is not None
     heads = ["task", "questions", "metric", "score", *(["baseline", "retained"] if compared else [])]
-    rows = [heads, ["---"] * len(heads)]
+    rows = []
     for name, task in record["tasks"].items():
         scale = 100 if "full_mark" not in task else 1
         row = [name, str(task["questions"]), task.get("metric", ""), _number(task["score"], scale)]
@@ -84,8 +85,7 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
     questions = sum(task["questions"] for task in record["tasks"].values())
     row = ["average", str(questions), "", _number(record["average"], 100)]
     rows.append(row + ([_number(record["baseline_average"], 100), _percent(record["retention"])] if compared else []))
-    table = "\n".join("|---" * len(row) + "|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows)
-    return "\n\n".join([table, *_likelihood(record)])
+    return "\n\n".join([markdown_table(heads, rows), *_likelihood(record)])
 
 
 def _likelihood(record: Mapping[str, Any]) -> list[str]:

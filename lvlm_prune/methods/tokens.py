@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.methods.modality import AUDIO, IMAGE, TEXT
+from lvlm_prune.seeds import combined_seed
 
 ATTENTION_NEEDS = frozenset({"attention_last", "attention_text_to_visual", "attention_mean", "attention_map"})
 """Fields of `Tokens` that are computed from queries and keys."""
@@ -110,5 +111,5 @@ class Selection:
 def random_generator(seed: int, tokens: Tokens, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on seed, block and sample only, never on what other samples or processes drew."""
     generator = torch.Generator(device=device)
-    generator.manual_seed(((seed * 1_000_003 + tokens.block) * 1_000_003 + tokens.sample) % 2**63)
+    generator.manual_seed(combined_seed(seed, tokens.block, tokens.sample))
     return generator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.checkpoints.bits import bits_of
 from lvlm_prune.errors import RunError
 from lvlm_prune.methods.patterns import IN_CACHES, ZeroCount
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ def verify_checkpoint(
     stacks = {parameter: names for parameter, names in stacks.items() if not expectations.keys().isdisjoint(names)}
     linears = {f"{name}.weight": name for name in expectations if name not in experts}
     touched = {key for parameter in (*linears, *stacks) for key in weights.keys_of(parameter)}
-    for key in dense:
-        if key not in touched and not dense.same_bytes(key, pruned):
-            raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
+    untouched = verify_untouched(dense, pruned, touched)
     for parameter, name in linears.items():
         before, after = (weights.stored(parameter, folder) for folder in (dense, pruned))
         zeros[name], sizes[name] = _zeros(name, before, after, expectations[name]), after.numel()
@@ -79,22 +76,33 @@ def verify_checkpoint(
             before, after = (experts[name].of(stack).contiguous() for stack in both)
             if name in expectations:
                 zeros[name], sizes[name] = _zeros(name, before, after, expectations[name]), after.numel()
-            elif not _bits(before).equal(_bits(after)):
+            elif not bits_of(before).equal(bits_of(after)):
                 raise RunError(f"verification failed: expert {name} was to stay as it is, and differs")
     return {
         "zeros": zeros,
         "sparsity": sum(zeros.values()) / max(sum(sizes.values()), 1),
-        "untouched_tensors": len(dense) - len(touched),
+        "untouched_tensors": untouched,
     }
 
 
-def _bits(weight: Tensor) -> Tensor:
-    return weight.view(_BITS[weight.element_size()])
+def verify_untouched(before: CheckpointFolder, after: CheckpointFolder, touched: Set[str]) -> int:
+    """Hold all other tensors than those that were to change against what they were, in pieces that stay in caches.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        RunError: One differs; names it.
+    """
+    for key in before:
+        if key not in touched and not before.same_bytes(key, after):
+            raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
+    return len(before) - len(touched)
 
 
 def _zeros(name: str, before: Tensor, after: Tensor, expected: Expectation) -> int:
     """Number of zeros in a pruned weight that is as promised; raises where it is not."""
-    bits_before, bits_after = _bits(before), _bits(after)
+    bits_before, bits_after = bits_of(before), bits_of(after)
     if not expected.updated and not _same_or_zero(bits_before, bits_after):
         raise RunError(f"verification failed: remaining weights of {name} changed")
     if expected.updated and ((after == 0) & (bits_after != 0)).any():

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lvlm_prune.checkpoints.bits import bits_of
 from lvlm_prune.errors import RunError
 from lvlm_prune.methods.patterns import Pattern, SemiStructured
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 # A dense weight has a few zeros by chance, above all in low precision.
 LEAST_SPARSITY = 0.01
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pruned_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
@@ -82,7 +82,7 @@ class ZeroMask:
 
     def violation(self, weight: Tensor) -> tuple[int, int] | None:
         """Row and column of the first pruned weight that is not +0.0 any more; None where all are."""
-        bits = weight.detach().view(_BITS[weight.element_size()])
+        bits = bits_of(weight.detach())
         wrong = ((bits != 0) & self.tensor().to(weight.device)).nonzero()
         return (int(wrong[0, 0]), int(wrong[0, 1])) if len(wrong) else None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.figures.probe import contribution_curves, token_map
 from lvlm_prune.report.page import PageFigure, Table, render_page, show
@@ -83,12 +84,12 @@ def grid_markdown(record: Mapping[str, Any]) -> str:
         return ""
     pools = list(dict.fromkeys(cell["pool"] for cell in cells))
     found = {(cell["pathway"], cell["sparsity"], cell["pool"]): 100 * cell["retention"]["average"] for cell in cells}
-    lines = ["| pathway pruned | sparsity | " + " | ".join(f"pool {pool}" for pool in pools) + " |"]
-    lines.append("|---" * (2 + len(pools)) + "|")
-    for pathway, sparsity in dict.fromkeys((cell["pathway"], cell["sparsity"]) for cell in cells):
-        values = " | ".join(f"{found[pathway, sparsity, pool]:.1f}" for pool in pools)
-        lines.append(f"| {pathway} | {100 * sparsity:g}% | {values} |")
-    return "\n".join(lines)
+    heads = ["pathway pruned", "sparsity", *(f"pool {pool}" for pool in pools)]
+    rows = [
+        [pathway, f"{100 * sparsity:g}%", *(f"{found[pathway, sparsity, pool]:.1f}" for pool in pools)]
+        for pathway, sparsity in dict.fromkeys((cell["pathway"], cell["sparsity"]) for cell in cells)
+    ]
+    return markdown_table(heads, rows)
 
 
 def _grids(run: Mapping[str, Any]) -> dict[str, Table]:

@@ -11,6 +11,7 @@ from typing import Any
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
@@ -106,12 +107,12 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         ["average score", *(_percent(folder["average"]) for folder in folders)],
         ["retained", *(_percent(folder["retention"]) for folder in folders)],
     ]
-    parts = [_table(["", *names], rows)]
+    parts = [markdown_table(["", *names], rows)]
     settings = [[key, *(value.replace("|", "\\|") for value in values)] for key, values in record["settings"].items()]
-    parts.append(_table(["setting", *names], settings) if settings else "All settings are the same.")
+    parts.append(markdown_table(["setting", *names], settings) if settings else "All settings are the same.")
     blocks = sorted({int(block) for of in record["sparsity"] for block in of["all"]})
     rows = [[str(block), *(_percent(of["all"].get(str(block))) for of in record["sparsity"])] for block in blocks]
-    parts.append(_table(["sparsity of block", *names], rows))
+    parts.append(markdown_table(["sparsity of block", *names], rows))
     for pair in record["overlap"]:
         title = f"{names[pair['first']]} and {names[pair['second']]}"
         if pair["mean"] is None:
@@ -121,11 +122,11 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         of_pair = sorted({int(block) for of in pair["kinds"].values() for block in of})
         rows = [[str(block), *(_share(pair["kinds"][kind].get(str(block))) for kind in kinds)] for block in of_pair]
         head = f"Overlap of kept weights (IoU), {title}: {pair['mean']:.3f} over {pair['linears']} Linears"
-        parts.append(f"{head}\n\n{_table(['block', *kinds], rows)}")
+        parts.append(f"{head}\n\n{markdown_table(['block', *kinds], rows)}")
     tasks = list(dict.fromkeys(task for folder in folders for task in folder["tasks"] or {}))
     if tasks:
         rows = [[task, *(_score((folder["tasks"] or {}).get(task)) for folder in folders)] for task in tasks]
-        parts.append(_table(["score", *names], rows))
+        parts.append(markdown_table(["score", *names], rows))
     return "\n\n".join(parts)
 
 
@@ -138,12 +139,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _with_text_keys(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
     """As JSON would have it, so that the record in memory is the record on disk."""
     return {kind: {str(block): value for block, value in of.items()} for kind, of in values.items()}
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, *rows]
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([text[0], "|---" * len(heads) + "|", *text[1:]])
 
 
 def _percent(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.output import markdown
 from lvlm_prune.runs.sweep.grid import PATTERN, SPARSITY, readable
 from lvlm_prune.runs.sweep.results import FinishedRun
 
@@ -87,8 +88,7 @@ def table_rows(runs: Sequence[FinishedRun], across: str) -> tuple[list[str], lis
 def markdown_table(runs: Sequence[FinishedRun], across: str) -> str:
     """Accuracy in percent, mean over tasks and seeds, and in brackets the retention with its spread over seeds."""
     heads, rows = table_rows(runs, across)
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return markdown.markdown_table(heads, rows)
 
 
 def _head(place: Any, across: str) -> str:
