@@ -33,7 +33,7 @@ from lvlm_prune.output.folder import (
     writing,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.verification import Expectation, verify_checkpoint
 from lvlm_prune.plugins import describe
 
@@ -101,7 +101,7 @@ class SparseCheckpointWriter(PruneCallback):
         manifest.write(folder)
         write_config(folder, trainer.run.config)
         # The input may have been pruned itself: its own records would be taken for ours.
-        records = (PRUNING_RECORD, "config.yaml", PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
+        records = (PRUNING_RECORD, "config.yaml", PAGE_NAME, FIGURE_FOLDER, STATISTICS_NAME, *EVALUATION_FILES)
         copy_checkpoint(pl_module.folder.path, folder, leave_out=records)
         manifest["status"] = "pruning"
         manifest.write(folder)
@@ -131,6 +131,7 @@ class SparseCheckpointWriter(PruneCallback):
         folder = trainer.run.folder
         if folder is not None:
             _on_main(trainer, folder, lambda: self._write_block(trainer, pl_module, block, folder))
+        trainer.run.recorded.clear()
 
     def _write_block(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
         assert pl_module.folder is not None
@@ -146,7 +147,6 @@ class SparseCheckpointWriter(PruneCallback):
         written.sync()
         if trainer.run.recorded:
             replace_durably(folder / _statistics_part(block.index), save(trainer.run.recorded))
-            trainer.run.recorded.clear()
         trainer.run.record["blocks"][-1]["seconds"]["write"] = clock.lap()
         trainer.run.record.write(folder)
 
@@ -253,7 +253,7 @@ class SparseCheckpointWriter(PruneCallback):
             if part.is_file():
                 joined.update(load_file(part))
         if joined:
-            replace_durably(folder / "statistics.safetensors", save(joined))
+            replace_durably(folder / STATISTICS_NAME, save(joined))
 
 
 def _verified_line(manifest: Manifest) -> str:

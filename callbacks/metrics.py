@@ -90,7 +90,7 @@ class BlockMetrics(PruneCallback):
 
 
 # Lists and names, or what the step says already.
-_NOT_NUMBERS = frozenset({"index", "name", "visual_tokens", "scores", "example"})
+_NOT_NUMBERS = frozenset({"index", "name", "visual_tokens", "scores"})
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:

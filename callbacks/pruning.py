@@ -21,6 +21,7 @@ from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.tokens import EXPERTS
+from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.plugins import own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, scorer_of
 from lvlm_prune.pruning.calibration import BlockCalibration
@@ -228,6 +229,8 @@ class BlockwisePruning(PruneCallback):
         if calibration is not None:
             devices = {name: matrix.weight.device for name, matrix in block.matrices().items()}
             block.record.update(calibration.finish(trainer.run.processes, devices))
+            if calibration.example is not None:
+                trainer.run.recorded[f"{EXAMPLE}.{block.index}"] = calibration.example
         targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
         pruner = BlockPruner(self.scorer, self.pattern, self.min_expert_tokens, self.rare_experts)
         pruner.prune(block, targets, calibration, trainer.run.processes)

@@ -20,14 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvlm_prune.blocks import (
-    BlockRunner,
-    ExpertMatrix,
-    Part,
-    Place,
-    find_expert_stacks,
-    prunable_linears,
-)
+from lvlm_prune.blocks import BlockRunner, ExpertMatrix, Part, Place, find_expert_stacks, prunable_linears
 from lvlm_prune.blocks.attention import HELD_ATTENTION
 from lvlm_prune.memory.hidden_states import Wanted, choose_place
 from lvlm_prune.memory.sizes import BatchSize, MemoryDemand, Peak, larger_phases

@@ -9,3 +9,7 @@ COMPARISON_RECORD, COMPARISON_TABLE = "compare.json", "compare.md"
 PAGE_NAME = "report.html"
 FIGURE_FOLDER = "report"
 PICTURE_NAME = "calibration-image.png"
+
+STATISTICS_NAME = "statistics.safetensors"
+EXAMPLE = "example"
+"""With a block's number: key there of how much each visual token of one sample counts, uint8 in steps of 1/255."""

@@ -34,7 +34,7 @@ class BlockCalibration:
         pool: Which tokens count.
         statistic: What is summed up.
         record: Keep selections and saliencies for `statistics.safetensors`.
-        example: Number of the sample whose visual tokens are noted one by one in the manifest; None for none.
+        example: Number of the sample whose visual tokens are noted one by one; None for none.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class BlockCalibration:
     ) -> None:
         self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
         self._composition = PoolCounts(example)
+        self.example: Tensor | None = None
+        """How much each visual token of the example counts, uint8 in steps of 1/255; known once finished."""
         self._statistics: dict[str, Statistic] = {}
         self._site_of: dict[str, str] = {}
         self._held: list[tuple[str, int, Tensor, int, float]] = []
@@ -173,7 +175,8 @@ class BlockCalibration:
         )
         self._refuse_faults(processes)
         self._chosen_of = dict(zip(self._samples, cutoffs))
-        found: dict[str, Any] = dict(self.pool.summary()) | self._composition.finish(self._chosen_of, processes)
+        counted, self.example = self._composition.finish(self._chosen_of, processes)
+        found: dict[str, Any] = dict(self.pool.summary()) | {"pool": counted}
         everywhere = processes.gather(self._chosen_of)
         if any(everywhere):
             together = {sample: count for part in everywhere for sample, count in part.items()}

@@ -5,10 +5,7 @@ text ████████████   image ▌   ──►  {"text": 412.
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +45,16 @@ class PoolCounts:
             self._example = (weights if self._example is None else self._example[0] + weights, tokens.visual)
             self._example_candidates = selection.candidates
 
-    def finish(self, chosen: Mapping[int, int], processes: Processes) -> dict[str, Any]:
-        """Numbers for the manifest.
+    def finish(self, chosen: Mapping[int, int], processes: Processes) -> tuple[dict[str, float], Tensor | None]:
+        """What was counted, over all processes.
 
         Args:
             chosen: Sample of this process -> how many of its candidates count.
             processes: All processes of the run.
 
         Returns:
-            `pool`: modality -> number of tokens, each by its weight, over all samples; `example`: see `pack`.
+            Modality -> number of tokens, each by its weight, over all samples; and of the example's visual tokens
+            the weights as `as_steps` has them, uint8 of shape (visual tokens,), or None.
         """
         sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
         if self._counted is not None:
@@ -65,35 +63,29 @@ class PoolCounts:
             counted = torch.cat([modality[: chosen.get(sample, 0)] for sample, modality in self._candidates.items()])
             sums += torch.stack([one.sum() for one in _one_hot(counted)]).double().cpu()
         sums = processes.sum(sums)
-        found: dict[str, Any] = {"pool": {name: sums[code].item() for name, code in MODALITIES.items() if sums[code]}}
-        packed = [part for part in processes.gather(self._packed(chosen)) if part is not None]
-        return found | ({"example": packed[0]} if packed else {})
+        examples = [part for part in processes.gather(self._example_weights(chosen)) if part is not None]
+        counted_tokens = {name: sums[code].item() for name, code in MODALITIES.items() if sums[code]}
+        return counted_tokens, examples[0] if examples else None
 
-    def _packed(self, chosen: Mapping[int, int]) -> str | None:
+    def _example_weights(self, chosen: Mapping[int, int]) -> Tensor | None:
         if self._example is None or self.example is None:
             return None
         weights, visual = self._example
         weights = weights / self._example_calls
         if self._example_candidates is not None:
             weights = weights.index_fill(0, self._example_candidates[: chosen.get(self.example, 0)], 1.0)
-        return pack(weights[visual])
+        return as_steps(weights[visual])
 
 
 def _one_hot(modality: Tensor) -> list[Tensor]:
     return [(modality == code).float() for code in MODALITIES.values()]
 
 
-def pack(weights: Tensor) -> str:
-    """Weights of tokens between 0 and 1, in steps of 1/255, as a short text for the manifest.
+def as_steps(weights: Tensor) -> Tensor:
+    """Weights of tokens between 0 and 1 in steps of 1/255: uint8, a byte each.
 
     Example:
-        >>> unpack(pack(torch.tensor([0.0, 1.0, 0.2])))
-        tensor([0.0000, 1.0000, 0.2000])
+        >>> as_steps(torch.tensor([0.0, 1.0, 0.2]))
+        tensor([  0, 255,  51], dtype=torch.uint8)
     """
-    steps = (weights.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return base64.b64encode(zlib.compress(steps.numpy().tobytes(), 9)).decode()
-
-
-def unpack(text: str) -> Tensor:
-    """Inverse of `pack`, float32."""
-    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8) / 255
+    return (weights.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -10,10 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 from PIL import Image
+from safetensors import safe_open
 
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import FIGURE_FOLDER, PICTURE_NAME
-from lvlm_prune.pruning.composition import unpack
+from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
@@ -327,12 +327,23 @@ def _seconds(run: dict[str, Any]) -> PageFigure:
     return PageFigure("seconds", bars(seconds, "seconds"), caption, Table(["phase", "seconds"], rows))
 
 
+def _example_weights(run: dict[str, Any], folder: Path | None) -> dict[int, list[float]]:
+    """Block -> how much each visual token of the picture counts there, between 0 and 1."""
+    path = None if folder is None else folder / STATISTICS_NAME
+    if path is None or not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as recorded:
+        known = set(recorded.keys())
+        names = {block["index"]: f"{EXAMPLE}.{block['index']}" for block in run["blocks"]}
+        return {block: (recorded.get_tensor(name) / 255).tolist() for block, name in names.items() if name in known}
+
+
 def _picture(run: dict[str, Any], folder: Path | None) -> PageFigure | None:
     path = None if folder is None else folder / FIGURE_FOLDER / PICTURE_NAME
     if path is None or not path.is_file() or not run.get("picture"):
         return None
     rows, columns = run["picture"]["grid"]
-    packed = {block["index"]: unpack(block["example"]).tolist() for block in run["blocks"] if "example" in block}
+    packed = _example_weights(run, folder)
     if not packed or any(len(weights) != rows * columns for weights in packed.values()):
         return None
     caption = (Markup("Visual tokens of calibration sample {} that calibrate a block; all others are faded.")).format(

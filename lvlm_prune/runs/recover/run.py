@@ -34,7 +34,7 @@ from lvlm_prune.output.folder import (
     writing,
 )
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD, STATISTICS_NAME
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.output.summaries import summary
 from lvlm_prune.plugins import plugin_class
@@ -60,7 +60,7 @@ _RECORDS = (
     "config.yaml",
     PAGE_NAME,
     FIGURE_FOLDER,
-    "statistics.safetensors",
+    STATISTICS_NAME,
     *EVALUATION_FILES,
     "adapter",
     *WORK_FOLDERS,
