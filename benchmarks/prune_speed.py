@@ -110,7 +110,7 @@ def floor_seconds(model: nn.Module, samples: list[dict]) -> float:
     """Two bare forwards of every sample through every block."""
     runner = BlockRunner(model)
     batches = [runner.catch(sample) for sample in samples]
-    clock = Stopwatch()
+    clock = Stopwatch(samples[0]["input_ids"].device)
     for index in range(len(runner)):
         for batch in batches:
             runner.run(index, batch)

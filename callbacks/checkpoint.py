@@ -116,8 +116,9 @@ class SparseCheckpointWriter(PruneCallback):
     def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Write the block's pruned weights, then the manifest that says so."""
         matrices = block.matrices()
-        weights = {name: matrices[name].weight for name in block.masks}
-        zeros = {f"{block.name}.{name}": one.numel() - int(one.count_nonzero()) for name, one in weights.items()}
+        weights = {f"{block.name}.{name}": matrices[name].weight for name in block.masks}
+        stay = torch.stack([one.count_nonzero() for one in weights.values()]).tolist() if weights else []
+        zeros = {name: one.numel() - count for (name, one), count in zip(weights.items(), stay)}
         for name, entry in block.record.pop("linears", {}).items():
             rows, columns = entry["shape"]
             achieved = zeros.get(name, 0) / (rows * columns)
@@ -136,7 +137,7 @@ class SparseCheckpointWriter(PruneCallback):
     def _write_block(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, folder: Path) -> None:
         assert pl_module.folder is not None
         assert isinstance(trainer.run.weights, StreamedWeights)
-        clock = Stopwatch()
+        clock = Stopwatch(trainer.strategy.root_device)
         written = pl_module.folder.at(folder)
         for parameter, members in _by_parameter(block).items():
             pruned = pl_module.model.get_parameter(parameter).detach()

@@ -31,11 +31,12 @@ class BlockMetrics(PruneCallback):
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
     ) -> None:
         """Start the clock."""
-        self._clock = Stopwatch()
+        self._clock = Stopwatch(trainer.strategy.root_device)
 
     def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Log what surveying the block took."""
-        found = {"survey/seconds": self._clock.lap(), "survey/peak_memory_bytes": float(peak_memory())}
+        peak = peak_memory(trainer.strategy.root_device)
+        found = {"survey/seconds": self._clock.lap(), "survey/peak_memory_bytes": float(peak)}
         self._log(trainer, found, block.index)
 
     def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
+from torch import Tensor
 
 from lvlm_prune.blocks import Target
 from lvlm_prune.callbacks.base import PruneCallback
@@ -199,9 +200,7 @@ class BlockwisePruning(PruneCallback):
         matrices = block.matrices()
         full_names = {name: f"{block.name}.{name}" for name in matrices}
         self._targets = {name: full_name for name, full_name in full_names.items() if full_name in self.targets}
-        for name, full_name in self._targets.items():
-            if not torch.isfinite(torch.stack(matrices[name].weight.aminmax())).all():
-                raise RunError(f"NaN or infinity in the weight of {full_name}")
+        self._refuse_broken({full_name: matrices[name].weight for name, full_name in self._targets.items()})
         self._calibration: BlockCalibration | None = None
         if self.scorer.statistic is not None:
             self._calibration = BlockCalibration(
@@ -214,6 +213,16 @@ class BlockwisePruning(PruneCallback):
                 if trainer.run.samples.picture is None or block.target == "vision"
                 else trainer.run.samples.picture.sample,
             )
+
+    @staticmethod
+    def _refuse_broken(weights: Mapping[str, Tensor]) -> None:
+        """Stop at NaN or infinity, with one look at all weights: a look at each would make a GPU wait."""
+        if not weights:
+            return
+        extremes = torch.stack([torch.stack(weight.aminmax()).double() for weight in weights.values()])
+        for full_name, is_finite in zip(weights, torch.isfinite(extremes).all(dim=1).tolist()):
+            if not is_finite:
+                raise RunError(f"NaN or infinity in the weight of {full_name}")
 
     def on_calibration_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import Callback
@@ -133,11 +134,11 @@ def prune(
         data = CalibrationDataModule(InputsSource(calibration))
     quiet = trainer is None if quiet is None else quiet
     if trainer is None:
-        device = next(model.parameters()).device.type if isinstance(model, nn.Module) else "auto"
+        accelerator, devices = _where(model)
         with _quiet_lightning():
             trainer = RunTrainer(
-                accelerator={"cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(device, "auto"),
-                devices=1,
+                accelerator=accelerator,
+                devices=devices,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -146,3 +147,11 @@ def prune(
             )
     options = RunOptions(resume=resume, evaluate=False, quiet=quiet)
     return PruneRun(trainer, module, data, "" if in_memory else str(output), options)()
+
+
+def _where(model: nn.Module | str | Path) -> tuple[str, int | list[int]]:
+    """Accelerator and devices for a model: those that one in memory is on."""
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("meta")
+    if device.type == "cuda":
+        return "cuda", [device.index]
+    return (device.type if device.type in ("cpu", "mps") else "auto"), 1

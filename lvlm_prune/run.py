@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lvlm_prune.blocks import Weights
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.distributed.hardware import Hardware
+from lvlm_prune.distributed.hardware import Hardware, checked_accelerator
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop.catching import CaughtSamples
@@ -109,7 +109,8 @@ class RunTrainer(L.Trainer):
         options: Those of Lightning's Trainer.
 
     Raises:
-        InputError: `hidden_states` is no such place, or `scratch` no folder that can be written.
+        InputError: `hidden_states` is no such place, `scratch` no folder that can be written, or the accelerator an
+            Apple GPU.
     """
 
     callbacks: list[Callback]
@@ -121,6 +122,7 @@ class RunTrainer(L.Trainer):
         self.hidden_states, self.scratch = checked_place(hidden_states), scratch
         if scratch and not os.access(scratch, os.W_OK | os.X_OK):
             raise InputError("trainer.scratch", scratch, "is not a folder that can be written")
+        options["accelerator"] = checked_accelerator(options.get("accelerator", "auto"))
         super().__init__(**options)
 
     def watched_memory(self) -> RunMemory:

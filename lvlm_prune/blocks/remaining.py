@@ -86,7 +86,7 @@ class DecoderTail:
     def of_samples(self, numbers: Container[int]) -> DecoderTail:
         """The same blocks for those samples of this process that have one of these numbers."""
         chosen = [sample for sample in self._samples if sample.sample in numbers]
-        return DecoderTail(self._runner, self._weights, chosen, self._first)
+        return DecoderTail(self._runner, self._weights, chosen, self._first, self._placement)
 
     @torch.no_grad()
     def losses(self, changes: Sequence[Change]) -> dict[int, list[float]]:
@@ -157,20 +157,23 @@ class DecoderTail:
             return 0.0, 0.0
         sample = self._samples[0]
         batch, counted = self._placement.fetched(sample.batch), self._runner.forwards
-        block = _seconds(lambda: self._runner.run(self._first, batch))
-        loss = _seconds(lambda: self._loss(sample, batch))
+        block = _seconds(lambda: self._runner.run(self._first, batch), batch.hidden.device)
+        loss = _seconds(lambda: self._loss(sample, batch), batch.hidden.device)
         self._runner.forwards = counted
         return block, loss
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the second of two calls: the first one warms up."""
     with torch.no_grad():
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait_for(device)
         started = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait_for(device)
     return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

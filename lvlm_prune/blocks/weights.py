@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lvlm_prune.blocks.decoder import Decoder
 from lvlm_prune.checkpoints.allocator import give_back_freed
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
-from lvlm_prune.checkpoints.prefetch import Prefetch
+from lvlm_prune.checkpoints.prefetch import Prefetch, prefetch
 from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.checkpoints.versions import tied_names
 from lvlm_prune.errors import InputError
@@ -237,7 +237,7 @@ class StreamedWeights(Weights):
         self._load(self._block_names[i], folder or self._folder)
 
     def prefetch_block(self, i: int) -> None:
-        self._coming = (i, Prefetch(self._read(self._block_names[i], self._folder, "cpu")))
+        self._coming = (i, prefetch(self._read(self._block_names[i], self._folder, "cpu"), self._device))
 
     def release_block(self, i: int) -> None:
         for name in self._block_names[i]:

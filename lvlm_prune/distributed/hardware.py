@@ -9,13 +9,15 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from lvlm_prune.errors import InputError
+
 
 @dataclass(frozen=True)
 class Hardware:
     """The devices of a run.
 
     Args:
-        accelerator: `cpu`, `cuda` or `mps`.
+        accelerator: `cpu` or `cuda`.
         device: The device of this process.
         devices: Devices, and so processes, on this machine.
         device_ids: Their numbers; as many as there are devices.
@@ -58,3 +60,18 @@ class Hardware:
         return replace(
             self, devices=1, device_ids=self.device_ids[:1], nodes=1, strategy="auto", environment=None, loggers=()
         )
+
+
+def checked_accelerator(wanted: Any) -> Any:
+    """The option `--trainer.accelerator`: `auto` is a CUDA GPU or else the CPU.
+
+    Raises:
+        InputError: It is an Apple GPU, which has no float64: sums over calibration tokens need it.
+    """
+    on_apple = torch.backends.mps.is_available() and not torch.cuda.is_available()
+    if wanted == "auto" and on_apple:
+        return "cpu"
+    if wanted == "mps" or (wanted == "gpu" and on_apple):
+        problem = "sums over tokens are in float64, which Apple's GPUs do not have; use `cpu`"
+        raise InputError("trainer.accelerator", wanted, problem)
+    return wanted

@@ -161,11 +161,14 @@ class Processes:
 
     @contextmanager
     def _connection(self) -> Iterator[None]:
+        """While messages are sent: nothing can be agreed on any more once one has failed, for whatever reason."""
         try:
             yield
         except RuntimeError as error:
             self._ended = True
-            raise ProcessLost from error
+            if is_lost_connection(error):
+                raise ProcessLost from error
+            raise
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

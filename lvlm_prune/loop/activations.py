@@ -57,6 +57,11 @@ class SampleRow:
             members |= self.modality == MODALITIES[name]
         return members
 
+    def modality_counts(self) -> tuple[int, int, int]:
+        """Numbers of text, visual (image and video) and audio tokens."""
+        text, visual, audio = self.indices("text"), self.indices("image", "video"), self.indices("audio")
+        return len(text), len(visual), len(audio)
+
     def cut(self, values: Tensor) -> Tensor:
         """Real positions of (S, ...) values, shape (T, ...)."""
         return values if self.real is None else values[self.real]
@@ -251,6 +256,7 @@ class Activations:
             visual_index=visual_index,
             text_index=text_index,
             modality=self.row.modality,
+            modality_counts=self.row.modality_counts() if "outputs" in needs else None,
             outputs=(
                 {name: self._flatten(value)[0] for name, value in self._record.outputs.items()}
                 if "outputs" in needs

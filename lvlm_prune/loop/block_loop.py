@@ -86,6 +86,7 @@ class BlockLoop:
         needs: What activations are to hold besides the inputs of the Linears, of `lvlm_prune.methods.tokens.NEEDS`.
         agree: Called after each pass with the exception that it raised, or None; fails on every process if one did.
         placement: Where the samples wait for their turn.
+        device: Where the blocks run.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class BlockLoop:
         needs: Callable[[], frozenset[str]],
         agree: Callable[[BaseException | None], None],
         placement: Placement | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = device
         self.part, self.runner, self.weights = part, part.runner, weights
         self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
         self.placement = placement or Placement()
@@ -112,10 +115,8 @@ class BlockLoop:
 
     def fork(self) -> BlockLoop:
         """A loop over copies of the samples, which leaves those of this loop where they are."""
-        rows = fork_rows(self.rows)
-        return BlockLoop(
-            self.part, self.weights, rows, self.raise_hook, self.gathers, self.needs, self.agree, self.placement
-        )
+        shared = self.raise_hook, self.gathers, self.needs, self.agree, self.placement, self.device
+        return BlockLoop(self.part, self.weights, fork_rows(self.rows), *shared)
 
     @torch.no_grad()
     def run(self, done: Sequence[int] = (), load_done: Callable[[int], None] | None = None) -> None:
@@ -168,7 +169,7 @@ class BlockLoop:
 
     def _work(self, place: int, is_last: bool, following: int | None) -> None:
         seconds, forwards = {}, self.runner.forwards
-        clock = Stopwatch()
+        clock = Stopwatch(self.device)
         self.weights.load_block(place)
         block = self._block(place)
         seconds["read"] = clock.lap()
@@ -188,7 +189,7 @@ class BlockLoop:
         seconds["propagate"] = clock.lap()
         block.forwards = self.runner.forwards - forwards
         block.record["seconds"] = seconds
-        block.record["peak_memory_bytes"] = peak_memory()
+        block.record["peak_memory_bytes"] = peak_memory(self.device)
         self.raise_hook("on_block_end", block=block)
 
     def _together(self, work: Callable[..., None], *arguments: Any, **options: Any) -> None:

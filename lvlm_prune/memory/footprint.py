@@ -113,18 +113,18 @@ class Footprint:
             statistics = 0 if pool is None else block.statistics(scorer, pool)
             matrices = (*block.shapes, *block.experts)
             masks = sum(map(prod, matrices))
-            scoring = max((scorer.working_bytes(shape, self.itemsize) for shape in matrices), default=0) + _EFFECTS
-            with_next = size if self.on_gpu else 2 * size  # which waits in the host's memory
+            working = (scorer.working_bytes(shape, self.itemsize, self.on_gpu) for shape in matrices)
+            scoring = max(working, default=0) + _EFFECTS
             phases = {
                 "scoring": size + statistics + masks + scoring,
-                "passing on": with_next + masks + max((self._forward(block, one) for one in self.batches), default=0),
+                "passing on": 2 * size + masks + max((self._forward(block, one) for one in self.batches), default=0),
             }
             if pool is not None:
                 gathering = max((self._gathering(block, batch, self.method.needs) for batch in self.batches), default=0)
                 phases["gathering"] = size + statistics + self._candidates(block, pool) + gathering
             if self.method.surveys:
                 survey = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
-                phases["survey"] = with_next + survey
+                phases["survey"] = 2 * size + survey
             found = larger_phases(found, phases)
         return {f"{self._label}{name}": count for name, count in found.items()}
 

@@ -48,7 +48,9 @@ def available_device_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return available_host_memory()
     free, _ = torch.cuda.mem_get_info(device)
-    return int(_USABLE * free)
+    # What torch keeps of freed memory is there to be taken, though the driver counts it as used.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_USABLE * (free + kept))
 
 
 def choose_place(wanted: Wanted, held: int, on_device: int, in_host: int, catching: int) -> Place:

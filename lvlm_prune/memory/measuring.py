@@ -15,27 +15,32 @@ _STATUS = Path("/proc/self/status")
 
 
 class Stopwatch:
-    """Seconds between laps, with the accelerator's queue emptied first."""
+    """Seconds between laps, with the queue of the device emptied first where that is a GPU.
+
+    Args:
+        device: Where the work is done that is measured.
+    """
 
     clock = staticmethod(time.perf_counter)
     """Where the time comes from; a benchmark on a busy machine takes processor time instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
         self._start = self.clock()
 
     def lap(self) -> float:
         """Seconds since the last lap."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = self.clock()
         elapsed, self._start = now - self._start, now
         return elapsed
 
 
-def peak_memory() -> int:
-    """Largest memory of this process so far in bytes: the device's where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Largest memory of this process so far in bytes: that of the device where it is a GPU, else resident memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

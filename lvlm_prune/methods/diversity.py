@@ -41,7 +41,8 @@ def modality_diversity(outputs: Tensor, modality: Tensor, pairs: Pairs = "all") 
 
     Args:
         outputs: One vector per token, of shape (T, C), any float dtype.
-        modality: Modality code of each token as in `lvlm_prune.blocks`, int8 of shape (T,); padding is left out.
+        modality: Modality code of each token as in `lvlm_prune.methods.modality`, int8 of shape (T,); padding is left
+            out.
         pairs: `all` pairs of a modality, as in the paper, or only those of `positive` cosine, as in the released code
             (no such pair: a mean cosine of 0, where that code gives NaN). Between modalities all pairs count.
 
@@ -55,9 +56,29 @@ def modality_diversity(outputs: Tensor, modality: Tensor, pairs: Pairs = "all") 
         >>> {name: round(value, 6) for name, value in terms.items()}, round(score, 6)
         ({'text': 1.0, 'visual': 0.0, 'between': 0.5}, 0.5)
     """
+    terms = diversity_terms(outputs, modality, pairs)
+    if not terms:
+        return 0.0, {}
+    # One transfer from the device for all terms.
+    values = torch.stack(list(terms.values())).tolist()
+    return sum(values) / len(values), dict(zip(terms, values))
+
+
+def diversity_terms(
+    outputs: Tensor, modality: Tensor, pairs: Pairs = "all", counts: tuple[int, int, int] | None = None
+) -> dict[str, Tensor]:
+    """The terms of `modality_diversity`, whose mean is the score, as float64 numbers on the device.
+
+    Args:
+        outputs: See there, as `modality` and `pairs`.
+        modality: See there.
+        pairs: See there.
+        counts: Numbers of text, visual and audio tokens, where they are known: to count them is to wait for a GPU.
+    """
     members = torch.stack([_of_modality(modality, codes) for codes in _MODALITIES.values()])
     sums, squares = _sums_of_units(outputs, members)
-    found = {name: (row, count) for row, (name, count) in enumerate(zip(_MODALITIES, members.sum(1).tolist())) if count}
+    known = members.sum(1).tolist() if counts is None else counts
+    found = {name: (row, count) for row, (name, count) in enumerate(zip(_MODALITIES, known)) if count}
     terms = {}
     for name, (row, count) in found.items():
         if count < 2:
@@ -73,31 +94,30 @@ def modality_diversity(outputs: Tensor, modality: Tensor, pairs: Pairs = "all") 
     ]
     if across:
         terms["between"] = 1 - torch.stack(across).mean()
-    if not terms:
-        return 0.0, {}
-    # One transfer from the device for all terms.
-    values = dict(zip(terms, torch.stack(list(terms.values())).tolist()))
-    return sum(values.values()) / len(values), values
+    return terms
 
 
-def mean_diversity(outputs: Tensor, pairs: Pairs = "all") -> float:
-    """Mean cosine distance over all pairs of tokens, whatever their modality; 0.0 for fewer than two tokens.
+def mean_diversity(outputs: Tensor, pairs: Pairs = "all") -> Tensor:
+    """Mean cosine distance over all pairs of tokens, whatever their modality; 0 for fewer than two tokens.
 
     Args:
         outputs: One vector per token, of shape (T, C), any float dtype; padding left out.
         pairs: `all`, or only the pairs of `positive` cosine as in TAMP's released code.
 
+    Returns:
+        float64 without dimension, on the device.
+
     Example:
         >>> mean_diversity(torch.eye(3))
-        1.0
+        tensor(1., dtype=torch.float64)
     """
     count = len(outputs)
     if count < 2:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=outputs.device)
     if pairs == "positive":
-        return (1 - _mean_positive_cosine(outputs)).item()
+        return 1 - _mean_positive_cosine(outputs)
     sums, squares = _sums_of_units(outputs, torch.ones(1, count, dtype=torch.bool, device=outputs.device))
-    return (1 - _mean_cosine(sums[0], squares[0], count)).item()
+    return 1 - _mean_cosine(sums[0], squares[0], count)
 
 
 def distance_to_others(vectors: Tensor) -> Tensor:
@@ -124,7 +144,10 @@ def distance_to_others(vectors: Tensor) -> Tensor:
 
 
 def _of_modality(modality: Tensor, codes: tuple[int, ...]) -> Tensor:
-    return torch.isin(modality, torch.tensor(codes, dtype=modality.dtype, device=modality.device))
+    members = modality == codes[0]
+    for code in codes[1:]:
+        members |= modality == code
+    return members
 
 
 def _sums_of_units(vectors: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,6 +166,10 @@ def _lowest(grouped: Tensor, count: int) -> Tensor:
         return torch.zeros_like(grouped, dtype=torch.bool)
     threshold = kth_lowest(grouped, count)
     mask = grouped <= threshold
+    if grouped.is_cuda:  # to look for the rows with ties would make it wait
+        below = grouped < threshold
+        room = count - below.sum(dim=1, keepdim=True)
+        return below | ((grouped == threshold) & ((grouped == threshold).cumsum(dim=1) <= room))
     tied_rows = (mask.sum(dim=1) > count).nonzero().flatten()
     if len(tied_rows):
         tied, below = grouped[tied_rows] == threshold[tied_rows], grouped[tied_rows] < threshold[tied_rows]
@@ -183,6 +187,9 @@ def kth_lowest(values: Tensor, count: int) -> Tensor:
         >>> kth_lowest(torch.tensor([[3.0, 1.0, 2.0]]), 2)
         tensor([[2.]])
     """
+    if torch.are_deterministic_algorithms_enabled() and values.is_cuda:
+        # The value is the same either way, but torch refuses `kthvalue`, whose index is not.
+        return values.sort(dim=1).values[:, count - 1 : count]
     if values.device.type != "cpu" or values.dtype != torch.float32:
         return values.kthvalue(count, dim=1, keepdim=True).values
     partitioned = np.partition(values.detach().numpy(), count - 1, axis=1)

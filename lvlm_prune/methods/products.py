@@ -46,6 +46,27 @@ def inner_products(vectors: Tensor) -> Tensor:
     return products
 
 
+def running_sums(values: Tensor, dim: int = -1) -> Tensor:
+    """Sums of the values up to each of them, along one dimension; the same bits in every run if torch is told so.
+
+    A GPU adds floats in any order, which torch refuses under `use_deterministic_algorithms`. There the values become
+    multiples of 2^-52 of their total: sums of integers do not depend on the order.
+
+    Args:
+        values: float32 or float64.
+        dim: The dimension.
+
+    Example:
+        >>> running_sums(torch.tensor([1.0, 2.0, 4.0]))
+        tensor([1., 3., 7.])
+    """
+    if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return values.cumsum(dim)
+    precise = values.double()
+    unit = precise.abs().sum(dim, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 2**52
+    return ((precise / unit).round().long().cumsum(dim) * unit).to(values.dtype)
+
+
 def invert_lower_(lower: Tensor) -> Tensor:
     r"""Turn a lower triangular matrix into its inverse, by halves: a third of the work of solving for the identity.
 

@@ -3,6 +3,7 @@
 A statistic belongs to an input *site*: Linears that are fed by the same tensor (q/k/v, gate/up) share one.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,6 +25,8 @@ class Statistic(ABC):
 
     energy: ClassVar[str] = "diagonal"
     """What `output_energy` is: `exact`, or `diagonal`, which takes channels for uncorrelated."""
+    takes_counted: ClassVar[bool] = False
+    """True where `add` also takes `counted`, see `Selection`: it leaves out tokens that do not count."""
 
     @abstractmethod
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None: ...
@@ -111,11 +114,13 @@ class InverseFactor:
     Args:
         upper: Upper triangular U with U^T U = (H + damping)^-1, float32 of shape (channels, channels).
         dead: Channels that are zero in every token of the pool, bool of shape (channels,); U is diagonal there.
+        dead_channels: Number of them.
         damping: The share of the mean diagonal that was added, the asked one or the first larger one that sufficed.
     """
 
     upper: Tensor
     dead: Tensor
+    dead_channels: int
     damping: float
 
 
@@ -133,19 +138,27 @@ class Gram(Statistic):
     """
 
     energy = "exact"
+    takes_counted = True
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         # Symmetric: only what is on and below the diagonal is summed up.
         self._lower = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self._factors: dict[tuple[float, int], InverseFactor] = {}
 
-    def add(self, inputs: Tensor, weights: Tensor) -> None:
-        """Add `w_t^2 x_t x_t^T` summed over the tokens of one sample."""
+    def add(self, inputs: Tensor, weights: Tensor, counted: Tensor | slice | None = None) -> None:
+        """Add `w_t^2 x_t x_t^T` summed over the tokens of one sample.
+
+        Args:
+            inputs: Input of the site, shape (T, channels), any float dtype.
+            weights: Weight of each token, shape (T,), bool or float.
+            counted: Where the weight is not zero, as indices or a slice; looked for by default.
+        """
         # The product costs T * channels^2: what does not count is left out first.
-        counts = weights if weights.dtype == torch.bool else weights != 0
-        tokens = inputs[counts].float()
+        if counted is None:
+            counted = weights if weights.dtype == torch.bool else weights != 0
+        tokens = inputs[counted].float()
         if weights.dtype != torch.bool:
-            tokens *= weights[counts].float()[:, None]
+            tokens = tokens * weights[counted].float()[:, None]
         if len(tokens):
             for rows in stripes(inputs.shape[1]):
                 self._lower[rows, : rows.stop] += tokens[:, rows].T @ tokens[:, : rows.stop]
@@ -204,12 +217,13 @@ class Gram(Statistic):
 
     def _factorise(self, damping: float) -> InverseFactor:
         diagonal = self._lower.diagonal()
-        mean = diagonal.mean().item()
-        if not torch.isfinite(self._lower.sum()):
+        # One look at the device for all that is to be known, here and in the loop.
+        dead = diagonal == 0
+        mean, total, dead_channels = torch.stack([diagonal.mean(), self._lower.sum(), dead.sum().double()]).tolist()
+        if not math.isfinite(total):
             raise RunError("NaN or infinity in the Gram matrix of the calibration tokens")
         if mean == 0:
             raise RunError("the Gram matrix is zero: no calibration token has a value that is not zero")
-        dead = diagonal == 0
         share, failed = damping, torch.empty((), dtype=torch.int32, device=self._lower.device)
         while True:
             # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
@@ -219,7 +233,9 @@ class Gram(Statistic):
             lower = self._lower.flip(0, 1).T
             damped = lower.diagonal().add_((share * mean + dead * mean).flip(0)).clone()
             torch.linalg.cholesky_ex(lower, out=(lower, failed))
-            if not failed and (lower.diagonal().square() / damped).min() > torch.finfo(torch.float32).eps:
+            smallest = (lower.diagonal().square() / damped).min()
+            has_failed, smallest = torch.stack([failed.double(), smallest]).tolist()
+            if not has_failed and smallest > torch.finfo(torch.float32).eps:
                 break
             del lower
             share = max(10 * share, 1e-6)
@@ -227,4 +243,4 @@ class Gram(Statistic):
         upper = torch.empty_like(inverse, dtype=torch.float32, memory_format=torch.contiguous_format)
         for rows in stripes(len(inverse)):
             upper[rows] = inverse[len(inverse) - rows.stop : len(inverse) - rows.start].flip(0, 1)
-        return InverseFactor(upper, dead, share)
+        return InverseFactor(upper, dead, int(dead_channels), share)

@@ -43,6 +43,7 @@ class Tokens:
         visual_index: Indices of the visual tokens, int64 of shape (n_visual,). Follow from `visual` by default; handed
             over where they are known already, because to find them on a GPU is to wait for it.
         text_index: Indices of the text tokens, int64 of shape (n_text,); the same.
+        modality_counts: Numbers of text, visual (image and video) and audio tokens, where they are known already.
 
     Example:
         >>> tokens = Tokens(torch.zeros(3, 2), torch.zeros(3, 2), visual=torch.tensor([False, True, True]))
@@ -66,6 +67,7 @@ class Tokens:
     sample: int = 0
     visual_index: Tensor = None  # type: ignore[assignment]
     text_index: Tensor = None  # type: ignore[assignment]
+    modality_counts: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.text is None:
@@ -101,11 +103,19 @@ class Selection:
         weights: Weight of each token in any case, shape (T,), bool or float, not negative.
         candidates: Token indices, int64, best first; how many of them count is said by `Pool.cutoffs`.
         saliency: Saliency of each visual token where one was computed, float32 of shape (n_visual,); for the record.
+        counted: Which tokens have a weight that is not zero, where the pool knows it without looking: their indices,
+            int64 and ascending, or a slice. A statistic that leaves the others out need not make a GPU wait then.
     """
 
     weights: Tensor
     candidates: Tensor | None = None
     saliency: Tensor | None = None
+    counted: Tensor | slice | None = None
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device; a GPU gets them from pinned memory, and is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def random_generator(seed: int, tokens: Tokens, device: torch.device | str = "cpu") -> torch.Generator:

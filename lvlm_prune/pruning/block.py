@@ -6,7 +6,7 @@ deal out ─► for each matrix: score ─► mask ─► new weight ─► exch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,23 +66,30 @@ class BlockPruner:
         """
         matrices = block.matrices()
         entries: dict[str, dict[str, Any]] = {}
-        effects = PruningErrors()
+        effects, finite = PruningErrors(), dict[str, Tensor]()
+        unseen = _saw_nothing(targets, calibration)
         owners = self._deal({name: matrices[name].weight for name in targets}, calibration, processes.count)
         for name, target in targets.items():
             weight = matrices[name].weight
             statistic = None if calibration is None else calibration.statistic_of(name)
             entry = entries[name] = {"shape": list(weight.shape), "target": target}
             if calibration is not None:
-                entry |= self._lack_of_tokens(calibration, name, statistic, isinstance(matrices[name], ExpertMatrix))
+                is_expert = isinstance(matrices[name], ExpertMatrix)
+                entry |= self._lack_of_tokens(calibration, name, name in unseen, is_expert)
             if "note" in entry:
                 del owners[name]
             elif owners[name] == processes.rank:
-                self._prune_matrix(block, name, weight, statistic, entry, effects)
+                self._prune_matrix(block, name, weight, statistic, entry, effects, finite)
             else:
                 block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
+        if finite and not torch.stack(list(finite.values())).all():
+            full_name = next(full_name for full_name, is_finite in finite.items() if not is_finite)
+            raise RunError(f"NaN or infinity in the updated weight of {full_name}")
         self._exchange(block, owners, entries, processes)
-        for name in owners:
-            entries[name]["pruned"] = int(block.masks[name].count_nonzero())
+        # One look at the device for all matrices: a look at each would make a GPU wait.
+        counts = torch.stack([block.masks[name].count_nonzero() for name in owners]).tolist() if owners else []
+        for name, count in zip(owners, counts):
+            entries[name]["pruned"] = count
             if scorer_of(entries[name], self.scorer).updates_weights:
                 block.updated.add(name)
         linears = {f"{block.name}.{name}": entry for name, entry in entries.items()}
@@ -107,13 +114,13 @@ class BlockPruner:
         return {name: owners[share] for share, names in shares.items() for name in names}
 
     def _lack_of_tokens(
-        self, calibration: BlockCalibration, name: str, statistic: Statistic | None, is_expert: bool
+        self, calibration: BlockCalibration, name: str, is_unseen: bool, is_expert: bool
     ) -> dict[str, Any]:
         """What the manifest says of a matrix that saw too few tokens; with a `note` it stays dense."""
         if not is_expert:
-            return {"target": 0.0, "note": "saw no calibration token"} if _saw_nothing(statistic) else {}
+            return {"target": 0.0, "note": "saw no calibration token"} if is_unseen else {}
         routed = calibration.routed_tokens(name)
-        if routed >= self.min_expert_tokens and not _saw_nothing(statistic):
+        if routed >= self.min_expert_tokens and not is_unseen:
             return {}
         if self.rare_experts == "keep":
             note = "too few calibration tokens were sent to this expert"
@@ -128,16 +135,19 @@ class BlockPruner:
         statistic: Statistic | None,
         entry: dict[str, Any],
         effects: PruningErrors,
+        finite: dict[str, Tensor],
     ) -> None:
-        """Overwrite the weight; note in the entry what the scorer has to say, and in `effects` what it did."""
+        """Overwrite the weight; note in the entry what the scorer has to say, and in `effects` what it did.
+
+        `finite` gets whether all of an updated weight is finite: to look at once would make a GPU wait.
+        """
         scorer, target, full_name = scorer_of(entry, self.scorer), entry["target"], f"{block.name}.{name}"
-        clock = Stopwatch()
+        clock = Stopwatch(weight.device)
         pruned, mask = scorer.prune(weight, statistic, target, self.pattern)
         block.masks[name] = mask
         if scorer.updates_weights:
             block.solve_seconds += clock.lap()
-            if not torch.isfinite(pruned).all():
-                raise RunError(f"NaN or infinity in the updated weight of {full_name}")
+            finite[full_name] = torch.isfinite(pruned).all()
         if scorer is self.scorer and target > 0:
             rows = scored_rows(weight)
             in_part = scorer.by_row and scorer.group == "row"
@@ -168,9 +178,15 @@ class BlockPruner:
             entries[name]["scorer"] = note
 
 
-def _saw_nothing(statistic: Statistic | None) -> bool:
-    """Whether no token of the pool reached the matrix, or only zeros: then nothing is known about its weights."""
-    if statistic is None:
-        return True
-    norms = statistic.squared_norms()
-    return norms is not None and not bool(norms.any())
+def _saw_nothing(names: Iterable[str], calibration: BlockCalibration | None) -> set[str]:
+    """The matrices that no token of the pool reached, or only zeros: then nothing is known about their weights.
+
+    One look at the device for all of them.
+    """
+    if calibration is None:
+        return set()
+    statistics = {name: calibration.statistic_of(name) for name in names}
+    norms = {name: one.squared_norms() for name, one in statistics.items() if one is not None}
+    known = {name: value.any() for name, value in norms.items() if value is not None}
+    seen = dict(zip(known, torch.stack(list(known.values())).tolist())) if known else {}
+    return {name for name, statistic in statistics.items() if statistic is None or not seen.get(name, True)}

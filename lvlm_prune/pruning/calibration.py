@@ -7,7 +7,7 @@ sample ──► pool ──┬─ tokens that count in any case ──► added
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ class BlockCalibration:
             self._composition.add(tokens, shared, order)
         if self.record:
             self._selections[sample.sample] = (tokens.visual, shared)
-        for site, inputs, repeats in sample.site_inputs():
+        sites = list(sample.site_inputs()) if self.pool.per_linear else sample.site_inputs()
+        own = self._selected_each(sample, tokens, sites) if isinstance(sites, list) else {}
+        for site, inputs, repeats in sites:
             names = [name for name in sample.sites[site] if name in self.targets]
             keys = {name: name if self.pool.per_linear else site for name in names}
             for name, key in keys.items():
@@ -83,12 +85,19 @@ class BlockCalibration:
             for key in dict.fromkeys(keys.values()):
                 selection = shared
                 if selection is None and repeats > 0:
-                    selection = self.pool.select(tokens, key)
+                    selection = own[key]
                     self._composition.add(tokens, selection, order)
                     if self.record:
                         self._linear_selections[sample.sample, key] = selection.weights
                 self._add(key, inputs, repeats, selection, order, sample.row.weight)
         self._add_routed(sample, shared, order)
+
+    def _selected_each(
+        self, sample: Activations, tokens: Tokens, sites: Iterable[tuple[str, Tensor, int]]
+    ) -> dict[str, Selection]:
+        """What a pool that chooses for each Linear answers for those of the decoder's own tokens."""
+        names = [name for site, _, repeats in sites if repeats > 0 for name in sample.sites[site]]
+        return self.pool.select_each(tokens, [name for name in names if name in self.targets])
 
     def _add(
         self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int, sample_weight: float
@@ -96,11 +105,12 @@ class BlockCalibration:
         if key not in self._statistics:
             self._statistics[key] = self.statistic(inputs.shape[1], inputs.device)
         if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
-            self._sum_up(key, inputs, _scaled(_all(inputs), sample_weight), order)
+            self._sum_up(key, inputs, _scaled(_all(inputs), sample_weight), order, slice(None))
             return
         assert selection is not None
         weights = selection.weights if repeats == 1 else selection.weights.repeat(repeats)
-        self._sum_up(key, inputs, _scaled(weights, sample_weight), order)
+        counted = selection.counted if repeats == 1 else None
+        self._sum_up(key, inputs, _scaled(weights, sample_weight), order, counted)
         if selection.candidates is not None and len(selection.candidates):
             streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
             self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats, sample_weight))
@@ -129,9 +139,14 @@ class BlockCalibration:
             own_ranks = ranks[routed.tokens][held]
             self._held_routed.append((name, order, inputs[held], own_ranks, sample.row.weight))
 
-    def _sum_up(self, key: str, inputs: Tensor, weights: Tensor, order: int) -> None:
+    def _sum_up(
+        self, key: str, inputs: Tensor, weights: Tensor, order: int, counted: Tensor | slice | None = None
+    ) -> None:
         statistic = self._statistics[key]
-        statistic.add(inputs, weights)
+        if statistic.takes_counted:
+            statistic.add(inputs, weights, counted)  # type: ignore[call-arg]
+        else:
+            statistic.add(inputs, weights)
         if (norms := statistic.squared_norms()) is not None:
             # Looked at only where the sums turn out to be broken: to look at once would make a GPU wait.
             self._totals.setdefault(key, []).append((self._samples[order], norms.sum()))
@@ -154,11 +169,11 @@ class BlockCalibration:
             chosen = inputs[: cutoffs[order] * repeats]
             if not len(chosen):
                 continue
-            self._sum_up(key, chosen, _scaled(_all(chosen), sample_weight), order)
+            self._sum_up(key, chosen, _scaled(_all(chosen), sample_weight), order, slice(None))
         self._held.clear()
         for name, order, inputs, ranks, sample_weight in self._held_routed:
             chosen = inputs[ranks < cutoffs[order]]
-            self._sum_up(name, chosen, _scaled(_all(chosen), sample_weight), order)
+            self._sum_up(name, chosen, _scaled(_all(chosen), sample_weight), order, slice(None))
             self._routed_tokens[name] += len(chosen)
         self._held_routed.clear()
         known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}

@@ -69,7 +69,7 @@ class PruningErrors:
         score, mask = score.float(), mask[scored_rows(before)]
         tenths = (score.clamp(min=1e-30).log10() * BINS_PER_DECADE).floor().clamp(_LOWEST, _LOWEST + _BINS - 1)
         bins = tenths.long() - _LOWEST + _BINS * mask
-        counts = torch.bincount(bins.flatten(), minlength=2 * _BINS)
+        counts = _counted(bins.flatten(), 2 * _BINS)
         self._counts = counts if self._counts is None else self._counts + counts
         self._thresholds.append(score.masked_fill(~mask, -torch.inf).amax(dim=1))
 
@@ -124,6 +124,14 @@ class PruningErrors:
             "kept": kept[first:last],
             "threshold": [deciles[0], deciles[4], deciles[8]] if deciles else [],
         }
+
+
+def _counted(values: Tensor, most: int) -> Tensor:
+    """How often each number below `most` is there, int64 of shape (most,)."""
+    if not values.is_cuda:
+        return torch.bincount(values, minlength=most)
+    # `bincount` makes a GPU wait: it looks for the largest value first.
+    return torch.zeros(most, dtype=torch.int64, device=values.device).index_add_(0, values, torch.ones_like(values))
 
 
 def scored_rows(weight: Tensor) -> slice:

@@ -91,8 +91,8 @@ def count(monkeypatch):
                 patch.setattr(owner, name, counted(getattr(owner, name), what))
             for module in ("lvlm_prune.methods.allocation.das", "lvlm_prune.methods.pools.amia"):
                 patch.setattr(
-                    f"{module}.modality_diversity",
-                    counted(lvlm_prune.methods.diversity.modality_diversity, "diversities"),
+                    f"{module}.diversity_terms",
+                    counted(lvlm_prune.methods.diversity.diversity_terms, "diversities"),
                 )
             partition = counted(lvlm_prune.methods.patterns.kth_lowest, "partitions")
             for module in ("lvlm_prune.methods.patterns", "lvlm_prune.methods.scorers.sparsegpt"):

@@ -1,6 +1,6 @@
 """Diversity-aware sparsity of TAMP: a Linear whose output tokens are all alike can lose more."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import block_of
 from lvlm_prune.methods.allocation.water_filling import WaterFillingAllocation
-from lvlm_prune.methods.diversity import Pairs, mean_diversity, modality_diversity
+from lvlm_prune.methods.diversity import Pairs, diversity_terms, mean_diversity
 from lvlm_prune.methods.survey import SumOverProcesses
 from lvlm_prune.methods.tokens import Tokens
 
@@ -65,32 +65,45 @@ class DASAllocation(WaterFillingAllocation):
         self.pairs: Pairs = pairs
         self.aggregate = aggregate
         super().__init__(max_sparsity)
-        self._sums: dict[str, list[float]] = {}
+        self._found: list[tuple[str, Tensor]] = []
         self._diversity: dict[str, float] = {}
 
     def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:
-        """Diversity of the outputs of each Linear."""
+        """Diversity of the outputs of each Linear; looked at when all samples have run, or a GPU would have to wait."""
         for name in inputs:
-            score = self._score(tokens.outputs[name], tokens.modality)
-            if score is not None:
-                total = self._sums.setdefault(f"{block}.{name}", [0.0, 0.0])
-                total[0] += score
-                total[1] += 1
+            terms = self._terms(tokens.outputs[name], tokens)
+            if terms:
+                self._found.append((f"{block}.{name}", torch.stack(terms)))
 
-    def _score(self, outputs: Tensor, modality: Tensor) -> float | None:
-        """Diversity of one sample's outputs; None where there are not two tokens to compare."""
-        streams, rest = divmod(len(outputs), max(len(modality), 1))
+    def _terms(self, outputs: Tensor, tokens: Tokens) -> list[Tensor]:
+        """What the diversity of one sample's outputs is the mean of; nothing without two tokens to compare."""
+        streams, rest = divmod(len(outputs), max(len(tokens.modality), 1))
         if self.variant == "all_token" or rest:  # tokens that are not the decoder's own have no modality
-            return mean_diversity(outputs, self.pairs) if len(outputs) > 1 else None
-        score, terms = modality_diversity(outputs, modality.repeat(streams), self.pairs)
-        return score if terms else None
+            return [mean_diversity(outputs, self.pairs)] if len(outputs) > 1 else []
+        if streams == 1:
+            return list(diversity_terms(outputs, tokens.modality, self.pairs, tokens.modality_counts).values())
+        return list(diversity_terms(outputs, tokens.modality.repeat(streams), self.pairs).values())
+
+    def _scores(self) -> Iterator[tuple[str, float]]:
+        """Full name of each Linear and diversity of its outputs, sample by sample."""
+        if self._found:
+            values = torch.cat([terms for _, terms in self._found]).tolist()
+            for name, terms in self._found:
+                own, values = values[: len(terms)], values[len(terms) :]
+                yield name, sum(own) / len(own)
+        self._found = []
 
     def survey_block_end(
         self, block: str, linears: Mapping[str, nn.Linear], sum_over_processes: SumOverProcesses
     ) -> None:
         """Mean over the samples of all processes."""
         names = [f"{block}.{name}" for name in linears]
-        sums = torch.tensor([self._sums.pop(name, [0.0, 0.0]) for name in names], dtype=torch.float64).reshape(-1, 2)
+        totals = {name: [0.0, 0.0] for name in names}
+        for name, score in self._scores():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += score
+            total[1] += 1
+        sums = torch.tensor([totals[name] for name in names], dtype=torch.float64).reshape(-1, 2)
         for name, (total, count) in zip(names, sum_over_processes(sums).tolist()):
             if count:
                 self._diversity[name] = total / count

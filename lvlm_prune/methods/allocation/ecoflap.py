@@ -34,8 +34,7 @@ class ECoFLaPAllocation(WaterFillingAllocation):
 
     For B blocks of n Linears it costs n B (B + 1) block forwards and 2 n B losses per sample, which is printed before
     it starts. A checkpoint that streams from disk is read about B / 2 times more, or a multiple of that where the
-    hidden states of all samples do not fit into 4 GB. Noise is drawn on the device that computes; another kind of
-    device draws other noise.
+    hidden states of all samples do not fit into 4 GB. Noise is drawn on the CPU, the same whatever device computes.
 
     Args:
         epsilon: Standard deviation of the noise.
@@ -99,9 +98,10 @@ class ECoFLaPAllocation(WaterFillingAllocation):
     def _moved(self, weight: Tensor, name: str, direction: int, sample: int) -> Iterator[None]:
         """The weight with this sample's noise on it; afterwards the very same weight again."""
         digest = hashlib.sha256(f"{self.seed}/{name}/{sample}".encode()).digest()
-        generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        # Drawn on the CPU: a GPU's generator would give other numbers, and with them other masks.
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         dense = weight.data
-        noise = torch.randn(dense.shape, generator=generator, device=dense.device, dtype=torch.float32)
+        noise = torch.randn(dense.shape, generator=generator, dtype=torch.float32).to(dense.device)
         weight.data = (dense.float() + direction * self.epsilon * noise).to(dense.dtype)
         try:
             yield

@@ -4,7 +4,7 @@ import torch
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools.base import Pool
-from lvlm_prune.methods.tokens import Selection, Tokens, random_generator
+from lvlm_prune.methods.tokens import Selection, Tokens, on_device, random_generator
 
 
 class AttendedPool(Pool):
@@ -57,5 +57,5 @@ class RandomTokensPool(Pool):
         """Weight one for the tokens drawn."""
         # Drawn on the CPU: a GPU's generator would give other numbers for the same seed.
         order = torch.randperm(len(tokens.visual), generator=random_generator(self.seed, tokens))
-        drawn = order[: self.k].to(tokens.visual.device)
-        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, drawn, True))
+        drawn = on_device(order[: self.k].sort().values, tokens.visual.device)
+        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, drawn, True), counted=drawn)

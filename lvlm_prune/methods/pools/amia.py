@@ -7,7 +7,7 @@ The order does not depend on where it is cut: the cut is looked for in one stret
 All of it needs a few rows of the distances at a time: of a long sample the whole matrix is never held.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.methods.diversity import Pairs, modality_diversity
+from lvlm_prune.methods.asking import Asking, asked_together
+from lvlm_prune.methods.diversity import Pairs, diversity_terms
 from lvlm_prune.methods.pools.base import Pool
-from lvlm_prune.methods.products import HELD_PRODUCTS, inner_products
-from lvlm_prune.methods.tokens import Selection, Tokens
+from lvlm_prune.methods.products import HELD_PRODUCTS, inner_products, running_sums
+from lvlm_prune.methods.tokens import Selection, Tokens, on_device
 
 _NEIGHBOURS = 3
 _GAIN = 1.0
@@ -85,6 +86,18 @@ class AMIAPool(Pool):
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for the tokens taken."""
         assert linear is not None
+        return self.select_each(tokens, [linear])[linear]
+
+    def select_each(self, tokens: Tokens, linears: Sequence[str]) -> dict[str, Selection]:
+        """Weight one for the tokens taken for each Linear; as many are in work at once as may be held."""
+        together = max(HELD_PRODUCTS // max(len(tokens.visual), 1) ** 2, 1) if tokens.visual.is_cuda else 1
+        found: dict[str, Selection] = {}
+        for start in range(0, len(linears), together):
+            some = linears[start : start + together]
+            found |= zip(some, asked_together([self._choose(tokens, linear) for linear in some]))
+        return found
+
+    def _choose(self, tokens: Tokens, linear: str) -> Asking[Selection]:
         assert tokens.attention_last is not None
         count = len(tokens.visual)
         # Streams that run side by side are one vector per token.
@@ -93,10 +106,15 @@ class AMIAPool(Pool):
         unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=_SHORTEST)
         distances = Distances(unit)
         around = neighbourhoods(distances)
-        order = selection_order(around, tokens.attention_last.float())
-        diversity, _ = modality_diversity(unit, tokens.modality, self.pairs)
-        taken = matching_prefix(distances, around.closeness, order, _TOLERANCE * max(diversity, 0.0) ** 0.5)
-        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, taken, True))
+        terms = list(diversity_terms(unit, tokens.modality, self.pairs, tokens.modality_counts).values())
+        del unit
+        known = yield [*contributions(around, tokens.attention_last.float()), *terms]
+        diversity = sum(float(term) for term in known[3:]) / max(len(terms), 1)
+        order = selection_order(*known[:3])
+        tolerance = _TOLERANCE * max(diversity, 0.0) ** 0.5
+        taken = yield from matching_prefix(distances, around.closeness, order, tolerance)
+        counted = taken.sort().values
+        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, taken, True), counted=counted)
 
 
 class Distances:
@@ -110,19 +128,21 @@ class Distances:
     """
 
     def __init__(self, unit: Tensor) -> None:
-        self._unit = unit
         self._whole = inner_products(unit).neg_().add_(1) if len(unit) ** 2 <= HELD_PRODUCTS else None
+        self._unit = unit if self._whole is None else None  # not both are held
+        self._count = len(unit)
         self.at_once = max(_AT_ONCE // len(unit), 1)
 
     def rows(self, which: slice | Tensor) -> Tensor:
         """Distances of some tokens to all, float32 of shape (n, T); not to be changed."""
         if self._whole is not None:
             return self._whole[which]
+        assert self._unit is not None
         return (self._unit[which] @ self._unit.T).neg_().add_(1)
 
     def stripes(self) -> Iterator[Tensor]:
         """All rows, a stripe at a time."""
-        for start in range(0, len(self._unit), self.at_once):
+        for start in range(0, self._count, self.at_once):
             yield self.rows(slice(start, start + self.at_once))
 
 
@@ -156,21 +176,31 @@ def neighbourhoods(distances: Distances) -> Neighbourhoods:
     return Neighbourhoods(torch.cat(neighbours), torch.cat(near), torch.cat(closeness))
 
 
-def selection_order(around: Neighbourhoods, attention: Tensor) -> Iterator[Tensor]:
-    """All tokens in the order in which AMIA takes them, a stretch at a time, each twice as long as the one before.
+def contributions(around: Neighbourhoods, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `selection_order` is told: contributions, neighbours, and the share by which each is weakened.
 
     Args:
         around: The neighbours of each token.
         attention: Attention of the last token to each, float32 of shape (T,).
-
-    Yields:
-        Tokens, int64.
     """
     contribution = attention + (torch.exp(-_GAIN * around.near) * attention[around.neighbours]).sum(-1)
-    # Each step changes three numbers and waits for an argmax: on a GPU that would be all waiting.
-    values = contribution.cpu().numpy().copy()
-    weakened = around.neighbours.cpu().numpy()
-    by = torch.exp(-_SUPPRESSION * around.near).cpu().numpy()
+    return contribution, around.neighbours, torch.exp(-_SUPPRESSION * around.near)
+
+
+def selection_order(contribution: Tensor, neighbours: Tensor, weakening: Tensor) -> Iterator[Tensor]:
+    """All tokens in the order in which AMIA takes them, a stretch at a time, each twice as long as the one before.
+
+    Each step changes three numbers and waits for an argmax: on a GPU that would be all waiting.
+
+    Args:
+        contribution: Of each token, float32 of shape (T,), on the CPU as the others.
+        neighbours: Its nearest tokens, int64 of shape (T, 3) or fewer.
+        weakening: The share of its contribution that each of them loses when it is taken, float32 of the same shape.
+
+    Yields:
+        Tokens, int64, on the CPU.
+    """
+    values, weakened, by = contribution.numpy().copy(), neighbours.numpy(), weakening.numpy()
     start, length = 0, _FIRST_STRETCH
     while start < len(values):
         order = np.empty(min(length, len(values) - start), dtype=np.int64)
@@ -178,18 +208,20 @@ def selection_order(around: Neighbourhoods, attention: Tensor) -> Iterator[Tenso
             order[step] = taken = values.argmax()
             values[weakened[taken]] -= by[taken] * max(values[taken], np.float32(0))
             values[taken] = -np.inf
-        yield torch.from_numpy(order).to(attention.device)
+        yield torch.from_numpy(order)
         start, length = start + length, 2 * length
 
 
-def matching_prefix(distances: Distances, closeness: Tensor, order: Iterable[Tensor], tolerance: float) -> Tensor:
+def matching_prefix(
+    distances: Distances, closeness: Tensor, order: Iterable[Tensor], tolerance: float
+) -> Asking[Tensor]:
     """The fewest tokens, taken in `order`, whose squared mean discrepancy to all tokens is below `tolerance`.
 
     Args:
         distances: Between all tokens.
         closeness: Mean of the kernel exp(-distance) of each token to all, float32 of shape (T,).
-        order: All tokens in the order in which they are taken, int64, in stretches; no more of them are asked for than
-            the answer needs.
+        order: All tokens in the order in which they are taken, int64, in stretches on the CPU; no more of them are
+            asked for than the answer needs.
         tolerance: Bound on the discrepancy.
 
     Returns:
@@ -199,15 +231,16 @@ def matching_prefix(distances: Distances, closeness: Tensor, order: Iterable[Ten
     taken = torch.empty(0, dtype=torch.int64, device=closeness.device)
     across = inside = torch.zeros((), dtype=torch.float64, device=closeness.device)
     for part in (part for stretch in order for part in stretch.split(distances.at_once)):
+        part = on_device(part, closeness.device)
         before, taken = len(taken), torch.cat([taken, part])
         sizes = torch.arange(before + 1, len(taken) + 1, device=taken.device)
         rows = distances.rows(part)[:, taken].neg_().exp_()
         added = 2 * rows.tril(before - 1).sum(1) + rows.diagonal(before)
-        inside_sums = inside + added.cumsum(0, dtype=torch.float64)
-        across_sums = across + closeness[part].cumsum(0, dtype=torch.float64)
+        inside_sums = inside + running_sums(added.double())
+        across_sums = across + running_sums(closeness[part].double())
         discrepancy = everything + inside_sums / sizes**2 - 2 * across_sums / sizes
-        below = (discrepancy < tolerance).nonzero().flatten()
-        if len(below):
-            return taken[: before + int(below[0]) + 1]
+        (below,) = yield [discrepancy < tolerance]
+        if below.any():
+            return taken[: before + int(below.int().argmax()) + 1]
         inside, across = inside_sums[-1], across_sums[-1]
     return taken

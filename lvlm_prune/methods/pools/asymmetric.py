@@ -113,15 +113,18 @@ class AsymmetricPool(Pool):
         # K can never exceed this, so no more candidates need to be held until the mean is known.
         most = self._budget_of(self._factor * self.saliency.maximum, *self._sizes[-1])
         ranking = self.saliency.ranking(tokens, saliency, most)
-        return Selection(self._retained_text(tokens), tokens.visual_index[ranking], saliency)
+        text, counted = self._retained_text(tokens)
+        return Selection(text, tokens.visual_index[ranking], saliency, counted)
 
-    def _retained_text(self, tokens: Tokens) -> Tensor:
+    def _retained_text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Which text tokens count, bool of shape (T,), and their indices."""
         if self.text_retention == 1:
-            return tokens.text
+            return tokens.text, tokens.text_index
         among = tokens.text_index
         moved = drift(tokens.hidden_in[among], tokens.hidden_out[among])
         kept = moved.argsort(descending=True, stable=True)[: round(self.text_retention * len(among))]
-        return torch.zeros_like(tokens.text).index_fill_(0, among[kept], True)
+        indices = among[kept].sort().values
+        return torch.zeros_like(tokens.text).index_fill_(0, indices, True), indices
 
     def cutoffs(self, sum_over_processes: SumOverProcesses) -> list[int]:
         """K of each sample, once the mean saliency over all samples of all processes is known.

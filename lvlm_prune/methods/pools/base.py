@@ -1,6 +1,7 @@
 """The interface of a pool."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from lvlm_prune.methods.survey import SumOverProcesses, Surveyor
@@ -39,6 +40,13 @@ class Pool(Surveyor, ABC):
             tokens: The sample's real tokens at this block.
             linear: Name of the Linear, relative to the block, for `per_linear` pools; else None.
         """
+
+    def select_each(self, tokens: Tokens, linears: Sequence[str]) -> dict[str, Selection]:
+        """What `select` answers for each of some Linears, for `per_linear` pools.
+
+        Override it where a pool looks at numbers of the device on the way: for all Linears at once a GPU waits once.
+        """
+        return {linear: self.select(tokens, linear) for linear in linears}
 
     def cutoffs(self, sum_over_processes: SumOverProcesses) -> list[int]:
         """How many candidates of each sample count, in the order in which this process saw the samples.

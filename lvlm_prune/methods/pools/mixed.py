@@ -18,4 +18,4 @@ class MixedPool(Pool):
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for every token."""
-        return Selection(torch.ones_like(tokens.visual))
+        return Selection(torch.ones_like(tokens.visual), counted=slice(None))

@@ -15,7 +15,7 @@ class TextOnlyPool(Pool):
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for text tokens."""
-        return Selection(tokens.text)
+        return Selection(tokens.text, counted=tokens.text_index)
 
 
 class VisualOnlyPool(Pool):
@@ -31,4 +31,4 @@ class VisualOnlyPool(Pool):
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for visual tokens."""
-        return Selection(tokens.visual)
+        return Selection(tokens.visual, counted=tokens.visual_index)

@@ -57,15 +57,16 @@ class Scorer(ABC):
             mask[here] = pattern.mask(self.score(weight[here], statistic), sparsity, self.group)
         return weight.masked_fill(mask, 0.0), mask
 
-    def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
+    def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """Bytes that `prune` takes beside weight and mask, for the plan.
 
         Args:
             shape: (C_out, C_in).
             itemsize: Bytes of one weight in memory.
+            on_gpu: Whether the weight is on a GPU.
         """
         weights = shape[0] * shape[1]
-        return weights * itemsize + self._scores_at_once(weights, torch.cuda.is_available()) * 40
+        return weights * itemsize + self._scores_at_once(weights, on_gpu) * 40
 
     def _scores_at_once(self, weights: int, on_gpu: bool) -> int:
         """Scores that are held at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy."""

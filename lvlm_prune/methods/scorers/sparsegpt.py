@@ -89,7 +89,7 @@ class SparseGPTScorer(Scorer):
         # Adding zero turns a weight that vanishes as -0.0 in the model's dtype into +0.0.
         return updated.to(weight.dtype).masked_fill_(mask, 0.0).add_(0.0), mask
 
-    def working_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
+    def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """See `Scorer.working_bytes`: the weight in float32 and in its own dtype, or the factor in float64."""
         rows, width = shape
         copies = 4 if itemsize == 4 else 4 + itemsize
@@ -127,8 +127,8 @@ class SparseGPTScorer(Scorer):
         notes: dict[str, Any] = {}
         if factor.damping != self.damping:
             notes["damping"] = factor.damping
-        if factor.dead.any():
-            notes["dead_columns"] = int(factor.dead.sum())
+        if factor.dead_channels:
+            notes["dead_columns"] = factor.dead_channels
         return notes
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:

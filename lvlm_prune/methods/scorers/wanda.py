@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount
+from lvlm_prune.methods.products import running_sums
 from lvlm_prune.methods.scorers.base import Scorer
 from lvlm_prune.methods.statistics import ChannelNorm, Statistic
 
@@ -61,8 +62,10 @@ class WandaScorer(Scorer):
 
     def notes(self, statistic: Statistic | None, mask: Tensor, sparsity: float) -> dict[str, Any]:
         """`missed_target` where bisection ended farther from the target than 0.001."""
+        if not self.variant:
+            return {}
         missed = mask.float().mean().item() - sparsity
-        return {"missed_target": missed} if self.variant and abs(missed) > 0.001 else {}
+        return {"missed_target": missed} if abs(missed) > 0.001 else {}
 
 
 def cumulative_mask(score: Tensor, sparsity: float) -> Tensor:
@@ -81,7 +84,7 @@ def cumulative_mask(score: Tensor, sparsity: float) -> Tensor:
                 [ True, False, False, False]])
     """
     ordered, columns = score.sort(dim=1, stable=True)
-    cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
+    cumulative, total = running_sums(ordered, dim=1), score.sum(dim=1, keepdim=True)
     alpha, low, high = 0.4, 0.0, 0.8
     while True:
         goes = cumulative <= total * alpha

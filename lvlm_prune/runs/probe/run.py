@@ -151,6 +151,7 @@ class ProbeRun:
             needs=lambda: cell.needs,
             agree=run.processes.agree,
             placement=run.memory.placement,
+            device=trainer.strategy.root_device,
         ).fork()
         loop.run()
 

@@ -195,7 +195,7 @@ class PruneRun:
         *towers, last = model.parts
         parts = [*(tower for tower in towers if not finished.issuperset(tower.numbers)), last]
         for part in parts:
-            clock = Stopwatch()
+            clock = Stopwatch(device)
             stream.catch(part)
             run.record["catch_seconds"] += clock.lap()
             if part is parts[0]:

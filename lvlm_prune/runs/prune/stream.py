@@ -49,7 +49,7 @@ class CalibrationStream:
         shared: SharedCalibration | None = None,
     ) -> None:
         self._run, self._model, self._participants, self._raise_hook = run, model, participants, raise_hook
-        self._shared = shared
+        self._shared, self._device = shared, device
         self._catcher = Catcher(model, datamodule, device, run.processes, run.memory, participants.visual())
 
     def catch(self, part: Part) -> None:
@@ -94,7 +94,7 @@ class CalibrationStream:
         if record.get("survey"):
             self._raise_hook("on_survey_restored")
             return
-        clock = Stopwatch()
+        clock = Stopwatch(self._device)
         record["survey"] = {}
         counts = [getattr(callback, "survey_samples", None) for callback in self._participants.surveying()]
         wanted = frozenset().union(*(surveyed_samples(count, run.samples.numbers) for count in counts))
@@ -136,6 +136,7 @@ class CalibrationStream:
             needs=needs,
             agree=self._run.processes.agree,
             placement=self._run.memory.placement,
+            device=self._device,
         )
 
     def _weights_of(self, part: Part) -> Weights:

@@ -97,6 +97,7 @@ class BlockwiseRun(RecoveryRun):
                 gathers=lambda: False,
                 needs=frozenset,
                 agree=run.processes.agree,
+                device=fabric.device,
             )
             loop.run(self.record.finished_blocks(), load_done)
             raise_hook("on_prune_end")

@@ -25,11 +25,12 @@ def footprint(tmp_path):
     return predict
 
 
-def test_on_a_gpu_the_next_block_waits_in_host_memory(footprint):
+def test_on_a_gpu_the_next_block_is_on_the_device_beside_the_present_one(footprint):
     on_cpu, on_gpu = footprint("cpu"), footprint("cuda")
     block = max(on_cpu.block_bytes)
     for phase, count in on_cpu.phases().items():
-        assert count - on_gpu.phases()[phase] == (block if phase in ("passing on", "survey") else 0), phase
+        # A GPU is kept busy with more scores at once than a CPU's caches hold.
+        assert on_gpu.phases()[phase] == count or (phase == "scoring" and on_gpu.phases()[phase] > count), phase
     assert on_cpu.peak("device").device is None
     device, host = on_gpu.peak("device").device, on_gpu.peak("device").host
     assert max(on_gpu.phases().values()) < device < GIGABYTE  # libraries are in host memory

@@ -36,7 +36,7 @@ def test_positive_pairs_are_the_released_code(index):
     assert terms["visual"] == pytest.approx(1 - numbers["v"], abs=1e-6)
     assert terms["text"] == pytest.approx(1 - numbers["l"], abs=1e-6)
     assert 3 * score == pytest.approx(numbers["das_score_code"], abs=1e-5)
-    assert mean_diversity(outputs, pairs="positive") == pytest.approx(1 - numbers["total"], abs=1e-6)
+    assert mean_diversity(outputs, pairs="positive").item() == pytest.approx(1 - numbers["total"], abs=1e-6)
 
 
 def test_no_positive_pair_is_a_distance_of_one_where_the_released_code_gives_nan():

@@ -52,9 +52,10 @@ def test_das_per_block_gives_a_block_one_sparsity_and_all_token_ignores_modaliti
     one = DASAllocation(variant="all_token")
     for visual in (torch.tensor([True] * 3 + [False] * 3), torch.tensor([True] + [False] * 5)):
         one.survey_sample("0", Tokens(outputs, outputs, visual, outputs={"q_proj": outputs}), {"q_proj": outputs})
-    total, count = one._sums["0.q_proj"]
+    one.survey_block_end("0", {"q_proj": torch.nn.Linear(4, 4)}, lambda values: values)
+    found = one.survey_end(lambda values: values)["diversity"]["0.q_proj"]
     unit = torch.nn.functional.normalize(outputs, dim=-1)
-    assert total / count == pytest.approx(1 - ((unit @ unit.T).sum().item() - 6) / 30, abs=1e-6)
+    assert found == pytest.approx(1 - ((unit @ unit.T).sum().item() - 6) / 30, abs=1e-6)
 
 
 def test_owl_ratios_are_the_released_ones(mini_net):

@@ -6,9 +6,10 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvlm_prune.errors import InputError
+from lvlm_prune.methods.asking import asked_together
 from lvlm_prune.methods.diversity import modality_diversity
 from lvlm_prune.methods.pools import AMIAPool, amia
-from lvlm_prune.methods.pools.amia import Distances, matching_prefix, neighbourhoods, selection_order
+from lvlm_prune.methods.pools.amia import Distances, contributions, matching_prefix, neighbourhoods, selection_order
 from tests.unit.methods.pools.conftest import make_tokens
 
 LINEAR = "mlp.up_proj"
@@ -60,9 +61,10 @@ def test_a_match_that_comes_late_is_found_across_stretches():
         tolerance = min(discrepancies[:wanted]) * (1 + 1e-3) + 1e-9
         expected = next(index for index, value in enumerate(discrepancies) if value < tolerance) + 1
         for stretch in (7, 64, 300):
-            found = matching_prefix(distances, closeness, order.split(stretch), tolerance)
+            (found,) = asked_together([matching_prefix(distances, closeness, order.split(stretch), tolerance)])
             assert torch.equal(found, order[:expected])
-    assert torch.equal(matching_prefix(distances, closeness, order.split(64), -1.0), order)
+    (everything,) = asked_together([matching_prefix(distances, closeness, order.split(64), -1.0)])
+    assert torch.equal(everything, order)
 
 
 def test_ends_whatever_the_sample(any_tokens):
@@ -75,7 +77,8 @@ def test_ends_whatever_the_sample(any_tokens):
 
 def test_every_token_is_taken_once(any_tokens):
     unit = normalize(any_tokens.outputs[LINEAR], dim=-1)
-    order = torch.cat(list(selection_order(neighbourhoods(Distances(unit)), any_tokens.attention_last)))
+    known = contributions(neighbourhoods(Distances(unit)), any_tokens.attention_last)
+    order = torch.cat(list(selection_order(*known)))
     assert sorted(order.tolist()) == list(range(len(unit)))
 
 
