@@ -25,6 +25,14 @@ GOLDEN_ARGUMENTS = [
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, deal tests out in long rows, so that what the tests of a file share is made once or twice."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks():
     """A test that leaves a process group or an environment variable behind fails."""
