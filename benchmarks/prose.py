@@ -11,10 +11,15 @@ _LETTERS = 0.93
 
 
 def paragraphs() -> list[str]:
-    """Paragraphs of prose, in an order that is always the same and mixes the topics; tables and code are left out."""
+    """Paragraphs of prose, each once, in an order that is always the same and mixes the topics; tables and code are left out."""
     text = "\n\n".join(text for _, text in sorted(topics.items()))
     found = [re.sub(r"\s+", " ", paragraph).strip() for paragraph in text.split("\n\n")]
-    prose = [paragraph for paragraph in found if len(paragraph) > _SHORTEST and _share_of_letters(paragraph) > _LETTERS]
+    # Topics share paragraphs; what calibrates must not be held out as well.
+    prose = [
+        paragraph
+        for paragraph in dict.fromkeys(found)
+        if len(paragraph) > _SHORTEST and _share_of_letters(paragraph) > _LETTERS
+    ]
     random.Random(0).shuffle(prose)
     return prose
 

@@ -71,7 +71,7 @@ class Text:
     """
 
     def __init__(self, tokenizer: Any, length: int) -> None:
-        tokens = tokenizer("\n".join(paragraphs()), add_special_tokens=False).input_ids
+        tokens = tokenizer(" ".join(paragraphs()), add_special_tokens=False).input_ids
         step = length - 1
         chunks = [[tokenizer.bos_token_id, *tokens[start : start + step]] for start in range(0, len(tokens), step)]
         whole = [torch.tensor([chunk]) for chunk in chunks if len(chunk) == length]
