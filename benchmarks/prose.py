@@ -11,7 +11,10 @@ _LETTERS = 0.93
 
 
 def paragraphs() -> list[str]:
-    """Paragraphs of prose, each once, in an order that is always the same and mixes the topics; tables and code are left out."""
+    """Paragraphs of prose, each once, in an order that is always the same and mixes the topics.
+
+    Tables and code are left out.
+    """
     text = "\n\n".join(text for _, text in sorted(topics.items()))
     found = [re.sub(r"\s+", " ", paragraph).strip() for paragraph in text.split("\n\n")]
     # Topics share paragraphs; what calibrates must not be held out as well.

@@ -143,6 +143,27 @@ def distance_to_others(vectors: Tensor) -> Tensor:
     return 1 - others / (len(unit) - 1)
 
 
+def distance_to_nearest(unit: Tensor) -> Tensor:
+    """Cosine distance of each vector to the nearest of the others.
+
+    Args:
+        unit: Vectors of length one, float32 of shape (n, D).
+
+    Returns:
+        float32 of shape (n,); infinite for a single vector.
+
+    Example:
+        >>> distance_to_nearest(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+        tensor([0., 0., 1.])
+    """
+    found = []
+    for start in range(0, len(unit), _ROWS):
+        distances = 1 - unit[start : start + _ROWS] @ unit.T
+        distances.diagonal(start).fill_(torch.inf)
+        found.append(distances.amin(1))
+    return torch.cat(found)
+
+
 def _of_modality(modality: Tensor, codes: tuple[int, ...]) -> Tensor:
     members = modality == codes[0]
     for code in codes[1:]:

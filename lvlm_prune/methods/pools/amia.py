@@ -9,6 +9,7 @@ All of it needs a few rows of the distances at a time: of a long sample the whol
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from lvlm_prune.methods.diversity import Pairs, diversity_terms
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.products import HELD_PRODUCTS, inner_products, running_sums
 from lvlm_prune.methods.tokens import Selection, Tokens, on_device
+
+NeighbourRule = Literal["released", "paper"]
 
 _NEIGHBOURS = 3
 _GAIN = 1.0
@@ -56,9 +59,12 @@ class AMIAPool(Pool):
     Args:
         pairs: `all` pairs count for the diversity, as in the paper, or only those of `positive` cosine, as in the
             released code.
+        neighbours: Whom a token leaves out when it looks for its three nearest ones: itself, as in the `paper`, ties by
+            lowest index; or the nearest of all tokens, which the `released` code takes for the token itself, ties as
+            `topk` leaves them. The two differ where tokens repeat: the nearest of identical tokens may be another one.
 
     Raises:
-        InputError: `pairs` is unknown.
+        InputError: `pairs` or `neighbours` is unknown.
 
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [0.0, 1.1]])
@@ -72,10 +78,12 @@ class AMIAPool(Pool):
     per_linear = True
     needs = frozenset({"outputs", "attention_last"})
 
-    def __init__(self, pairs: Pairs = "all") -> None:
+    def __init__(self, pairs: Pairs = "all", neighbours: NeighbourRule = "released") -> None:
         if pairs not in ("all", "positive"):
             raise InputError("pruning.pool.pairs", pairs, "must be `all` or `positive`")
-        self.pairs = pairs
+        if neighbours not in ("released", "paper"):
+            raise InputError("pruning.pool.neighbours", neighbours, "must be `released` or `paper`")
+        self.pairs, self.neighbours = pairs, neighbours
 
     def working_bytes(self, tokens: int, visual: int, width: int, widest: int, itemsize: int) -> int:
         """See `Pool.working_bytes`: outputs of unit length, distances while they are held, a stripe of them."""
@@ -105,7 +113,7 @@ class AMIAPool(Pool):
         unit = outputs.to(torch.float32, copy=True)
         unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=_SHORTEST)
         distances = Distances(unit)
-        around = neighbourhoods(distances)
+        around = neighbourhoods(distances, self.neighbours)
         terms = list(diversity_terms(unit, tokens.modality, self.pairs, tokens.modality_counts).values())
         del unit
         known = yield [*contributions(around, tokens.attention_last.float()), *terms]
@@ -161,19 +169,62 @@ class Neighbourhoods:
     closeness: Tensor
 
 
-def neighbourhoods(distances: Distances) -> Neighbourhoods:
+def neighbourhoods(distances: Distances, rule: NeighbourRule = "released") -> Neighbourhoods:
     """Look at every row of the distances once.
 
-    The nearest token of all is taken to be the token itself, as in the released code: of identical tokens it may be
-    another one.
+    Args:
+        distances: Between all tokens.
+        rule: See `AMIAPool`.
     """
     neighbours, near, closeness = [], [], []
+    first = 0
     for rows in distances.stripes():
-        nearest = rows.topk(min(1 + _NEIGHBOURS, rows.shape[1]), largest=False)
-        neighbours.append(nearest.indices[:, 1:])
-        near.append(nearest.values[:, 1:])
+        count = min(1 + _NEIGHBOURS, rows.shape[1])
+        if rule == "released":
+            found = rows.topk(count, largest=False).indices[:, 1:]
+        else:
+            found = _others(nearest(rows, count), first)
+        neighbours.append(found)
+        near.append(rows.gather(1, found))
         closeness.append((-rows).exp_().mean(1))
+        first += len(rows)
     return Neighbourhoods(torch.cat(neighbours), torch.cat(near), torch.cat(closeness))
+
+
+def nearest(distances: Tensor, count: int) -> Tensor:
+    """The `count` lowest values of each row, lowest first, ties by lowest index, which `topk` does not promise.
+
+    Args:
+        distances: Shape (n, T).
+        count: At most T.
+
+    Returns:
+        Indices, int64 of shape (n, count).
+
+    Example:
+        >>> nearest(torch.tensor([[0.5, 0.0, 0.5, 0.5]]), 2)
+        tensor([[1, 0]])
+    """
+    left = distances.clone()
+    found = []
+    for _ in range(count):
+        found.append(left.argmin(1, keepdim=True))
+        left.scatter_(1, found[-1], torch.inf)
+    return torch.cat(found, 1)
+
+
+def _others(found: Tensor, first: int) -> Tensor:
+    """All but one of the tokens found for each row: without the row's own token, or else without the last one.
+
+    Args:
+        found: Indices, int64 of shape (n, k).
+        first: Index of the first row's own token.
+    """
+    itself = found == torch.arange(first, first + len(found), device=found.device)[:, None]
+    # A token with more identical ones than are looked at is not among them.
+    itself[:, -1] |= ~itself.any(1)
+    place = torch.arange(found.shape[1] - 1, device=found.device)
+    return found.gather(1, place + (place >= itself.int().argmax(1, keepdim=True)))
 
 
 def contributions(around: Neighbourhoods, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """Pools of one modality, the two ends between which asymmetric calibration lies."""
 
+import torch
+
+from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.tokens import Selection, Tokens
 
@@ -32,3 +35,30 @@ class VisualOnlyPool(Pool):
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for visual tokens."""
         return Selection(tokens.visual, counted=tokens.visual_index)
+
+
+class EarlyVisualPool(Pool):
+    """All tokens in the first blocks, the text tokens alone in the others (TAMP, ACL Findings 2025, Table 1).
+
+    Args:
+        blocks: In how many blocks all tokens count.
+
+    Raises:
+        InputError: `blocks` is negative.
+
+    Example:
+        >>> visual = torch.tensor([False, True])
+        >>> EarlyVisualPool(2).select(Tokens(torch.eye(2), torch.eye(2), visual, block=2)).weights
+        tensor([ True, False])
+    """
+
+    def __init__(self, blocks: int = 2) -> None:
+        if blocks < 0:
+            raise InputError("pruning.pool.blocks", blocks, "must be 0 or larger")
+        self.blocks = blocks
+
+    def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
+        """Weight one for every token, or for text tokens."""
+        if tokens.block < self.blocks:
+            return Selection(torch.ones_like(tokens.visual), counted=slice(None))
+        return Selection(tokens.text, counted=tokens.text_index)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.errors import InputError
+from lvlm_prune.methods.patterns import Group
 from lvlm_prune.methods.scorers.base import Scorer
 from lvlm_prune.methods.statistics import ChannelNorm, Statistic
 
@@ -20,9 +21,11 @@ class RIAScorer(Scorer):
 
     Args:
         exponent: a, 0.5 in the paper; 0 leaves the activations out.
+        group: `row` compares the weights of one output row, as every other method here; `layer` those of the whole
+            matrix, as the released code does.
 
     Raises:
-        InputError: `exponent` is negative or not finite.
+        InputError: `exponent` is negative or not finite, or `group` is unknown.
 
     Example:
         >>> norm = ChannelNorm(2)
@@ -34,10 +37,12 @@ class RIAScorer(Scorer):
 
     statistic = ChannelNorm
 
-    def __init__(self, exponent: float = 0.5) -> None:
+    def __init__(self, exponent: float = 0.5, group: Group = "row") -> None:
         if not (math.isfinite(exponent) and exponent >= 0):
             raise InputError("pruning.scorer.exponent", exponent, "must be a finite number, 0 or larger")
-        self.exponent = exponent
+        if group not in ("row", "layer"):
+            raise InputError("pruning.scorer.group", group, "must be `row` or `layer`")
+        self.exponent, self.group = exponent, group
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
         """Importance, float32 of shape (C_out, C_in)."""

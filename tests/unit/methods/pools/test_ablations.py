@@ -1,10 +1,12 @@
 """TAMP's ablations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.methods.pools import AttendedPool, RandomTokensPool
+from lvlm_prune.methods.pools import AttendedPool, EarlyVisualPool, RandomTokensPool
 from tests.unit.methods.pools.conftest import make_tokens
 
 
@@ -42,3 +44,11 @@ def test_random_tokens_depend_on_seed_block_and_sample_only():
 def test_no_tokens_at_all_are_refused():
     with pytest.raises(InputError, match=r"--pruning.pool.k 0: must be 1 or larger"):
         RandomTokensPool(0)
+
+
+def test_visual_tokens_count_in_the_first_blocks_only():
+    for block, counted in ((0, 50), (1, 50), (2, 20)):
+        tokens = replace(make_tokens(text=20, image=30), block=block)
+        assert int(EarlyVisualPool(2).select(tokens).weights.sum()) == counted
+    with pytest.raises(InputError, match=r"--pruning.pool.blocks"):
+        EarlyVisualPool(-1)

@@ -119,6 +119,52 @@ def test_of_a_long_sample_only_a_few_rows_of_the_distances_are_held(seed, monkey
     assert AMIAPool().working_bytes(400, 300, 64, 8, 4) == 4 * 400 * 8 + 3 * 4 * 400 * 30
 
 
+def with_repeated_tokens(seed):
+    """Tokens of which many are identical, as those of a plain background are."""
+    tokens = make_tokens(text=10, image=30, seed=seed, channels=6)
+    outputs = tokens.outputs[LINEAR]
+    outputs[12:30:2] = outputs[12].clone()
+    return tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_of_the_paper_are_the_three_nearest_other_tokens_ties_by_index(seed):
+    """Against float64 and a stable sort, with the token itself taken out by its number."""
+    unit = normalize(with_repeated_tokens(seed).outputs[LINEAR], dim=-1)
+    rows = Distances(unit).rows(slice(None))
+    found = neighbourhoods(Distances(unit), "paper")
+    for index, distances in enumerate(rows.double()):
+        others = [other for other in distances.argsort(stable=True).tolist() if other != index][:3]
+        by_distance = sorted(distances[others].tolist())
+        assert index not in found.neighbours[index]
+        assert found.near[index].double().tolist() == by_distance
+        # Of more identical tokens than are looked at, the token itself need not be among the four nearest.
+        if index in distances.argsort(stable=True)[:4]:
+            assert found.neighbours[index].tolist() == others
+
+
+def test_the_two_readings_of_the_neighbours_differ_only_where_tokens_repeat():
+    apart = make_tokens(text=30, image=60, seed=0, channels=8)
+    weights = {rule: AMIAPool(neighbours=rule).select(apart, LINEAR).weights for rule in ("released", "paper")}
+    assert torch.equal(weights["released"], weights["paper"])
+    unit = normalize(with_repeated_tokens(0).outputs[LINEAR], dim=-1)
+    released, paper = (neighbourhoods(Distances(unit), rule).neighbours for rule in ("released", "paper"))
+    repeated = torch.arange(12, 30, 2)
+    assert not torch.equal(released[repeated], paper[repeated])
+    # The released code leaves out the first of identical tokens, and so may count a token as its own neighbour.
+    assert any(index in released[index] for index in repeated.tolist())
+
+
+def test_equal_distances_are_taken_in_the_order_of_the_tokens():
+    distances = torch.tensor([[0.5] * 40 + [0.0] + [0.5] * 23])
+    assert amia.nearest(distances, 4).tolist() == [[40, 0, 1, 2]]
+
+
+def test_unknown_neighbours():
+    with pytest.raises(InputError, match="neighbours"):
+        AMIAPool(neighbours="own")
+
+
 def test_unknown_pairs():
     with pytest.raises(InputError, match=r"--pruning.pool.pairs some: must be `all` or `positive`"):
         AMIAPool("some")

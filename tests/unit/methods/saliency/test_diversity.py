@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lvlm_prune.errors import InputError
 from lvlm_prune.methods.saliency import DiversitySaliency
 from lvlm_prune.methods.tokens import Tokens
 
@@ -17,25 +18,27 @@ def sample(count, seed, repeated=False):
     return Tokens(hidden, hidden.flip(0), visual)
 
 
-def greedy(vectors, count):
+def greedy(vectors, count, start="mean"):
     """Farthest-point selection as its definition reads, in float64."""
     distance = 1 - torch.cosine_similarity(vectors[:, None].double(), vectors[None].double(), dim=-1)
     means = distance.fill_diagonal_(0).sum(1) / max(len(vectors) - 1, 1)
-    chosen = [int(means.argmax())] if count else []
+    nearest = distance.clone().fill_diagonal_(torch.inf).amin(1)
+    chosen = [int((means if start == "mean" else nearest).argmax())] if count else []
     while len(chosen) < count:
         left = [index for index in range(len(vectors)) if index not in chosen]
         chosen.append(max(left, key=lambda index: min(distance[index, other] for other in chosen)))
     return chosen
 
 
+@pytest.mark.parametrize("start", ["mean", "nearest"])
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_greedy_search_for_every_budget(seed):
+def test_equals_the_greedy_search_for_every_budget(seed, start):
     tokens = sample(17, seed)
-    saliency = DiversitySaliency()
+    saliency = DiversitySaliency(start)
     values = saliency(tokens)
     for count in range(19):
         ranking = saliency.ranking(tokens, values, count).tolist()
-        assert ranking == greedy(tokens.hidden_in[tokens.visual], min(count, 17))
+        assert ranking == greedy(tokens.hidden_in[tokens.visual], min(count, 17), start)
 
 
 def test_the_values_are_mean_distances_to_the_other_visual_tokens():
@@ -60,3 +63,8 @@ def test_too_few_tokens_to_differ(count):
     values = DiversitySaliency()(tokens)
     assert values.tolist() == [0.0] * count
     assert DiversitySaliency().ranking(tokens, values, 5).tolist() == list(range(count))
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(InputError, match=r"--pruning.pool.saliency.start"):
+        DiversitySaliency("middle")

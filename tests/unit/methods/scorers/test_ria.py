@@ -31,3 +31,21 @@ def test_rows_and_columns_of_zeros_do_not_make_nan(gathered):
 def test_bad_exponent(exponent):
     with pytest.raises(InputError, match=r"--pruning.scorer.exponent"):
         RIAScorer(exponent)
+
+
+def test_over_the_whole_matrix_the_lowest_scores_go_wherever_they_stand(gathered):
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)[:, None] ** 2
+    statistic = gathered(ChannelNorm, [torch.ones(3, 6)])
+    scorer = RIAScorer(group="layer")
+    _, mask = scorer.prune(weight, statistic, 0.5, Unstructured())
+    score = scorer.score(weight, statistic)
+    assert int(mask.sum()) == 24
+    assert score[mask].max() <= score[~mask].min()
+    assert len(set(mask.sum(1).tolist())) > 1
+    (promised,) = scorer.expected_zeros((8, 6), 0.5, Unstructured())
+    assert promised.of(weight.masked_fill(mask, 0)).tolist() == [24]
+
+
+def test_bad_group():
+    with pytest.raises(InputError, match=r"--pruning.scorer.group"):
+        RIAScorer(group="column")
