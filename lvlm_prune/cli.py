@@ -6,6 +6,7 @@ lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
 lvlm-prune compare FOLDER FOLDER --output DIR
 lvlm-prune probe --model.path CHECKPOINT --probing.sparsities [0.5,0.6] --output DIR
 lvlm-prune sweep --recipes 'configs/prune/*.yaml' --grid '{pruning.sparsity: [0.5, 0.6]}' --seeds '[0, 1]' --output DIR
+lvlm-prune reproduce atv/table_2 --output DIR
 """
 
 import os
@@ -38,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"lvlm-prune {__version__}")
         return 0
+    if arguments == ["reproduce"]:
+        from lvlm_prune.runs.reproduce.listing import listing
+
+        print(listing())
+        return 0
+    if arguments[:1] == ["reproduce"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments[1] = f"--table={arguments[1]}"
     silence_libraries()
     wait_asleep()
     from lvlm_prune.cli_parser import run

@@ -30,6 +30,7 @@ _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": _QUIET | {"enable_checkpointing": False},
     "probe": _QUIET | {"enable_checkpointing": False},
     "sweep": _QUIET | {"enable_checkpointing": False},
+    "reproduce": _QUIET | {"enable_checkpointing": False},
     "evaluate": _QUIET | {"enable_checkpointing": False},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
@@ -60,7 +61,8 @@ class LVLMCLI(LightningCLI):
     `prune`, whose data is a CalibrationDataModule, `pruning` (BlockwisePruning); for `probe`, whose data is the same,
     `probing` (ModalityProbe); for `recover`, whose data is a RecoveryDataModule, `lora` (SparseLoRA), `method`,
     `optimization`, `dense`, `distillation` and `reconstruction`; for `sweep`, `recipes`, `grid`, `seeds` and `engine`;
-    for `evaluate`, which has no `data`, `baseline` and `engine`. `compare` has only `folders` and `output`.
+    for `evaluate`, which has no `data`, `baseline` and `engine`; for `reproduce`, which has none either, `table`,
+    `seeds`, `calibration`, `harness`, `engine` and `tasks`. `compare` has only `folders` and `output`.
     """
 
     _verb: str
@@ -92,13 +94,15 @@ class LVLMCLI(LightningCLI):
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`trainer`, `model` and, but for `evaluate`, `data`."""
-        if self._verb != "evaluate":
+        """`trainer`, `model` and, but for `evaluate` and `reproduce`, `data`."""
+        if self._verb not in ("evaluate", "reproduce"):
             super().add_core_arguments_to_parser(parser)
             return
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(self._model_class, "model")
+        if self._verb == "reproduce":
+            parser.set_defaults({"model.path": ""})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callback that does the work has a key of its own."""
@@ -170,6 +174,10 @@ class LVLMCLI(LightningCLI):
     def before_sweep(self) -> None:
         """The same."""
         self._hand_over("sweep")
+
+    def before_reproduce(self) -> None:
+        """Hand the process over to the trainer."""
+        self._hand_over("reproduce")
 
     def before_evaluate(self) -> None:
         """The same, and refuse a precision that the engine does not hear of.

@@ -1,4 +1,4 @@
-"""The Trainer: Lightning's, with `prune`, `recover`, `evaluate`, `compare`, `probe` and `sweep` beside `fit`.
+"""The Trainer: Lightning's, with the verbs of this project beside `fit`.
 
 Each verb is a run of its own, in `lvlm_prune/runs`; the trainer holds none of its state.
 """
@@ -19,6 +19,8 @@ from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
 from lvlm_prune.run import RunOptions, RunTrainer
+from lvlm_prune.runs.reproduce.harness import Harness
+from lvlm_prune.runs.reproduce.outcome import PartOutcome
 from lvlm_prune.runs.sweep.results import FinishedRun
 
 
@@ -162,6 +164,47 @@ class LVLMTrainer(RunTrainer):
 
         points = Grid.of(recipes, grid, seeds, datamodule)
         return SweepRun(self, model, points, own_instance(engine), output, part, keep, across)()
+
+    def reproduce(
+        self,
+        model: LVLMModule,
+        table: str,
+        output: str = "",
+        part: str = "",
+        seeds: list[int] | int = 0,
+        calibration: dict[str, Any] = {},  # noqa: B006
+        harness: Harness = Harness(),  # noqa: B008  (jsonargparse shows its fields; never changed)
+        engine: Engine | None = None,
+        tasks: dict[str, str] = {},  # noqa: B006
+        keep: bool = False,
+    ) -> list[PartOutcome]:
+        """Run a table of a paper again, and set what is measured beside what was published.
+
+        The same command goes on where an earlier one stopped.
+
+        Args:
+            model: Takes the place of the table's models; with an empty path only its other options count.
+            table: Paper and table, for example `atv/table_2`; without any, the command lists them.
+            output: Folder to write, new, empty or of an earlier run of the same table. Default: `runs/<table>`.
+            part: `1/2` does the first half of each model's runs; several processes can share a folder in this way.
+            seeds: Calibration seeds; the papers take one.
+            calibration: Calibration sets in place of the papers', by their names: options of `data`.
+            harness: How lmms-eval is run.
+            engine: What scores checkpoints instead of lmms-eval.
+            tasks: Column of the table -> task of `engine`, where one is given.
+            keep: Keep the pruned checkpoints, with their reports.
+
+        Returns:
+            What came out for each model.
+        """
+        from lvlm_prune.runs.reproduce.run import ReproductionRun
+        from lvlm_prune.runs.reproduce.tables import load_table
+
+        chosen = [seeds] if isinstance(seeds, int) else list(seeds)
+        run = ReproductionRun(
+            self, load_table(table), model, output, part, chosen, calibration, harness, engine, tasks, keep
+        )
+        return run()
 
     def evaluate(
         self,

@@ -86,8 +86,12 @@ class HarnessEngine(Engine):
         """Look for the package in the interpreter that is to run it."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise InputError("engine.tasks", self.tasks, "name tasks of the harness, each once")
-        for option, names in (("metrics", self.metrics), ("full_marks", self.full_marks)):
-            if unknown := sorted(set(names) - set(self.tasks)):
+        scored = {name for task in self.tasks for name in (task, *score_names(task, self.metrics.get(task, "")))}
+        for option, names, known in (
+            ("metrics", self.metrics, set(self.tasks)),
+            ("full_marks", self.full_marks, scored),
+        ):
+            if unknown := sorted(set(names) - known):
                 raise InputError(f"engine.{option}", unknown[0], "is not among the tasks")
         looks = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({self.package!r}) is None)"
         try:
@@ -147,12 +151,13 @@ class HarnessEngine(Engine):
         share = self.tasks[processes.rank :: processes.count]
         mine = self._run(share, self._arguments(folder, device, loading)) if share else None
         found = [part for part in processes.gather(mine) if part is not None]
-        known = {task: part for part in found for task in part.tasks}
+        known = {name: part for part in found for name in part.tasks}
+        names = [name for task in self.tasks for name in score_names(task, self.metrics.get(task, ""))]
         return Scores(
-            {task: known[task].tasks[task] for task in self.tasks},
-            {task: known[task].counts[task] for task in self.tasks},
-            dict.fromkeys(self.tasks, self.package),
-            {task: known[task].metrics[task] for task in self.tasks},
+            {name: known[name].tasks[name] for name in names},
+            {name: known[name].counts[name] for name in names},
+            dict.fromkeys(names, self.package),
+            {name: known[name].metrics[name] for name in names},
             {task: mark for task, mark in self.full_marks.items() if mark != 1},
         )
 
@@ -204,7 +209,8 @@ class LMEvalEngine(HarnessEngine):
         chat_template: Whether questions go through the model's chat template.
         limit: Questions per task. Default: all.
         arguments: More of its command line, for example `[--batch_size, '8']`.
-        metrics: Task -> metric that counts as its score; `a+b` is the sum of two. Default: the first one reported.
+        metrics: Task -> metric that counts as its score; `a+b` is the sum of two, `a,b` two scores, `task:a` and
+            `task:b`. Default: the first one reported.
         full_marks: Task -> best possible score, where that is not 1: the average is taken over shares of it.
     """
 
@@ -252,8 +258,8 @@ class LMMSEvalEngine(HarnessEngine):
         model_args: More arguments of the model, for example `{device_map: cpu}`.
         limit: Questions per task. Default: all.
         arguments: More of its command line, for example `[--batch_size, '8']`.
-        metrics: Task -> metric that counts as its score; `a+b` is the sum of two. Default: that of the papers, else the
-            first one reported.
+        metrics: Task -> metric that counts as its score; `a+b` is the sum of two, `a,b` two scores, `task:a` and
+            `task:b`. Default: that of the papers, else the first one reported.
         full_marks: Task -> best possible score, where that is not 1: the average is taken over shares of it. Default:
             2800 of MME, 100 of MMBench.
     """
@@ -289,8 +295,8 @@ def read_results(
     Args:
         found: The content.
         tasks: Tasks or groups that must be there.
-        metrics: Task -> metric that counts, `a+b` for a sum; of other tasks the first one reported. A group without
-            metrics of its own scores the mean of its members.
+        metrics: Task -> metric that counts, `a+b` for a sum, `a,b` for two scores, `task:a` and `task:b`; of other
+            tasks the first one reported. A group without metrics of its own scores the mean of its members.
         harness: Name for errors.
 
     Raises:
@@ -301,16 +307,30 @@ def read_results(
         >>> scores = read_results({"results": results}, ["mme"], {"mme": "mme_perception_score+mme_cognition_score"})
         >>> scores.tasks
         {'mme': 1800.0}
+        >>> read_results({"results": results}, ["mme"], {"mme": "mme_perception_score,mme_cognition_score"}).tasks
+        {'mme:mme_perception_score': 1500.0, 'mme:mme_cognition_score': 300.0}
     """
     scores, counts, chosen = {}, {}, {}
     for task in tasks:
         members = _measured(found, task)
         if not members:
             raise RunError(f"{harness} has no results for the task {task}")
-        named = [_value(values, metrics.get(task, ""), task, harness) for values in members]
-        chosen[task], scores[task] = named[0][0], sum(value for _, value in named) / len(named)
-        counts[task] = _count(found, task)
-    return Scores(scores, counts, dict.fromkeys(tasks, harness), chosen)
+        wanted = metrics.get(task, "")
+        for name, metric in zip(score_names(task, wanted), wanted.split(",")):
+            named = [_value(values, metric, task, harness) for values in members]
+            chosen[name], scores[name] = named[0][0], sum(value for _, value in named) / len(named)
+            counts[name] = _count(found, task)
+    return Scores(scores, counts, dict.fromkeys(scores, harness), chosen)
+
+
+def score_names(task: str, metric: str) -> list[str]:
+    """Under what names a task is scored: its own, or one for each of several metrics.
+
+    Example:
+        >>> score_names("gqa", "exact_match"), score_names("mme", "perception,cognition")
+        (['gqa'], ['mme:perception', 'mme:cognition'])
+    """
+    return [f"{task}:{one}" for one in metric.split(",")] if "," in metric else [task]
 
 
 def _measured(found: Mapping[str, Any], task: str) -> list[dict[str, Any]]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from glob import glob
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -139,17 +139,53 @@ class Grid:
             for values in product(*self.options.values()):
                 # A class comes before its options.
                 swept = dict(sorted(zip(self.options, values), key=lambda option: option[0].count(".")))
-                options, config, needs_data = _options_of(name, pruning, swept, self.data)
-                used |= set(options)
-                for seed in self.seeds if needs_data else [0]:
-                    seeded = {**config, "data": {**config["data"], "seed": seed}}
-                    point = Point(name, options, seed if needs_data else None, seeded)
+                for point in points_of(name, pruning, swept, self.data, self.seeds):
+                    used |= set(point.options)
                     points.setdefault(point.identity, point)
         for name in self.options:
             if name not in used:
                 raise InputError("grid", name, "is an option of no recipe of this sweep")
-        order = list(dict.fromkeys(point.data_key for point in points.values()))
-        return sorted(points.values(), key=lambda point: order.index(point.data_key))
+        return by_data(points.values())
+
+
+class Points(Protocol):
+    """What a sweep does: a grid, or any other list of runs."""
+
+    @property
+    def options(self) -> Mapping[str, Sequence[Any]]:
+        """Option that is varied -> its values."""
+
+    def points(self) -> list[Point]:
+        """All runs, each once, those on the same calibration set together."""
+
+
+def by_data(points: Iterable[Point]) -> list[Point]:
+    """Points in an order in which those on the same calibration set follow each other."""
+    points = list(points)
+    order = list(dict.fromkeys(point.data_key for point in points))
+    return sorted(points, key=lambda point: order.index(point.data_key))
+
+
+def points_of(
+    recipe: str, pruning: Mapping[str, Any], options: Mapping[str, Any], data: Mapping[str, Any], seeds: Sequence[int]
+) -> list[Point]:
+    """A recipe with some options, once for each seed, or once where it needs no data.
+
+    Args:
+        recipe: Its name.
+        pruning: Its options under `pruning`.
+        options: Dotted name -> value that takes the place of the recipe's; one that it does not know is left out.
+        data: Options of the calibration set.
+        seeds: Calibration seeds.
+
+    Raises:
+        InputError: The recipe or a value cannot be used.
+    """
+    taken, config, needs_data = _options_of(recipe, pruning, options, data)
+    return [
+        Point(recipe, taken, seed if needs_data else None, {**config, "data": {**config["data"], "seed": seed}})
+        for seed in (seeds if needs_data else [0])
+    ]
 
 
 def _options_of(

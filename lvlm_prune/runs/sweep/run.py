@@ -28,7 +28,7 @@ from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.session import join, session
-from lvlm_prune.runs.sweep.grid import Grid, Point
+from lvlm_prune.runs.sweep.grid import Point, Points
 from lvlm_prune.runs.sweep.page import write_sweep_page
 from lvlm_prune.runs.sweep.results import FinishedRun, Results, finished_runs, record_identity, share
 from lvlm_prune.runs.sweep.tables import csv_table, markdown_table, summary, swept_option
@@ -37,13 +37,19 @@ _WAY_ON = "the same command goes on behind the last finished run"
 
 
 class SweepRun:
-    """See `LVLMTrainer.sweep` for the arguments."""
+    """See `LVLMTrainer.sweep` for the arguments.
+
+    Attributes:
+        dense: Scores of the dense model, once they are known.
+    """
+
+    dense: Scores
 
     def __init__(
         self,
         trainer: RunTrainer,
         model: LVLMModule,
-        grid: Grid,
+        grid: Points,
         engine: Engine,
         output: str,
         part: str,
@@ -81,7 +87,7 @@ class SweepRun:
         pending = [point for point in self.mine if not self._is_finished(point)]
         run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
         run.processes.on_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        dense = self._dense_scores()
+        self.dense = dense = self._dense_scores()
         done = len(self.mine) - len(pending)
         for _, group in groupby(pending, key=lambda point: point.data_key):
             shared = SharedCalibration(launch)
@@ -197,6 +203,7 @@ class SweepRun:
             "scores": manifest["evaluation"]["pruned"],
             "retention": manifest["evaluation"]["retention"]["average"],
             **({} if budget is None else {"mean_visual_tokens": budget}),
+            **_along_blocks(manifest),
         }
 
     def _note(self, record: dict[str, Any]) -> None:
@@ -217,3 +224,18 @@ class SweepRun:
         if runs:
             write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note)
         self.run.say(f"{text}\nwrote {self.folder} · sweep.md · sweep.csv" + (" · report.html" if runs else ""))
+
+
+def _along_blocks(manifest: Manifest) -> dict[str, Any]:
+    """What is worth drawing over the blocks: mean drift, and the sparsity of each kind of Linear where it varies."""
+    found: dict[str, Any] = {}
+    drift = [block["mean_drift"] for block in manifest["blocks"] if "mean_drift" in block]
+    if drift:
+        found["drift"] = drift
+    kinds: dict[str, list[float]] = {}
+    for name, linear in manifest["linears"].items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(linear["achieved"])
+    targets = {linear["target"] for linear in manifest["linears"].values()}
+    if len(targets) > 1:
+        found["sparsity_by_kind"] = kinds
+    return found

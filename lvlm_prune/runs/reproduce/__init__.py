@@ -1,0 +1,1 @@
+"""Tables of the papers, run again: what was published beside what is measured here."""

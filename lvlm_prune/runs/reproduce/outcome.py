@@ -1,0 +1,174 @@
+"""What came out of a table: for each row and column what was published, what was measured, and the difference."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.runs.reproduce.published import PublishedRow, Values, oddity, retention_of
+from lvlm_prune.runs.reproduce.tables import Part, Row
+from lvlm_prune.runs.sweep.results import FinishedRun
+
+_COSTS = ("seconds", "relative", "gain")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table.
+
+    Args:
+        published: As printed; None where nothing is.
+        measured: Mean over the calibration seeds; None where nothing is.
+        spread: Standard deviation over the seeds; None with fewer than two.
+    """
+
+    published: float | None = None
+    measured: float | None = None
+    spread: float | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """Measured less published."""
+        if self.published is None or self.measured is None:
+            return None
+        return self.measured - self.published
+
+
+@dataclass(frozen=True)
+class RowOutcome:
+    """One row of a table.
+
+    Args:
+        label: Its name.
+        average: Retention in percent.
+        cells: The columns.
+        follows: The average that follows from the printed row, where another one is printed.
+        seeds: Number of runs behind what is measured.
+        drift: Block -> mean drift of visual tokens, of the first run.
+        sparsity: Kind of Linear -> its sparsity in each block, of the first run.
+    """
+
+    label: str
+    average: Cell
+    cells: Mapping[str, Cell]
+    follows: float | None = None
+    seeds: int = 0
+    drift: Sequence[float] = ()
+    sparsity: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartOutcome:
+    """The rows of one model.
+
+    Args:
+        model: Path of the checkpoint that was measured.
+        of: The model of the paper.
+        columns: Names of the columns.
+        dense: The dense model's own values.
+        rows: The rows.
+        text: What the paper says in words.
+        unmeasured: Columns that the harness has no task for.
+    """
+
+    model: str
+    of: str
+    columns: Sequence[str]
+    dense: Mapping[str, Cell]
+    rows: Sequence[RowOutcome]
+    text: str = ""
+    unmeasured: Sequence[str] = ()
+
+    @property
+    def missing(self) -> int:
+        """Rows without a finished run."""
+        return sum(not row.seeds for row in self.rows)
+
+
+def part_outcome(
+    part: Part, model: str, tasks: Mapping[str, str], runs: Sequence[Sequence[FinishedRun]], dense: Scores | None
+) -> PartOutcome:
+    """Hold the runs of one model against what was published.
+
+    Args:
+        part: What was to be done.
+        model: Path of the checkpoint.
+        tasks: Benchmark -> name under which the engine scores it.
+        runs: The finished runs of each row, one for each seed.
+        dense: Scores of the dense model; None while there are none.
+    """
+    dense_values = {} if dense is None else _in_print(part, tasks, dense)
+    averages = [[retention_of(_in_print(part, tasks, run.scores), dense_values) for run in row] for row in runs]
+    columns = list(dict.fromkeys([*part.published.columns, *(benchmark.name for benchmark in part.benchmarks)]))
+    reference = (runs[0], averages[0]) if runs else ([], [])
+    rows = [
+        _row(part, row, columns, [_in_print(part, tasks, run.scores) for run in found], found, kept, reference)
+        for row, found, kept in zip(part.rows, runs, averages)
+    ]
+    whole = {name: Cell(part.dense.get(name), dense_values.get(name)) for name in columns if name not in _COSTS}
+    unmeasured = [benchmark.name for benchmark in part.benchmarks if benchmark.name not in tasks]
+    return PartOutcome(model, part.model.path, columns, whole, rows, part.published.text, unmeasured)
+
+
+def _in_print(part: Part, tasks: Mapping[str, str], scores: Scores) -> dict[str, float | None]:
+    """Scores of the benchmarks as the papers print them."""
+    return {
+        benchmark.name: scores.shares[tasks[benchmark.name]] * benchmark.scale
+        for benchmark in part.benchmarks
+        if benchmark.name in tasks
+    }
+
+
+def _row(
+    part: Part,
+    row: Row,
+    columns: Sequence[str],
+    values: Sequence[Values],
+    runs: Sequence[FinishedRun],
+    averages: Sequence[float | None],
+    reference: tuple[Sequence[FinishedRun], Sequence[float | None]],
+) -> RowOutcome:
+    printed = part.published.rows.get(row.labels, PublishedRow({}))
+    cells = {name: _cell(printed.values.get(name), [found.get(name) for found in values]) for name in columns}
+    if runs:
+        costs = _costs(runs, averages, *reference)
+        cells |= {name: Cell(printed.values.get(name), costs[name]) for name in columns if name in _COSTS}
+    first = runs[0].record if runs else {}
+    return RowOutcome(
+        row.label,
+        _cell(printed.average, averages),
+        cells,
+        oddity(printed, part.dense),
+        len(runs),
+        first.get("drift", ()),
+        first.get("sparsity_by_kind", {}),
+    )
+
+
+def _cell(published: float | None, measured: Sequence[float | None]) -> Cell:
+    found = [value for value in measured if value is not None]
+    if not found:
+        return Cell(published)
+    return Cell(published, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None)
+
+
+def _costs(
+    runs: Sequence[FinishedRun],
+    averages: Sequence[float | None],
+    first_runs: Sequence[FinishedRun],
+    first_averages: Sequence[float | None],
+) -> dict[str, float | None]:
+    """Seconds, their ratio to the first row's, and the points of retention gained on it."""
+    seconds, kept = _seconds(runs), _cell(None, averages).measured
+    beside, first = _seconds(first_runs), _cell(None, first_averages).measured
+    return {
+        "seconds": seconds,
+        "relative": seconds / beside if seconds is not None and beside else None,
+        "gain": kept - first if kept is not None and first is not None else None,
+    }
+
+
+def _seconds(runs: Sequence[FinishedRun]) -> float | None:
+    return statistics.mean(run.record["cost"]["seconds"] for run in runs) if runs else None

@@ -1,0 +1,194 @@
+"""One table of a paper, run again: a sweep for each of its models, and what came out beside what was published.
+
+table ─► rows as points ─► for each model: sweep (caught and surveyed once, resumable, in parts) ─► table.md, table.csv,
+         (all checked)                     DIR/<model>/sweep.jsonl                                  report.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.engine import Engine
+from lvlm_prune.evaluation.harness import LMMSEvalEngine
+from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.plugins import describe
+from lvlm_prune.recipes import recipe_file
+from lvlm_prune.runs.reproduce.harness import Harness
+from lvlm_prune.runs.reproduce.outcome import PartOutcome, part_outcome
+from lvlm_prune.runs.reproduce.page import write_table_page
+from lvlm_prune.runs.reproduce.tables import Part, Table, calibration_sets
+from lvlm_prune.runs.reproduce.text import csv_text, markdown_text
+from lvlm_prune.runs.sweep.grid import SPARSITY, Point, by_data, points_of
+from lvlm_prune.runs.sweep.run import SweepRun
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.run import RunTrainer
+    from lvlm_prune.runs.sweep.results import FinishedRun
+
+
+@dataclass(frozen=True)
+class TablePoints:
+    """The rows of one model as runs of a sweep.
+
+    Args:
+        rows: The runs of each row, one for each seed.
+    """
+
+    rows: Sequence[Sequence[Point]]
+
+    @property
+    def options(self) -> Mapping[str, Sequence[Any]]:
+        """Nothing is varied in all combinations."""
+        return {}
+
+    def points(self) -> list[Point]:
+        """All runs, each once, those on the same calibration set together."""
+        return by_data({point.identity: point for row in self.rows for point in row}.values())
+
+
+def table_points(part: Part, seeds: Sequence[int], calibration: Mapping[str, Mapping[str, Any]]) -> TablePoints:
+    """What has to be run for the rows of one model.
+
+    Args:
+        part: The rows.
+        seeds: Calibration seeds.
+        calibration: Name of a calibration set -> options of `data`, taken instead of the papers'.
+
+    Raises:
+        InputError: A set is unknown, or the table's file names an option that the recipe does not take.
+    """
+    known = calibration_sets()
+    if unknown := sorted(set(calibration) - set(known)):
+        raise InputError("calibration", unknown[0], f"no such set; there are {', '.join(known)}")
+    rows = []
+    for row in part.rows:
+        pruning = yaml.safe_load(recipe_file(row.recipe).read_text())["pruning"]
+        # The command line makes objects of what names a class; a point is plain data.
+        data = describe(calibration.get(row.calibration, known[row.calibration]))
+        points = points_of(row.recipe, pruning, row.options, data, seeds)
+        if ignored := sorted(set(row.options) - set(points[0].options) - {SPARSITY}):
+            raise InputError("table", ignored[0], f"is no option of the recipe {row.recipe}")
+        rows.append(points)
+    return TablePoints(rows)
+
+
+def table_engine(part: Part, harness: Harness) -> tuple[LMMSEvalEngine, dict[str, str]]:
+    """lmms-eval on the benchmarks of a table, and benchmark -> name under which it is scored.
+
+    Args:
+        part: What is measured.
+        harness: How.
+    """
+    metrics: dict[str, list[str]] = {}
+    for benchmark in part.measured:
+        metrics.setdefault(benchmark.task, []).append(benchmark.metric)
+    names = {
+        benchmark.name: benchmark.task if len(metrics[benchmark.task]) == 1 else f"{benchmark.task}:{benchmark.metric}"
+        for benchmark in part.measured
+    }
+    engine = LMMSEvalEngine(
+        list(metrics),
+        harness.python,
+        part.model.harness,
+        dict(harness.model_args),
+        harness.limit,
+        list(harness.arguments),
+        {task: ",".join(wanted) for task, wanted in metrics.items()},
+        {names[benchmark.name]: benchmark.best for benchmark in part.measured},
+    )
+    return engine, names
+
+
+class ReproductionRun:
+    """See `LVLMTrainer.reproduce` for the arguments."""
+
+    def __init__(
+        self,
+        trainer: RunTrainer,
+        table: Table,
+        model: LVLMModule,
+        output: str,
+        part: str,
+        seeds: Sequence[int],
+        calibration: Mapping[str, Mapping[str, Any]],
+        harness: Harness,
+        engine: Engine | None,
+        tasks: Mapping[str, str],
+        keep: bool,
+    ) -> None:
+        self.trainer, self.table, self.model = trainer, table, model
+        self.part, self.keep, self.engine = part, keep, engine
+        self.harness, self.tasks = harness, dict(tasks)
+        self.folder = Path(output or f"runs/{table.name.replace('/', '-')}")
+        if trainer.world_size > 1 and len(table.parts) > 1:
+            problem = f"{table.name} has {len(table.parts)} models, each of which starts its own processes; run parts"
+            raise InputError("trainer.devices", trainer.num_devices, f"{problem} of it with --part on one device each")
+        for entry in table.parts:
+            if entry.model.missing and not model.path:
+                raise InputError("model.path", entry.model.path, entry.model.missing)
+        if tasks and engine is None:
+            raise InputError("tasks", tasks, "names tasks of --engine, which is not given")
+        known = {benchmark.name for entry in table.parts for benchmark in entry.benchmarks}
+        if unknown := sorted(set(tasks) - known):
+            raise InputError("tasks", unknown[0], f"is no column of {table.name}; there are {', '.join(sorted(known))}")
+        self.points = [table_points(entry, seeds, calibration) for entry in table.parts]
+        for entry in table.parts:
+            self._engine(entry)[0].check()
+
+    def __call__(self) -> list[PartOutcome]:
+        """Sweep over one model after the other, and write the table after each."""
+        outcomes: list[PartOutcome] = []
+        for entry, points in zip(self.table.parts, self.points):
+            outcomes.append(self._measure(entry, points))
+            if self.trainer.is_global_zero:
+                self._write(outcomes)
+        where = f"wrote {self.folder} · table.md · table.csv · report.html"
+        if self.trainer.is_global_zero:
+            print(f"{markdown_text(self.table, outcomes)}\n{where}", flush=True)
+        return outcomes
+
+    def _measure(self, entry: Part, points: TablePoints) -> PartOutcome:
+        from lvlm_prune.module import LVLMModule
+
+        given = self.model
+        module = LVLMModule(
+            given.path or entry.model.path,
+            given.dtype_option,
+            given.revision if given.path else "main",
+            trust_remote_code=given.trust_remote_code,
+            attn_implementation=given.attn_implementation,
+        )
+        engine, names = self._engine(entry)
+        sweep = SweepRun(
+            self.trainer, module, points, engine, str(self.folder / folder_name(entry)), self.part, self.keep, ""
+        )
+        runs: dict[str, FinishedRun] = {run.point.identity: run for run in sweep()}
+        if absent := sorted(set(names.values()) - set(sweep.dense.tasks)):
+            scored = ", ".join(sweep.dense.tasks)
+            raise InputError("tasks", absent[0], f"is not scored by the engine, which scores {scored}")
+        rows = [[runs[point.identity] for point in row if point.identity in runs] for row in points.rows]
+        return part_outcome(entry, module.path, names, rows, sweep.dense)
+
+    def _engine(self, entry: Part) -> tuple[Engine, dict[str, str]]:
+        """What scores the checkpoints of one model, and benchmark -> name under which it is scored."""
+        if self.engine is None:
+            return table_engine(entry, self.harness)
+        columns = {benchmark.name for benchmark in entry.benchmarks}
+        return self.engine, {name: task for name, task in self.tasks.items() if name in columns}
+
+    def _write(self, outcomes: Sequence[PartOutcome]) -> None:
+        replace_durably(self.folder / "table.md", markdown_text(self.table, outcomes).encode())
+        replace_durably(self.folder / "table.csv", csv_text(outcomes).encode())
+        write_table_page(self.folder, self.table, outcomes)
+
+
+def folder_name(entry: Part) -> str:
+    """Where the sweep over one model is kept, in the output folder."""
+    return entry.model.path.rpartition("/")[2]

@@ -1,0 +1,160 @@
+"""Tables of the papers, end to end on a tiny model: everything but the download and the real benchmarks."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from lvlm_prune.cli import main
+from lvlm_prune.runs.reproduce.published import published_table
+from lvlm_prune.runs.reproduce.tables import calibration_sets, load_table, table_names
+from tests.conftest import GOLDEN_ARGUMENTS
+
+MODEL = next(argument for argument in GOLDEN_ARGUMENTS if argument.startswith("--model.path="))
+SAMPLES = next(argument for argument in GOLDEN_ARGUMENTS if "calib.safetensors" in argument).partition("=")[2]
+TINY = {"source": {"class_path": "lvlm_prune.data.TensorSource", "init_args": {"path": SAMPLES}}, "num_samples": 3}
+OTHER_LINES = [argument for argument in GOLDEN_ARGUMENTS if argument.startswith("--trainer")]
+
+
+def arguments(table: str, out: Path) -> list[str]:
+    """The command on stand-ins: the tiny model, its samples, and what is left of two kinds of weights as benchmarks."""
+    columns = list(dict.fromkeys(one.name for part in load_table(table).parts for one in part.benchmarks))
+    tasks = {name: ("q_proj", "down_proj")[place % 2] for place, name in enumerate(columns)}
+    calibration = dict.fromkeys(calibration_sets(), TINY)
+    return [
+        "reproduce",
+        table,
+        MODEL,
+        f"--output={out}",
+        f"--calibration={json.dumps(calibration)}",
+        "--engine=tests.engines.ShareLeft",
+        f"--tasks={json.dumps(tasks)}",
+        *OTHER_LINES,
+    ]
+
+
+def numbers(out: Path) -> dict[tuple[str, str, str], dict[str, float]]:
+    """What stands in the CSV, by model, row and column; empty cells left out."""
+    with (out / "table.csv").open() as file:
+        return {
+            (row["model"], row["row"], row["column"]): {
+                name: float(row[name]) for name in ("published", "measured", "difference") if row[name]
+            }
+            for row in csv.DictReader(file)
+        }
+
+
+def check(table: str, out: Path) -> None:
+    """Every published number is in the output, every row was measured, and retention is counted as in the papers."""
+    found = numbers(out)
+    for part in load_table(table).parts:
+        model = part.model.path
+        dense = {one.name: found[model, "dense", one.name]["measured"] for one in part.benchmarks}
+        assert part.rows
+        for row in part.rows:
+            printed = part.published.rows.get(row.labels)
+            cells = {column: found[model, row.label, column] for column in part.published.columns}
+            if printed is not None:
+                values = {column: cell["published"] for column, cell in cells.items() if "published" in cell}
+                assert values == {column: value for column, value in printed.values.items() if value is not None}
+            average = found[model, row.label, "average"]
+            measured = {one.name: found[model, row.label, one.name]["measured"] for one in part.benchmarks}
+            kept = sum(100 * measured[name] / dense[name] for name in dense) / len(dense)
+            assert average["measured"] == pytest.approx(kept)
+            assert 20 < kept < 100
+            if printed is not None and printed.average is not None:
+                assert average["published"] == printed.average
+                assert average["difference"] == pytest.approx(kept - printed.average)
+    page, text = (out / "report.html").read_text(), (out / "table.md").read_text()
+    for one in (page, text):
+        assert all(head in one for head in ("published", "measured", "difference"))
+    assert "| row | published | measured | difference |" in text
+    assert (out / "report").is_dir()
+
+
+@pytest.mark.parametrize("table", ["atv/table_3", "tamp/table_1", "mllm_pruner/table_4"])
+def test_a_table_of_each_paper_runs_end_to_end(table, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(table, out)) == 0
+    check(table, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", table_names())
+def test_every_table_runs_end_to_end(table, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(table, out)) == 0
+    check(table, out)
+
+
+def test_a_finished_table_is_only_written_again_and_parts_make_the_whole(tmp_path, monkeypatch):
+    table, out = "mllm_pruner/table_4", tmp_path / "out"
+    assert main([*arguments(table, out), "--part=1/2"]) == 0
+    assert "1 of 2 rows are still to be done" in (out / "table.md").read_text()
+    assert main([*arguments(table, out), "--part=2/2"]) == 0
+    check(table, out)
+    before = (out / "table.csv").read_text()
+    monkeypatch.setattr("lvlm_prune.runs.sweep.run.SweepRun._run", None)  # nothing may be run again
+    assert main(arguments(table, out)) == 0
+    assert (out / "table.csv").read_text() == before
+
+
+def test_several_seeds_give_a_spread(tmp_path):
+    out = tmp_path / "out"
+    assert main([*arguments("mllm_pruner/table_4", out), "--seeds=[0, 1]"]) == 0
+    assert " ± " in (out / "table.md").read_text()
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert {row["seeds"] for row in rows if row["row"] == "Wanda"} == {"2"}
+
+
+BAD = {
+    "table": (["reproduce", "atv/table_9"], ["--table atv/table_9", "atv/table_2"]),
+    "no checkpoint": (["reproduce", "tamp/table_3"], ["--model.path VideoLLaMA2-7B", "transformers has no"]),
+    "calibration": (
+        ["reproduce", "atv/table_3", MODEL, "--calibration={nothing: {}}"],
+        ["--calibration nothing", "sharegpt4v"],
+    ),
+    "tasks without engine": (["reproduce", "atv/table_3", MODEL, "--tasks={MMB: mine}"], ["--tasks", "--engine"]),
+    "column": (
+        ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={GQA: q_proj}"],
+        ["--tasks GQA", "MMB"],
+    ),
+    "harness": (
+        ["reproduce", "atv/table_3", MODEL, "--harness.python=nowhere/python"],
+        ["--engine.python nowhere/python"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "expected"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(command, expected, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*command, f"--output={out}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert all(text in line for text in expected), line
+    assert not out.exists()
+
+
+def test_without_a_table_all_are_listed_with_what_they_take(capsys):
+    assert main(["reproduce"]) == 0
+    listed = capsys.readouterr().out
+    for name in table_names():
+        entry = listed.partition(f"\n{name}\n")[2].partition("\n\n")[0]
+        assert all(what in entry for what in ("GPU memory", "disk", " h")), name
+        assert all(part.model.path in entry for part in load_table(name).parts)
+
+
+def test_every_row_of_a_published_table_is_reproduced():
+    """But for rows of the dense model, and the probe's, which has a command of its own."""
+    for name in table_names():
+        for part in load_table(name).parts:
+            assert set(part.published.rows) <= {row.labels for row in part.rows}, name
+
+
+def test_published_values_are_read_as_printed():
+    table = published_table("atv/table_2_main", "llava-hf/llama3-llava-next-8b-hf")
+    assert table.rows["ATV", 0.6].values["MME"] == 1474.65
+    assert table.rows["ATV", 0.6].average == 77.01
+    assert table.dense["MME"] == 1965.12
