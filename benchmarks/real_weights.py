@@ -35,7 +35,7 @@ from benchmarks.pretrained import CARD
 from benchmarks.prose import paragraphs
 from lvlm_prune import load_pruning, prune
 from lvlm_prune.errors import InputError
-from lvlm_prune.measuring import Stopwatch
+from lvlm_prune.memory.measuring import Stopwatch
 
 RECIPES = Path(__file__).parents[1] / "configs" / "prune"
 DEFAULT_RECIPES = (

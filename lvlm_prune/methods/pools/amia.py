@@ -191,20 +191,6 @@ def neighbourhoods(distances: Distances, rule: NeighbourRule = "released") -> Ne
     return Neighbourhoods(torch.cat(neighbours), torch.cat(near), torch.cat(closeness))
 
 
-def _others(found: Tensor, first: int) -> Tensor:
-    """All but one of the tokens found for each row: without the row's own token, or else without the last one.
-
-    Args:
-        found: Indices, int64 of shape (n, k).
-        first: Index of the first row's own token.
-    """
-    itself = found == torch.arange(first, first + len(found), device=found.device)[:, None]
-    # A token with more identical ones than are looked at is not among them.
-    last = torch.zeros_like(itself)
-    last[:, -1] = True
-    return found[~torch.where(itself.any(1, keepdim=True), itself, last)].view(len(found), -1)
-
-
 def nearest(distances: Tensor, count: int) -> Tensor:
     """The `count` lowest values of each row, lowest first, ties by lowest index, which `topk` does not promise.
 
