@@ -70,9 +70,9 @@ def _figures(table: Table, part: PartOutcome, suffix: str) -> list[PageFigure]:
         caption = "Mean drift of the visual tokens at each block, while the blocks before it were pruned."
         found.append(PageFigure(f"drift{suffix}", curves({"mean drift": drift}), caption))
     for number, row in enumerate(row for row in part.rows if row.sparsity):
-        lines = {kind: {block: 100 * share for block, share in enumerate(of)} for kind, of in row.sparsity.items()}
+        kinds = {kind: {block: 100 * share for block, share in enumerate(of)} for kind, of in row.sparsity.items()}
         caption = f"{row.label}: sparsity of each kind of Linear at each block."
-        found.append(PageFigure(f"sparsity{suffix}-{number + 1}", curves({"sparsity (%)": lines}, 5.0), caption))
+        found.append(PageFigure(f"sparsity{suffix}-{number + 1}", curves({"sparsity (%)": kinds}, 5.0), caption))
     return found
 
 

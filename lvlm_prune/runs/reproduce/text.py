@@ -31,7 +31,7 @@ def csv_text(outcomes: Sequence[PartOutcome]) -> str:
         for name, cell in part.dense.items():
             writer.writerow([part.of, part.model, "dense", name, *_numbers(cell), ""])
         for row in part.rows:
-            for name, cell in (row.cells | {"average": row.average}).items():
+            for name, cell in {**row.cells, "average": row.average}.items():
                 writer.writerow([part.of, part.model, row.label, name, *_numbers(cell), row.seeds])
     return text.getvalue()
 
