@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback
 
-from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 
@@ -53,7 +53,7 @@ class PruneCallback(Callback):
         """The samples are about to go through the dense model once; afterwards they are where they were."""
 
     def on_survey_block_start(
-        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """The dense block is loaded, all samples are at its input; no sums over processes here."""
 

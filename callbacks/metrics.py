@@ -9,7 +9,7 @@ lvlm-prune prune --trainer.logger CSVLogger --trainer.logger.save_dir runs/logs
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch, peak_memory
@@ -28,7 +28,7 @@ class BlockMetrics(PruneCallback):
             logger.log_hyperparams(dict(trainer.run.config))
 
     def on_survey_block_start(
-        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """Start the clock."""
         self._clock = Stopwatch(trainer.strategy.root_device)

@@ -16,7 +16,7 @@ from jsonargparse import lazy_instance
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
@@ -27,7 +27,7 @@ from lvlm_prune.methods.pools import TextOnlyPool, VisualOnlyPool
 from lvlm_prune.methods.pools.contribution import scaled_to_one, singular_contributions
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.tokens import Tokens
-from lvlm_prune.plugins import own_instance
+from lvlm_prune.plugins import mounted, own_instance
 from lvlm_prune.pruning.calibration import BlockCalibration
 
 if TYPE_CHECKING:
@@ -89,12 +89,13 @@ class ModalityProbe(PruneCallback):
         if images < 0 or texts < 0 or images + texts == 0:
             raise InputError("probing.images", images, "with `texts` must leave at least one question")
         scorer = own_instance(scorer)
-        scorer.check(Unstructured())
         if scorer.statistic is None:
             raise InputError(
                 "probing.scorer", type(scorer).__name__, "uses no calibration tokens, so pools do not matter"
             )
         self.scorer, self.visual = scorer, list(visual)
+        with mounted(probing=self):
+            scorer.check(Unstructured())
         self.pathways, self.pools, self.sparsities = list(pathways), list(pools), list(sparsities)
         self.map_tokens, self.curve_samples, self.images, self.texts = map_tokens, curve_samples, images, texts
         self.survey_needs = frozenset({"outputs"}) | ({"attention_map"} if curve_samples else frozenset())
@@ -129,7 +130,7 @@ class ModalityProbe(PruneCallback):
         self._found_linears: dict[str, dict[str, Any]] = {}
 
     def on_survey_block_start(
-        self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, tail: DecoderTail
+        self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """Fresh sums."""
         targets = {name: full_name for name in block.linears if (full_name := f"{block.name}.{name}") in self.targets}

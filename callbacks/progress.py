@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
@@ -36,7 +36,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
         self._bar = self._open(trainer, "Surveying", self._blocks)
 
     def on_survey_block_start(
-        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """Show which block it is."""
         self._seen = 0

@@ -23,7 +23,7 @@ from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
-from lvlm_prune.plugins import own_instance, plugin_class
+from lvlm_prune.plugins import mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, scorer_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.naming import folder_label, method_name
@@ -93,8 +93,9 @@ class BlockwisePruning(PruneCallback):
             raise InputError(
                 "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"
             )
-        scorer.check(self.pattern)
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
+        with mounted(pruning=self):
+            scorer.check(self.pattern)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.visual, self.record = list(visual), record
         if experts not in ("prune", "keep"):
@@ -145,9 +146,10 @@ class BlockwisePruning(PruneCallback):
         if self.prunes_experts:
             refuse_experts(pool, self.allocation)
         refuse_widths(self.pattern, self.shapes)
-        self.allocation.check(self.shapes, self.sparsity)
-        if not self.allocation.wants_survey:
-            self.allocate()
+        with mounted(pruning=self):
+            self.allocation.check(self.shapes, self.sparsity)
+            if not self.allocation.wants_survey:
+                self.allocate()
 
     def allocate(self) -> None:
         """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
@@ -67,7 +67,7 @@ class PluginSurvey(PruneCallback):
         }
 
     def on_survey_block_start(
-        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: DecoderTail
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """Let the plugins try changed weights; before the first block, let them say what that costs."""
         for name, plugin in self.surveyors.items():

@@ -21,6 +21,7 @@ from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.plugins import built_from
 from lvlm_prune.run import RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 
@@ -74,7 +75,8 @@ def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
         parsed = parser.parse_object({"pruning": values})
     except ArgumentError as error:
         raise InputError("config", config, explain(str(error))) from None
-    return parser.instantiate(parsed).pruning
+    with built_from(parsed.as_dict()):
+        return parser.instantiate(parsed).pruning
 
 
 def prune(

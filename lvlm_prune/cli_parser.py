@@ -21,7 +21,7 @@ from lvlm_prune.distributed.launching import is_first_process
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.plugins import load_installed_plugins
+from lvlm_prune.plugins import built_from, load_installed_plugins
 from lvlm_prune.trainer import LVLMTrainer
 
 _DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
@@ -133,7 +133,8 @@ class LVLMCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Trainer, model and data, where the subcommand has any."""
         if self.subcommand != "compare":
-            super().instantiate_classes()
+            with built_from(self.config[self.subcommand].as_dict()):
+                super().instantiate_classes()
 
     def _set_seed(self) -> None:
         if self.subcommand != "compare":

@@ -1,19 +1,31 @@
-"""Plugins: finding installed ones, and saying what an object was made with.
+"""Plugins: finding installed ones, saying what an object was made with, and which option a plugin's error is about.
 
 An installed package registers its classes under the entry point group `lvlm_prune.plugins`; their short class names
 then work in YAML and on the command line. A class in a user's own file needs no registration: it is named by its path,
 `my_module.MySaliency`.
+
+A plugin does not know where it is mounted. It raises `ValueError` and begins with the argument in backticks,
+
+    `damping` -1: must be a finite number, 0 or larger
+
+and whoever holds it adds the path: `--pruning.scorer.damping`, `--probing.scorer.damping`, or what it is in a mixture,
+`--data.source.sources[1].max_tokens`. `mounted` does so for objects, `built_from` while they are being made.
 """
 
 import inspect
-from collections.abc import Mapping
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.methods.patterns import Pattern
+from lvlm_prune.errors import InputError, RunError
 
 ENTRY_POINT_GROUP = "lvlm_prune.plugins"
+
+_REFUSED = re.compile(r"`(?P<argument>[^`]+)` (?P<value>.*?): (?P<problem>.*)", re.DOTALL)
 
 
 def load_installed_plugins() -> list[type]:
@@ -47,15 +59,138 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (Path, Pattern)):
+    if isinstance(value, Path) or getattr(value, "written_as_text", False):
         return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [describe(item) for item in value]
     written = plugin_class(value)
-    arguments = [name for name in inspect.signature(written).parameters if name not in ("args", "kwargs")]
     return {
         "class_path": f"{written.__module__}.{written.__qualname__}",
-        "init_args": {name: describe(getattr(value, name)) for name in arguments if hasattr(value, name)},
+        "init_args": {name: describe(getattr(value, name)) for name in arguments_of(value) if hasattr(value, name)},
     }
+
+
+def arguments_of(plugin: Any) -> list[str]:
+    """Names of the arguments of a plugin's constructor."""
+    return [name for name in inspect.signature(plugin_class(plugin)).parameters if name not in ("args", "kwargs")]
+
+
+# ---- which option an error is about ----------------------------------------------------------------------------------
+@contextmanager
+def mounted(**holders: Any) -> Iterator[None]:
+    """Within, what plugins say against their arguments becomes an `InputError` that names the option.
+
+    Also a `FloatingPointError`, which plugins raise where the numbers of the run are broken, becomes a `RunError`.
+    Everything else that a plugin raises stays as it is.
+
+    Args:
+        holders: Key of the configuration -> the object under it, whose constructor arguments are plugins, which may
+            have plugins of their own; None is left out.
+
+    Example:
+        >>> from lvlm_prune.methods.patterns import SemiStructured
+        >>> from lvlm_prune.methods.scorers import WandaScorer
+        >>> scorer = WandaScorer(variant=True)
+        >>> with mounted(scorer=scorer):
+        ...     scorer.check(SemiStructured(2, 4))
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --scorer.variant True: cannot be used with 2:4
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise RunError(str(error)) from None
+    except ValueError as error:
+        refused = _REFUSED.fullmatch(str(error))
+        option = refused and _option_of(error, refused["argument"], holders)
+        if not (refused and option):
+            raise
+        raise InputError(option, refused["value"], refused["problem"]) from None
+
+
+@contextmanager
+def built_from(config: Mapping[str, Any]) -> Iterator[None]:
+    """Within, plugins are made from this configuration; what they say against it names the option.
+
+    Args:
+        config: Nested plain data, plugins as `{"class_path": ..., "init_args": ...}`.
+
+    Example:
+        >>> from lvlm_prune.methods.scorers import RIAScorer
+        >>> with built_from({"probing": {"scorer": {"class_path": "RIAScorer", "init_args": {"exponent": -1}}}}):
+        ...     RIAScorer(exponent=-1)
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --probing.scorer.exponent -1: must be a finite number, 0 or larger
+    """
+    try:
+        yield
+    except ValueError as error:
+        if (refused := _REFUSED.fullmatch(str(error))) is None:
+            raise
+        argument, said = refused["argument"], f"{refused['value']}: {refused['problem']}"
+        made = {plugin_class(owner).__name__ for owner in _owners(error)}
+        places = [
+            (f"{path}.{argument}" if path else argument, values)
+            for path, name, values in _parts_of_config(config)
+            if name in made and argument in values
+        ]
+        # Of several parts of one class it is the first one that was given this value.
+        exact = [option for option, values in places if said.startswith(f"{values[argument]}: ")]
+        option = next(iter([*exact, *(option for option, _ in places)]), argument)
+        raise InputError(option, refused["value"], refused["problem"]) from None
+
+
+def _owners(error: BaseException) -> list[Any]:
+    """The objects whose methods the error went through, innermost first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [frame.f_locals["self"] for frame in reversed(frames) if "self" in frame.f_locals]
+
+
+def _option_of(error: BaseException, argument: str, holders: Mapping[str, Any]) -> str | None:
+    """Path of an argument: of the plugin that raised, or of the nearest one around it that has an argument so named."""
+    parts = [part for key, holder in holders.items() if holder is not None for part in _parts(key, holder)]
+    raised_by = next((path for owner in _owners(error) for path, part in parts if part is owner), None)
+    name = argument.split(".")[0].split("[")[0]
+    options = {path: f"{path}.{argument}" for path, part in parts if name in arguments_of(part)}
+    if raised_by is not None:
+        around = [
+            path for path in options if f"{raised_by}.".startswith(f"{path}.") or raised_by.startswith(f"{path}[")
+        ]
+        return options[max(around, key=len)] if around else None
+    return next(iter(options.values()), None)
+
+
+def _parts(path: str, plugin: Any) -> Iterator[tuple[str, Any]]:
+    """A plugin and the plugins among its arguments, each with its path."""
+    yield path, plugin
+    for name in arguments_of(plugin):
+        value = getattr(plugin, name, None)
+        for place, item in _items(f"{path}.{name}", value):
+            if type(item).__module__ != "builtins" and not isinstance(item, (Path, type)) and hasattr(item, "__dict__"):
+                yield from _parts(place, item)
+
+
+def _parts_of_config(value: Any, path: str = "") -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Path, short name of the class and arguments of each plugin in a configuration."""
+    if isinstance(value, Mapping):
+        inner = value
+        if isinstance(value.get("class_path"), str):
+            inner = value.get("init_args") or {}
+            yield path, value["class_path"].rpartition(".")[2], inner
+        for name, item in inner.items():
+            yield from _parts_of_config(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, (list, tuple)):
+        for place, item in _items(path, value):
+            yield from _parts_of_config(item, place)
+
+
+def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield f"{path}[{number}]", item
+    else:
+        yield path, value

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from lvlm_prune.blocks.execution import BlockRunner
 from lvlm_prune.blocks.placement import Placement
 from lvlm_prune.blocks.weights import ResidentWeights, Weights
 from lvlm_prune.errors import InputError
+from lvlm_prune.methods.survey import Change
 
 # Hidden states that are held at once while streamed blocks pass by. More samples together read the blocks less often.
 _HELD_BYTES = 2**32
@@ -26,13 +26,10 @@ _HELD_BYTES = 2**32
 # Logits of so many positions are held at once: a vocabulary is fifty times as wide as a model.
 _POSITIONS = 512
 
-Change = Callable[[int], AbstractContextManager[None]]
-"""Number of a sample -> a context in which the block's weights are changed, as this sample is to see them."""
-
 
 @dataclass(frozen=True)
-class TailSample:
-    """One sample at the input of the block where a tail begins.
+class WaitingSample:
+    """One sample at the input of the block where they wait.
 
     Args:
         sample: Its number in the whole calibration set.
@@ -47,7 +44,7 @@ class TailSample:
     predicted: Tensor
 
 
-class DecoderTail:
+class RemainingDecoderBlocks:
     """Blocks from `first` to the last, and what comes after them, for samples at the input of block `first`.
 
     Args:
@@ -62,7 +59,7 @@ class DecoderTail:
         self,
         runner: BlockRunner,
         weights: Weights,
-        samples: Sequence[TailSample],
+        samples: Sequence[WaitingSample],
         first: int,
         placement: Placement | None = None,
     ) -> None:
@@ -83,10 +80,10 @@ class DecoderTail:
         """Number of samples of this process."""
         return len(self._samples)
 
-    def of_samples(self, numbers: Container[int]) -> DecoderTail:
+    def of_samples(self, numbers: Container[int]) -> RemainingDecoderBlocks:
         """The same blocks for those samples of this process that have one of these numbers."""
         chosen = [sample for sample in self._samples if sample.sample in numbers]
-        return DecoderTail(self._runner, self._weights, chosen, self._first, self._placement)
+        return RemainingDecoderBlocks(self._runner, self._weights, chosen, self._first, self._placement)
 
     @torch.no_grad()
     def losses(self, changes: Sequence[Change]) -> dict[int, list[float]]:
@@ -113,7 +110,7 @@ class DecoderTail:
             found |= self._losses_of(self._samples[start : start + together], changes)
         return found
 
-    def _losses_of(self, chosen: Sequence[TailSample], changes: Sequence[Change]) -> dict[int, list[float]]:
+    def _losses_of(self, chosen: Sequence[WaitingSample], changes: Sequence[Change]) -> dict[int, list[float]]:
         held = []
         for sample in chosen:
             here = self._placement.fetched(sample.batch)
@@ -134,7 +131,7 @@ class DecoderTail:
             found.setdefault(sample.sample, []).append(self._loss(sample, batch))
         return found
 
-    def _loss(self, sample: TailSample, batch: CaughtBatch) -> float:
+    def _loss(self, sample: WaitingSample, batch: CaughtBatch) -> float:
         head = self._runner.model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             problem = "has no output embedding, so it has no next-token loss"

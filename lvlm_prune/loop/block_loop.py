@@ -28,7 +28,7 @@ from lvlm_prune.blocks import (
     find_expert_stacks,
     prunable_linears,
 )
-from lvlm_prune.blocks.remaining import DecoderTail, TailSample
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks, WaitingSample
 from lvlm_prune.checkpoints import give_back_freed
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import Activations, SampleRow, fork_rows, recording
@@ -157,10 +157,10 @@ class BlockLoop:
             self.weights.release_block(place)
         return self.runner.forwards - before
 
-    def tail(self, first: int) -> DecoderTail:
+    def tail(self, first: int) -> RemainingDecoderBlocks:
         """Block `first`, at whose input the samples are, and all blocks after it."""
-        samples = [_tail_sample(row) for row in self.rows]
-        return DecoderTail(self.runner, self.weights, samples, first, self.placement)
+        samples = [_waiting_sample(row) for row in self.rows]
+        return RemainingDecoderBlocks(self.runner, self.weights, samples, first, self.placement)
 
     def _block(self, place: int) -> Block:
         module, name = self.runner.block(place), self.runner.name(place)
@@ -283,7 +283,7 @@ def _broken_weight(block: Block) -> str:
     return next((f", first in {name}," for name in broken), "")
 
 
-def _tail_sample(row: SampleRow) -> TailSample:
+def _waiting_sample(row: SampleRow) -> WaitingSample:
     """Every text token is to be predicted."""
     assert row.batch.input_ids is not None
     predicted = torch.zeros_like(row.batch.input_ids[row.row], dtype=torch.bool)
@@ -292,4 +292,4 @@ def _tail_sample(row: SampleRow) -> TailSample:
         predicted[:] = is_text
     else:
         predicted[row.real] = is_text
-    return TailSample(row.sample, row.batch, row.row, predicted)
+    return WaitingSample(row.sample, row.batch, row.row, predicted)

@@ -41,8 +41,7 @@ def modality_diversity(outputs: Tensor, modality: Tensor, pairs: Pairs = "all") 
 
     Args:
         outputs: One vector per token, of shape (T, C), any float dtype.
-        modality: Modality code of each token as in `lvlm_prune.methods.modality`, int8 of shape (T,); padding is left
-            out.
+        modality: Modality code of each token as in `methods.modality`, int8 of shape (T,); padding is left out.
         pairs: `all` pairs of a modality, as in the paper, or only those of `positive` cosine, as in the released code
             (no such pair: a mean cosine of 0, where that code gives NaN). Between modalities all pairs count.
 

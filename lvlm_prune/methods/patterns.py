@@ -56,7 +56,9 @@ class ZeroCount:
 
 
 class Pattern(ABC):
-    """Turns scores into a mask, and knows how many zeros that makes."""
+    """Turns scores into a mask, and knows how many zeros that makes. As text it is what a user writes, `2:4`."""
+
+    written_as_text = True
 
     @abstractmethod
     def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:

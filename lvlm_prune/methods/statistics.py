@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvlm_prune.errors import RunError
 from lvlm_prune.methods.products import HELD_PRODUCTS, invert_lower_, stripes
 
 
@@ -207,7 +206,7 @@ class Gram(Statistic):
             damping: Lambda, a share of the mean diagonal, 0 or larger.
 
         Raises:
-            RunError: The sums are not finite, or all channels are zero.
+            FloatingPointError: The sums are not finite, or all channels are zero.
         """
         # The version changes with every change of the sums, be it by `add` or by a sum over processes.
         key = (damping, self._lower._version)
@@ -221,9 +220,9 @@ class Gram(Statistic):
         dead = diagonal == 0
         mean, total, dead_channels = torch.stack([diagonal.mean(), self._lower.sum(), dead.sum().double()]).tolist()
         if not math.isfinite(total):
-            raise RunError("NaN or infinity in the Gram matrix of the calibration tokens")
+            raise FloatingPointError("NaN or infinity in the Gram matrix of the calibration tokens")
         if mean == 0:
-            raise RunError("the Gram matrix is zero: no calibration token has a value that is not zero")
+            raise FloatingPointError("the Gram matrix is zero: no calibration token has a value that is not zero")
         share, failed = damping, torch.empty((), dtype=torch.int32, device=self._lower.device)
         while True:
             # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,

@@ -9,14 +9,38 @@ pool ───────┴──────────────► one s
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lvlm_prune.blocks.remaining import DecoderTail
 from lvlm_prune.methods.tokens import Tokens
 
 SumOverProcesses = Callable[[Tensor], Tensor]
+
+Change = Callable[[int], AbstractContextManager[None]]
+"""Number of a sample -> a context in which the block's weights are changed, as this sample is to see them."""
+
+
+class RemainingBlocks(Protocol):
+    """A block and all after it, for samples that wait at its input: what changed weights do to the loss."""
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of this process."""
+
+    def losses(self, changes: Sequence[Change]) -> dict[int, list[float]]:
+        """Number of each sample of this process -> its mean next-token loss in nats under each change."""
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of one forward of the first block and of one loss; 0.0 where this process has no sample."""
 
 
 def surveyed_samples(count: int | None, numbers: Sequence[int]) -> frozenset[int]:
@@ -67,22 +91,22 @@ class Surveyor:
     wants_survey_losses: bool = False
     """True where `survey_block_start` evaluates losses, which needs the output embedding in memory."""
 
-    def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail) -> str:
+    def announce_survey(self, linears: Mapping[str, list[str]], remaining: RemainingBlocks) -> str:
         """What evaluating losses will cost, in a line for the user; asked before it starts.
 
         Args:
             linears: Path of each block -> names of its Linears that are going to be pruned, relative to the block.
-            tail: All blocks, from the input of the first one; for measuring what a forward costs.
+            remaining: All blocks, from the input of the first one; for measuring what a forward costs.
         """
         return ""
 
-    def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], tail: DecoderTail) -> None:
+    def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """The samples of this process are at the input of the block; no sums over processes here.
 
         Args:
             block: Path of the block.
             linears: Its Linears that are going to be pruned, name relative to the block -> module with its weight.
-            tail: This block and all after it, for this process' share of the samples to survey.
+            remaining: This block and all after it, for this process' share of the samples to survey.
         """
 
     def survey_sample(self, block: str, tokens: Tokens, inputs: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ class Tokens:
         visual: Which tokens count as visual, bool of shape (T,).
         text: Which tokens are text, bool of shape (T,). Defaults to every token that is not visual; a token may be
             neither (audio where only images and videos count as visual).
-        modality: Modality code of each token as in `lvlm_prune.blocks`, int8 of shape (T,). Defaults to image for
+        modality: Modality code of each token as in `methods.modality`, int8 of shape (T,). Defaults to image for
             visual tokens, text for text tokens, audio for others.
         outputs: Output of each Linear, name relative to the block -> shape (T, C_out); needs `outputs`.
         attention_last: Attention of the last token to each token, mean over heads, float32 of shape (T,); needs

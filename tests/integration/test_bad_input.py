@@ -107,6 +107,21 @@ def test_bad_option(case, refused, golden_arguments):
     assert all(part in message for part in said), message
 
 
+PROBE_OPTIONS = {
+    "damping negative": (
+        ["--probing.scorer=SparseGPTScorer", "--probing.scorer.damping=-1"],
+        "--probing.scorer.damping -1.0: must be a finite number, 0 or larger",
+    ),
+    "no statistic": (["--probing.scorer=MagnitudeScorer"], "--probing.scorer MagnitudeScorer: uses no calibration"),
+}
+
+
+@pytest.mark.parametrize("case", PROBE_OPTIONS)
+def test_bad_option_of_a_probe(case, refused, golden_arguments):
+    arguments, said = PROBE_OPTIONS[case]
+    assert said in refused("probe", *golden_arguments[1:-1], *arguments)
+
+
 def test_pattern_that_yaml_reads_as_a_number(refused, golden_arguments, tmp_path):
     message = refused(*golden_arguments, yaml_file(tmp_path, "pruning:\n  pattern: 2:4\n"))
     assert '--pruning.pattern 124: YAML reads an unquoted 2:4 as this number; write pattern: "2:4"' in message

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
 from lvlm_prune.blocks import BlockRunner
-from lvlm_prune.blocks.remaining import DecoderTail
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruneCallback
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
@@ -181,7 +181,7 @@ def test_losses_of_a_tail_are_the_models_own(golden_arguments):
     class Losses(PruneCallback):
         wants_survey, survey_samples = True, 3
 
-        def on_survey_block_start(self, trainer, pl_module, block, tail: DecoderTail):
+        def on_survey_block_start(self, trainer, pl_module, block, tail: RemainingDecoderBlocks):
             for sample, losses in tail.losses([lambda sample: torch.no_grad()]).items():
                 seen[block.index, sample] = losses[0]
 

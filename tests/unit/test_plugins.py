@@ -2,13 +2,17 @@
 
 import sys
 
+import pytest
 from jsonargparse import lazy_instance
 
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.methods.allocation import DASAllocation
 from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool
 from lvlm_prune.methods.saliency import DriftSaliency, RandomSaliency
-from lvlm_prune.plugins import describe, load_installed_plugins, plugin_class
+from lvlm_prune.methods.scorers import SparseGPTScorer, WandaScorer
+from lvlm_prune.plugins import built_from, describe, load_installed_plugins, mounted, plugin_class
 
 
 def test_a_default_is_described_as_the_class_its_author_wrote():
@@ -68,3 +72,82 @@ def test_a_method_without_a_name_is_named_after_its_parts():
     assert BlockwisePruning(pool=MixedPool()).name == "mixed Wanda"
     assert BlockwisePruning(scorer=MagnitudeScorer()).name == "Magnitude"
     assert BlockwisePruning(pattern="2:4").run_label() == "atv-2of4"
+
+
+# ---- which option an error is about ----------------------------------------------------------------------------------
+class Picky:
+    """Stands for any plugin: refuses one number when it is made, and another one when it works."""
+
+    def __init__(self, number: float = 1.0, inner: object = None, parts: tuple = ()) -> None:
+        if number < 0:
+            raise ValueError(f"`number` {number}: must not be negative")
+        self.number, self.inner, self.parts = number, inner, list(parts)
+
+    def work(self) -> None:
+        if self.number > 1:
+            raise ValueError(f"`number` {self.number}: is too large")
+        for plugin in [self.inner, *self.parts]:
+            if plugin is not None:
+                plugin.work()
+
+
+class Holder:
+    def __init__(self, scorer: Picky, sparsity: float = 0.5) -> None:
+        self.scorer, self.sparsity = scorer, sparsity
+
+
+@pytest.mark.parametrize(
+    ("plugin", "option"),
+    [
+        (Picky(2.0), "--pruning.scorer.number 2.0: is too large"),
+        (Picky(inner=Picky(3.0)), "--pruning.scorer.inner.number 3.0: is too large"),
+        (Picky(parts=[Picky(), Picky(4.0)]), "--pruning.scorer.parts[1].number 4.0: is too large"),
+    ],
+)
+def test_what_a_plugin_says_later_names_the_option_where_it_is_mounted(plugin, option):
+    with pytest.raises(InputError) as error, mounted(pruning=Holder(plugin)):
+        plugin.work()
+    assert str(error.value) == option
+
+
+def test_an_argument_of_the_run_itself_is_named_as_one():
+    """`allocate` gets the sparsity of the run; what is wrong with it is no option of the allocation."""
+
+    class Full(Picky):
+        def work(self):
+            raise ValueError("`sparsity` 0.9: cannot be reached")
+
+    plugin = Full()
+    with (
+        pytest.raises(InputError, match=r"^--pruning.sparsity 0.9: cannot be reached$"),
+        mounted(pruning=Holder(plugin)),
+    ):
+        plugin.work()
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values to unpack"), KeyError("a"), ValueError("`a` is no b")])
+def test_a_mistake_in_a_plugin_stays_what_it_is(error):
+    with pytest.raises(type(error)), mounted(pruning=Holder(Picky())):
+        raise error
+
+
+def test_broken_numbers_are_a_fault_of_the_run():
+    with pytest.raises(RunError, match=r"^NaN in the drift$"), mounted(pruning=Holder(Picky())):
+        raise FloatingPointError("NaN in the drift")
+
+
+def test_of_several_parts_of_one_class_the_one_that_is_wrong_is_named():
+    parts = [{"class_path": "a.Picky", "init_args": {"number": number}} for number in (1.0, -1.0, -2.0)]
+    config = {"data": {"source": {"class_path": "b.Mixture", "init_args": {"parts": parts}}}}
+    with pytest.raises(InputError, match=r"^--data.source.parts\[1\].number -1.0: "), built_from(config):
+        [Picky(part["init_args"]["number"]) for part in parts]
+
+
+def test_a_method_made_in_python_says_what_is_wrong_with_an_argument():
+    with pytest.raises(ValueError, match=r"^`damping` -1: must be a finite number, 0 or larger$"):
+        BlockwisePruning(scorer=SparseGPTScorer(damping=-1))
+    with pytest.raises(InputError, match=r"^--pruning.scorer.variant True: cannot be used with 2:4$"):
+        BlockwisePruning(scorer=WandaScorer(variant=True), pattern="2:4")
+    pruning = BlockwisePruning(allocation=DASAllocation(max_sparsity=0.4))
+    with pytest.raises(InputError, match=r"^--pruning.allocation.max_sparsity 0.4: below"), mounted(pruning=pruning):
+        pruning.allocation.check({}, 0.5)

@@ -33,7 +33,7 @@ class Allocation(Surveyor, ABC):
         """Refuse what can be seen to be wrong before anything is read or written; arguments as for `allocate`.
 
         Raises:
-            InputError: For example, the target cannot be reached under the allocation's maximum.
+            ValueError: For example, the target cannot be reached under the allocation's maximum.
         """
 
     @abstractmethod

@@ -3,10 +3,7 @@
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import Allocation
-
-_OPTION = "pruning.allocation.sparsities"
 
 
 class CustomAllocation(Allocation):
@@ -17,7 +14,7 @@ class CustomAllocation(Allocation):
             counts.
 
     Raises:
-        InputError: A sparsity lies outside 0 and 1.
+        ValueError: A sparsity lies outside 0 and 1.
 
     Example:
         >>> shapes = {"0.q_proj": (10, 10), "0.up_proj": (30, 10), "1.q_proj": (10, 10), "1.up_proj": (30, 10)}
@@ -28,7 +25,7 @@ class CustomAllocation(Allocation):
     def __init__(self, sparsities: dict[str, float]) -> None:
         for pattern, sparsity in sparsities.items():
             if not 0 <= sparsity <= 1:
-                raise InputError(_OPTION, f"{pattern}: {sparsity}", "must lie between 0 and 1")
+                raise ValueError(f"`sparsities` {pattern}: {sparsity}: must lie between 0 and 1")
         self.sparsities = dict(sparsities)
 
     def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
@@ -39,7 +36,7 @@ class CustomAllocation(Allocation):
         """Each Linear's sparsity.
 
         Raises:
-            InputError: A pattern counts for no Linear, or the mean cannot be the target.
+            ValueError: A pattern counts for no Linear, or the mean cannot be the target.
         """
         pattern_of = {name: pattern for name in shapes if (pattern := self._first_match(name)) is not None}
         for pattern in self.sparsities:
@@ -47,7 +44,7 @@ class CustomAllocation(Allocation):
                 problem = "an earlier pattern counts for every Linear that this one matches"
                 if not any(fnmatchcase(name, pattern) for name in shapes):
                     problem = "matches no Linear that is pruned"
-                raise InputError(_OPTION, pattern, problem)
+                raise ValueError(f"`sparsities` {pattern}: {problem}")
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
         named = sum(self.sparsities[pattern] * sizes[name] for name, pattern in pattern_of.items())
         rest = sum(size for name, size in sizes.items() if name not in pattern_of)
@@ -55,16 +52,14 @@ class CustomAllocation(Allocation):
         if not rest:
             mean = named / sum(sizes.values())
             if abs(mean - sparsity) > 1e-6:
-                problem = (
-                    f"their mean over all weights is {mean:.6g}; set --pruning.sparsity to it, or name fewer Linears"
-                )
-                raise InputError(_OPTION, self.sparsities, problem)
+                problem = f"their mean over all weights is {mean:.6g}; set `sparsity` to it, or name fewer Linears"
+                raise ValueError(f"`sparsities` {self.sparsities}: {problem}")
             others = sparsity
         else:
             others = (wanted - named) / rest
             if not 0 <= others <= 1:
                 problem = f"all other Linears would need a sparsity of {others:.4g} for a mean of {sparsity:g}"
-                raise InputError(_OPTION, self.sparsities, problem)
+                raise ValueError(f"`sparsities` {self.sparsities}: {problem}")
         return {name: self.sparsities[pattern_of[name]] if name in pattern_of else others for name in shapes}
 
     def _first_match(self, name: str) -> str | None:

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import block_of
 from lvlm_prune.methods.allocation.water_filling import WaterFillingAllocation
 from lvlm_prune.methods.diversity import Pairs, diversity_terms, mean_diversity
@@ -34,7 +33,7 @@ class DASAllocation(WaterFillingAllocation):
         max_sparsity: Largest sparsity that a Linear may get. Default: 0.1 above the target.
 
     Raises:
-        InputError: An option is unknown or out of range.
+        ValueError: An option is unknown or out of range.
 
     Example:
         >>> allocation = DASAllocation()
@@ -60,7 +59,7 @@ class DASAllocation(WaterFillingAllocation):
             ("aggregate", aggregate, ("sum", "avg")),
         ):
             if value not in allowed:
-                raise InputError(f"pruning.allocation.{option}", value, f"must be one of {', '.join(allowed)}")
+                raise ValueError(f"`{option}` {value}: must be one of {', '.join(allowed)}")
         self.variant: Variant = variant
         self.pairs: Pairs = pairs
         self.aggregate = aggregate

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.blocks.remaining import Change, DecoderTail
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import block_of
 from lvlm_prune.methods.allocation.water_filling import WaterFillingAllocation
-from lvlm_prune.methods.survey import SumOverProcesses
+from lvlm_prune.methods.survey import Change, RemainingBlocks, SumOverProcesses
 
 
 class ECoFLaPAllocation(WaterFillingAllocation):
@@ -43,7 +41,7 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         max_sparsity: Largest sparsity that a group may get. Default: 0.1 above the target.
 
     Raises:
-        InputError: A number is out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> allocation = ECoFLaPAllocation()
@@ -60,11 +58,11 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         self, epsilon: float = 1e-3, samples: int = 16, seed: int = 0, max_sparsity: float | None = None
     ) -> None:
         if not (math.isfinite(epsilon) and epsilon > 0):
-            raise InputError("pruning.allocation.epsilon", epsilon, "must be a finite number larger than 0")
+            raise ValueError(f"`epsilon` {epsilon}: must be a finite number larger than 0")
         if samples < 1:
-            raise InputError("pruning.allocation.samples", samples, "must be at least 1")
+            raise ValueError(f"`samples` {samples}: must be at least 1")
         if seed < 0:
-            raise InputError("pruning.allocation.seed", seed, "must not be negative")
+            raise ValueError(f"`seed` {seed}: must not be negative")
         self.epsilon = epsilon
         self.samples = self.survey_samples = samples
         self.seed = seed
@@ -72,24 +70,24 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         self._sums: dict[str, float] = {}
         self._importance: dict[str, float] = {}
 
-    def announce_survey(self, linears: Mapping[str, list[str]], tail: DecoderTail) -> str:
+    def announce_survey(self, linears: Mapping[str, list[str]], remaining: RemainingBlocks) -> str:
         """Block forwards and losses of this process, and the seconds that they will take about."""
-        samples = tail.num_samples
+        samples = remaining.num_samples
         changes = [2 * len(names) for names in linears.values()]
         forwards = samples * sum(count * (len(changes) - index) for index, count in enumerate(changes))
         losses = samples * sum(changes)
-        block_seconds, loss_seconds = tail.seconds()
+        block_seconds, loss_seconds = remaining.seconds()
         seconds = forwards * block_seconds + losses * loss_seconds
         return f"ECoFLaP: {forwards} block forwards and {losses} losses per process, about {_readable(seconds)}"
 
-    def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], tail: DecoderTail) -> None:
+    def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """Losses of each sample with each Linear of the block moved there and back."""
         changes: list[Change] = [
             partial(self._moved, linear.weight, f"{block}.{name}", direction)
             for name, linear in linears.items()
             for direction in (1, -1)
         ]
-        for losses in tail.losses(changes).values():
+        for losses in remaining.losses(changes).values():
             for name, above, below in zip(linears, losses[::2], losses[1::2]):
                 key = f"{block}.{name}"
                 self._sums[key] = self._sums.get(key, 0.0) + abs(above - below) / (2 * self.epsilon)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import Allocation, block_of
 from lvlm_prune.methods.survey import SumOverProcesses
 from lvlm_prune.methods.tokens import Tokens
@@ -28,7 +27,7 @@ class OWLAllocation(Allocation):
         width: Lambda, half the distance between the least and the most pruned block.
 
     Raises:
-        InputError: A number is out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> allocation = OWLAllocation(width=0.05)
@@ -42,9 +41,9 @@ class OWLAllocation(Allocation):
 
     def __init__(self, threshold: float = 5.0, width: float = 0.08) -> None:
         if not (math.isfinite(threshold) and threshold > 0):
-            raise InputError("pruning.allocation.threshold", threshold, "must be a finite number larger than 0")
+            raise ValueError(f"`threshold` {threshold}: must be a finite number larger than 0")
         if not 0 <= width < 0.5:
-            raise InputError("pruning.allocation.width", width, "must be 0 or larger, and less than 0.5")
+            raise ValueError(f"`width` {width}: must be 0 or larger, and less than 0.5")
         self.threshold = threshold
         self.width = width
         self._squares: dict[str, Tensor] = {}
@@ -94,7 +93,7 @@ class OWLAllocation(Allocation):
         """One sparsity per block.
 
         Raises:
-            InputError: A block would get a sparsity below 0 or above 1.
+            ValueError: A block would get a sparsity below 0 or above 1.
         """
         sizes: dict[str, int] = {}
         for name, (rows, columns) in shapes.items():
@@ -112,5 +111,5 @@ class OWLAllocation(Allocation):
         least, most = min(found.values()), max(found.values())
         if least < 0 or most > 1:
             problem = f"blocks would get sparsities from {least:.3f} to {most:.3f}; choose a smaller width"
-            raise InputError("pruning.allocation.width", self.width, problem)
+            raise ValueError(f"`width` {self.width}: {problem}")
         return {name: found[block_of(name)] for name in shapes}

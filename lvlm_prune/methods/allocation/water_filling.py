@@ -8,7 +8,6 @@ keep │ ██ full      each group first keeps what the largest allowed sparsi
 
 from collections.abc import Mapping, Sequence
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import Allocation
 
 MARGIN = 0.1
@@ -33,7 +32,7 @@ def water_filling(scores: Sequence[float], sizes: Sequence[int], sparsity: float
         maximum: Largest sparsity that a group may get.
 
     Raises:
-        InputError: The target is larger than the maximum.
+        ValueError: The target is larger than the maximum.
 
     Example:
         >>> [round(value, 3) for value in water_filling([3.0, 1.0], [100, 100], sparsity=0.5, maximum=0.6)]
@@ -43,7 +42,7 @@ def water_filling(scores: Sequence[float], sizes: Sequence[int], sparsity: float
     """
     if sparsity > maximum:
         problem = f"cannot be reached: no Linear may get more than {maximum:g} (`allocation.max_sparsity`)"
-        raise InputError("pruning.sparsity", sparsity, problem)
+        raise ValueError(f"`sparsity` {sparsity}: {problem}")
     kept = [size * (1 - maximum) for size in sizes]
     budget = sum(sizes) * (1 - sparsity)
     open_groups = [index for index, size in enumerate(sizes) if kept[index] < size]
@@ -85,7 +84,7 @@ def fill_groups(
         Sparsity of each Linear, in the order of `shapes`.
 
     Raises:
-        InputError: The target is larger than the maximum.
+        ValueError: The target is larger than the maximum.
 
     Example:
         >>> shapes = {"q_proj": (4, 4), "k_proj": (4, 4), "up_proj": (8, 4)}
@@ -111,12 +110,12 @@ class WaterFillingAllocation(Allocation):
         max_sparsity: Largest sparsity that a group may get. Default: 0.1 above the target.
 
     Raises:
-        InputError: `max_sparsity` is no share.
+        ValueError: `max_sparsity` is no share.
     """
 
     def __init__(self, max_sparsity: float | None = None) -> None:
         if max_sparsity is not None and not 0 < max_sparsity <= 1:
-            raise InputError("pruning.allocation.max_sparsity", max_sparsity, "must be larger than 0, and at most 1")
+            raise ValueError(f"`max_sparsity` {max_sparsity}: must be larger than 0, and at most 1")
         self.max_sparsity = max_sparsity
 
     def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
@@ -139,5 +138,5 @@ class WaterFillingAllocation(Allocation):
             return min(sparsity + MARGIN, 1.0)
         if sparsity > self.max_sparsity:
             problem = f"below the target {sparsity:g}, which no allocation can reach under this maximum"
-            raise InputError("pruning.allocation.max_sparsity", self.max_sparsity, problem)
+            raise ValueError(f"`max_sparsity` {self.max_sparsity}: {problem}")
         return self.max_sparsity

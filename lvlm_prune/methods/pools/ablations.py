@@ -2,7 +2,6 @@
 
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.tokens import Selection, Tokens, on_device, random_generator
 
@@ -40,7 +39,7 @@ class RandomTokensPool(Pool):
         seed: Seed of the draw.
 
     Raises:
-        InputError: `k` is not positive.
+        ValueError: `k` is not positive.
 
     Example:
         >>> RandomTokensPool(k=2).select(Tokens(torch.eye(4), torch.eye(4), torch.ones(4) > 0)).weights.sum()
@@ -49,7 +48,7 @@ class RandomTokensPool(Pool):
 
     def __init__(self, k: int = 100, seed: int = 0) -> None:
         if k < 1:
-            raise InputError("pruning.pool.k", k, "must be 1 or larger")
+            raise ValueError(f"`k` {k}: must be 1 or larger")
         self.k = k
         self.seed = seed
 

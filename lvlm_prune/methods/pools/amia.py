@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.asking import Asking, asked_together
 from lvlm_prune.methods.diversity import Pairs, diversity_terms
 from lvlm_prune.methods.pools.base import Pool
@@ -64,7 +63,7 @@ class AMIAPool(Pool):
             `topk` leaves them. The two differ where tokens repeat: the nearest of identical tokens may be another one.
 
     Raises:
-        InputError: `pairs` or `neighbours` is unknown.
+        ValueError: `pairs` or `neighbours` is unknown.
 
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [0.0, 1.1]])
@@ -80,9 +79,9 @@ class AMIAPool(Pool):
 
     def __init__(self, pairs: Pairs = "all", neighbours: NeighbourRule = "released") -> None:
         if pairs not in ("all", "positive"):
-            raise InputError("pruning.pool.pairs", pairs, "must be `all` or `positive`")
+            raise ValueError(f"`pairs` {pairs}: must be `all` or `positive`")
         if neighbours not in ("released", "paper"):
-            raise InputError("pruning.pool.neighbours", neighbours, "must be `released` or `paper`")
+            raise ValueError(f"`neighbours` {neighbours}: must be `released` or `paper`")
         self.pairs, self.neighbours = pairs, neighbours
 
     def working_bytes(self, tokens: int, visual: int, width: int, widest: int, itemsize: int) -> int:

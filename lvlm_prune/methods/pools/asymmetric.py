@@ -13,17 +13,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
-from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.pools.matching import MatchedTotal
 from lvlm_prune.methods.saliency import DriftSaliency, Saliency
 from lvlm_prune.methods.saliency.drift import drift
 from lvlm_prune.methods.survey import SumOverProcesses
 from lvlm_prune.methods.tokens import Selection, Tokens
-from lvlm_prune.plugins import own_instance
 
 
 class AsymmetricPool(Pool):
@@ -34,7 +31,7 @@ class AsymmetricPool(Pool):
     with :math:`\bar s` the mean saliency over all visual tokens of all samples at this block.
 
     Args:
-        saliency: How visual tokens are ranked and how large the budget is.
+        saliency: How visual tokens are ranked and how large the budget is. Default: `DriftSaliency`. Default: `DriftSaliency`.
         alpha: Scale of the budget; 1.0 for LLaVA-NeXT, LLaVA-OneVision, Qwen2.5-VL and N:M, 1.5 for Qwen2-VL.
         rounding: `floor` is the paper's Eq. 6; `released` is the authors' code,
             `min(n_visual, round(min(1, alpha * mean) * n_text))` with banker's rounding.
@@ -50,7 +47,7 @@ class AsymmetricPool(Pool):
             within 3%); a survey of all would cost half a run.
 
     Raises:
-        InputError: `alpha` or `k` is negative or not finite, `rounding` unknown, `text_retention` not in 0 to 1,
+        ValueError: `alpha` or `k` is negative or not finite, `rounding` unknown, `text_retention` not in 0 to 1,
             `match_total` unknown or given beside `k`, `match_samples` not positive.
 
     Example:
@@ -62,7 +59,7 @@ class AsymmetricPool(Pool):
 
     def __init__(
         self,
-        saliency: Saliency = lazy_instance(DriftSaliency),
+        saliency: Saliency | None = None,
         alpha: float = 1.0,
         rounding: Literal["floor", "released"] = "floor",
         k: int | None = None,
@@ -71,21 +68,20 @@ class AsymmetricPool(Pool):
         match_samples: int = 8,
     ) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):
-            raise InputError("pruning.pool.alpha", alpha, "must be a finite number, 0 or larger")
+            raise ValueError(f"`alpha` {alpha}: must be a finite number, 0 or larger")
         if rounding not in ("floor", "released"):
-            raise InputError("pruning.pool.rounding", rounding, "must be `floor` or `released`")
+            raise ValueError(f"`rounding` {rounding}: must be `floor` or `released`")
         if k is not None and k < 0:
-            raise InputError("pruning.pool.k", k, "must be 0 or larger")
+            raise ValueError(f"`k` {k}: must be 0 or larger")
         if not 0 <= text_retention <= 1:
-            raise InputError("pruning.pool.text_retention", text_retention, "must lie between 0 and 1")
+            raise ValueError(f"`text_retention` {text_retention}: must lie between 0 and 1")
         if match_total not in ("", "drift"):
-            raise InputError("pruning.pool.match_total", match_total, "must be empty or `drift`")
+            raise ValueError(f"`match_total` {match_total}: must be empty or `drift`")
         if match_total and k is not None:
-            raise InputError("pruning.pool.match_total", match_total, "scales the budget, which `k` fixes already")
+            raise ValueError(f"`match_total` {match_total}: scales the budget, which `k` fixes already")
         if match_samples < 1:
-            raise InputError("pruning.pool.match_samples", match_samples, "must be 1 or larger")
-        saliency = own_instance(saliency)
-        self.saliency = saliency
+            raise ValueError(f"`match_samples` {match_samples}: must be 1 or larger")
+        self.saliency = saliency = saliency or DriftSaliency()
         self.needs = saliency.needs
         self.alpha = alpha
         self.rounding = rounding
@@ -130,13 +126,13 @@ class AsymmetricPool(Pool):
         """K of each sample, once the mean saliency over all samples of all processes is known.
 
         Raises:
-            RunError: A saliency is NaN or infinite; names the sample.
+            FloatingPointError: A saliency is NaN or infinite; names the sample.
         """
         totals = torch.stack([total for total, _, _ in self._totals]).tolist() if self._totals else []
         for total, (_, block, sample) in zip(totals, self._totals):
             if not math.isfinite(total):
                 where = f"visual tokens at block {block} for calibration sample {sample}"
-                raise RunError(f"NaN or infinity in the {self.saliency.name} of the {where}")
+                raise FloatingPointError(f"NaN or infinity in the {self.saliency.name} of the {where}")
         own = torch.tensor([sum(totals), sum(visual for _, visual in self._sizes)], dtype=torch.float64)
         total, count = sum_over_processes(own).tolist()
         self._mean = total / max(count, 1)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.products import inner_products
 from lvlm_prune.methods.tokens import Selection, Tokens
@@ -23,7 +22,7 @@ class ContributionPool(Pool):
         beta: Share of the attention a token gets, against its part in the singular vectors; 0.3 in the paper.
 
     Raises:
-        InputError: `beta` lies outside 0 to 1.
+        ValueError: `beta` lies outside 0 to 1.
 
     Example:
         >>> attention_map = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.6, 0.2, 0.2]])
@@ -34,7 +33,7 @@ class ContributionPool(Pool):
 
     def __init__(self, beta: float = 0.3) -> None:
         if not 0 <= beta <= 1:
-            raise InputError("pruning.pool.beta", beta, "must lie between 0 and 1")
+            raise ValueError(f"`beta` {beta}: must lie between 0 and 1")
         self.beta = beta
         # Without the singular vectors no map is needed, only its column means.
         self.needs = frozenset({"attention_mean" if beta == 1 else "attention_map"})

@@ -2,7 +2,6 @@
 
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.tokens import Selection, Tokens
 
@@ -44,7 +43,7 @@ class EarlyVisualPool(Pool):
         blocks: In how many blocks all tokens count.
 
     Raises:
-        InputError: `blocks` is negative.
+        ValueError: `blocks` is negative.
 
     Example:
         >>> visual = torch.tensor([False, True])
@@ -54,7 +53,7 @@ class EarlyVisualPool(Pool):
 
     def __init__(self, blocks: int = 2) -> None:
         if blocks < 0:
-            raise InputError("pruning.pool.blocks", blocks, "must be 0 or larger")
+            raise ValueError(f"`blocks` {blocks}: must be 0 or larger")
         self.blocks = blocks
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.diversity import distance_to_nearest, distance_to_others
 from lvlm_prune.methods.saliency.base import Saliency
 from lvlm_prune.methods.tokens import Tokens
@@ -29,7 +28,7 @@ class DiversitySaliency(Saliency):
             paper cites, that whose `nearest` other token is farthest.
 
     Raises:
-        InputError: `start` is unknown.
+        ValueError: `start` is unknown.
 
     Example:
         >>> vectors = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])

@@ -87,7 +87,7 @@ class Scorer(ABC):
         """Refuse a pattern that this scorer cannot prune to, before any work.
 
         Raises:
-            InputError: Pattern and scorer contradict each other.
+            ValueError: Pattern and scorer contradict each other.
         """
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:

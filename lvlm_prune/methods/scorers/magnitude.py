@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Group
 from lvlm_prune.methods.scorers.base import Scorer
 from lvlm_prune.methods.statistics import Statistic
@@ -27,7 +26,7 @@ class MagnitudeScorer(Scorer):
 
     def __init__(self, group: Group = "row") -> None:
         if group not in ("row", "layer"):
-            raise InputError("pruning.scorer.group", group, "must be `row` or `layer`")
+            raise ValueError(f"`group` {group}: must be `row` or `layer`")
         self.group = group
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Group
 from lvlm_prune.methods.scorers.base import Scorer
 from lvlm_prune.methods.statistics import ChannelNorm, Statistic
@@ -25,7 +24,7 @@ class RIAScorer(Scorer):
             matrix, as the released code does.
 
     Raises:
-        InputError: `exponent` is negative or not finite, or `group` is unknown.
+        ValueError: `exponent` is negative or not finite, or `group` is unknown.
 
     Example:
         >>> norm = ChannelNorm(2)
@@ -39,9 +38,9 @@ class RIAScorer(Scorer):
 
     def __init__(self, exponent: float = 0.5, group: Group = "row") -> None:
         if not (math.isfinite(exponent) and exponent >= 0):
-            raise InputError("pruning.scorer.exponent", exponent, "must be a finite number, 0 or larger")
+            raise ValueError(f"`exponent` {exponent}: must be a finite number, 0 or larger")
         if group not in ("row", "layer"):
-            raise InputError("pruning.scorer.group", group, "must be `row` or `layer`")
+            raise ValueError(f"`group` {group}: must be `row` or `layer`")
         self.exponent, self.group = exponent, group
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount, kth_lowest
 from lvlm_prune.methods.scorers.base import Scorer
 from lvlm_prune.methods.statistics import Gram, Statistic
@@ -39,7 +38,7 @@ class SparseGPTScorer(Scorer):
             as much is tried, and so on; the manifest says what was needed, and for which Linears.
 
     Raises:
-        InputError: `block_size` is not positive; `damping` is negative or not finite.
+        ValueError: `block_size` is not positive; `damping` is negative or not finite.
 
     Example:
         >>> from lvlm_prune.methods.patterns import Unstructured
@@ -57,9 +56,9 @@ class SparseGPTScorer(Scorer):
 
     def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
         if block_size < 1:
-            raise InputError("pruning.scorer.block_size", block_size, "must be 1 or larger")
+            raise ValueError(f"`block_size` {block_size}: must be 1 or larger")
         if not (math.isfinite(damping) and damping >= 0):
-            raise InputError("pruning.scorer.damping", damping, "must be a finite number, 0 or larger")
+            raise ValueError(f"`damping` {damping}: must be a finite number, 0 or larger")
         self.block_size = block_size
         self.damping = damping
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount
 from lvlm_prune.methods.products import running_sums
 from lvlm_prune.methods.scorers.base import Scorer
@@ -40,7 +39,7 @@ class WandaScorer(Scorer):
     def check(self, pattern: Pattern) -> None:
         """Refuse the variant with N:M."""
         if self.variant and isinstance(pattern, SemiStructured):
-            raise InputError("pruning.scorer.variant", True, f"cannot be used with {pattern}")
+            raise ValueError(f"`variant` True: cannot be used with {pattern}")
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
         """Importance, float32 of shape (C_out, C_in)."""

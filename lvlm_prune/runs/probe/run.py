@@ -7,7 +7,6 @@ check ─► catch block-0 inputs ─► survey of the dense model ─► for ea
 from __future__ import annotations
 
 import time
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.provenance import provenance
-from lvlm_prune.plugins import describe, plugin_class
+from lvlm_prune.plugins import describe, mounted, plugin_class
 from lvlm_prune.report.page import write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
@@ -114,7 +113,11 @@ class ProbeRun:
         run, model, data, manifest = self.run, self.model, self.datamodule, self.run.record
         run.weights = model.weights(fabric.device)
         manifest.update(provenance(run.config, run.hardware, model, data) | {"probe": describe(self.probe), "grid": []})
-        raise_hook = partial(fabric.call, trainer=self.trainer, pl_module=model)
+
+        def raise_hook(name: str, **arguments: Any) -> None:
+            with mounted(probing=self.probe):
+                fabric.call(name, trainer=self.trainer, pl_module=model, **arguments)
+
         stream = CalibrationStream(run, model, data, Participants([self.probe, names]), fabric.device, raise_hook)
         stream.catch(model.parts[-1])
         if earlier is not None:
@@ -142,11 +145,16 @@ class ProbeRun:
         """Prune one pathway block by block; later blocks are calibrated on what the earlier ones now put out."""
         trainer, run, model = self.trainer, self.run, self.model
         cell.on_prune_start(trainer, model)
+
+        def raise_hook(name: str, **arguments: Any) -> None:
+            with mounted(probing=self.probe):
+                getattr(cell, name)(trainer, model, **arguments)
+
         loop = BlockLoop(
             model.parts[-1],
             run.weights,
             run.samples.rows,
-            raise_hook=lambda name, **arguments: getattr(cell, name)(trainer, model, **arguments),
+            raise_hook=raise_hook,
             gathers=lambda: True,
             needs=lambda: cell.needs,
             agree=run.processes.agree,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from lvlm_prune.output.folder import choose_folder, free_bytes
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.provenance import provenance
+from lvlm_prune.plugins import mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.sharing import SharedCalibration
@@ -78,7 +78,6 @@ class PruneRun:
             else SharedLaunch(hardware, self.callbacks, shared.launch)
         )
         self.run = Run(options, config, hardware, self.callbacks, processes=self.launch.processes)
-        self.raise_hook = partial(self.launch.fabric.call, trainer=trainer, pl_module=model)
 
     def __call__(self) -> Manifest:
         """Prune, or go on with what an interrupted run left; or only say what would be done."""
@@ -100,6 +99,11 @@ class PruneRun:
                     with suitable_threads(self.model.block_weights, run.hardware.devices):
                         self._carry_out(finished)
         return run.record
+
+    def raise_hook(self, name: str, **arguments: Any) -> None:
+        """Call a hook of all callbacks; what their plugins say against an argument names the option."""
+        with mounted(pruning=self.participants.pruning):
+            self.launch.fabric.call(name, trainer=self.trainer, pl_module=self.model, **arguments)
 
     def _way_on(self) -> str:
         return f"go on with --resume true --output {self.run.folder}" if self._is_resumable() else ""

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli_errors import explain
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
-from lvlm_prune.plugins import describe
+from lvlm_prune.plugins import built_from, describe
 
 SPARSITY, PATTERN, SEED = "pruning.sparsity", "pruning.pattern", "data.seed"
 _DEFAULT_RECIPE = "default"
@@ -51,7 +51,7 @@ class Point:
 
     def instantiate(self) -> tuple[BlockwisePruning, CalibrationDataModule]:
         """Method and calibration set, new objects with each call."""
-        made = _parser().instantiate(_parser().parse_object(dict(self.config)))
+        made = _instantiate(self.config)
         return made.pruning, made.data
 
     @cached_property
@@ -197,7 +197,7 @@ def _options_of(
         options.pop(SPARSITY, None)
         pruning = {name: value for name, value in pruning.items() if name != "sparsity"}
     config = _parse(recipe, pruning, options, data)
-    method = _parser().instantiate(_parser().parse_object(config)).pruning
+    method = _instantiate(config).pruning
     if not method.wants_activations and any(map(_is_of_pool, options)):
         options = {name: value for name, value in options.items() if not _is_of_pool(name)}
         config = _parse(recipe, pruning, options, data)
@@ -214,6 +214,11 @@ def _parser() -> ArgumentParser:
     parser.add_class_arguments(BlockwisePruning, "pruning")
     parser.add_class_arguments(CalibrationDataModule, "data")
     return parser
+
+
+def _instantiate(config: Mapping[str, Any]) -> Namespace:
+    with built_from(config):
+        return _parser().instantiate(_parser().parse_object(dict(config)))
 
 
 def _parse(recipe: str, pruning: Mapping[str, Any], options: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import lvlm_prune.blocks.remaining as tails
 from lvlm_prune.blocks import BlockRunner, ResidentWeights, Weights
-from lvlm_prune.blocks.remaining import Change, DecoderTail, TailSample
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks, WaitingSample
+from lvlm_prune.methods.survey import Change
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.unit.blocks.test_streaming import save, stream
 
@@ -44,9 +45,9 @@ def losses(
     for batch in batches:
         assert batch.input_ids is not None
         for row, ids in enumerate(batch.input_ids):
-            samples.append(TailSample(len(samples), batch, row, predicted=ids > 2))
+            samples.append(WaitingSample(len(samples), batch, row, predicted=ids > 2))
     linear = [module for module in runner.block(first).modules() if isinstance(module, nn.Linear)][-1]
-    tail = DecoderTail(runner, weights, samples, first)
+    tail = RemainingDecoderBlocks(runner, weights, samples, first)
     found = tail.losses([scaled(linear.weight, factor) for factor in (1.0, 1.5, 0.0)])
     before = [batch.hidden.clone() for batch in batches]
     assert found == tail.losses([scaled(linear.weight, factor) for factor in (1.0, 1.5, 0.0)])

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation import (
     CustomAllocation,
     DASAllocation,
@@ -65,25 +64,25 @@ SHAPES = {"0.q_proj": (10, 10), "0.up_proj": (30, 10)}
 
 @pytest.mark.parametrize("kind", [DASAllocation, ECoFLaPAllocation])
 def test_a_target_above_the_maximum_is_refused_before_anything_runs(kind):
-    with pytest.raises(InputError, match=r"--pruning.allocation.max_sparsity 0.4: below the target 0.5"):
+    with pytest.raises(ValueError, match=r"`max_sparsity` 0.4: below the target 0.5"):
         kind(max_sparsity=0.4).check(SHAPES, 0.5)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DASAllocation(variant="layer"), "--pruning.allocation.variant layer"),
-        (lambda: DASAllocation(pairs="some"), "--pruning.allocation.pairs some"),
-        (lambda: DASAllocation(max_sparsity=1.5), "--pruning.allocation.max_sparsity 1.5"),
-        (lambda: OWLAllocation(threshold=0), "--pruning.allocation.threshold 0"),
-        (lambda: OWLAllocation(width=-0.1), "--pruning.allocation.width -0.1"),
-        (lambda: ECoFLaPAllocation(epsilon=0), "--pruning.allocation.epsilon 0"),
-        (lambda: ECoFLaPAllocation(samples=0), "--pruning.allocation.samples 0"),
-        (lambda: CustomAllocation({"*": 1.2}), "--pruning.allocation.sparsities *: 1.2"),
+        (lambda: DASAllocation(variant="layer"), "`variant` layer"),
+        (lambda: DASAllocation(pairs="some"), "`pairs` some"),
+        (lambda: DASAllocation(max_sparsity=1.5), "`max_sparsity` 1.5"),
+        (lambda: OWLAllocation(threshold=0), "`threshold` 0"),
+        (lambda: OWLAllocation(width=-0.1), "`width` -0.1"),
+        (lambda: ECoFLaPAllocation(epsilon=0), "`epsilon` 0"),
+        (lambda: ECoFLaPAllocation(samples=0), "`samples` 0"),
+        (lambda: CustomAllocation({"*": 1.2}), "`sparsities` *: 1.2"),
     ],
 )
 def test_options_out_of_range(make, message):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(ValueError) as error:
         make()
     assert str(error.value).startswith(message)
 
@@ -91,7 +90,7 @@ def test_options_out_of_range(make, message):
 def test_owl_refuses_a_width_that_leaves_the_range():
     allocation = OWLAllocation(width=0.2)
     allocation.use_survey({"outlier_ratio": {"0": 0.0, "1": 1.0}})
-    with pytest.raises(InputError, match=r"sparsities from 0.700 to 1.100; choose a smaller width"):
+    with pytest.raises(ValueError, match=r"sparsities from 0.700 to 1.100; choose a smaller width"):
         allocation.allocate({"0.q_proj": (10, 10), "1.q_proj": (10, 10)}, 0.9)
 
 
@@ -105,7 +104,7 @@ def test_owl_refuses_a_width_that_leaves_the_range():
     ],
 )
 def test_custom_sparsities_that_cannot_be(sparsities, problem):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(ValueError) as error:
         CustomAllocation(sparsities).check(SHAPES, 0.5)
     assert problem in str(error.value)
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation.base import block_of
 from lvlm_prune.methods.allocation.water_filling import fill_groups, water_filling
 from tests.conftest import REPOSITORY
@@ -56,5 +55,5 @@ def test_what_full_groups_cannot_hold_goes_to_groups_without_a_score():
 
 def test_a_target_at_the_maximum_is_uniform_and_one_above_it_is_refused():
     assert water_filling([5.0, 1.0], [7, 9], 0.6, 0.6) == pytest.approx([0.6, 0.6])
-    with pytest.raises(InputError, match=r"--pruning.sparsity 0.7: cannot be reached: no Linear may get more than 0.6"):
+    with pytest.raises(ValueError, match=r"`sparsity` 0.7: cannot be reached: no Linear may get more than 0.6"):
         water_filling([5.0, 1.0], [7, 9], 0.7, 0.6)

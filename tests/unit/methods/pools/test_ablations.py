@@ -42,7 +42,7 @@ def test_random_tokens_depend_on_seed_block_and_sample_only():
 
 
 def test_no_tokens_at_all_are_refused():
-    with pytest.raises(InputError, match=r"--pruning.pool.k 0: must be 1 or larger"):
+    with pytest.raises(ValueError, match=r"`k` 0: must be 1 or larger"):
         RandomTokensPool(0)
 
 

@@ -5,7 +5,6 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.asking import asked_together
 from lvlm_prune.methods.diversity import modality_diversity
 from lvlm_prune.methods.pools import AMIAPool, amia
@@ -165,5 +164,5 @@ def test_unknown_neighbours():
 
 
 def test_unknown_pairs():
-    with pytest.raises(InputError, match=r"--pruning.pool.pairs some: must be `all` or `positive`"):
+    with pytest.raises(ValueError, match=r"`pairs` some: must be `all` or `positive`"):
         AMIAPool("some")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools import ContributionPool
 from lvlm_prune.methods.pools.contribution import singular_contributions
 from lvlm_prune.methods.tokens import Tokens
@@ -64,5 +63,5 @@ def test_weights_lie_between_zero_and_one_whatever_the_sample(any_tokens):
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
 def test_beta_out_of_range(beta):
-    with pytest.raises(InputError, match=r"--pruning.pool.beta .*: must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"`beta` .*: must lie between 0 and 1"):
         ContributionPool(beta)

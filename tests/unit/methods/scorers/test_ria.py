@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Unstructured
 from lvlm_prune.methods.scorers import RIAScorer
 from lvlm_prune.methods.statistics import ChannelNorm
@@ -29,7 +28,7 @@ def test_rows_and_columns_of_zeros_do_not_make_nan(gathered):
 
 @pytest.mark.parametrize("exponent", [-0.5, float("nan"), float("inf")])
 def test_bad_exponent(exponent):
-    with pytest.raises(InputError, match=r"--pruning.scorer.exponent"):
+    with pytest.raises(ValueError, match=r"`exponent`"):
         RIAScorer(exponent)
 
 

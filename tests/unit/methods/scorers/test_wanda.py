@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import SemiStructured, Unstructured, parse_pattern
 from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.methods.statistics import ChannelNorm
@@ -56,7 +55,7 @@ def test_the_variant_stands_weights_without_any_importance():
 
 
 def test_the_variant_has_no_pattern():
-    with pytest.raises(InputError, match=r"--pruning.scorer.variant True: cannot be used with 2:4"):
+    with pytest.raises(ValueError, match=r"`variant` True: cannot be used with 2:4"):
         WandaScorer(variant=True).check(SemiStructured(2, 4))
     WandaScorer(variant=True).check(Unstructured())
     WandaScorer().check(SemiStructured(2, 4))
