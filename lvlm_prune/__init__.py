@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lvlm_prune.moved import point_to_new_places
 from lvlm_prune.packed.registration import register
 
 __version__ = "0.1.0"
@@ -9,6 +10,9 @@ __version__ = "0.1.0"
 # In a checkout `callbacks/` lies beside the package; an installation maps it to `lvlm_prune.callbacks`.
 if (Path(__file__).parents[1] / "callbacks" / "__init__.py").is_file():
     __path__.append(str(Path(__file__).parents[1]))
+
+# What was written for version 0.1 is told where modules are now.
+point_to_new_places()
 
 # `from_pretrained` reads packed checkpoints from now on.
 register()

@@ -22,7 +22,7 @@ from lvlm_prune.data.embedded import EmbeddedSource
 from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of
 from lvlm_prune.data.source import CalibrationSource, Sample
 from lvlm_prune.errors import InputError, RunError, first_line
-from lvlm_prune.plugins import own_instance
+from lvlm_prune.plugins import mounted, own_instance
 
 log = logging.getLogger(__name__)
 
@@ -91,22 +91,27 @@ class CalibrationDataModule(L.LightningDataModule):
         """
         selection = self.select()
         if self.on_error == "raise":
-            self.source.verify(selection)
+            with mounted(data=self):
+                self.source.verify(selection)
 
     def select(self) -> list[int]:
         """Numbers of the chosen samples in the source, in the order of the set. See the source's `choose`."""
         if self._selection is None:
-            self.source.setup()
-            total = len(self.source)
-            if total == 0:
-                raise InputError("data.source", type(self.source).__name__, "holds no samples")
-            if self.num_samples is not None and self.num_samples > total:
-                problem = f"the source holds only {total} sample{'' if total == 1 else 's'}"
-                raise InputError("data.num_samples", self.num_samples, problem)
-            default = self.source.default_num_samples
-            count = self.num_samples or min(default or total, self.source.available)
-            self._selection = self.source.choose(count, self.seed)
+            with mounted(data=self):
+                self._selection = self._choose()
         return self._selection
+
+    def _choose(self) -> list[int]:
+        self.source.setup()
+        total = len(self.source)
+        if total == 0:
+            raise InputError("data.source", type(self.source).__name__, "holds no samples")
+        if self.num_samples is not None and self.num_samples > total:
+            problem = f"the source holds only {total} sample{'' if total == 1 else 's'}"
+            raise InputError("data.num_samples", self.num_samples, problem)
+        default = self.source.default_num_samples
+        count = self.num_samples or min(default or total, self.source.available)
+        return self.source.choose(count, self.seed)
 
     def sample_weights(self, numbers: Sequence[int]) -> list[float]:
         """How much each sample counts in calibration statistics; their mean is 1.

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from lvlm_prune.data.conversation import Conversation
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError
 
 
 class EmbeddedSource(CalibrationSource):
@@ -49,7 +48,7 @@ class EmbeddedQuestions(CalibrationSource):
 
     def __init__(self, length: int = 4096, seed: int = 0) -> None:
         if length < 2:
-            raise InputError("data.source.length", length, "must be at least 2")
+            raise ValueError(f"`length` {length}: must be at least 2")
         self.length, self.seed = length, seed
         self._questions: Any = None
 

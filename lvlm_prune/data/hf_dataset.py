@@ -17,7 +17,7 @@ from lvlm_prune.data.conversation import (
     place_media,
 )
 from lvlm_prune.data.source import CalibrationSource, verify_files
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import RunError
 
 _ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
 _FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -55,7 +55,7 @@ class HFDatasetSource(CalibrationSource):
         unknown = sorted(set(columns or ()) - set(_ROLES))
         if unknown:
             problem = f"no such role; there are {', '.join(_ROLES)}"
-            raise InputError("data.source.columns", unknown[0], problem)
+            raise ValueError(f"`columns` {unknown[0]}: {problem}")
         self.path = path
         self.name = name
         self.split = split
@@ -74,13 +74,13 @@ class HFDatasetSource(CalibrationSource):
         for role, column in roles.items():
             if column not in rows.column_names:
                 problem = f"the data set has no such column; there are {', '.join(rows.column_names)}"
-                raise InputError(f"data.source.columns.{role}", column, problem)
+                raise ValueError(f"`columns.{role}` {column}: {problem}")
         if not {"messages", "text", "question", "answer"} & set(roles):
             problem = (
                 "must name a column for messages, for text, or for question and answer; the data set has "
                 f"{', '.join(rows.column_names)}"
             )
-            raise InputError("data.source.columns", self.columns or "(not given)", problem)
+            raise ValueError(f"`columns` {self.columns or '(not given)'}: {problem}")
         self._roles = dict(roles)
         self._rows = self._without_decoding(rows)
 
@@ -88,32 +88,32 @@ class HFDatasetSource(CalibrationSource):
         import datasets
 
         path = Path(self.path)
+        on_disk = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        file_type = _FILE_TYPES.get(path.suffix)
+        if path.is_file() and file_type is None:
+            raise ValueError(f"`path` {self.path}: not one of {', '.join(_FILE_TYPES)}")
+        is_local = path.is_absolute() or self.path.startswith(".") or self.path.count("/") > 1
+        if is_local and not path.exists():
+            raise ValueError(f"`path` {self.path}: no such file or folder")
         datasets.disable_progress_bars()
         try:
-            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            if on_disk:
                 loaded = datasets.load_from_disk(str(path))
-                if not isinstance(loaded, datasets.DatasetDict):
-                    return loaded
-                if self.split not in loaded:
-                    problem = f"the data set has no such split; there are {', '.join(loaded)}"
-                    raise InputError("data.source.split", self.split, problem)
-                return loaded[self.split]
-            if path.is_file():
-                file_type = _FILE_TYPES.get(path.suffix)
-                if file_type is None:
-                    raise InputError("data.source.path", self.path, f"not one of {', '.join(_FILE_TYPES)}")
-                return datasets.load_dataset(file_type, data_files=str(path), split=self.split)
-            if not path.is_dir() and (path.is_absolute() or self.path.startswith(".") or self.path.count("/") > 1):
-                raise InputError("data.source.path", self.path, "no such file or folder")
-            return datasets.load_dataset(
-                self.path, self.name, split=self.split, data_files=self.data_files, revision=self.revision
-            )
-        except InputError:
-            raise
+            elif path.is_file():
+                loaded = datasets.load_dataset(file_type, data_files=str(path), split=self.split)
+            else:
+                loaded = datasets.load_dataset(
+                    self.path, self.name, split=self.split, data_files=self.data_files, revision=self.revision
+                )
         # The hub's and pyarrow's own errors derive from these.
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError("data.source.path", self.path, f"cannot be loaded ({reason})") from error
+            raise ValueError(f"`path` {self.path}: cannot be loaded ({reason})") from error
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if self.split not in loaded:
+            raise ValueError(f"`split` {self.split}: the data set has no such split; there are {', '.join(loaded)}")
+        return loaded[self.split]
 
     def _without_decoding(self, rows: Any) -> Any:
         """Images as bytes or paths, so that a broken one is an error of this sample, with its name."""
@@ -132,7 +132,7 @@ class HFDatasetSource(CalibrationSource):
         return rows
 
     def verify(self, indices: Sequence[int]) -> None:
-        verify_files(self, indices, "data.source.path", self.path)
+        verify_files(self, indices, "path", self.path)
 
     def __len__(self) -> int:
         self.setup()

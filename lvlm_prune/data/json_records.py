@@ -14,8 +14,6 @@ from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lvlm_prune.errors import InputError
-
 _CHUNK = 1 << 20
 _OUTSIDE_STRINGS = re.compile(rb'["{}\[\]]')
 # Possessive: without backtracking a long string costs no memory.
@@ -27,23 +25,21 @@ class JsonRecords:
 
     Args:
         path: The file.
-        option: Option to name in errors.
 
     Raises:
-        InputError: No such file, neither of the two forms, or cut off in the middle of the array.
+        ValueError: No such file, neither of the two forms, or cut off in the middle of the array.
     """
 
-    def __init__(self, path: str | Path, option: str) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.option = option
         if not self.path.is_file():
-            raise InputError(option, path, "no such file")
+            raise ValueError(f"`path` {path}: no such file")
         self._starts = array("Q")
         self._ends = array("Q")
         try:
             file = self.path.open("rb")
         except OSError as error:
-            raise InputError(option, path, f"cannot be read ({error.strerror})") from None
+            raise ValueError(f"`path` {path}: cannot be read ({error.strerror})") from None
         with file:
             head = file.read(_CHUNK)
             offset = 3 if head.startswith(b"\xef\xbb\xbf") else 0
@@ -54,9 +50,9 @@ class JsonRecords:
             elif first == b"{":
                 self._index_lines(file)
             elif head.strip() or first:
-                raise InputError(option, path, "neither a JSON array of samples nor one JSON object per line")
+                raise ValueError(f"`path` {path}: neither a JSON array of samples nor one JSON object per line")
         if not self._starts:
-            raise InputError(option, path, "holds no samples")
+            raise ValueError(f"`path` {path}: holds no samples")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -124,4 +120,4 @@ class JsonRecords:
             base += len(chunk)
             position = max(0, position - len(chunk)) if in_string else 0
         problem = f"ends in the middle of its JSON array, after {len(self._ends)} complete samples (truncated?)"
-        raise InputError(self.option, self.path, problem)
+        raise ValueError(f"`path` {self.path}: {problem}")

@@ -9,7 +9,7 @@ from typing import Any
 from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.data.source import CalibrationSource, verify_files
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import RunError
 
 
 class LlavaJsonSource(CalibrationSource):
@@ -33,14 +33,14 @@ class LlavaJsonSource(CalibrationSource):
     def setup(self) -> None:
         if self._records is None:
             if self.image_folder is not None and not Path(self.image_folder).is_dir():
-                raise InputError("data.source.image_folder", self.image_folder, "no such folder")
-            self._records = JsonRecords(self.path, "data.source.path")
+                raise ValueError(f"`image_folder` {self.image_folder}: no such folder")
+            self._records = JsonRecords(self.path)
 
     def verify(self, indices: Sequence[int]) -> None:
         if self.image_folder is None:
-            verify_files(self, indices, "data.source.path", self.path, hint="; is data.source.image_folder needed?")
+            verify_files(self, indices, "path", self.path, hint="; is `image_folder` needed?")
         else:
-            verify_files(self, indices, "data.source.image_folder", self.image_folder)
+            verify_files(self, indices, "image_folder", self.image_folder)
 
     def __len__(self) -> int:
         self.setup()

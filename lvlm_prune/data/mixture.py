@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from lvlm_prune.data.source import CalibrationSource, Sample
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import RunError
 
 
 class MixtureSource(CalibrationSource):
@@ -44,23 +44,23 @@ class MixtureSource(CalibrationSource):
             are. Default: the part's share of the samples.
 
     Raises:
-        InputError: There is no part, or not one positive ratio (and weight, if any are given) for each.
+        ValueError: There is no part, or not one positive ratio (and weight, if any are given) for each.
     """
 
     def __init__(
         self, sources: list[CalibrationSource], ratios: list[float], weights: list[float] | None = None
     ) -> None:
         if not sources:
-            raise InputError("data.source.sources", "[]", "needs at least one source")
+            raise ValueError("`sources` []: needs at least one source")
         for name, values in (("ratios", ratios), ("weights", weights)):
             if values is None:
                 continue
             if len(values) != len(sources):
                 problem = f"{len(values)} {name} for {len(sources)} sources; give one for each"
-                raise InputError(f"data.source.{name}", values, problem)
+                raise ValueError(f"`{name}` {values}: {problem}")
             for value in values:
                 if not (math.isfinite(value) and value > 0):
-                    raise InputError(f"data.source.{name}", value, "must be a finite number larger than 0")
+                    raise ValueError(f"`{name}` {value}: must be a finite number larger than 0")
         self.sources = list(sources)
         self.ratios = list(ratios)
         self.weights = None if weights is None else list(weights)
@@ -123,18 +123,17 @@ class MixtureSource(CalibrationSource):
         """Each part's own choice, dealt out evenly: any beginning of the calibration set is mixed as well.
 
         Raises:
-            InputError: A part has fewer samples than its share, or a weight and no share.
+            ValueError: A part has fewer samples than its share, or a weight and no share.
         """
         shares = self.shares(count)
         placed: list[tuple[float, int, int]] = []
         for part, (source, share) in enumerate(zip(self.sources, shares)):
             if share > len(source):
                 problem = f"{self._label(part)} holds only {len(source)} samples, its share is {share}"
-                raise InputError("data.num_samples", count, problem)
+                raise ValueError(f"`num_samples` {count}: {problem}")
             if self.weights is not None and share == 0:
-                raise InputError(
-                    "data.num_samples", count, f"leaves no sample for {self._label(part)}, which has a weight"
-                )
+                problem = f"leaves no sample for {self._label(part)}, which has a weight"
+                raise ValueError(f"`num_samples` {count}: {problem}")
             for place, index in enumerate(source.choose(share, seed)):
                 placed.append(((place + 0.5) / share, part, self._offsets()[part] + index))
         return [index for _, _, index in sorted(placed)]

@@ -25,7 +25,7 @@ from lvlm_prune.data.processing import pad_token_of
 from lvlm_prune.data.selection import choose
 from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.errors import InputError, RunError, first_line
-from lvlm_prune.plugins import own_instance, plugin_class
+from lvlm_prune.plugins import mounted, own_instance, plugin_class
 
 Value = TypeVar("Value")
 
@@ -113,8 +113,11 @@ class RecoveryDataModule(L.LightningDataModule):
         Raises:
             InputError: The source cannot be read or holds too few samples, or a sample is visibly wrong.
         """
-        if self.train_indices:
-            return
+        if not self.train_indices:
+            with mounted(data=self):
+                self._choose()
+
+    def _choose(self) -> None:
         self.source.setup()
         total = len(self.source)
         if self.num_samples is not None and self.num_samples > total:

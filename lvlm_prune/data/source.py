@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.selection import choose
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import RunError
 
 Sample = Conversation | Document | dict[str, Tensor]
 """A conversation or a document for the model's processor, or ready-made model inputs."""
@@ -53,7 +53,8 @@ class CalibrationSource(ABC):
         """Open and index what the samples are read from. May be called more than once.
 
         Raises:
-            InputError: An option or the file behind it is wrong.
+            ValueError: An argument or the file behind it is wrong. The message begins with the argument in backticks,
+                "`path` a.json: no such file", and whoever holds the source adds where it is mounted.
         """
 
     def verify(self, indices: Sequence[int]) -> None:  # noqa: B027
@@ -62,7 +63,7 @@ class CalibrationSource(ABC):
         Called before the model is loaded, and only if a bad sample is an error (`data.on_error: raise`).
 
         Raises:
-            InputError: For example, an image file is missing.
+            ValueError: For example, an image file is missing.
         """
 
     @abstractmethod
@@ -100,19 +101,19 @@ class CalibrationSource(ABC):
 
 
 def verify_files(
-    source: CalibrationSource, indices: Sequence[int], option: str, value: str | None, hint: str = ""
+    source: CalibrationSource, indices: Sequence[int], argument: str, value: str | None, hint: str = ""
 ) -> None:
     """Read the chosen conversations and see that their images, videos and sounds exist; none is decoded.
 
     Raises:
-        InputError: A sample is malformed or files are missing; it names `option`, and ends with `hint`.
+        ValueError: A sample is malformed or files are missing; it names `argument`, and ends with `hint`.
     """
     missing = []
     for index in indices:
         try:
             sample = source[index]
         except RunError as error:
-            raise InputError(option, value, f"sample {index}: {error}") from None
+            raise ValueError(f"`{argument}` {value}: sample {index}: {error}") from None
         if isinstance(sample, Conversation):
             files = [("image", image) for image in sample.images if isinstance(image, Path)]
             files += [("video", video) for video in sample.videos] + [("audio", audio) for audio in sample.audios]
@@ -121,4 +122,4 @@ def verify_files(
         name, kind, file = missing[0]
         problem = f"{kind} file {file} of sample {name} is missing"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(option, value, problem + others + hint)
+        raise ValueError(f"`{argument}` {value}: {problem}{others}{hint}")

@@ -22,11 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError, first_line
+from lvlm_prune.errors import first_line
 
 _KEY = re.compile(r"s(0|[1-9][0-9]*)\.(.+)")
 _INTEGER_TYPES = {"I64", "I32", "I16", "I8", "U8"}
-_OPTION = "data.source.path"
 
 
 class TensorSource(CalibrationSource):
@@ -51,7 +50,7 @@ class TensorSource(CalibrationSource):
         if self._names:
             return
         if not Path(self.path).is_file():
-            raise InputError(_OPTION, self.path, "no such file")
+            raise ValueError(f"`path` {self.path}: no such file")
         try:
             with safe_open(self.path, framework="pt") as file:
                 names = self._index(list(file.keys()))
@@ -59,7 +58,7 @@ class TensorSource(CalibrationSource):
                     self._check(file, number, inputs)
         except (SafetensorError, OSError) as error:
             problem = f"not a safetensors file, or truncated ({first_line(error)})"
-            raise InputError(_OPTION, self.path, problem) from None
+            raise ValueError(f"`path` {self.path}: {problem}") from None
         self._names = names
 
     def _index(self, keys: list[str]) -> list[list[str]]:
@@ -68,34 +67,34 @@ class TensorSource(CalibrationSource):
         for key in sorted(keys):
             match = _KEY.fullmatch(key)
             if match is None:
-                raise InputError(_OPTION, self.path, f"key {key!r} is not of the form s0.input_ids, s1.input_ids, ...")
+                raise ValueError(f"`path` {self.path}: key {key!r} is not of the form s0.input_ids, s1.input_ids, ...")
             samples.setdefault(int(match[1]), []).append(match[2])
         if not samples:
-            raise InputError(_OPTION, self.path, "holds no samples")
+            raise ValueError(f"`path` {self.path}: holds no samples")
         for number in range(len(samples)):
             if number not in samples:
                 problem = f"holds {len(samples)} samples up to s{max(samples)}, but there is no s{number}"
-                raise InputError(_OPTION, self.path, problem)
+                raise ValueError(f"`path` {self.path}: {problem}")
         return [samples[number] for number in range(len(samples))]
 
     def _check(self, file: safe_open, number: int, inputs: list[str]) -> None:
         """Shapes and dtypes are in the file's header, so that all samples can be checked before the run."""
         if "input_ids" not in inputs:
-            raise InputError(_OPTION, self.path, f"sample s{number} has no input_ids, only {', '.join(inputs)}")
+            raise ValueError(f"`path` {self.path}: sample s{number} has no input_ids, only {', '.join(inputs)}")
         token_ids = file.get_slice(f"s{number}.input_ids")
         shape = token_ids.get_shape()
         if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1) or shape[-1] == 0:
             problem = (
                 f"s{number}.input_ids has shape {tuple(shape)}, expected (1, T) or (T,) with one sample per number"
             )
-            raise InputError(_OPTION, self.path, problem)
+            raise ValueError(f"`path` {self.path}: {problem}")
         if token_ids.get_dtype() not in _INTEGER_TYPES:
-            raise InputError(_OPTION, self.path, f"s{number}.input_ids is {token_ids.get_dtype()}, expected integers")
+            raise ValueError(f"`path` {self.path}: s{number}.input_ids is {token_ids.get_dtype()}, expected integers")
         if "attention_mask" in inputs:
             mask_shape = file.get_slice(f"s{number}.attention_mask").get_shape()
             if len(mask_shape) <= 2 and mask_shape[-1:] != shape[-1:]:
                 problem = f"s{number}.attention_mask has shape {tuple(mask_shape)}, but input_ids {tuple(shape)}"
-                raise InputError(_OPTION, self.path, problem)
+                raise ValueError(f"`path` {self.path}: {problem}")
 
     def __len__(self) -> int:
         self.setup()

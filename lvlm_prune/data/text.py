@@ -8,9 +8,7 @@ from pathlib import Path
 from lvlm_prune.data.conversation import Document
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError, RunError
-
-_OPTION = "data.source.path"
+from lvlm_prune.errors import RunError
 
 
 class TextSource(CalibrationSource):
@@ -25,7 +23,7 @@ class TextSource(CalibrationSource):
 
     def __init__(self, path: str, max_tokens: int = 2048, column: str = "text") -> None:
         if max_tokens < 1:
-            raise InputError("data.source.max_tokens", max_tokens, "must be at least 1")
+            raise ValueError(f"`max_tokens` {max_tokens}: must be at least 1")
         self.path = path
         self.max_tokens = max_tokens
         self.column = column
@@ -40,25 +38,25 @@ class TextSource(CalibrationSource):
         if path.is_dir():
             self._files = sorted(file for file in path.rglob("*.txt") if file.is_file())
             if not self._files:
-                raise InputError(_OPTION, self.path, "a folder without .txt files")
+                raise ValueError(f"`path` {self.path}: a folder without .txt files")
         elif path.suffix in (".json", ".jsonl"):
-            self._records = JsonRecords(path, _OPTION)
+            self._records = JsonRecords(path)
             try:
                 first = self._records[0]
             except ValueError as error:
-                raise InputError(_OPTION, self.path, str(error)) from None
+                raise ValueError(f"`path` {self.path}: {error}") from None
             if self.column not in first:
                 problem = f"samples have no such key; there are {', '.join(first)}"
-                raise InputError("data.source.column", self.column, problem)
+                raise ValueError(f"`column` {self.column}: {problem}")
         elif path.is_file():
             try:
                 self._index_paragraphs(path)
             except OSError as error:
-                raise InputError(_OPTION, self.path, f"cannot be read ({error.strerror})") from None
+                raise ValueError(f"`path` {self.path}: cannot be read ({error.strerror})") from None
             if not self._starts:
-                raise InputError(_OPTION, self.path, "holds no text")
+                raise ValueError(f"`path` {self.path}: holds no text")
         else:
-            raise InputError(_OPTION, self.path, "no such file or folder")
+            raise ValueError(f"`path` {self.path}: no such file or folder")
 
     def _index_paragraphs(self, path: Path) -> None:
         position = 0

@@ -41,7 +41,7 @@ class BuiltinEngine(Engine):
             vocabulary is larger the divergence takes all other tokens for one, and is never more than the exact one.
 
     Raises:
-        InputError: A number is out of range.
+        ValueError: A number is out of range.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BuiltinEngine(Engine):
     ) -> None:
         for name, value in (("batch_size", batch_size), ("top_k", top_k)):
             if value < 1:
-                raise InputError(f"engine.{name}", value, "must be at least 1")
+                raise ValueError(f"`{name}` {value}: must be at least 1")
         self.benchmark: Benchmark = own_instance(benchmark)
         self.batch_size, self.dtype = batch_size, dtype
         self.likelihood, self.top_k = likelihood, top_k

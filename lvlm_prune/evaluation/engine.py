@@ -41,7 +41,7 @@ class Engine(ABC):
         """Refuse what can be seen to be wrong before anything is loaded.
 
         Raises:
-            InputError: For example, a file is missing.
+            ValueError: For example, a file is missing; the message begins with the argument in backticks.
         """
 
     @abstractmethod

@@ -85,22 +85,22 @@ class HarnessEngine(Engine):
     def check(self) -> None:
         """Look for the package in the interpreter that is to run it."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise InputError("engine.tasks", self.tasks, "name tasks of the harness, each once")
+            raise ValueError(f"`tasks` {self.tasks}: name tasks of the harness, each once")
         scored = {name for task in self.tasks for name in (task, *score_names(task, self.metrics.get(task, "")))}
         for option, names, known in (
             ("metrics", self.metrics, set(self.tasks)),
             ("full_marks", self.full_marks, scored),
         ):
             if unknown := sorted(set(names) - known):
-                raise InputError(f"engine.{option}", unknown[0], "is not among the tasks")
+                raise ValueError(f"`{option}` {unknown[0]}: is not among the tasks")
         looks = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({self.package!r}) is None)"
         try:
             found = subprocess.run([self._interpreter, "-c", looks], capture_output=True, check=False)
         except OSError as error:
-            raise InputError("engine.python", self._interpreter, f"cannot be run ({error.strerror})") from None
+            raise ValueError(f"`python` {self._interpreter}: cannot be run ({error.strerror})") from None
         if found.returncode != 0:
             problem = f"this interpreter has no package {self.package}; install it there, or name another one"
-            raise InputError("engine.python", self._interpreter, problem)
+            raise ValueError(f"`python` {self._interpreter}: {problem}")
 
     def score(
         self,
@@ -236,7 +236,7 @@ class LMEvalEngine(HarnessEngine):
         """The same, and look for the folder of tasks."""
         super().check()
         if self.include_path and not Path(self.include_path).is_dir():
-            raise InputError("engine.include_path", self.include_path, "no such folder")
+            raise ValueError(f"`include_path` {self.include_path}: no such folder")
 
     def _arguments(self, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
         model = self.model or ("hf-multimodal" if takes_images(folder) else "hf")

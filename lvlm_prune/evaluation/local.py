@@ -12,12 +12,10 @@ from typing import Literal
 
 from lvlm_prune.data.conversation import Conversation
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.metrics import suitable_metric
 from lvlm_prune.evaluation.scores import Benchmark, Question
 from lvlm_prune.plugins import plugin_class
-
-_OPTION = "engine.benchmark.source"
 
 
 class LocalBenchmark(Benchmark):
@@ -35,7 +33,7 @@ class LocalBenchmark(Benchmark):
             for tasks whose right answers are all yes or no, else `exact_match`.
 
     Raises:
-        InputError: A number is out of range.
+        ValueError: A number is out of range.
     """
 
     def __init__(
@@ -47,30 +45,26 @@ class LocalBenchmark(Benchmark):
     ) -> None:
         for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
             if value is not None and value < least:
-                raise InputError(f"engine.benchmark.{name}", value, f"must be at least {least}")
+                raise ValueError(f"`{name}` {value}: must be at least {least}")
         self.source, self.num_samples, self.seed, self.metric = source, num_samples, seed, metric
 
     def check(self) -> None:
         """Open the source, read the chosen questions and look for their images.
 
         Raises:
-            InputError: Something is missing, or a record is no question with an answer.
+            ValueError: Something is missing, or a record is no question with an answer.
         """
-        try:
-            self.source.setup()
-            self.source.verify(self._chosen())
-        except InputError as error:
-            option, problem = (text.replace("data.source", _OPTION) for text in (error.option, error.problem))
-            raise InputError(option, error.value, problem) from None
+        self.source.setup()
+        self.source.verify(self._chosen())
         self.questions  # noqa: B018  (read here, and refused where they are none)
 
     def _chosen(self) -> list[int]:
         available = self.source.available
         if not available:
-            raise InputError(_OPTION, plugin_class(self.source).__name__, "holds no samples")
+            raise ValueError(f"`source` {plugin_class(self.source).__name__}: holds no samples")
         if self.num_samples is not None and self.num_samples > available:
             problem = f"the source holds only {available} sample{'' if available == 1 else 's'}"
-            raise InputError("engine.benchmark.num_samples", self.num_samples, problem)
+            raise ValueError(f"`num_samples` {self.num_samples}: {problem}")
         return self.source.choose(self.num_samples or available, self.seed)
 
     @cached_property
@@ -84,7 +78,7 @@ class LocalBenchmark(Benchmark):
                 sample = self.source[index]
                 answer = _answer_of(sample)
             except RunError as error:
-                raise InputError(_OPTION, path or default, f"sample {index} {error}") from None
+                raise ValueError(f"`source` {path or default}: sample {index} {error}") from None
             assert isinstance(sample, Conversation)
             found.setdefault(sample.task or default, []).append((index, sample, answer))
         metrics = {

@@ -68,7 +68,7 @@ class Benchmark(ABC):
         """Refuse what can be seen to be wrong before a model is loaded.
 
         Raises:
-            InputError: For example, a file is missing.
+            ValueError: For example, a file is missing; the message begins with the argument in backticks.
         """
 
     @property

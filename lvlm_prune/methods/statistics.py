@@ -41,12 +41,12 @@ class Statistic(ABC):
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """The float64 sums themselves, to be summed over processes in place."""
+        """The float64 sums themselves, to be summed over processes in place; the first has an entry per channel."""
 
-    @staticmethod
-    def nbytes(channels: int) -> int:
-        """Bytes of the sums over a site of so many channels, for the plan."""
-        return 8 * channels
+    @classmethod
+    def nbytes(cls, channels: int) -> int:
+        """Bytes of the sums over a site of so many channels, for the plan; not required."""
+        return sum(part.nbytes for part in cls(channels, device="meta").tensors())
 
     @staticmethod
     def adding_bytes(tokens: int, channels: int, itemsize: int) -> int:
@@ -162,8 +162,8 @@ class Gram(Statistic):
             for rows in stripes(inputs.shape[1]):
                 self._lower[rows, : rows.stop] += tokens[:, rows].T @ tokens[:, : rows.stop]
 
-    @staticmethod
-    def nbytes(channels: int) -> int:
+    @classmethod
+    def nbytes(cls, channels: int) -> int:
         """See `Statistic.nbytes`: the products in float64, and the factor in float32."""
         return 12 * channels**2
 

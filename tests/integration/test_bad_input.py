@@ -122,6 +122,29 @@ def test_bad_option_of_a_probe(case, refused, golden_arguments):
     assert said in refused("probe", *golden_arguments[1:-1], *arguments)
 
 
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            "class_path: TextSource\n        init_args: {path: w.txt, max_tokens: 0}",
+            "sources[1].max_tokens 0: must",
+        ),
+        ("class_path: TextSource\n        init_args: {path: nowhere.txt}", "sources[1].path nowhere.txt: no such file"),
+        ("class_path: LlavaJsonSource\n        init_args: {path: no.json}", "sources[1].path no.json: no such file"),
+    ],
+)
+def test_a_part_of_a_mixture_names_its_own_path(part, said, refused, golden_arguments, tmp_path):
+    (tmp_path / "w.txt").write_text("One.\n\nTwo.\n")
+    config = yaml_file(
+        tmp_path,
+        "data:\n  source:\n    class_path: MixtureSource\n    init_args:\n      ratios: [1, 1]\n      sources:\n"
+        "      - class_path: TextSource\n        init_args: {path: w.txt}\n"
+        f"      - {part}\n",
+    )
+    model = [argument for argument in golden_arguments if not argument.startswith("--data")]
+    assert f"--data.source.{said}" in refused(*model, config)
+
+
 def test_pattern_that_yaml_reads_as_a_number(refused, golden_arguments, tmp_path):
     message = refused(*golden_arguments, yaml_file(tmp_path, "pruning:\n  pattern: 2:4\n"))
     assert '--pruning.pattern 124: YAML reads an unquoted 2:4 as this number; write pattern: "2:4"' in message

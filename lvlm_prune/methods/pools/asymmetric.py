@@ -31,7 +31,7 @@ class AsymmetricPool(Pool):
     with :math:`\bar s` the mean saliency over all visual tokens of all samples at this block.
 
     Args:
-        saliency: How visual tokens are ranked and how large the budget is. Default: `DriftSaliency`. Default: `DriftSaliency`.
+        saliency: How visual tokens are ranked and how large the budget is. Default: `DriftSaliency`.
         alpha: Scale of the budget; 1.0 for LLaVA-NeXT, LLaVA-OneVision, Qwen2.5-VL and N:M, 1.5 for Qwen2-VL.
         rounding: `floor` is the paper's Eq. 6; `released` is the authors' code,
             `min(n_visual, round(min(1, alpha * mean) * n_text))` with banker's rounding.

@@ -43,7 +43,7 @@ class DiversitySaliency(Saliency):
 
     def __init__(self, start: Literal["mean", "nearest"] = "mean") -> None:
         if start not in ("mean", "nearest"):
-            raise InputError("pruning.pool.saliency.start", start, "must be `mean` or `nearest`")
+            raise ValueError(f"`start` {start}: must be `mean` or `nearest`")
         self.start = start
 
     def __call__(self, tokens: Tokens) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.contract import checked_score
 from lvlm_prune.methods.patterns import IN_CACHES, Group, Pattern, ZeroCount
 from lvlm_prune.methods.statistics import Statistic
 
@@ -54,7 +55,9 @@ class Scorer(ABC):
         rows = max(self._scores_at_once(weight.numel(), weight.is_cuda) // weight.shape[1], 1)
         for start in range(0, len(weight), rows):
             here = slice(start, start + rows)
-            mask[here] = pattern.mask(self.score(weight[here], statistic), sparsity, self.group)
+            mask[here] = pattern.mask(
+                checked_score(self, self.score(weight[here], statistic), weight[here]), sparsity, self.group
+            )
         return weight.masked_fill(mask, 0.0), mask
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:

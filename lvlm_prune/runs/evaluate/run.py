@@ -21,7 +21,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, existing_folder, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
-from lvlm_prune.plugins import describe
+from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.session import join, session
 from lvlm_prune.threads import suitable_threads
@@ -49,7 +49,8 @@ class EvaluationRun:
                 self.baseline.open()
             except InputError as error:
                 raise InputError("baseline", error.value, error.problem) from None
-        engine.check()
+        with mounted(engine=engine):
+            engine.check()
         self.folder = self._output_folder(output, model.folder.path)
 
     def __call__(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class EvaluationRun:
         launch = Launch(self.run.hardware, [])
         with session(self.trainer, self.run, launch, way_on=lambda: "") as run:
             join(run, launch)
-            with suitable_threads(self.model.block_weights, run.hardware.devices):
+            with suitable_threads(self.model.block_weights, run.hardware.devices), mounted(engine=self.engine):
                 measured = self.engine.measure(self.model, self.baseline, run.processes, run.hardware.device)
             record = evaluation_record(measured) | self._provenance()
             run.processes.on_main(lambda: self._write(record))

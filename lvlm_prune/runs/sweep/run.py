@@ -23,7 +23,7 @@ from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import FolderLock, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.plugins import describe
+from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
@@ -64,7 +64,8 @@ class SweepRun:
         model.open()
         if model.folder is None:
             raise InputError("model.path", model.path, "a sweep needs a checkpoint folder")
-        engine.check()
+        with mounted(engine=engine):
+            engine.check()
         self.points = grid.points()
         self.mine = share(self.points, part) if part else self.points
         self.folder = Path(output or f"runs/{model.label}-sweep")

@@ -144,10 +144,6 @@ def test_a_broken_image_names_the_row(tmp_path: Path, processor):
             {"columns": {**COLUMNS, "image": "img"}},
             "--data.source.columns.image img: the data set has no such column; there are picture, q, answers",
         ),
-        (
-            {"columns": {"foto": "picture"}},
-            "--data.source.columns foto: no such role; there are image, images, question",
-        ),
         ({"columns": {"image": "picture"}}, "must name a column for messages, for text, or for question and answer"),
         ({}, "--data.source.columns (not given): must name a column for messages"),
         (
@@ -167,11 +163,16 @@ def test_bad_options_are_one_clear_line(tmp_path: Path, rows, arguments, message
     assert "\n" not in str(error.value)
 
 
+def test_a_role_that_there_is_not():
+    with pytest.raises(ValueError, match=r"^`columns` foto: no such role; there are image, images, question"):
+        HFDatasetSource("set", columns={"foto": "picture"})
+
+
 def test_a_file_that_is_not_a_data_set(tmp_path: Path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(InputError, match=r"--data.source.path .*rows.parquet: cannot be loaded \("):
+    with pytest.raises(ValueError, match=r"^`path` .*rows.parquet: cannot be loaded \("):
         HFDatasetSource(str(path)).setup()
     (tmp_path / "rows.xlsx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"not one of .parquet"):
+    with pytest.raises(ValueError, match=r"not one of .parquet"):
         HFDatasetSource(str(tmp_path / "rows.xlsx")).setup()

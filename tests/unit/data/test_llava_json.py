@@ -72,7 +72,7 @@ def test_index_does_not_depend_on_where_chunks_end(tmp_path: Path, monkeypatch, 
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 2])), "utf-8")
     monkeypatch.setattr(json_records_module, "_CHUNK", chunk)
-    found = JsonRecords(path, "data.source.path")
+    found = JsonRecords(path)
     assert [found[index] for index in range(len(found))] == records
 
 
@@ -89,7 +89,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         file.write("]" if suffix == "json" else "\n")
     assert path.stat().st_size > 29e6
     tracemalloc.start()
-    records = JsonRecords(path, "data.source.path")
+    records = JsonRecords(path)
     last = records[count - 1]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -117,7 +117,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ('{"video": 5, "conversations": []}', "sample 0: `video` is neither a file name nor a list"),
         (
             '{"id": 7, "video": "no.mp4", "conversations": [{"from": "human", "value": "<video>"}]}',
-            "video file {folder}/no.mp4 of sample 7 is missing; is data.source.image_folder needed?",
+            "video file {folder}/no.mp4 of sample 7 is missing; is `image_folder` needed?",
         ),
         (
             '{"id": 7, "audio": ["no.wav"], "conversations": [{"from": "human", "value": "x"}]}',
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ),
         (
             '{"id": 7, "image": "no.png", "conversations": [{"from": "human", "value": "x"}]}',
-            "no.png of sample 7 is missing; is data.source.image_folder needed?",
+            "no.png of sample 7 is missing; is `image_folder` needed?",
         ),
     ],
 )

@@ -104,17 +104,17 @@ def test_conversations_beside_ready_made_inputs_need_the_processor():
 @pytest.mark.parametrize(
     ("sources", "ratios", "weights", "problem"),
     [
-        ([], [], None, "--data.source.sources []: needs at least one source"),
-        ([Numbers(0, 1)], [1, 2], None, "--data.source.ratios [1, 2]: 2 ratios for 1 sources; give one for each"),
-        ([Numbers(0, 1)], [0], None, "--data.source.ratios 0: must be a finite number larger than 0"),
-        ([Numbers(0, 1)], [float("nan")], None, "--data.source.ratios nan"),
-        ([Numbers(0, 1)], [1], [], "--data.source.weights []: 0 weights for 1 sources; give one for each"),
-        ([Numbers(0, 1)], [1], [-0.5], "--data.source.weights -0.5: must be a finite number larger than 0"),
-        ([Numbers(0, 1)], [1], [float("inf")], "--data.source.weights inf: must be a finite number larger than 0"),
+        ([], [], None, "`sources` []: needs at least one source"),
+        ([Numbers(0, 1)], [1, 2], None, "`ratios` [1, 2]: 2 ratios for 1 sources; give one for each"),
+        ([Numbers(0, 1)], [0], None, "`ratios` 0: must be a finite number larger than 0"),
+        ([Numbers(0, 1)], [float("nan")], None, "`ratios` nan"),
+        ([Numbers(0, 1)], [1], [], "`weights` []: 0 weights for 1 sources; give one for each"),
+        ([Numbers(0, 1)], [1], [-0.5], "`weights` -0.5: must be a finite number larger than 0"),
+        ([Numbers(0, 1)], [1], [float("inf")], "`weights` inf: must be a finite number larger than 0"),
     ],
 )
 def test_sources_ratios_and_weights_that_do_not_fit(sources, ratios, weights, problem):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(ValueError) as error:
         MixtureSource(sources, ratios, weights)
     assert str(error.value).startswith(problem)
 
@@ -169,7 +169,7 @@ def test_weights_of_a_mixture_in_a_mixture_multiply():
 
 def test_a_part_that_has_a_weight_needs_samples():
     source = MixtureSource([Numbers(0, 100), Numbers(1, 100)], [9, 1], weights=[1, 1])
-    with pytest.raises(InputError, match=r"num_samples 4: leaves no sample for part 2 \(Numbers\), which has a weight"):
+    with pytest.raises(ValueError, match=r"^`num_samples` 4: leaves no sample for part 2 \(Numbers\), which"):
         source.choose(4, seed=0)
     with pytest.raises(RunError, match=r"no sample of part 2 \(Numbers\) could be read, which has a weight"):
         source.sample_weights([0, 1, 2])

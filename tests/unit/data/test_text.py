@@ -67,7 +67,7 @@ def test_bad_corpora_are_one_clear_line(tmp_path: Path, name, content, message):
 
 
 def test_empty_folder_and_bad_length(tmp_path: Path):
-    with pytest.raises(InputError, match=r"a folder without \.txt files"):
+    with pytest.raises(ValueError, match=r"a folder without \.txt files"):
         TextSource(str(tmp_path)).setup()
-    with pytest.raises(InputError, match=r"--data.source.max_tokens 0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"^`max_tokens` 0: must be at least 1"):
         TextSource(str(tmp_path), max_tokens=0)

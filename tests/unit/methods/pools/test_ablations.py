@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools import AttendedPool, EarlyVisualPool, RandomTokensPool
 from tests.unit.methods.pools.conftest import make_tokens
 
@@ -50,5 +49,5 @@ def test_visual_tokens_count_in_the_first_blocks_only():
     for block, counted in ((0, 50), (1, 50), (2, 20)):
         tokens = replace(make_tokens(text=20, image=30), block=block)
         assert int(EarlyVisualPool(2).select(tokens).weights.sum()) == counted
-    with pytest.raises(InputError, match=r"--pruning.pool.blocks"):
+    with pytest.raises(ValueError, match=r"`blocks`"):
         EarlyVisualPool(-1)

@@ -159,7 +159,7 @@ def test_equal_distances_are_taken_in_the_order_of_the_tokens():
 
 
 def test_unknown_neighbours():
-    with pytest.raises(InputError, match="neighbours"):
+    with pytest.raises(ValueError, match="neighbours"):
         AMIAPool(neighbours="own")
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lvlm_prune.errors import InputError
 from lvlm_prune.methods.saliency import DiversitySaliency
 from lvlm_prune.methods.tokens import Tokens
 
@@ -66,5 +65,5 @@ def test_too_few_tokens_to_differ(count):
 
 
 def test_an_unknown_start_is_refused():
-    with pytest.raises(InputError, match=r"--pruning.pool.saliency.start"):
+    with pytest.raises(ValueError, match=r"`start`"):
         DiversitySaliency("middle")

@@ -46,5 +46,5 @@ def test_over_the_whole_matrix_the_lowest_scores_go_wherever_they_stand(gathered
 
 
 def test_bad_group():
-    with pytest.raises(InputError, match=r"--pruning.scorer.group"):
+    with pytest.raises(ValueError, match=r"`group`"):
         RIAScorer(group="column")

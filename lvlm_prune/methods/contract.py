@@ -1,0 +1,92 @@
+"""What a plugin answers is what its kind promises: looked at in every run, and in small by `methods.testing`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.methods.tokens import Selection, Tokens
+
+
+class PluginFault(TypeError):
+    """A plugin breaks the contract of its kind; the message names the class, what it answered, and what is expected.
+
+    Example:
+        >>> raise PluginFault("ColumnScorer.score: float32 of shape (4,), expected float32 of shape (2, 4)")
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.methods.contract.PluginFault: ColumnScorer.score: float32 of shape (4,), expected ...
+    """
+
+
+def name_of(plugin: Any) -> str:
+    """Short name of a plugin's class, as its author wrote it."""
+    return next(
+        base.__name__ for base in type(plugin).__mro__ if not base.__name__.startswith(("LazyInst", "_LazyInit"))
+    )
+
+
+def said(value: Any) -> str:
+    """A tensor by dtype and shape, everything else by its type.
+
+    Example:
+        >>> said(torch.zeros(2, 3)), said(None)
+        ('float32 of shape (2, 3)', 'NoneType')
+    """
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+
+
+def checked(value: Any, expected: Tensor, where: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Tensor:
+    """The same tensor, which has the shape of `expected` and one of the dtypes.
+
+    Raises:
+        PluginFault: It has not; `where` is named.
+    """
+    if not isinstance(value, Tensor) or value.shape != expected.shape or value.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise PluginFault(f"{where}: {said(value)}, expected {names} of shape {tuple(expected.shape)}")
+    return value
+
+
+def checked_score(scorer: Any, score: Any, weight: Tensor) -> Tensor:
+    """The same scores, one for each weight.
+
+    Raises:
+        PluginFault: They have another shape, which would be broadcast and prune other weights than were meant.
+    """
+    return checked(score, weight, f"{name_of(scorer)}.score")
+
+
+def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
+    """The same selection, one weight for each token.
+
+    Raises:
+        PluginFault: It is none, or weights or candidates have another shape or dtype.
+    """
+    where = f"{name_of(pool)}.select"
+    if not isinstance(selection, Selection):
+        raise PluginFault(f"{where}: {said(selection)}, expected a Selection")
+    floats = (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    checked(selection.weights, tokens.visual, f"{where}, weights", floats)
+    if selection.candidates is not None and selection.candidates.dtype != torch.int64:
+        raise PluginFault(f"{where}, candidates: {said(selection.candidates)}, expected int64 indices of tokens")
+    return selection
+
+
+def checked_sums(statistic: Any, channels: int) -> list[Tensor]:
+    """The sums of a statistic: float64, and the first of them has an entry for each channel.
+
+    Its length tells a process that saw no token of a site how wide the site is.
+
+    Raises:
+        PluginFault: They are of another dtype, or the first one is a scalar or of another length.
+    """
+    where, sums = f"{name_of(statistic)}.tensors", statistic.tensors()
+    if not sums or not all(isinstance(part, Tensor) and part.dtype == torch.float64 for part in sums):
+        raise PluginFault(f"{where}: {', '.join(map(said, sums)) or 'nothing'}, expected float64 sums")
+    if sums[0].ndim == 0 or len(sums[0]) != channels:
+        problem = f"the first sum must have an entry for each of the {channels} channels"
+        raise PluginFault(f"{where}: {said(sums[0])}; {problem}")
+    return sums

@@ -1,0 +1,110 @@
+"""Checks of allocations, and of what plugins learn from a survey."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvlm_prune.methods.allocation.base import Allocation
+from lvlm_prune.methods.contract import PluginFault, name_of
+from lvlm_prune.methods.survey import SumOverProcesses, Surveyor
+from lvlm_prune.methods.testing.samples import (
+    CHANNELS,
+    LINEAR,
+    FewBlocks,
+    alone,
+    make_tokens,
+    make_weight,
+    on_two_processes,
+)
+
+_BLOCKS = ("model.layers.0", "model.layers.1")
+_LINEARS = {"self_attn.q_proj": (CHANNELS, CHANNELS), LINEAR: (2 * CHANNELS, CHANNELS)}
+_SHAPES = {f"{block}.{name}": shape for block in _BLOCKS for name, shape in _LINEARS.items()}
+_TARGETS = (0.3, 0.5, 0.6)
+
+
+def check_allocation(make: Callable[[], Allocation]) -> None:
+    """See `check_plugin`."""
+    findings = check_survey(make) if make().wants_survey else None
+    where = f"{name_of(make())}.allocate"
+    for target in _TARGETS:
+        allocation = make()
+        try:
+            allocation.check(_SHAPES, target)
+        except ValueError:
+            continue
+        if findings is not None:
+            allocation.use_survey(findings)
+        dealt = allocation.allocate(_SHAPES, target)
+        if list(dealt) != list(_SHAPES):
+            raise PluginFault(f"{where}: {list(dealt)}, expected a sparsity for each Linear, in their order")
+        if not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in dealt.values()):
+            raise PluginFault(f"{where}: {list(dealt.values())}, expected numbers between 0 and 1")
+        sizes = {name: rows * columns for name, (rows, columns) in _SHAPES.items()}
+        mean = sum(dealt[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        if abs(mean - target) > 1e-6:
+            raise PluginFault(f"{where}: a mean of {mean:.6g} over all weights, expected the target {target:g}")
+        if allocation.uniform and set(dealt.values()) != {target}:
+            raise PluginFault(f"{where}: {list(dealt.values())}, but `uniform` is True")
+        if dealt != allocation.allocate(_SHAPES, target):
+            raise PluginFault(f"{where}: another answer to the same question")
+
+
+def check_survey(make: Callable[[], Any]) -> Mapping[str, Any]:
+    """Findings of a survey: plain data, and the same for any number of processes."""
+    where = f"{name_of(make())}.survey_end"
+    together = survey_of(make(), range(4), alone)
+    try:
+        restored = json.loads(json.dumps(together, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PluginFault(f"{where}: {together!r} is no plain data for the manifest ({error})") from None
+    if not _same(together, survey_of(make(), range(4), alone)):
+        raise PluginFault(f"{where}: another answer to the same question")
+    for found in on_two_processes(lambda rank, total: survey_of(make(), range(rank, 4, 2), total)):
+        if not _same(together, found):
+            raise PluginFault(f"{where}: {found} on one of two processes, {together} on a single one")
+    return restored
+
+
+def survey_of(plugin: Surveyor, samples: Iterable[int], sum_over_processes: SumOverProcesses) -> dict[str, Any]:
+    """What a plugin finds in two small blocks, with these samples."""
+    samples = list(samples)
+    linears = {name: nn.Linear(columns, rows, bias=False) for name, (rows, columns) in _LINEARS.items()}
+    for place, block in enumerate(_BLOCKS):
+        for seed, linear in enumerate(linears.values()):
+            linear.weight.data = make_weight(*linear.weight.shape, seed=10 * place + seed)
+        remaining = FewBlocks(linears, samples)
+        if place == 0 and plugin.wants_survey_losses:
+            plugin.announce_survey({block: list(linears) for block in _BLOCKS}, remaining)
+        plugin.survey_block_start(block, linears, remaining)
+        for sample in samples:
+            tokens = make_tokens(sample, needs=plugin.survey_needs)
+            inputs = {name: _inputs(sample, len(tokens.visual)) for name in linears}
+            if "outputs" in plugin.survey_needs:
+                outputs = {name: inputs[name] @ linear.weight.detach().T for name, linear in linears.items()}
+                tokens = replace(tokens, outputs=outputs)
+            plugin.survey_sample(block, tokens, inputs)
+        plugin.survey_block_end(block, linears, sum_over_processes)
+    return plugin.survey_end(sum_over_processes)
+
+
+def _inputs(sample: int, count: int) -> torch.Tensor:
+    return torch.randn(count, CHANNELS, generator=torch.Generator().manual_seed(100 + sample))
+
+
+def _same(some: Any, other: Any) -> bool:
+    """Equal plain data; numbers within rounding, which the order of a sum leaves."""
+    if isinstance(some, Mapping) and isinstance(other, Mapping):
+        return some.keys() == other.keys() and all(_same(some[name], other[name]) for name in some)
+    if isinstance(some, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(some) == len(other) and all(map(_same, some, other))
+    if isinstance(some, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(some, other, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(some == other)

@@ -1,0 +1,97 @@
+"""`check_plugin`: which checks a plugin goes through, and what all plugins have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from lvlm_prune.methods.allocation.base import Allocation
+from lvlm_prune.methods.contract import PluginFault, name_of
+from lvlm_prune.methods.patterns import Pattern
+from lvlm_prune.methods.pools.base import Pool
+from lvlm_prune.methods.saliency.base import Saliency
+from lvlm_prune.methods.scorers.base import Scorer
+from lvlm_prune.methods.statistics import Statistic
+from lvlm_prune.methods.testing.allocations import check_allocation
+from lvlm_prune.methods.testing.scorers import check_pattern, check_scorer, check_statistic
+from lvlm_prune.methods.testing.selections import check_pool, check_saliency
+
+Again = Callable[[], Any]
+
+_CHECKS: dict[type, Callable[[Again], None]] = {
+    Saliency: check_saliency,
+    Pool: check_pool,
+    Scorer: check_scorer,
+    Allocation: check_allocation,
+    Pattern: check_pattern,
+}
+
+
+def check_plugin(plugin: Any) -> None:
+    """Hold a saliency, pool, scorer, allocation, pattern, or the class of a statistic, against its contract.
+
+    Small tensors only, on the CPU: it takes a second, and belongs into the tests of whoever writes a plugin. Checked
+    are, as far as they apply: constructor arguments kept under their own names; shapes and dtypes of what is returned,
+    for float32, bfloat16 and float16; the same answer to the same question, whatever was asked before, however the
+    sample was padded, and on any number of processes; inputs left as they are; N:M and the zeros that are promised;
+    scores that depend on no other row where `by_row` says so; numbers for the plan that are large enough.
+
+    Args:
+        plugin: An object, made with arguments that can be used; the class itself for a `Statistic`.
+
+    Raises:
+        PluginFault: A check failed; one line says which, what was found, and what is expected.
+
+    Example:
+        >>> import torch
+        >>> from lvlm_prune.methods import Scorer
+        >>> class ColumnScorer(Scorer):
+        ...     def score(self, weight, statistic):
+        ...         return weight.float().abs().mean(0)
+        >>> check_plugin(ColumnScorer())
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.methods.contract.PluginFault: ColumnScorer.score: float32 of shape (24,), expected ...
+    """
+    if isinstance(plugin, type):
+        if not issubclass(plugin, Statistic):
+            raise TypeError(f"{plugin.__name__} is a class: give an object of it, made with its arguments")
+        check_statistic(plugin)
+        return
+    check = next((check for kind, check in _CHECKS.items() if isinstance(plugin, kind)), None)
+    if check is None:
+        kinds = ", ".join(kind.__name__ for kind in _CHECKS)
+        raise TypeError(f"{name_of(plugin)} is none of {kinds}; a Statistic is given as its class")
+    arguments = check_arguments(plugin)
+    for value in arguments.values():
+        if isinstance(value, tuple(_CHECKS)):
+            check_plugin(value)
+    check(lambda: type(plugin)(**arguments))
+
+
+def check_arguments(plugin: Any) -> dict[str, Any]:
+    """Name of each constructor argument -> its value, which the plugin keeps under that name.
+
+    Raises:
+        PluginFault: It does not, so that no manifest and no `config.yaml` would tell what it was made with.
+    """
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(type(plugin)).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise PluginFault(f"{name_of(plugin)}: `{parameter}` in the constructor; name each argument")
+        if not hasattr(plugin, name):
+            problem = f"the constructor's argument `{name}` is not kept as an attribute of that name"
+            raise PluginFault(f"{name_of(plugin)}: {problem}, so no manifest would tell it; write self.{name} = {name}")
+        arguments[name] = getattr(plugin, name)
+    try:
+        again = type(plugin)(**arguments)
+    except Exception as error:
+        problem = f"cannot be made again with the arguments that it keeps ({error})"
+        raise PluginFault(f"{name_of(plugin)}: {problem}") from error
+    for name, value in arguments.items():
+        other = getattr(again, name)
+        if isinstance(value, (bool, int, float, str, list, dict, tuple)) and other != value:
+            problem = f"made with `{name}` {value!r}, it keeps {other!r}"
+            raise PluginFault(f"{name_of(plugin)}: {problem}; keep an argument as it was given")
+    return arguments
