@@ -5,8 +5,9 @@ on_calibration_batch_end  the pool selects tokens; they are added, candidates ar
 on_block_calibrated       the pool says how many candidates count; score, mask, new weights
 """
 
-from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jsonargparse import lazy_instance
@@ -18,6 +19,7 @@ from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.methods.allocation import Allocation, UniformAllocation
+from lvlm_prune.methods.contract import PluginFault, try_scorer
 from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
@@ -64,6 +66,9 @@ class BlockwisePruning(PruneCallback):
         InputError: A value is out of range, or sparsity and pattern contradict each other.
     """
 
+    section: ClassVar[str] = "pruning"
+    """Key of the configuration under which its plugins are given."""
+
     def __init__(
         self,
         sparsity: float | None = None,
@@ -94,7 +99,7 @@ class BlockwisePruning(PruneCallback):
                 "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"
             )
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
-        with mounted(pruning=self):
+        with mounted(**{self.section: self}):
             scorer.check(self.pattern)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.visual, self.record = list(visual), record
@@ -146,10 +151,18 @@ class BlockwisePruning(PruneCallback):
         if self.prunes_experts:
             refuse_experts(pool, self.allocation)
         refuse_widths(self.pattern, self.shapes)
-        with mounted(pruning=self):
+        with mounted(**{self.section: self}):
+            self._refuse_faults()
             self.allocation.check(self.shapes, self.sparsity)
             if not self.allocation.wants_survey:
                 self.allocate()
+
+    def _refuse_faults(self) -> None:
+        """Refuse a scorer whose scores would not be one for each weight."""
+        try:
+            try_scorer(self.scorer)
+        except PluginFault as fault:
+            raise ValueError(f"`scorer` {plugin_class(self.scorer).__name__}: {fault}") from None
 
     def allocate(self) -> None:
         """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""
@@ -232,7 +245,8 @@ class BlockwisePruning(PruneCallback):
         """Add the tokens that the pool selects; hold its candidates."""
         if self._calibration is not None:
             tokens = sample.tokens(self.visual, self.pool.needs, asked_by=plugin_class(self.pool).__name__)
-            self._calibration.add(sample, tokens)
+            with _faults_end_the_run():
+                self._calibration.add(sample, tokens)
 
     def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share."""
@@ -244,7 +258,8 @@ class BlockwisePruning(PruneCallback):
                 trainer.run.recorded[f"{EXAMPLE}.{block.index}"] = calibration.example
         targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
         pruner = BlockPruner(self.scorer, self.pattern, self.min_expert_tokens, self.rare_experts)
-        pruner.prune(block, targets, calibration, trainer.run.processes)
+        with _faults_end_the_run():
+            pruner.prune(block, targets, calibration, trainer.run.processes)
         if self.record and calibration is not None:
             num_samples = trainer.run.record["calibration"]["num_samples"]
             trainer.run.recorded.update(calibration.recorded(trainer.run.processes, num_samples))
@@ -277,6 +292,15 @@ class BlockwisePruning(PruneCallback):
         done = "left dense" if self.rare_experts == "keep" else "pruned by magnitude"
         few = f"fewer than {self.min_expert_tokens} calibration tokens"
         return f"{len(rare)} matrices of experts that {few} were sent to were {done} (the first is {rare[0]})"
+
+
+@contextmanager
+def _faults_end_the_run() -> Iterator[None]:
+    """A plugin that breaks its contract ends the run in one line, before its block is written."""
+    try:
+        yield
+    except PluginFault as fault:
+        raise RunError(str(fault)) from None
 
 
 def _skipped_line(calibration: Mapping[str, Any]) -> str:

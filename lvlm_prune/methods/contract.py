@@ -19,6 +19,13 @@ class PluginFault(TypeError):
     """
 
 
+# A multiple of the M of every N:M pattern in use, and of the columns that solvers take at once.
+_CHANNELS = 128
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes that a run takes where float32 is promised."""
+
+
 def name_of(plugin: Any) -> str:
     """Short name of a plugin's class, as its author wrote it."""
     return next(
@@ -45,18 +52,20 @@ def checked(value: Any, expected: Tensor, where: str, dtypes: tuple[torch.dtype,
         PluginFault: It has not; `where` is named.
     """
     if not isinstance(value, Tensor) or value.shape != expected.shape or value.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        # Half precision is taken, but not what is asked for.
+        asked = dtypes if len(dtypes) == 1 else [dtype for dtype in dtypes if dtype in (torch.bool, torch.float32)]
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in asked)
         raise PluginFault(f"{where}: {said(value)}, expected {names} of shape {tuple(expected.shape)}")
     return value
 
 
-def checked_score(scorer: Any, score: Any, weight: Tensor) -> Tensor:
+def checked_score(scorer: Any, score: Any, weight: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     """The same scores, one for each weight.
 
     Raises:
         PluginFault: They have another shape, which would be broadcast and prune other weights than were meant.
     """
-    return checked(score, weight, f"{name_of(scorer)}.score")
+    return checked(score, weight, f"{name_of(scorer)}.score", dtypes)
 
 
 def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
@@ -68,8 +77,7 @@ def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
     where = f"{name_of(pool)}.select"
     if not isinstance(selection, Selection):
         raise PluginFault(f"{where}: {said(selection)}, expected a Selection")
-    floats = (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    checked(selection.weights, tokens.visual, f"{where}, weights", floats)
+    checked(selection.weights, tokens.visual, f"{where}, weights", (torch.bool, *FLOATS))
     if selection.candidates is not None and selection.candidates.dtype != torch.int64:
         raise PluginFault(f"{where}, candidates: {said(selection.candidates)}, expected int64 indices of tokens")
     return selection
@@ -90,3 +98,25 @@ def checked_sums(statistic: Any, channels: int) -> list[Tensor]:
         problem = f"the first sum must have an entry for each of the {channels} channels"
         raise PluginFault(f"{where}: {said(sums[0])}; {problem}")
     return sums
+
+
+def try_scorer(scorer: Any) -> None:
+    """Let a scorer score a small weight, to see before a run begins what would spoil it.
+
+    Other errors than faults are left to the run: a plugin may be right to refuse so small a weight.
+
+    Raises:
+        PluginFault: Scores, or the sums of the statistic, have the wrong shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(8, _CHANNELS, generator=generator), torch.randn(16, _CHANNELS, generator=generator)
+    try:
+        statistic = None if scorer.statistic is None else scorer.statistic(_CHANNELS)
+        if statistic is not None:
+            checked_sums(statistic, _CHANNELS)
+            statistic.add(inputs, torch.ones(len(inputs), dtype=torch.bool))
+        checked_score(scorer, scorer.score(weight, statistic), weight)
+    except PluginFault:
+        raise
+    except Exception:
+        return

@@ -18,6 +18,7 @@ from lvlm_prune.distributed.processes import Processes, deal
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.methods.contract import checked_score
 from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.scorers import MagnitudeScorer, Scorer
 from lvlm_prune.methods.statistics import Statistic
@@ -151,7 +152,9 @@ class BlockPruner:
         if scorer is self.scorer and target > 0:
             rows = scored_rows(weight)
             in_part = scorer.by_row and scorer.group == "row"
-            score = scorer.score(weight[rows], statistic) if in_part else scorer.score(weight, statistic)[rows]
+            seen = weight[rows] if in_part else weight
+            score = checked_score(scorer, scorer.score(seen, statistic), seen)
+            score = score if in_part else score[rows]
             effects.add(full_name, weight, pruned, mask, statistic, score)
         weight.data.copy_(pruned)
         del pruned  # not to be held while the scorer looks back

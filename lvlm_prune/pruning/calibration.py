@@ -16,6 +16,7 @@ from torch import Tensor
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import Activations
+from lvlm_prune.methods.contract import checked_selection
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
@@ -68,7 +69,7 @@ class BlockCalibration:
         """
         order = len(self._samples)
         self._samples.append(sample.sample)
-        shared = None if self.pool.per_linear else self.pool.select(tokens)
+        shared = None if self.pool.per_linear else checked_selection(self.pool, self.pool.select(tokens), tokens)
         if shared is not None:
             self._composition.add(tokens, shared, order)
         if self.record:
@@ -85,7 +86,7 @@ class BlockCalibration:
             for key in dict.fromkeys(keys.values()):
                 selection = shared
                 if selection is None and repeats > 0:
-                    selection = own[key]
+                    selection = checked_selection(self.pool, own[key], tokens)
                     self._composition.add(tokens, selection, order)
                     if self.record:
                         self._linear_selections[sample.sample, key] = selection.weights

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lvlm_prune.methods.contract import FLOATS, checked, name_of
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.pools.matching import MatchedTotal
 from lvlm_prune.methods.saliency import DriftSaliency, Saliency
@@ -102,7 +103,7 @@ class AsymmetricPool(Pool):
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Text tokens in any case; visual tokens as candidates, most salient first."""
-        saliency = self.saliency(tokens)
+        saliency = checked(self.saliency(tokens), tokens.visual_index, f"{name_of(self.saliency)}.__call__", FLOATS)
         # Looked at when all samples have run: to look at each would make a GPU wait.
         self._totals.append((saliency.double().sum(), tokens.block, tokens.sample))
         self._sizes.append((tokens.num_text, len(saliency)))

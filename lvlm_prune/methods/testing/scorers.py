@@ -66,7 +66,7 @@ def _inputs(seed: int, count: int = 30, dtype: torch.dtype = torch.float32) -> T
 def _check_score(make: Callable[[], Scorer], weight: Tensor) -> None:
     scorer, statistic, before = make(), filled(make().statistic), weight.clone()
     sums = [] if statistic is None else [part.clone() for part in statistic.tensors()]
-    score = checked_score(scorer, scorer.score(weight, statistic), weight)
+    score = checked_score(scorer, scorer.score(weight, statistic), weight, (torch.float32,))
     where = f"{name_of(scorer)}.score"
     if not torch.isfinite(score).all():
         raise PluginFault(f"{where}: NaN or infinity for a finite weight in {weight.dtype}")

@@ -47,6 +47,8 @@ class PathwayPruning(BlockwisePruning):
         visual: Modalities that count as visual in the pool.
     """
 
+    section = "probing"
+
     def __init__(self, pathway: Pathway, pool: str, sparsity: float, scorer: Scorer, visual: list[str]) -> None:
         super().__init__(sparsity=sparsity, pool=POOLS[pool](), scorer=scorer, visual=visual, experts="keep")
         self.pathway, self.pool_name = pathway, pool
