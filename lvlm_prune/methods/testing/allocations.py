@@ -79,7 +79,7 @@ def survey_of(plugin: Surveyor, samples: Iterable[int], sum_over_processes: SumO
     linears = {name: nn.Linear(columns, rows, bias=False) for name, (rows, columns) in _LINEARS.items()}
     for place, block in enumerate(_BLOCKS):
         for seed, linear in enumerate(linears.values()):
-            linear.weight.data = make_weight(*linear.weight.shape, seed=10 * place + seed)
+            linear.weight.data = make_weight(linear.out_features, linear.in_features, seed=10 * place + seed)
         remaining = FewBlocks(linears, samples)
         if place == 0 and plugin.wants_survey_losses:
             plugin.announce_survey({block: list(linears) for block in _BLOCKS}, remaining)
