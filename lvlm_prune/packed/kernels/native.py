@@ -42,14 +42,10 @@ _forced: Level | None = None
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, ready to be called; None where it is not built or does not fit."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_packed" + suffix)
-        if path.exists():
-            try:
-                return _prepare(ctypes.CDLL(str(path)))
-            except (OSError, AttributeError):  # built for another machine, or by another version of this package
-                return None
-    return None
+    try:
+        return _prepare(ctypes.CDLL(str(_path())))
+    except (OSError, AttributeError):  # not there, built for another machine, or by another version of this package
+        return None
 
 
 def level() -> Level:
@@ -71,6 +67,11 @@ def limited_to(name: str) -> Iterator[Level]:
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor on the CPU."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def _path() -> Path:
+    places = [Path(__file__).with_name("_packed" + suffix) for suffix in EXTENSION_SUFFIXES]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _parse(name: str) -> Level:

@@ -181,16 +181,16 @@ template <class V, int B> AVX2 static void group_avx2(const uint64_t* mask, i64 
         for (int r = 0; r < 8; r++) {
             uint64_t m = mask[8 * w + r];
             _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
-            __m256 part[B];
-            for (int b = 0; b < B; b++) part[b] = _mm256_setzero_ps();
+            __m256 part[B][2];
+            for (int b = 0; b < B; b++) part[b][0] = part[b][1] = _mm256_setzero_ps();
 #pragma GCC unroll 8
             for (int k = 0; k < 8; k++) {
-                uint64_t at = (k ? m >> (8 * k - 5) : m << 5) & 0x1fe0;
+                uint64_t at = (m >> ((8 * k + 59) & 63) | m << ((5 - 8 * k) & 63)) & 0x1fe0;  // a rotation, which needs no copy
                 __m256 v = eight(p, at);
                 p += ones(at);
-                for (int b = 0; b < B; b++) part[b] = _mm256_fmadd_ps(v, _mm256_load_ps(x + b * stride + 8 * k), part[b]);
+                for (int b = 0; b < B; b++) part[b][k & 1] = _mm256_fmadd_ps(v, _mm256_load_ps(x + b * stride + 8 * k), part[b][k & 1]);
             }
-            for (int b = 0; b < B; b++) sum[r][b] = _mm256_add_ps(sum[r][b], part[b]);
+            for (int b = 0; b < B; b++) sum[r][b] = _mm256_add_ps(sum[r][b], _mm256_add_ps(part[b][0], part[b][1]));
         }
     }
     for (int r = 0; r < 8; r++)
@@ -257,7 +257,9 @@ template <class V> AVX2 static void dense_avx2(const void* rows, const void* inp
 // The memory form of vpexpandw is slow on AMD: the load must stay an instruction of its own.
 AVX512 static inline __m512i whole(const void* p) {
     __m512i v = _mm512_loadu_si512(p);
+#ifndef LVLM_EMULATED
     asm("" : "+v"(v));
+#endif
     return v;
 }
 AVX512 static inline __m512bh half_of(const Bfloat* p, uint32_t m) { return (__m512bh)_mm512_maskz_expand_epi16(m, whole(p)); }
@@ -429,6 +431,7 @@ template <bool to_tiles> static void copy_group(const uint64_t* mask, i64 words,
     memcpy(at, row, sizeof at);
     for (i64 i = 0; i < 8 * words; i++) {
         i64 n = ones(mask[i]) * size;
+        if (!n) continue;
         char*& p = at[i & 7];
         if (to_tiles) memcpy(tiles, p, n);
         else memcpy(p, tiles, n);
