@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lvlm_prune.packed.kernels import bitmask, cpu
-from lvlm_prune.packed.kernels.matrix import PackedMatrix
+from lvlm_prune.packed.kernels import cpu, gpu
+from lvlm_prune.packed.kernels.matrix import PackedMatrix, unpack
 from lvlm_prune.packed.kernels.native import Level, level
 
 PACKED_TOKENS = {Level.PLAIN: 2, Level.AVX2: 16, Level.AVX512: 16}
@@ -51,8 +51,10 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
 
 def _linear(x: Tensor, values: Tensor, mask: Tensor, start: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    if start is None:
-        y = _product(flat, bitmask.unpack_rows(values, mask, x.shape[-1]), bias)
+    if start is not None and start.ndim == 2 and 0 < len(flat) <= gpu.MATRIX_TOKENS:
+        y = gpu.linear(flat, values, mask, start, bias, rows)
+    elif start is None or start.ndim == 2:
+        y = _product(flat, unpack(values, mask, start, rows, x.shape[-1]), bias)
     elif len(flat) <= PACKED_TOKENS[level()]:
         y = cpu.linear(flat, values, mask, start, bias, rows)
     else:
@@ -92,12 +94,6 @@ def _product_dtype(x: torch.dtype, values: torch.dtype) -> torch.dtype:
     return x if x == values and x in supported and supported[x]() else torch.float32
 
 
-def _unpack(values: Tensor, mask: Tensor, start: Tensor | None, rows: int, columns: int) -> Tensor:
-    if start is None:
-        return bitmask.unpack_rows(values, mask, columns)
-    return cpu.unpack(values, mask, start, rows, columns)
-
-
 def _fake_linear(x, values, mask, start, bias, rows) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
@@ -123,7 +119,7 @@ def _backward(ctx, gradient: Tensor):
 
 
 _LIBRARY.impl("packed_linear", _linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("unpack", _unpack, "CompositeExplicitAutograd")
+_LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
 torch.library.register_fake("lvlm_prune::packed_linear", _fake_linear, lib=_LIBRARY)
 torch.library.register_fake("lvlm_prune::unpack", _fake_unpack, lib=_LIBRARY)
 torch.library.register_autograd("lvlm_prune::packed_linear", _backward, setup_context=_keep_for_backward, lib=_LIBRARY)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
-from lvlm_prune.packed.kernels import bitmask, cpu
+from lvlm_prune.packed.kernels import bitmask, cpu, gpu
 
 
 class PackedMatrix:
@@ -16,8 +18,10 @@ class PackedMatrix:
     Attributes:
         values: The non-zero values, and after them what a kernel may read but never uses.
         mask: The bits that say where they stand: uint8 of shape (rows, ceil(columns / 8)) in the device-neutral form,
-            int64 of shape (groups, words, 8) in tiles of 8 rows x 64 columns.
-        start: Where each group of 8 rows begins in `values`, int64; None in the device-neutral form.
+            int64 of shape (groups, words, 8) in tiles of 8 rows x 64 columns, for the CPU; int32 of shape (rows, words)
+            in chunks of 256 columns, for a GPU.
+        start: Where each group of 8 rows begins in `values`, int64 of shape (groups + 1,), or each chunk, int32 of
+            shape (rows, chunks); None in the device-neutral form.
         rows: Output features.
         columns: Input features.
 
@@ -35,7 +39,7 @@ class PackedMatrix:
         self.mask = mask
         self.start = start
         self.rows, self.columns = shape
-        self.n_kept = values.numel() if start is None else int(start[-1])
+        self.n_kept = int(start[-1]) if _in_tiles(start) else values.numel()
 
     @classmethod
     def from_bitmask(cls, values: Tensor, mask: Tensor, shape: tuple[int, int]) -> PackedMatrix:
@@ -53,7 +57,8 @@ class PackedMatrix:
         bitmask.check_form(values, mask, shape)
         if not (cpu.usable(values) and cpu.usable(mask)):
             bitmask.check_counts(values, mask, shape[1])
-            return cls(values.contiguous(), mask.contiguous(), None, shape)
+            mask, start = gpu.lay_out(mask) if gpu.usable(values) else (mask.contiguous(), None)
+            return cls(values.contiguous(), mask, start, shape)
         offset = cpu.check_counts(values, mask, shape[1])
         return cls(*cpu.tile(values, mask, offset, shape[1]), shape)
 
@@ -67,13 +72,13 @@ class PackedMatrix:
         """The device-neutral pieces again, `(values, mask)` as `from_bitmask` takes them."""
         if self.start is None:
             return self.values, self.mask
+        if not _in_tiles(self.start):
+            return self.values, gpu.row_mask(self.mask, self.columns)
         return cpu.untile(self.values, self.mask, self.start, self.rows, self.columns)
 
     def to_dense(self) -> Tensor:
         """The dense matrix, of shape (rows, columns), with the same bits as before packing."""
-        if self.start is None:
-            return bitmask.unpack_rows(self.values, self.mask, self.columns)
-        return cpu.unpack(self.values, self.mask, self.start, self.rows, self.columns)
+        return unpack(self.values, self.mask, self.start, self.rows, self.columns)
 
     def operands(
         self, x: Tensor, bias: Tensor | None
@@ -111,3 +116,14 @@ class PackedMatrix:
     def __repr__(self) -> str:
         share = 1 - self.n_kept / (self.rows * self.columns)
         return f"PackedMatrix({self.rows} x {self.columns}, {self.dtype}, {share:.1%} zeros, {self.nbytes} bytes)"
+
+
+def unpack(values: Tensor, mask: Tensor, start: Tensor | None, rows: int, columns: int) -> Tensor:
+    """The dense matrix that the fields of a packed one stand for."""
+    if start is None:
+        return bitmask.unpack_rows(values, mask, columns)
+    return (cpu if _in_tiles(start) else gpu).unpack(values, mask, start, rows, columns)
+
+
+def _in_tiles(start: Tensor | None) -> TypeGuard[Tensor]:
+    return start is not None and start.ndim == 1
