@@ -155,7 +155,7 @@ def distance_to_nearest(unit: Tensor) -> Tensor:
         >>> distance_to_nearest(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
         tensor([0., 0., 1.])
     """
-    found = []
+    found = [unit.new_empty(0)]
     for start in range(0, len(unit), _ROWS):
         distances = 1 - unit[start : start + _ROWS] @ unit.T
         distances.diagonal(start).fill_(torch.inf)

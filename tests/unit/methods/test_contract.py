@@ -130,9 +130,9 @@ class ForgetfulScorer(Magnitude):
         self._power = power
 
 
-class RoundingScorer(Magnitude):
+class DoublingScorer(Magnitude):
     def __init__(self, power: float = 2.5) -> None:
-        self.power = int(power)
+        self.power = 2 * power
 
 
 class NegativeZeroScorer(Magnitude):
@@ -299,7 +299,7 @@ WRONG = {
     DiceScorer(): "DiceScorer.score: another answer to the same question",
     WearingScorer(): "WearingScorer.score: changes the weight",
     ForgetfulScorer(): "ForgetfulScorer: the constructor's argument `power` is not kept as an attribute of that name",
-    RoundingScorer(): "RoundingScorer: made with `power` 2, it keeps",
+    DoublingScorer(): "DoublingScorer: made with `power` 5.0, it keeps 10.0",
     NegativeZeroScorer(): r"NegativeZeroScorer.prune: not \+0.0 everywhere where the mask is True",
     ScalingScorer(): "ScalingScorer.prune: changes weights that stay, but `updates_weights` is False",
     OneTooManyScorer(): "OneTooManyScorer.prune: .* zeros among 24 weights, 12 to 12 are promised under unstructured",
@@ -321,7 +321,7 @@ WRONG = {
     LongPool(): r"LongPool.select, weights: bool of shape \(30,\), expected bool or float32 of shape \(15,\)",
     PaddedPool(): "PaddedPool.select: changes with padding",
     RunningPool(): "RunningPool.select: depends on the samples before",
-    OwnMeanPool(): "OwnMeanPool.cutoffs: .* on one process, .* on two; sum over processes before deciding",
+    OwnMeanPool(alpha=20.0): "OwnMeanPool.cutoffs: .* on one process, .* on two; sum over processes before deciding",
     UnplannedPool(): "UnplannedPool.held_tokens: 0 for the plan, but",
     GreedyAllocation(): "GreedyAllocation.allocate: a mean of 0.4 over all weights, expected the target 0.3",
     LastLinearOnly(): "LastLinearOnly.allocate: .* expected a sparsity for each Linear",
