@@ -148,7 +148,7 @@ class SparseCheckpointWriter(PruneCallback):
         written.sync()
         if trainer.run.recorded:
             replace_durably(folder / _statistics_part(block.index), save(trainer.run.recorded))
-        trainer.run.record["blocks"][-1]["seconds"]["write"] = clock.lap()
+        trainer.run.record.blocks[-1]["seconds"]["write"] = clock.lap()
         trainer.run.record.write(folder)
 
     @staticmethod
@@ -197,11 +197,13 @@ class SparseCheckpointWriter(PruneCallback):
         assert pl_module.folder is not None
         pruning = trainer.run.find(BlockwisePruning)
         assert pruning is not None
-        linears = trainer.run.record["linears"]
+        linears = trainer.run.record.linears
         expectations = {
             name: Expectation(
                 entry["pruned"],
-                pruning.scorer_of(entry).expected_zeros(tuple(entry["shape"]), entry["target"], pruning.pattern),
+                pruning.scorer_of(entry).expected_zeros(
+                    (entry["shape"][0], entry["shape"][1]), entry["target"], pruning.pattern
+                ),
                 pruning.scorer_of(entry).updates_weights,
             )
             for name, entry in linears.items()

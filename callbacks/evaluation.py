@@ -53,7 +53,7 @@ class EmbeddedEvaluation(RetentionEvaluation):
         super().__init__(BuiltinEngine())
 
     def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
-        """The same, unless the user does not want it."""
+        """Score the embedded model, unless the user does not want it."""
         if trainer.run.options.evaluate and pl_module.path == "demo":
             super().on_prune_end(trainer, pl_module)
 

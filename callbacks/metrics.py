@@ -55,13 +55,13 @@ class BlockMetrics(PruneCallback):
 
     def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Log the block's numbers of the manifest."""
-        record = trainer.run.record["blocks"][-1]
+        record: dict[str, Any] = dict(trainer.run.record.blocks[-1])
         found = dict(_numbers({key: record[key] for key in record if key not in _NOT_NUMBERS}, "block"))
         found["block/sparsity"] = trainer.run.record.achieved_sparsity([block.index])
         budgets = record.get("visual_tokens")
         if budgets:
             found["block/visual_tokens"] = sum(budgets) / len(budgets)
-        for name, entry in trainer.run.record["linears"].items():
+        for name, entry in trainer.run.record.linears.items():
             if entry["block"] == block.index:
                 of = name.removeprefix(f"{block.name}.")
                 found[f"sparsity/{of}"] = entry["achieved"]

@@ -115,17 +115,7 @@ class LVLMCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a configuration file that gives a plain value where options belong."""
-        for key in (
-            "trainer",
-            "model",
-            "data",
-            "pruning",
-            "probing",
-            "lora",
-            "optimization",
-            "distillation",
-            "reconstruction",
-        ):
+        for key in self._parser(self.subcommand).groups or ():
             value = self._get(self.config, key)
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
@@ -169,11 +159,11 @@ class LVLMCLI(LightningCLI):
         self._hand_over("prune")
 
     def before_probe(self) -> None:
-        """The same."""
+        """Hand the process over to the trainer."""
         self._hand_over("probe")
 
     def before_sweep(self) -> None:
-        """The same."""
+        """Hand the process over to the trainer."""
         self._hand_over("sweep")
 
     def before_reproduce(self) -> None:
@@ -181,7 +171,7 @@ class LVLMCLI(LightningCLI):
         self._hand_over("reproduce")
 
     def before_evaluate(self) -> None:
-        """The same, and refuse a precision that the engine does not hear of.
+        """Hand the process over, and refuse a precision that the engine does not hear of.
 
         Raises:
             InputError: `model.dtype` is not at its default.
@@ -191,7 +181,7 @@ class LVLMCLI(LightningCLI):
             raise InputError("model.dtype", config["model"]["dtype"], "does nothing here; the engine has `dtype`")
 
     def before_recover(self) -> None:
-        """The same, and refuse options of what the method leaves out.
+        """Hand the process over, and refuse options of what the method leaves out.
 
         Raises:
             InputError: One of them is not at its default.

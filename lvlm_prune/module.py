@@ -250,7 +250,7 @@ class LVLMModule(L.LightningModule):
         return _linears_of(self.runner)
 
     def tower_linears(self) -> dict[str, nn.Linear]:
-        """The same of the vision tower, where it is a target."""
+        """Full name of every Linear of the vision tower that could be pruned; none where it is no target."""
         return {name: linear for tower in self.towers for name, linear in _linears_of(tower).items()}
 
     def expert_matrices(self) -> dict[str, ExpertMatrix]:

@@ -110,7 +110,7 @@ def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, 
 
 
 def _renamed_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, WeightSource]:
-    """The same where nothing is converted."""
+    """Sources of a model whose checkpoint names every parameter as the model does."""
     names = model.state_dict()
     found = {key: name if name in names else key for key, name in names_on_disk(model, folder).items()}
     return {

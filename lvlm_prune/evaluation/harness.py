@@ -233,7 +233,7 @@ class LMEvalEngine(HarnessEngine):
         self.include_path, self.chat_template = include_path, chat_template
 
     def check(self) -> None:
-        """The same, and look for the folder of tasks."""
+        """Look for the harness in its interpreter, and for the folder of tasks."""
         super().check()
         if self.include_path and not Path(self.include_path).is_dir():
             raise ValueError(f"`include_path` {self.include_path}: no such folder")

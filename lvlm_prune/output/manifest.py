@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import PRUNING_RECORD
+from lvlm_prune.output.records import BlockRecord, LinearRecord
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
@@ -35,6 +36,16 @@ class Manifest(dict[str, Any]):
     Keys: `status` (`copying`, `pruning`, `complete`), `method`, `config`, `model`, `calibration`, `versions`,
     `sparsity`, `blocks`, `linears`, `verified`, `warnings` (only where there are any), `seconds`.
     """
+
+    @property
+    def blocks(self) -> list[BlockRecord]:
+        """Blocks whose weights are completely written, in order; new ones are appended."""
+        return self.setdefault("blocks", [])
+
+    @property
+    def linears(self) -> dict[str, LinearRecord]:
+        """Full name of each Linear that was to be pruned -> what is known of it; new ones are put in."""
+        return self.setdefault("linears", {})
 
     @classmethod
     def read(cls, folder: Path, name: str = PRUNING_RECORD) -> Manifest:
@@ -61,12 +72,12 @@ class Manifest(dict[str, Any]):
 
     def blocks_of(self, target: str) -> list[int]:
         """Numbers of the blocks of the language decoder, or of the vision tower."""
-        return [block["index"] for block in self["blocks"] if block.get("target", "language") == target]
+        return [block["index"] for block in self.blocks if block.get("target", "language") == target]
 
     def achieved_sparsity(self, blocks: Iterable[int] | None = None) -> float:
         """Share of zeros over the weights of all Linears that were to be pruned, or of those of some blocks."""
         chosen = None if blocks is None else set(blocks)
-        entries = [entry for entry in self["linears"].values() if chosen is None or entry["block"] in chosen]
+        entries = [entry for entry in self.linears.values() if chosen is None or entry["block"] in chosen]
         sizes = [entry["shape"][0] * entry["shape"][1] for entry in entries]
         zeros = sum(entry["achieved"] * size for entry, size in zip(entries, sizes))
         return zeros / max(sum(sizes), 1)
@@ -77,8 +88,8 @@ class Manifest(dict[str, Any]):
         Returns:
             `seconds` of surveying, gathering, scoring, solving and propagating; `block_forwards` of all processes.
         """
-        survey, blocks = self.get("survey", {}), self["blocks"]
-        seconds = sum(block["seconds"][phase] for block in blocks for phase in METHOD_PHASES)
+        survey, blocks = self.get("survey", {}), self.blocks
+        seconds = sum(cast(dict[str, float], block["seconds"])[phase] for block in blocks for phase in METHOD_PHASES)
         return {
             "seconds": survey.get("seconds", 0.0) + seconds,
             "block_forwards": survey.get("block_forwards", 0) + sum(block["forwards"] for block in blocks),

@@ -74,7 +74,7 @@ class PruningErrors:
         self._thresholds.append(score.masked_fill(~mask, -torch.inf).amax(dim=1))
 
     def on_cpu(self) -> PruningErrors:
-        """The same in host memory, to be sent to other processes."""
+        """A copy in host memory, to be sent to other processes."""
         return self.of_all([self])
 
     @classmethod

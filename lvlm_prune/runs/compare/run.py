@@ -99,7 +99,7 @@ def overlap(first: ComparedFolder, second: ComparedFolder) -> dict[str, Any]:
 
 
 def comparison_markdown(record: Mapping[str, Any]) -> str:
-    """The same as tables in Markdown: folders, settings that differ, sparsity per block, overlap, scores."""
+    """A comparison as tables in Markdown: folders, settings that differ, sparsity per block, overlap, scores."""
     folders = record["folders"]
     names = [folder["name"] for folder in folders]
     rows = [

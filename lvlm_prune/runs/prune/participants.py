@@ -78,7 +78,7 @@ class Participants:
         return self._together("needs")
 
     def survey_needs(self) -> frozenset[str]:
-        """The same for the survey."""
+        """What is to be recorded of a forward in the survey, of `lvlm_prune.methods.tokens.NEEDS`."""
         return self._together("survey_needs")
 
     def _together(self, name: str) -> frozenset[str]:

@@ -56,7 +56,7 @@ class Point:
 
     @cached_property
     def data_key(self) -> str:
-        """The same for points that run on the same calibration set."""
+        """Equal for points that run on the same calibration set."""
         return json.dumps(self.config["data"], sort_keys=True)
 
     @cached_property
