@@ -9,8 +9,8 @@
 # log in FOLDER; one that fails or takes too long is noted, and the next one begins. Exit status: 0 if every step went well,
 # 1 if one did not, 2 where there is no GPU.
 #
-# Environment variables: LVLM_GPU_DEVICE=cpu tries the script itself without a GPU, on small models; LVLM_GPU_SECONDS is the
-# limit of the longest step (default 150), others have half of it.
+# Environment variables: LVLM_GPU_SECONDS is the limit of the longest step (default 150; others have half of it).
+# LVLM_GPU_TRY=1 tries the script itself on small models, and LVLM_GPU_DEVICE=cpu does so without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 folder="${1:-benchmarks/gpu-results}"
@@ -42,17 +42,15 @@ step() {
     esac
 }
 
-if [ "$device" = cuda ]; then
-    marked=gpu
-    sizes=(--preset 7b --blocks 2 --samples 16 --dtype bfloat16)
-else
-    marked="gpu and not gpu"
+sizes=(--preset 7b --blocks 2 --samples 16 --dtype bfloat16)
+small=()
+if [ -n "${LVLM_GPU_TRY:-}" ] || [ "$device" != cuda ]; then
     sizes=(--preset mid --blocks 2 --samples 2 --visual 60 --text 20)
+    small=(--small)
 fi
 
-step tests "$longest" python -m pytest -q -m "$marked" -p no:cacheprovider tests
-# No test at all is no failure where there is no GPU.
-[ "$device" = cuda ] || sed -i 's/^tests\t5\t/tests\t0\t/' "$folder/steps.tsv"
+# Where there is no GPU, each test is skipped.
+step tests "$longest" python -m pytest -q -m gpu -p no:cacheprovider tests/integration/test_gpu.py
 
 for recipe in wanda atv sparsegpt best; do
     if [ -f "configs/prune/$recipe.yaml" ]; then
@@ -61,12 +59,7 @@ for recipe in wanda atv sparsegpt best; do
     fi
 done
 
-for script in benchmarks/packed*.py; do
-    if [ -f "$script" ]; then
-        name="$(basename "$script" .py)"
-        step "$name" "$shorter" python "$script" --json "$folder/$name.json" --device "$device"
-    fi
-done
+step packed "$shorter" python -m benchmarks.packed_gpu --json "$folder/packed-products.json" --device "$device" "${small[@]}"
 
 python - "$folder" "$device" <<'END'
 import datetime, json, pathlib, platform, sys

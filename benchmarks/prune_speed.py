@@ -151,7 +151,8 @@ def from_disk(folder: Path, samples: list[dict], recipe: str, device: str) -> di
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all methods, floor and methods in turn."""
-    sizes, dtype = PRESETS[options.preset], getattr(torch, options.dtype)
+    sizes, dtype = dict(PRESETS[options.preset]), getattr(torch, options.dtype)
+    sizes["blocks"] = options.blocks or sizes["blocks"]
     model = random_model(sizes, dtype, options.device)
     samples = random_samples(options.samples, options.visual, options.text, sizes["vocabulary"], dtype, options.device)
     disk: dict[str, dict[str, float]] = {}
@@ -238,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="results; methods that it holds already stay")
     parser.add_argument("--preset", choices=PRESETS, default="mid")
+    parser.add_argument("--blocks", type=int, default=0, help="decoder blocks; default: as many as the preset has")
     parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--visual", type=int, default=600, help="visual tokens per sample, about")
@@ -253,8 +255,10 @@ def main() -> None:
     setting = {"machine": machine(options)} | {
         name: getattr(options, name) for name in ("preset", "visual", "text", "dtype")
     }
+    if options.blocks:
+        setting["blocks"] = options.blocks
     results: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    if results and {name: results[name] for name in setting} != setting:
+    if results and {name: results.get(name) for name in setting} != setting:
         raise SystemExit(f"{options.json} was measured with other options or elsewhere; write to another file")
     methods = results.get("methods", {}) | run(options)
     for method in methods.values():

@@ -47,14 +47,23 @@ def build() -> Path:
     target = CACHE / _version() / "_emulated_cuda.so"
     if target.is_file():
         return target
+    import fcntl  # not on Windows
+
     target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes that start together build it once
+        if not target.is_file():
+            _compile(target)
+    return target
+
+
+def _compile(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         done = subprocess.run(_command(built), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"g++ cannot build the emulated CUDA device:\n{done.stderr[-4000:]}")
         built.replace(target)
-    return target
 
 
 def load() -> ModuleType:

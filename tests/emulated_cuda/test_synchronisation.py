@@ -59,9 +59,6 @@ EDITS = {
     "weights are used before they have arrived": Edit(
         of=prefetch.PrefetchToGpu, line="computing.wait_stream(self._copies)", place="device"
     ),
-    "weights are not recorded on the stream that computes": Edit(
-        of=prefetch.PrefetchToGpu, line="tensor.record_stream(computing)", place="device"
-    ),
 }
 
 

@@ -120,8 +120,7 @@ class AMIAPool(Pool):
         order = selection_order(*known[:3])
         tolerance = _TOLERANCE * max(diversity, 0.0) ** 0.5
         taken = yield from matching_prefix(distances, around.closeness, order, tolerance)
-        counted = taken.sort().values
-        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, taken, True), counted=counted)
+        return Selection(torch.zeros_like(tokens.visual).index_fill_(0, taken, True))
 
 
 class Distances:
