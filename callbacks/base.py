@@ -4,6 +4,8 @@ setup(stage="prune")
 on_prune_start
   on_survey_start                               only where somebody wants a survey of the dense model
     on_survey_block_start(block, tail)
+    on_survey_calibration_batch_end(block, sample), on_survey_block_calibrated(block)   where activations are wanted
+    on_survey_block_changes(block, tail)        the samples are still at the input of the block
     on_survey_batch_end(block, sample)          once per sample and block
     on_survey_block_end(block)
   on_survey_end                                 findings go to the manifest; on_survey_restored where they are there
@@ -43,6 +45,8 @@ class PruneCallback(Callback):
     """True where the dense model is to be surveyed before the first block is pruned."""
     survey_needs: frozenset[str] = frozenset()
     """As `needs`, for the activations in `on_survey_batch_end`."""
+    wants_survey_activations: bool = False
+    """True where `on_survey_calibration_batch_end` is wanted: each block runs once more, before the samples pass on."""
     survey_samples: int | None = None
     """How many calibration samples the survey is to run at least, see `surveyed_samples`; None: all of them."""
 
@@ -56,6 +60,19 @@ class PruneCallback(Callback):
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """The dense block is loaded, all samples are at its input; no sums over processes here."""
+
+    def on_survey_calibration_batch_end(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """One sample ran through the dense block, and is still at its input; activations are valid only here."""
+
+    def on_survey_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """All samples to survey ran through the dense block; sums over processes are made here."""
+
+    def on_survey_block_changes(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
+    ) -> None:
+        """Weights of the block may be changed and tried on `tail`, and have to be as they were afterwards."""
 
     def on_survey_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations

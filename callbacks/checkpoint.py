@@ -201,10 +201,10 @@ class SparseCheckpointWriter(PruneCallback):
         expectations = {
             name: Expectation(
                 entry["pruned"],
-                pruning.scorer_of(entry).expected_zeros(
+                pruning.solver_of(entry).expected_zeros(
                     (entry["shape"][0], entry["shape"][1]), entry["target"], pruning.pattern
                 ),
-                pruning.scorer_of(entry).updates_weights,
+                pruning.solver_of(entry).updates_weights,
             )
             for name, entry in linears.items()
             if "note" not in entry
@@ -219,7 +219,7 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.run.record["verified"] = found
         self._summarise(trainer, pl_module)
         trainer.run.record["pattern"] = str(pruning.pattern)
-        trainer.run.record["updates_weights"] = pruning.scorer.updates_weights
+        trainer.run.record["updates_weights"] = pruning.chosen_solver.updates_weights
         self._join_statistics(trainer, folder)
         release(folder)
         trainer.run.record["status"] = "complete"

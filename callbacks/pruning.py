@@ -23,10 +23,11 @@ from lvlm_prune.methods.contract import PluginFault, try_scorer
 from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
+from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.plugins import mounted, own_instance, plugin_class
-from lvlm_prune.pruning.block import BlockPruner, scorer_of
+from lvlm_prune.pruning.block import BlockPruner, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.naming import folder_label, method_name
 from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 class BlockwisePruning(PruneCallback):
     """Prunes each decoder block from the activations of its calibration samples.
 
-    A method is a composition: pool (which tokens calibrate) x scorer (how important a weight is) x allocation (how
-    much of each Linear goes) x pattern. The default composition is ATV-Pruning (arXiv 2603.16001).
+    A method is a composition: pool (which tokens calibrate) x scorer (how important a weight is) x solver (mask and
+    values from that, or by itself) x allocation (how much of each Linear goes) x pattern. The default composition is
+    ATV-Pruning (arXiv 2603.16001).
 
     Args:
         sparsity: Share of each Linear's weights to prune, strictly between 0 and 1. With an N:M pattern it is given by
@@ -49,10 +51,12 @@ class BlockwisePruning(PruneCallback):
         vision_sparsity: The same for the vision tower, where `model.targets` names it. Default: `sparsity`.
         pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number).
         pool: Which calibration tokens count.
-        scorer: How important each weight is.
+        scorer: How important each weight is. A solver that needs no scores leaves it out.
         allocation: How much of each Linear goes.
         exclude: Glob pattern, or list of them, on module paths that stay dense, for example `*.down_proj`. One that
             matches nothing is an error.
+        solver: Finds masks and the values of the weights that stay. Default: the scorer's own, which takes the lowest
+            scores; that of `SparseGPTScorer` updates the rest too.
         visual: Modalities that count as visual tokens: image, video, audio.
         experts: Routed experts of mixture-of-experts decoders: `prune` them, each from the tokens that were sent to it,
             or `keep` them dense.
@@ -84,8 +88,10 @@ class BlockwisePruning(PruneCallback):
         min_expert_tokens: int = 16,
         rare_experts: Literal["magnitude", "keep"] = "magnitude",
         vision_sparsity: float | None = None,
+        solver: Solver | None = None,
     ) -> None:
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
+        self.solver = None if solver is None else own_instance(solver)
         self.pattern = checked_pattern(pattern)
         self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity")
         self.vision_sparsity = vision_sparsity
@@ -100,7 +106,8 @@ class BlockwisePruning(PruneCallback):
             )
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
         with mounted(**{self.section: self}):
-            scorer.check(self.pattern)
+            self.chosen_solver = scorer.solver() if self.solver is None else self.solver.starting_from(scorer.solver())
+            self.chosen_solver.check(self.pattern)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.visual, self.record = list(visual), record
         if experts not in ("prune", "keep"):
@@ -110,7 +117,7 @@ class BlockwisePruning(PruneCallback):
         if min_expert_tokens < 1:
             raise InputError("pruning.min_expert_tokens", min_expert_tokens, "must be at least 1")
         self.experts, self.min_expert_tokens, self.rare_experts = experts, min_expert_tokens, rare_experts
-        self.name = name or method_name(pool, scorer, allocation)
+        self.name = name or method_name(pool, scorer, allocation, self.solver)
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self._in_towers: Set[str] = frozenset()
@@ -119,8 +126,8 @@ class BlockwisePruning(PruneCallback):
 
     @property
     def wants_activations(self) -> bool:  # type: ignore[override]
-        """True where the scorer needs statistics; magnitude runs without any data."""
-        return self.scorer.statistic is not None
+        """True where the solver needs statistics; magnitude runs without any data."""
+        return self.chosen_solver.statistic is not None
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -153,6 +160,7 @@ class BlockwisePruning(PruneCallback):
         refuse_widths(self.pattern, self.shapes)
         with mounted(**{self.section: self}):
             self._refuse_faults()
+            self.allocation.use_method(self.chosen_solver, self.pattern, self.sparsity)
             self.allocation.check(self.shapes, self.sparsity)
             if not self.allocation.wants_survey:
                 self.allocate()
@@ -217,12 +225,12 @@ class BlockwisePruning(PruneCallback):
         self._targets = {name: full_name for name, full_name in full_names.items() if full_name in self.targets}
         self._refuse_broken({full_name: matrices[name].weight for name, full_name in self._targets.items()})
         self._calibration: BlockCalibration | None = None
-        if self.scorer.statistic is not None:
+        if self.chosen_solver.statistic is not None:
             self._calibration = BlockCalibration(
                 block.index,
                 self._targets,
                 self.pool,
-                self.scorer.statistic,
+                self.chosen_solver.statistic,
                 self.record,
                 example=None
                 if trainer.run.samples.picture is None or block.target == "vision"
@@ -257,7 +265,7 @@ class BlockwisePruning(PruneCallback):
             if calibration.example is not None:
                 trainer.run.recorded[f"{EXAMPLE}.{block.index}"] = calibration.example
         targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
-        pruner = BlockPruner(self.scorer, self.pattern, self.min_expert_tokens, self.rare_experts)
+        pruner = BlockPruner(self.chosen_solver, self.pattern, self.min_expert_tokens, self.rare_experts)
         with _faults_end_the_run():
             pruner.prune(block, targets, calibration, trainer.run.processes)
         if self.record and calibration is not None:
@@ -265,18 +273,18 @@ class BlockwisePruning(PruneCallback):
             trainer.run.recorded.update(calibration.recorded(trainer.run.processes, num_samples))
         self._calibration = None
 
-    def scorer_of(self, entry: Mapping[str, Any]) -> Scorer:
-        """What scored a matrix, given its entry in the manifest."""
-        return scorer_of(entry, self.scorer)
+    def solver_of(self, entry: Mapping[str, Any]) -> Solver:
+        """What pruned a matrix, given its entry in the manifest."""
+        return solver_of(entry, self.chosen_solver)
 
     def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
-        """Note the mean budget, and say what is worth knowing: what the scorer found, what was left out."""
+        """Note the mean budget, and say what is worth knowing: what the solver found, what was left out."""
         budgets = [k for block in trainer.run.record.get("blocks", []) for k in block.get("visual_tokens", [])]
         if budgets:
             trainer.run.record["mean_visual_tokens"] = sum(budgets) / len(budgets)
         linears = trainer.run.record.get("linears", {})
         lines = [
-            self.scorer.summary({name: entry.get("scorer", {}) for name, entry in linears.items()}),
+            self.chosen_solver.summary({name: entry.get("solver", {}) for name, entry in linears.items()}),
             self._rare_experts_line(linears),
             _skipped_line(trainer.run.record.get("calibration", {})),
         ]

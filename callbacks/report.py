@@ -18,8 +18,8 @@ class PruningReport(PruneCallback):
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep the picture of one calibration sample, over which selected tokens will be drawn."""
         pruning = trainer.run.find(BlockwisePruning)
-        if pruning is not None and pruning.scorer.statistic is not None:
-            trainer.run.record["reconstruction"] = pruning.scorer.statistic.energy
+        if pruning is not None and pruning.chosen_solver.statistic is not None:
+            trainer.run.record["reconstruction"] = pruning.chosen_solver.statistic.energy
         folder, picture = trainer.run.folder, trainer.run.samples.picture
         if picture is None:
             return

@@ -1,6 +1,8 @@
 """The survey of the dense model on behalf of the plugins of `BlockwisePruning`: allocation and pool.
 
 on_survey_block_start     plugins may evaluate losses with changed weights
+on_survey_calibration_batch_end, on_survey_block_calibrated      statistics as the method will take them, where wanted
+on_survey_block_changes   plugins may evaluate losses with changed weights, knowing the statistics
 on_survey_batch_end       plugins see each sample once at each block
 on_survey_block_end       sums over processes
 on_survey_end             findings -> manifest -> plugins -> sparsity of each Linear
@@ -19,6 +21,7 @@ from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.methods.survey import Surveyor, surveyed_samples
 from lvlm_prune.plugins import plugin_class
+from lvlm_prune.pruning.calibration import BlockCalibration
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -34,6 +37,7 @@ class PluginSurvey(PruneCallback):
 
     def __init__(self, pruning: BlockwisePruning) -> None:
         self.pruning = pruning
+        self._calibration: BlockCalibration | None = None
 
     @property
     def surveyors(self) -> dict[str, Surveyor]:
@@ -50,8 +54,9 @@ class PluginSurvey(PruneCallback):
 
     @property
     def survey_needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What the plugins need together."""
-        return frozenset().union(*(plugin.survey_needs for plugin in self.surveyors.values()))
+        """What the plugins need together, and the method's pool where they want statistics."""
+        own = self.pruning.pool.needs if self.wants_survey_activations else frozenset()
+        return own.union(*(plugin.survey_needs for plugin in self.surveyors.values()))
 
     @property
     def survey_samples(self) -> int | None:  # type: ignore[override]
@@ -76,6 +81,46 @@ class PluginSurvey(PruneCallback):
                 trainer.run.weights.load_output_embedding()
                 trainer.run.say(plugin.announce_survey(self._linears_of_blocks(pl_module), own))
             plugin.survey_block_start(block.name, self._linears(block), own)
+
+    @property
+    def wants_survey_activations(self) -> bool:  # type: ignore[override]
+        """True where a plugin wants statistics, and the method's solver has any."""
+        wanted = any(plugin.wants_survey_statistics for plugin in self.surveyors.values())
+        return wanted and self.pruning.wants_activations
+
+    def on_survey_calibration_batch_end(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """Sum up what the method's pool takes of each sample."""
+        pool = self.pruning.pool
+        tokens = sample.tokens(self.pruning.visual, pool.needs, asked_by=plugin_class(pool).__name__)
+        self._calibration_of(block).add(sample, tokens)
+
+    def on_survey_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Sum over processes."""
+        devices = {name: linear.weight.device for name, linear in block.linears.items()}
+        self._calibration_of(block).finish(trainer.run.processes, devices)
+
+    def _calibration_of(self, block: Block) -> BlockCalibration:
+        """Statistics of the block, fresh ones when its first sample comes."""
+        if self._calibration is None or self._calibration.block != block.index:
+            statistic = self.pruning.chosen_solver.statistic
+            assert statistic is not None
+            names = {name: f"{block.name}.{name}" for name in self._linears(block)}
+            self._calibration = BlockCalibration(block.index, names, self.pruning.pool, statistic, record=False)
+        return self._calibration
+
+    def on_survey_block_changes(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
+    ) -> None:
+        """Let the plugins try changed weights, with statistics where the method has any."""
+        linears = self._linears(block)
+        calibration = self._calibration if self.wants_survey_activations else None
+        statistics = {name: None if calibration is None else calibration.statistic_of(name) for name in linears}
+        for name, plugin in self.surveyors.items():
+            if plugin.wants_survey_statistics:
+                plugin.survey_block_changes(block.name, linears, statistics, tail.of_samples(self._samples[name]))
+        self._calibration = None
 
     def on_survey_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations

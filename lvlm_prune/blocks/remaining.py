@@ -6,12 +6,13 @@ cached input of block b ─► block b (changed) ─► b + 1 ─► ... ─► 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from lvlm_prune.blocks.capture import CaughtBatch
 from lvlm_prune.blocks.execution import BlockRunner
@@ -25,6 +26,9 @@ _HELD_BYTES = 2**32
 
 # Logits of so many positions are held at once: a vocabulary is fifty times as wide as a model.
 _POSITIONS = 512
+
+# Positions of a sample at which the answers are compared.
+_ANSWERS = 256
 
 
 @dataclass(frozen=True)
@@ -100,50 +104,103 @@ class RemainingDecoderBlocks:
         Raises:
             InputError: The model has no output embedding.
         """
-        if isinstance(self._weights, ResidentWeights):
-            together = 1  # nothing is read, so nothing is gained from holding more
-        else:
-            largest = max((sample.batch.hidden.nbytes for sample in self._samples), default=1)
-            together = max(_HELD_BYTES // max(largest * len(changes), 1), 1)
         found: dict[int, list[float]] = {}
-        for start in range(0, len(self._samples), together):
-            found |= self._losses_of(self._samples[start : start + together], changes)
-        return found
-
-    def _losses_of(self, chosen: Sequence[WaitingSample], changes: Sequence[Change]) -> dict[int, list[float]]:
-        held = []
-        for sample in chosen:
-            here = self._placement.fetched(sample.batch)
-            for change in changes:
-                batch = here.fork()
-                with change(sample.sample):
-                    self._runner.advance(self._first, batch)
-                held.append((sample, batch))
-        for index in range(self._first + 1, len(self._runner)):
-            self._weights.load_block(index)
-            if index + 1 < len(self._runner):
-                self._weights.prefetch_block(index + 1)
-            for _, batch in held:
-                self._runner.advance(index, batch)
-            self._weights.release_block(index)
-        found: dict[int, list[float]] = {}
-        for sample, batch in held:
+        for sample, batch in self._behind_the_last(changes):
             found.setdefault(sample.sample, []).append(self._loss(sample, batch))
         return found
 
+    @torch.no_grad()
+    def answers(self) -> dict[int, Tensor]:
+        """What the unchanged model answers at text positions: number of each sample of this process -> hidden states.
+
+        Of shape (n, D), behind the last norm, at no more than 256 positions that a text token follows, evenly spaced.
+        """
+        return {sample.sample: self._answers(sample, batch) for sample, batch in self._behind_the_last([_unchanged])}
+
+    @torch.no_grad()
+    def divergences(self, changes: Sequence[Change], dense: Mapping[int, Tensor]) -> dict[int, list[float]]:
+        r"""How far each change of the first block's weights moves the answers of each sample.
+
+        .. math:: \mathrm{KL} = \frac{1}{n} \sum_t \sum_v p_t(v) \log \frac{p_t(v)}{q_t(v)}
+
+        with p the dense model's distribution over the next token, and q the changed one's.
+
+        Args:
+            changes: How the weights change.
+            dense: What `answers` returned for the same samples.
+
+        Returns:
+            Number of each sample of this process -> its divergence in nats under each change.
+
+        Raises:
+            InputError: The model has no output embedding.
+        """
+        found: dict[int, list[float]] = {}
+        for sample, batch in self._behind_the_last(changes):
+            moved = self._answers(sample, batch)
+            found.setdefault(sample.sample, []).append(self._divergence(dense[sample.sample], moved))
+        return found
+
+    def _behind_the_last(self, changes: Sequence[Change]) -> Iterator[tuple[WaitingSample, CaughtBatch]]:
+        """Each sample behind the last block under each change; under one change after the other, as far as they fit."""
+        largest = max((sample.batch.hidden.nbytes for sample in self._samples), default=1)
+        together = max(_HELD_BYTES // max(largest * len(changes), 1), 1)
+        for start in range(0, len(self._samples), together):
+            if isinstance(self._weights, ResidentWeights):  # nothing is read, so nothing is gained from holding more
+                for sample, batch in self._behind_the_first(self._samples[start : start + together], changes):
+                    for index in range(self._first + 1, len(self._runner)):
+                        self._runner.advance(index, batch)
+                    yield sample, batch
+                continue
+            held = list(self._behind_the_first(self._samples[start : start + together], changes))
+            for index in range(self._first + 1, len(self._runner)):
+                self._weights.load_block(index)
+                if index + 1 < len(self._runner):
+                    self._weights.prefetch_block(index + 1)
+                for _, batch in held:
+                    self._runner.advance(index, batch)
+                self._weights.release_block(index)
+            yield from held
+
+    def _behind_the_first(
+        self, chosen: Sequence[WaitingSample], changes: Sequence[Change]
+    ) -> Iterator[tuple[WaitingSample, CaughtBatch]]:
+        here = [self._placement.fetched(sample.batch) for sample in chosen]
+        for change in changes:
+            for sample, fetched in zip(chosen, here):
+                batch = fetched.fork()
+                with change(sample.sample):
+                    self._runner.advance(self._first, batch)
+                yield sample, batch
+
     def _loss(self, sample: WaitingSample, batch: CaughtBatch) -> float:
-        head = self._runner.model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            problem = "has no output embedding, so it has no next-token loss"
-            raise InputError("model.path", type(self._runner.model).__name__, problem)
         hidden = self._runner.finish(batch)[sample.row]
         positions = sample.predicted[1:].nonzero().flatten()
         total = hidden.new_zeros((), dtype=torch.float64)
         for part in positions.split(_POSITIONS):
             assert batch.input_ids is not None
             targets = batch.input_ids[sample.row, part + 1]
-            total += cross_entropy(head(hidden[part]).float(), targets, reduction="sum").double()
+            total += cross_entropy(self._logits(hidden[part]), targets, reduction="sum").double()
         return total.item() / max(len(positions), 1)
+
+    def _answers(self, sample: WaitingSample, batch: CaughtBatch) -> Tensor:
+        positions = sample.predicted[1:].nonzero().flatten()
+        every = -(-len(positions) // _ANSWERS)
+        return self._runner.finish(batch)[sample.row][positions[:: max(every, 1)]]
+
+    def _divergence(self, dense: Tensor, changed: Tensor) -> float:
+        total = dense.new_zeros((), dtype=torch.float64)
+        for before, after in zip(dense.split(_POSITIONS), changed.split(_POSITIONS)):
+            expected, found = (self._logits(hidden).log_softmax(dim=-1) for hidden in (before, after))
+            total += kl_div(found, expected, reduction="sum", log_target=True).double()
+        return total.item() / max(len(dense), 1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self._runner.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            problem = "has no output embedding, so it has no next-token loss"
+            raise InputError("model.path", type(self._runner.model).__name__, problem)
+        return head(hidden).float()
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of one forward of the first block and of one loss, measured on the first sample; 0.0 without any.
@@ -158,6 +215,10 @@ class RemainingDecoderBlocks:
         loss = _seconds(lambda: self._loss(sample, batch), batch.hidden.device)
         self._runner.forwards = counted
         return block, loss
+
+
+def _unchanged(sample: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -150,6 +150,10 @@ class BlockLoop:
             block = self._block(place)
             start = {"block": block, "tail": self.tail(place)}
             self._together(self.raise_hook, "on_survey_block_start", **start)
+            if self.gathers():
+                self._together(self._gather, block, "on_survey_calibration_batch_end")
+                self.raise_hook("on_survey_block_calibrated", block=block)
+            self._together(self.raise_hook, "on_survey_block_changes", **start)
             if place + 1 < len(self.runner):
                 self.weights.prefetch_block(place + 1)
             self._together(self._survey_block, block)
@@ -201,11 +205,11 @@ class BlockLoop:
             error = problem
         self.agree(error)
 
-    def _gather(self, block: Block) -> None:
+    def _gather(self, block: Block, hook: str = "on_calibration_batch_end") -> None:
         totals = []
         called = [batch for batch in self.batches if self.runner.calls(block.place, batch)]
         for batch, here in self.placement.stream(called, block.place):
-            hidden_out = self._observe(block, batch, here, self.runner.run, "on_calibration_batch_end")
+            hidden_out = self._observe(block, batch, here, self.runner.run, hook)
             totals.append((batch, hidden_out.float().sum()))
         self._refuse_faults(totals, f"in the output of block {block.name}", lambda batch: self._origin(block, batch))
 

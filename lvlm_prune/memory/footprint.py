@@ -25,7 +25,7 @@ from lvlm_prune.blocks.attention import HELD_ATTENTION
 from lvlm_prune.memory.hidden_states import Wanted, choose_place
 from lvlm_prune.memory.sizes import BatchSize, MemoryDemand, Peak, larger_phases
 from lvlm_prune.methods.pools import Pool
-from lvlm_prune.methods.scorers import Scorer
+from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import ATTENTION_NEEDS
 from lvlm_prune.module import LVLMModule
 
@@ -105,15 +105,15 @@ class Footprint:
     # ---- phases, in bytes beside the samples -------------------------------------------------------------------------
     def phases(self) -> dict[str, int]:
         """Bytes that each phase of the run takes where blocks run, besides what waits."""
-        pool, scorer = self.method.pool, self.method.scorer
+        pool, solver = self.method.pool, self.method.solver
         found = {
             "catching": max(map(self._catching, self.batches), default=0) + self.non_block_bytes * bool(self.batches)
         }
         for size, block in zip(self.block_bytes, self._blocks):
-            statistics = 0 if pool is None else block.statistics(scorer, pool)
+            statistics = 0 if pool is None else block.statistics(solver, pool)
             matrices = (*block.shapes, *block.experts)
             masks = sum(map(prod, matrices))
-            working = (scorer.working_bytes(shape, self.itemsize, self.on_gpu) for shape in matrices)
+            working = (solver.working_bytes(shape, self.itemsize, self.on_gpu) for shape in matrices)
             scoring = max(working, default=0) + _EFFECTS
             phases = {
                 "scoring": size + statistics + masks + scoring,
@@ -149,7 +149,7 @@ class Footprint:
         if needs & ATTENTION_NEEDS:
             recorded += 2 * self.width
         longest = batch.shape[1]
-        statistic = self.method.scorer.statistic
+        statistic = self.method.solver.statistic
         adding = (
             max((statistic.adding_bytes(longest, channels, self.itemsize) for channels, _ in block.sites), default=0)
             if statistic is not None and self.method.pool is not None
@@ -268,13 +268,12 @@ class _BlockSize:
         experts = [matrix for stack in find_expert_stacks(block) for matrix in stack.matrices()]
         return cls(_shapes(linears.values()), tuple(sites), _shapes(experts))
 
-    def statistics(self, scorer: Scorer, pool: Pool) -> int:
-        if scorer.statistic is None:
+    def statistics(self, solver: Solver, pool: Pool) -> int:
+        if solver.statistic is None:
             return 0
-        each = [
-            scorer.statistic.nbytes(channels) * (shared if pool.per_linear else 1) for channels, shared in self.sites
-        ]
-        return sum(each) + sum(scorer.statistic.nbytes(channels) for _, channels in self.experts)
+        sites = [(channels, shared if pool.per_linear else 1) for channels, shared in self.sites]
+        sites += [(channels, 1) for _, channels in self.experts]
+        return sum(solver.statistic_bytes(channels) * count for channels, count in sites)
 
 
 def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, int], ...]:

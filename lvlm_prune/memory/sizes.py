@@ -12,7 +12,7 @@ from torch import Tensor
 from lvlm_prune.blocks import modality_of_tokens, with_image_positions
 from lvlm_prune.methods.modality import MODALITIES
 from lvlm_prune.methods.pools import Pool
-from lvlm_prune.methods.scorers import Scorer
+from lvlm_prune.methods.solvers import Solver
 
 # Elements that become one patch of a vision tower: 14 x 14 pixels of three colours.
 _PATCH = 588
@@ -75,7 +75,7 @@ class MemoryDemand:
 
     Args:
         pool: Chooses tokens; None where no activations are gathered.
-        scorer: Scores weights.
+        solver: Finds masks and new weights.
         needs: What is recorded of a forward besides the inputs of the Linears.
         surveys: Whether the dense model is surveyed.
         survey_needs: As `needs`, in the survey.
@@ -83,7 +83,7 @@ class MemoryDemand:
     """
 
     pool: Pool | None
-    scorer: Scorer
+    solver: Solver
     needs: frozenset[str]
     surveys: bool
     survey_needs: frozenset[str]

@@ -194,6 +194,31 @@ class Gram(Statistic):
             below += ((weight[:, rows] @ products) * weight[:, : rows.stop]).sum(dtype=torch.float64)
         return diagonal + 2 * below
 
+    def scaled(self, factors: Tensor) -> Tensor:
+        r"""The products between channels that are multiplied by a factor each, :math:`f_i H_{ij} f_j`.
+
+        Args:
+            factors: float64 of shape (channels,).
+
+        Returns:
+            Symmetric, float32 of shape (channels, channels).
+
+        Example:
+            >>> gram = Gram(2)
+            >>> gram.add(torch.tensor([[3.0, 1.0]]), torch.ones(1))
+            >>> gram.scaled(torch.tensor([1.0, 10.0]).double())
+            tensor([[  9.,  30.],
+                    [ 30., 100.]])
+        """
+        scaled = torch.empty_like(self._lower, dtype=torch.float32)
+        for rows in stripes(len(factors)):
+            products = self._lower[rows, : rows.stop] * factors[rows, None] * factors[: rows.stop]
+            scaled[rows, : rows.stop] = products
+            scaled[: rows.stop, rows] = products.T
+            corner = products[:, rows.start :]
+            scaled[rows, rows] = corner.tril() + corner.tril(-1).T
+        return scaled
+
     def inverse_factor(self, damping: float) -> InverseFactor:
         r"""Upper Cholesky factor of the damped inverse, computed once for all Linears of the site.
 

@@ -2,6 +2,7 @@
 
 allocation ─┐ wants_survey                        for each block of the dense model:
 pool ───────┴──────────────► one survey for all       survey_block_start      no sample has gone through it yet
+                                                      survey_block_changes    statistics of its Linears are at hand
                                                       survey_sample           each sample, once
                                                       survey_block_end        sums over processes
                              survey_end ──► findings ──► manifest ──► use_survey      (also after --resume true)
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Tokens
 
 SumOverProcesses = Callable[[Tensor], Tensor]
@@ -38,6 +40,12 @@ class RemainingBlocks(Protocol):
 
     def losses(self, changes: Sequence[Change]) -> dict[int, list[float]]:
         """Number of each sample of this process -> its mean next-token loss in nats under each change."""
+
+    def answers(self) -> dict[int, Tensor]:
+        """Number of each sample of this process -> what the unchanged model makes of its text positions."""
+
+    def divergences(self, changes: Sequence[Change], dense: Mapping[int, Tensor]) -> dict[int, list[float]]:
+        """Number of each sample of this process -> KL(dense || changed) in nats under each change."""
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of one forward of the first block and of one loss; 0.0 where this process has no sample."""
@@ -89,7 +97,12 @@ class Surveyor:
     """How many calibration samples the survey takes, drawn from the set, the same on any number of processes; None, or
     more than there are: all of them."""
     wants_survey_losses: bool = False
-    """True where `survey_block_start` evaluates losses, which needs the output embedding in memory."""
+    """True where losses or divergences are evaluated, which needs the output embedding in memory."""
+    wants_survey_statistics: bool = False
+    """True where `survey_block_changes` is to be called, with the sums that the method's solver needs, over the pool of
+    the method and the samples of the survey. Every block is run once more for them."""
+    survey_depends_on_method: bool = False
+    """True where findings depend on the method: sparsity, pattern, pool, scorer and solver."""
 
     def announce_survey(self, linears: Mapping[str, list[str]], remaining: RemainingBlocks) -> str:
         """What evaluating losses will cost, in a line for the user; asked before it starts.
@@ -106,6 +119,22 @@ class Surveyor:
         Args:
             block: Path of the block.
             linears: Its Linears that are going to be pruned, name relative to the block -> module with its weight.
+            remaining: This block and all after it, for this process' share of the samples to survey.
+        """
+
+    def survey_block_changes(
+        self,
+        block: str,
+        linears: Mapping[str, nn.Linear],
+        statistics: Mapping[str, Statistic | None],
+        remaining: RemainingBlocks,
+    ) -> None:
+        """Not required: the samples are still at the input of the block, its statistics are known; no sums here.
+
+        Args:
+            block: Path of the block.
+            linears: Its Linears that are going to be pruned, name relative to the block -> module with its weight.
+            statistics: Of the same names, sums over the samples of all processes; None where no token came along.
             remaining: This block and all after it, for this process' share of the samples to survey.
         """
 

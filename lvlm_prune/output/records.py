@@ -55,8 +55,8 @@ class LinearRecord(TypedDict, total=False):
     """Zeros that were counted when the output was read again."""
     error: float
     """Relative error of its outputs on the calibration tokens: norm of the change over norm of the outputs."""
-    scorer: dict[str, Any]
-    """What the scorer says of it, for example how often damping was raised."""
+    solver: dict[str, Any]
+    """What the solver says of it, for example how often damping was raised."""
     routed_tokens: int
     """Calibration tokens that were sent to the expert, where they were few."""
     note: str

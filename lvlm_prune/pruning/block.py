@@ -18,35 +18,35 @@ from lvlm_prune.distributed.processes import Processes, deal
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
-from lvlm_prune.methods.contract import checked_score
 from lvlm_prune.methods.patterns import Pattern
-from lvlm_prune.methods.scorers import MagnitudeScorer, Scorer
+from lvlm_prune.methods.scorers import MagnitudeScorer
+from lvlm_prune.methods.solvers import LinearProblem, Solver
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.effects import PruningErrors, scored_rows
 
-_BY_MAGNITUDE = MagnitudeScorer()
+_BY_MAGNITUDE = MagnitudeScorer().solver()
 
 RareExperts = Literal["magnitude", "keep"]
 
 
-def scorer_of(entry: Mapping[str, Any], scorer: Scorer) -> Scorer:
-    """What scores a matrix, given its entry in the manifest and the scorer of the method."""
-    return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else scorer
+def solver_of(entry: Mapping[str, Any], solver: Solver) -> Solver:
+    """What prunes a matrix, given its entry in the manifest and the solver of the method."""
+    return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else solver
 
 
 @dataclass(frozen=True)
 class BlockPruner:
-    """Scores, masks and overwrites the matrices of a block.
+    """Has the matrices of a block solved, and overwrites them.
 
     Args:
-        scorer: How important each weight is.
+        solver: Finds masks and new weights.
         pattern: Which weights may go together.
         min_expert_tokens: An expert that fewer tokens were sent to is not judged by them.
         rare_experts: What is done with it instead.
     """
 
-    scorer: Scorer
+    solver: Solver
     pattern: Pattern
     min_expert_tokens: int
     rare_experts: RareExperts
@@ -59,7 +59,7 @@ class BlockPruner:
         Args:
             block: Its dense weights are loaded.
             targets: Name of each matrix to prune, relative to the block -> target sparsity.
-            calibration: Finished statistics; None for a scorer that needs none.
+            calibration: Finished statistics; None for a solver that needs none.
             processes: All processes of the run.
 
         Raises:
@@ -91,7 +91,7 @@ class BlockPruner:
         counts = torch.stack([block.masks[name].count_nonzero() for name in owners]).tolist() if owners else []
         for name, count in zip(owners, counts):
             entries[name]["pruned"] = count
-            if scorer_of(entries[name], self.scorer).updates_weights:
+            if solver_of(entries[name], self.solver).updates_weights:
                 block.updated.add(name)
         linears = {f"{block.name}.{name}": entry for name, entry in entries.items()}
         if processes.count > 1:
@@ -108,7 +108,7 @@ class BlockPruner:
         for name in weights:
             shares.setdefault(name if calibration is None else calibration.site_of(name), []).append(name)
         costs = {
-            share: self.scorer.cost(sum(len(weights[name]) for name in names), weights[names[0]].shape[1])
+            share: self.solver.cost(sum(len(weights[name]) for name in names), weights[names[0]].shape[1])
             for share, names in shares.items()
         }
         owners = deal(costs, count)
@@ -138,28 +138,25 @@ class BlockPruner:
         effects: PruningErrors,
         finite: dict[str, Tensor],
     ) -> None:
-        """Overwrite the weight; note in the entry what the scorer has to say, and in `effects` what it did.
+        """Overwrite the weight; note in the entry what the solver has to say, and in `effects` what it did.
 
         `finite` gets whether all of an updated weight is finite: to look at once would make a GPU wait.
         """
-        scorer, target, full_name = scorer_of(entry, self.scorer), entry["target"], f"{block.name}.{name}"
+        solver, target, full_name = solver_of(entry, self.solver), entry["target"], f"{block.name}.{name}"
+        bias = getattr(block.matrices()[name], "bias", None)
+        problem = LinearProblem(weight, statistic, target, self.pattern, full_name, block.index, bias)
         clock = Stopwatch(weight.device)
-        pruned, mask = scorer.prune(weight, statistic, target, self.pattern)
-        block.masks[name] = mask
-        if scorer.updates_weights:
+        solution = solver.solve(problem)
+        block.masks[name] = solution.mask
+        if solver.updates_weights:
             block.solve_seconds += clock.lap()
-            finite[full_name] = torch.isfinite(pruned).all()
-        if scorer is self.scorer and target > 0:
-            rows = scored_rows(weight)
-            in_part = scorer.by_row and scorer.group == "row"
-            seen = weight[rows] if in_part else weight
-            score = checked_score(scorer, scorer.score(seen, statistic), seen)
-            score = score if in_part else score[rows]
-            effects.add(full_name, weight, pruned, mask, statistic, score)
-        weight.data.copy_(pruned)
-        del pruned  # not to be held while the scorer looks back
-        if notes := scorer.notes(statistic, mask, target):
-            entry["scorer"] = notes
+            finite[full_name] = torch.isfinite(solution.weight).all()
+        if solver is self.solver and target > 0:
+            score = solver.score(problem, scored_rows(weight))
+            effects.add(full_name, weight, solution.weight, solution.mask, statistic, score)
+        weight.data.copy_(solution.weight)
+        if solution.notes:
+            entry["solver"] = solution.notes
 
     def _exchange(
         self, block: Block, owners: Mapping[str, int], entries: dict[str, dict[str, Any]], processes: Processes
@@ -171,14 +168,14 @@ class BlockPruner:
         for rank in range(processes.count):
             names = [name for name, owner in owners.items() if owner == rank]
             processes.copy_from(rank, [block.masks[name] for name in names])
-            if self.scorer.updates_weights:
+            if self.solver.updates_weights:
                 processes.copy_from(rank, [matrices[name].weight.data for name in names])
             elif rank != processes.rank:
                 for name in names:
                     matrices[name].weight.data.masked_fill_(block.masks[name], 0.0)
-        notes = {name: entry["scorer"] for name, entry in entries.items() if "scorer" in entry}
+        notes = {name: entry["solver"] for name, entry in entries.items() if "solver" in entry}
         for name, note in (item for part in processes.gather(notes) for item in part.items()):
-            entries[name]["scorer"] = note
+            entries[name]["solver"] = note
 
 
 def _saw_nothing(names: Iterable[str], calibration: BlockCalibration | None) -> set[str]:

@@ -7,17 +7,23 @@ from lvlm_prune.methods.patterns import Pattern, SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.saliency import DriftSaliency
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
+from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.plugins import plugin_class
 
 
-def method_name(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
+def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solver | None = None) -> str:
     """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper.
 
     Example:
         >>> from lvlm_prune.methods.allocation import UniformAllocation
         >>> from lvlm_prune.methods.pools import MixedPool
+        >>> from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver
         >>> method_name(MixedPool(), WandaScorer(), UniformAllocation())
         'mixed Wanda'
+        >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), RefitSolver())
+        'mixed Wanda + Refit'
+        >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), ALPSSolver())
+        'mixed ALPS'
     """
     if (
         type(pool) is AsymmetricPool
@@ -26,12 +32,16 @@ def method_name(pool: Pool, scorer: Scorer, allocation: Allocation) -> str:
         and type(scorer) is WandaScorer
         and not scorer.variant
         and allocation.uniform
+        and solver is None
     ):
         return "ATV"
-    words = [plugin_class(scorer).__name__.removesuffix("Scorer")]
-    if scorer.statistic is not None:
+    named = scorer if solver is None or solver.continues else solver
+    words = [plugin_class(named).__name__.removesuffix("Scorer").removesuffix("Solver")]
+    if (scorer if solver is None else solver).statistic is not None:
         pool_name = plugin_class(pool).__name__.removesuffix("Pool")
         words.insert(0, re.sub(r"(?<=[a-z])(?=[A-Z])", "-", pool_name).lower())
+    if solver is not None and solver.continues:
+        words.append("+ " + plugin_class(solver).__name__.removesuffix("Solver"))
     if not allocation.uniform:
         words.append("+ " + plugin_class(allocation).__name__.removesuffix("Allocation"))
     return " ".join(words)

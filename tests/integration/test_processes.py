@@ -34,6 +34,8 @@ RECIPES = {
     "owl": [],
     "ecoflap": ["--pruning.allocation.samples=3"],
     "mllm_pruner": [],
+    "alps": [],
+    "alps_kl": ["--pruning.allocation.samples=3"],
     "magnitude": [],
 }
 FEWER_SAMPLES_THAN_PROCESSES = {"atv": "atv_one_sample", "sparsegpt": "sparsegpt_one_sample"}

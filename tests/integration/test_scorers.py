@@ -13,6 +13,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.methods.pools import MixedPool, Pool
 from lvlm_prune.methods.scorers import RIAScorer, SparseGPTScorer, WandaScorer
+from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseGPTSolver
 from lvlm_prune.methods.tokens import Selection, Tokens
 from tests.conftest import GOLDEN
 
@@ -112,7 +113,7 @@ def test_damping_that_had_to_be_raised_is_one_line(golden_arguments, tmp_path, c
     assert len(lines) == 1
     manifest = json.loads((output / "pruning.json").read_text())
     assert manifest["warnings"] == [lines[0].removeprefix("warning: ")]
-    raised = {name: entry["scorer"]["damping"] for name, entry in manifest["linears"].items() if "scorer" in entry}
+    raised = {name: entry["solver"]["damping"] for name, entry in manifest["linears"].items() if "solver" in entry}
     assert f"at {len(raised)} Linears" in lines[0]
     assert all(damping > 0 for damping in raised.values())
 
@@ -129,3 +130,83 @@ def test_a_linear_that_sees_only_zeros_is_left_dense(capsys):
     assert len(left) == 4
     assert all(name.endswith("o_proj") for name in left)
     assert torch.equal(before, model.model.language_model.layers[0].self_attn.o_proj.weight)
+
+
+# ---- solvers ---------------------------------------------------------------------------------------------------------
+ALPS = ["--pruning.pool=MixedPool", "--pruning.solver=ALPSSolver"]
+
+
+def error_of(pruning):
+    """Squared distance of the logits from the dense model's, on a calibration sample."""
+    sample, model = SOURCE[0], golden_model()
+    with torch.no_grad():
+        expected = model(**sample).logits
+        lvlm_prune.prune(model, SOURCE, pruning)
+        return (model(**sample).logits - expected).square().mean().item()
+
+
+def test_each_solver_stays_nearer_to_the_dense_model_than_the_one_before():
+    options = {"pool": MixedPool(), "sparsity": 0.6}
+    wanda, refit, alps = (
+        error_of(BlockwisePruning(**options, scorer=WandaScorer(), solver=solver))
+        for solver in (None, RefitSolver(), ALPSSolver())
+    )
+    assert alps < refit < wanda
+
+
+def test_a_solver_named_beside_its_scorer_gives_the_scorers_bytes():
+    by_scorer, by_solver = golden_model(), golden_model()
+    lvlm_prune.prune(by_scorer, SOURCE, BlockwisePruning(pool=MixedPool(), scorer=SparseGPTScorer(block_size=32)))
+    lvlm_prune.prune(by_solver, SOURCE, BlockwisePruning(pool=MixedPool(), solver=SparseGPTSolver(block_size=32)))
+    for name, weight in by_scorer.state_dict().items():
+        assert torch.equal(weight, by_solver.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("solver", ["ALPSSolver", "RefitSolver"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_solved_weights_are_written_and_verified(solver, pattern, golden_arguments, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--pruning.pool=MixedPool", f"--pruning.solver={solver}", f"--pruning.pattern={pattern}"]
+    assert main([*golden_arguments, *arguments, f"--output={output}"]) == 0
+    manifest = json.loads((output / "pruning.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["updates_weights"]
+    assert manifest["method"]["init_args"]["solver"]["class_path"].endswith(solver)
+    dense, sparse = (load_file(folder / "model.safetensors") for folder in (GOLDEN / "model", output))
+    changed = [key for key in dense if not torch.equal(dense[key], sparse[key])]
+    assert len(changed) == 28
+    for key in changed:
+        zeros = sparse[key] == 0
+        assert int(zeros.sum()) == zeros.numel() // 2
+        if pattern == "2:4":
+            assert set(zeros.unflatten(1, (-1, 4)).sum(dim=2).flatten().tolist()) == {2}
+
+
+@pytest.mark.parametrize("solver", [ALPSSolver(), RefitSolver()])
+def test_solvers_in_memory_and_streamed_give_the_same_weights(solver, golden_arguments, tmp_path):
+    model = golden_model()
+    lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool(), solver=solver))
+    arguments = ["--pruning.pool=MixedPool", f"--pruning.solver={type(solver).__name__}"]
+    assert main([*golden_arguments, *arguments, f"--output={tmp_path / 'out'}"]) == 0
+    written = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, weight in written.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_what_a_solver_met_is_one_line(golden_arguments, tmp_path, capsys):
+    """One sample of few tokens and no damping: every Gram matrix is singular."""
+    arguments = [*ALPS, "--pruning.solver.damping=0", "--pruning.pool=TextOnlyPool", "--data.num_samples=1"]
+    assert main([*golden_arguments, *arguments, f"--output={tmp_path / 'out'}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "nearly singular Gram matrix" in line]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("iterations", "0"), ("schedule", "slow"), ("damping", "-1"), ("damping", "nan")]
+)
+def test_bad_options_of_a_solver_are_one_line(option, value, golden_arguments, tmp_path, capsys):
+    assert main([*golden_arguments, *ALPS, f"--pruning.solver.{option}={value}", f"--output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--pruning.solver.{option} {value}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

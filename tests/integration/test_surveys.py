@@ -12,9 +12,10 @@ from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruneCallback
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from lvlm_prune.methods.allocation import DASAllocation, ECoFLaPAllocation, OWLAllocation
+from lvlm_prune.methods.allocation import DASAllocation, ECoFLaPAllocation, KLAllocation, OWLAllocation
 from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.methods.scorers import MagnitudeScorer
+from lvlm_prune.methods.solvers import ALPSSolver
 from lvlm_prune.methods.survey import surveyed_samples
 from tests.conftest import GOLDEN
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
@@ -76,7 +77,7 @@ def test_a_survey_sees_each_sample_once_per_block_as_the_dense_model_computes_it
     assert dict(zip(onlooker.seen, onlooker.sums)) == dict(expected)
 
 
-ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation"]
+ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocation"]
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -84,7 +85,7 @@ def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
     allocation, golden_arguments, tmp_path, monkeypatch, capsys
 ):
     arguments = [*golden_arguments, f"--pruning.allocation={allocation}"]
-    if allocation == "ECoFLaPAllocation":
+    if allocation in ("ECoFLaPAllocation", "KLAllocation"):
         arguments.append("--pruning.allocation.samples=2")
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
     folder = tmp_path / "interrupted"
@@ -121,7 +122,9 @@ def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2)])
+@pytest.mark.parametrize(
+    "make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2), lambda: KLAllocation(samples=2)]
+)
 def test_every_family_can_be_surveyed(make, family):
     """A sample with an image and one of text alone, in decoders that skip blocks, add features or share experts."""
     model = tiny_model(family)
@@ -134,13 +137,15 @@ def test_every_family_can_be_surveyed(make, family):
     assert min(pruning.targets.values()) < 0.5 < max(pruning.targets.values())
 
 
-@pytest.mark.parametrize("make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2)])
+@pytest.mark.parametrize(
+    "make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2), lambda: KLAllocation(samples=2)]
+)
 def test_streamed_and_in_memory_allocate_alike(make, golden_arguments, tmp_path):
     model, allocation = golden_model(), make()
     pruning = BlockwisePruning(pool=MixedPool(), allocation=allocation)
     lvlm_prune.prune(model, SOURCE, pruning)
     arguments = [*golden_arguments, "--pruning.pool=MixedPool", f"--pruning.allocation={type(allocation).__name__}"]
-    if isinstance(allocation, ECoFLaPAllocation):
+    if isinstance(allocation, (ECoFLaPAllocation, KLAllocation)):
         arguments.append("--pruning.allocation.samples=2")
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
     streamed = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -273,3 +278,62 @@ def test_custom_sparsities_from_a_configuration_file(golden_arguments, tmp_path)
         else:
             assert entry["target"] > 0.5
     assert main(["prune", f"--config={tmp_path / 'out' / 'config.yaml'}", f"--output={tmp_path / 'again'}"]) == 0
+
+
+# ---- KL --------------------------------------------------------------------------------------------------------------
+def test_kl_says_its_cost_and_keeps_to_it(golden_arguments, tmp_path, capsys):
+    """Two samples, 4 blocks of 7 Linears, 3 levels: 84 changes, each through its block and those after it."""
+    arguments = [*golden_arguments, "--pruning.allocation=KLAllocation", "--pruning.allocation.samples=2"]
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("KL: "))
+    assert line.startswith("KL: 436 block forwards and 168 divergences per process, about ")
+    survey = json.loads((tmp_path / "out" / "pruning.json").read_text())["survey"]
+    # Every sample goes once more through each block, as in every survey.
+    assert survey["block_forwards"] == 436 + 2 * 4
+    assert len(survey["allocation"]["kl"]) == 28
+    assert all(len(values) == 3 for values in survey["allocation"]["kl"].values())
+
+
+@pytest.mark.parametrize("groups", ["kind", "block"])
+def test_kl_of_groups_of_linears(groups):
+    model = golden_model()
+    pruning = BlockwisePruning(pool=MixedPool(), allocation=KLAllocation(samples=2, groups=groups), sparsity=0.6)
+    manifest = lvlm_prune.prune(model, SOURCE, pruning)
+    assert len(manifest["survey"]["allocation"]["kl"]) == {"kind": 8, "block": 4}[groups]
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_kl_tries_the_methods_own_solver_and_leaves_the_dense_model_as_it_was(monkeypatch):
+    """The survey's solves are those of the method, on its own statistics; afterwards every weight is what it was."""
+    solved, before = [], golden_model().state_dict()
+
+    class Watched(ALPSSolver):
+        def quick(self):
+            return self
+
+        def solve(self, problem):
+            solved.append((problem.name, problem.sparsity))
+            return super().solve(problem)
+
+    def compare(self, trainer, pl_module):
+        for name, weight in pl_module.model.state_dict().items():
+            assert torch.equal(weight, before[name]), name
+
+    monkeypatch.setattr(PluginSurvey, "on_survey_restored", compare)
+    monkeypatch.setattr(BlockwisePruning, "on_block_start", lambda *_, **__: 1 // 0)
+    pruning = BlockwisePruning(pool=MixedPool(), solver=Watched(), allocation=KLAllocation(samples=2), sparsity=0.6)
+    with pytest.raises(ZeroDivisionError):
+        lvlm_prune.prune(golden_model(), SOURCE, pruning)
+    assert len(solved) == 28 * 3
+    assert {round(sparsity, 6) for _, sparsity in solved} == {0.45, 0.6, 0.7}
+
+
+def test_kl_gives_more_where_the_answers_hang_on_it():
+    """A block whose output is scaled down to nothing can lose nearly everything."""
+    model = golden_model()
+    layer = model.model.language_model.layers[2]
+    layer.mlp.down_proj.weight.data *= 1e-4
+    pruning = BlockwisePruning(pool=MixedPool(), allocation=KLAllocation(samples=4), sparsity=0.6)
+    lvlm_prune.prune(model, SOURCE, pruning)
+    name = next(name for name in pruning.targets if "layers.2" in name and name.endswith("up_proj"))
+    assert pruning.targets[name] == pytest.approx(0.75, abs=1e-3)

@@ -4,6 +4,7 @@ from lvlm_prune.methods.allocation.base import Allocation
 from lvlm_prune.methods.allocation.custom import CustomAllocation
 from lvlm_prune.methods.allocation.das import DASAllocation
 from lvlm_prune.methods.allocation.ecoflap import ECoFLaPAllocation
+from lvlm_prune.methods.allocation.kl import KLAllocation
 from lvlm_prune.methods.allocation.owl import OWLAllocation
 from lvlm_prune.methods.allocation.uniform import UniformAllocation
 
@@ -12,6 +13,7 @@ __all__ = [
     "CustomAllocation",
     "DASAllocation",
     "ECoFLaPAllocation",
+    "KLAllocation",
     "OWLAllocation",
     "UniformAllocation",
 ]

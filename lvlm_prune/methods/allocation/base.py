@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+from lvlm_prune.methods.patterns import Pattern
+from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.survey import Surveyor
 
 
@@ -34,6 +36,15 @@ class Allocation(Surveyor, ABC):
 
         Raises:
             ValueError: For example, the target cannot be reached under the allocation's maximum.
+        """
+
+    def use_method(self, solver: Solver, pattern: Pattern, sparsity: float) -> None:
+        """Not required: learn, before a survey, how and how much is going to be pruned.
+
+        Args:
+            solver: What prunes each Linear.
+            pattern: Which weights may go together.
+            sparsity: Target share of zeros over all Linears.
         """
 
     @abstractmethod

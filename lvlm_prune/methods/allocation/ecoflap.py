@@ -78,7 +78,7 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         losses = samples * sum(changes)
         block_seconds, loss_seconds = remaining.seconds()
         seconds = forwards * block_seconds + losses * loss_seconds
-        return f"ECoFLaP: {forwards} block forwards and {losses} losses per process, about {_readable(seconds)}"
+        return f"ECoFLaP: {forwards} block forwards and {losses} losses per process, about {readable_seconds(seconds)}"
 
     def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """Losses of each sample with each Linear of the block moved there and back."""
@@ -124,18 +124,18 @@ class ECoFLaPAllocation(WaterFillingAllocation):
 
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:
         """Water-filling over the attention and the MLP of each block."""
-        groups = {name: f"{block_of(name)}/{'attention' if _in_attention(name) else 'MLP'}" for name in shapes}
+        groups = {name: f"{block_of(name)}/{'attention' if in_attention(name) else 'MLP'}" for name in shapes}
         scores = {name: self._importance[name] for name in shapes}
         return self.fill(scores, shapes, groups, sparsity)
 
 
-def _in_attention(name: str) -> bool:
+def in_attention(name: str) -> bool:
     """Whether a Linear belongs to its block's attention, or to what stands in for it (`linear_attn`, `mixer`)."""
     inside = name.removeprefix(block_of(name))
     return any(word in inside for word in ("attn", "attention", "mixer"))
 
 
-def _readable(seconds: float) -> str:
+def readable_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

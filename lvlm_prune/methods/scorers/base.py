@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lvlm_prune.methods.contract import checked_score
 from lvlm_prune.methods.patterns import IN_CACHES, Group, Pattern, ZeroCount
+from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver
 from lvlm_prune.methods.statistics import Statistic
 
 
@@ -60,6 +61,10 @@ class Scorer(ABC):
             )
         return weight.masked_fill(mask, 0.0), mask
 
+    def solver(self) -> Solver:
+        """Not required: what prunes by this scorer where no `pruning.solver` is named; default: `MaskSolver`."""
+        return MaskSolver(self)
+
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """Bytes that `prune` takes beside weight and mask, for the plan.
 
@@ -104,3 +109,54 @@ class Scorer(ABC):
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """One line about the whole run out of the notes of its Linears (by full name); empty where all is well."""
         return ""
+
+
+class MaskSolver(Solver):
+    """Prunes by the scores of a scorer, and leaves what stays as it is. What prunes where no solver is named.
+
+    Args:
+        scorer: How important each weight is.
+
+    Example:
+        >>> from lvlm_prune.methods.patterns import Unstructured
+        >>> from lvlm_prune.methods.scorers import MagnitudeScorer
+        >>> problem = LinearProblem(torch.tensor([[-1.0, 2.0]]), None, 0.5, Unstructured())
+        >>> MaskSolver(MagnitudeScorer()).solve(problem).weight
+        tensor([[0., 2.]])
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.statistic, self.updates_weights, self.group = scorer.statistic, scorer.updates_weights, scorer.group
+
+    def solve(self, problem: LinearProblem) -> Solution:
+        """See `Solver.solve`."""
+        weight, mask = self.scorer.prune(problem.weight, problem.statistic, problem.sparsity, problem.pattern)
+        return Solution(weight, mask, self.scorer.notes(problem.statistic, mask, problem.sparsity))
+
+    def score(self, problem: LinearProblem, rows: slice) -> Tensor:
+        """The scorer's."""
+        in_part = self.scorer.by_row and self.scorer.group == "row"
+        seen = problem.weight[rows] if in_part else problem.weight
+        score = checked_score(self.scorer, self.scorer.score(seen, problem.statistic), seen)
+        return score if in_part else score[rows]
+
+    def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
+        """The scorer's."""
+        return self.scorer.working_bytes(shape, itemsize, on_gpu)
+
+    def cost(self, rows: int, columns: int) -> float:
+        """The scorer's."""
+        return self.scorer.cost(rows, columns)
+
+    def check(self, pattern: Pattern) -> None:
+        """The scorer's."""
+        self.scorer.check(pattern)
+
+    def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
+        """The scorer's."""
+        return self.scorer.expected_zeros(shape, sparsity, pattern)
+
+    def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
+        """The scorer's."""
+        return self.scorer.summary(notes)

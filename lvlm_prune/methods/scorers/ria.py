@@ -45,10 +45,12 @@ class RIAScorer(Scorer):
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
         """Importance, float32 of shape (C_out, C_in)."""
-        assert isinstance(statistic, ChannelNorm)
+        assert statistic is not None
+        norms = statistic.squared_norms()
+        assert norms is not None
         magnitude = weight.float().abs()
         # A row or column of zeros has no shares to give: its weights score 0, not NaN.
         tiny = torch.finfo(torch.float32).tiny
         of_row = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
         of_column = magnitude / magnitude.sum(dim=0).clamp(min=tiny)
-        return (of_row + of_column) * statistic.value.sqrt().pow(self.exponent).float()
+        return (of_row + of_column) * norms.sqrt().pow(self.exponent).float()

@@ -1,24 +1,16 @@
-"""SparseGPT: prune a weight and let the remaining ones make up for it (ICML 2023, arXiv 2301.00774).
-
-columns    ░░░░░░░░│▓▓▓▓▓▓▓▓│············      ░ done   ▓ this column block   · later ones
-                    mask of the block; then, column by column, the error of what goes
-                    is spread over the columns to its right: at once inside the block,
-                    in one product over all later blocks when the block is done
-"""
+"""SparseGPT, named as a scorer: see `lvlm_prune.methods.solvers.SparseGPTSolver`, which does the work."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount, kth_lowest
+from lvlm_prune.methods.patterns import Pattern, ZeroCount
 from lvlm_prune.methods.scorers.base import Scorer
+from lvlm_prune.methods.solvers.base import LinearProblem, Solver
+from lvlm_prune.methods.solvers.sparsegpt import SparseGPTSolver, damping_notes, obs_score
 from lvlm_prune.methods.statistics import Gram, Statistic
-
-# Columns that get the error of a column at once; a product over the rest of the block follows.
-_NEXT_COLUMNS = 32
 
 
 class SparseGPTScorer(Scorer):
@@ -41,6 +33,7 @@ class SparseGPTScorer(Scorer):
         ValueError: `block_size` is not positive; `damping` is negative or not finite.
 
     Example:
+        >>> import torch
         >>> from lvlm_prune.methods.patterns import Unstructured
         >>> gram = Gram(2)
         >>> gram.add(torch.tensor([[1.0, 1.0], [1.0, 1.1]]), torch.ones(2))
@@ -61,123 +54,42 @@ class SparseGPTScorer(Scorer):
             raise ValueError(f"`damping` {damping}: must be a finite number, 0 or larger")
         self.block_size = block_size
         self.damping = damping
+        self._solver = SparseGPTSolver(block_size, damping)
+
+    def solver(self) -> Solver:
+        """`SparseGPTSolver` with the same options."""
+        return self._solver
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
         """Importance before any weight is updated, float32 of shape (C_out, C_in)."""
         assert isinstance(statistic, Gram)
         factor = statistic.inverse_factor(self.damping)
-        return _score(weight.float().masked_fill(factor.dead, 0.0), factor.upper)
+        return obs_score(weight.float().masked_fill(factor.dead, 0.0), factor.upper)
 
     def prune(
         self, weight: Tensor, statistic: Statistic | None, sparsity: float, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         """See `Scorer.prune`; a Linear whose target is 0 stays as it is."""
-        assert isinstance(statistic, Gram)
-        if sparsity == 0:
-            return weight, torch.zeros_like(weight, dtype=torch.bool)
-        factor = statistic.inverse_factor(self.damping)
-        updated = weight.float().masked_fill(factor.dead, 0.0)
-        mask = torch.zeros_like(updated, dtype=torch.bool)
-        for columns in self._column_blocks(weight.shape[1], pattern):
-            within = factor.upper[columns, columns]
-            values, gone = _prune_columns(updated[:, columns], within, sparsity, pattern)
-            error = values * gone / within.diagonal()
-            updated[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
-            updated[:, columns], mask[:, columns] = values, gone
-        mask |= factor.dead
-        # Adding zero turns a weight that vanishes as -0.0 in the model's dtype into +0.0.
-        return updated.to(weight.dtype).masked_fill_(mask, 0.0).add_(0.0), mask
+        solution = self._solver.solve(LinearProblem(weight, statistic, sparsity, pattern))
+        return solution.weight, solution.mask
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
-        """See `Scorer.working_bytes`: the weight in float32 and in its own dtype, or the factor in float64."""
-        rows, width = shape
-        copies = 4 if itemsize == 4 else 4 + itemsize
-        return max(rows * (width * copies + self.block_size * 40), 8 * width**2)
+        """See `Scorer.working_bytes`."""
+        return self._solver.working_bytes(shape, itemsize, on_gpu)
 
     def cost(self, rows: int, columns: int) -> float:
-        """One factorisation for all of them, then an update per row and column."""
-        return float(rows + columns) * columns**2
-
-    def _column_blocks(self, width: int, pattern: Pattern) -> list[slice]:
-        size = self.block_size
-        if isinstance(pattern, SemiStructured):
-            size = _multiple(size, pattern.group_size)
-        return [slice(start, min(start + size, width)) for start in range(0, width, size)]
+        """See `Scorer.cost`."""
+        return self._solver.cost(rows, columns)
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
-        """One more than `floor(n * sparsity)` per column block, or N:M; ties and dead columns add to it."""
-        rows, width = shape
-        if sparsity == 0:
-            return []
-        if isinstance(pattern, SemiStructured):
-            return [ZeroCount(pattern.group_size, pattern.group_size - pattern.keep)]
-        counts = []
-        for columns in self._column_blocks(width, pattern):
-            size = rows * (columns.stop - columns.start)
-            counts.append(ZeroCount(size, int(size * sparsity) + 1, columns=columns))
-        return counts
+        """See `SparseGPTSolver.expected_zeros`."""
+        return self._solver.expected_zeros(shape, sparsity, pattern)
 
     def notes(self, statistic: Statistic | None, mask: Tensor, sparsity: float) -> dict[str, Any]:
         """`damping` where it had to be raised, and the number of `dead_columns` where there are any."""
         assert isinstance(statistic, Gram)
-        if sparsity == 0:
-            return {}
-        factor = statistic.inverse_factor(self.damping)
-        notes: dict[str, Any] = {}
-        if factor.damping != self.damping:
-            notes["damping"] = factor.damping
-        if factor.dead_channels:
-            notes["dead_columns"] = factor.dead_channels
-        return notes
+        return damping_notes(statistic.inverse_factor(self.damping), self.damping) if sparsity > 0 else {}
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """How many Gram matrices were singular, and the largest damping that one needed."""
-        raised = {name: note["damping"] for name, note in notes.items() if "damping" in note}
-        if not raised:
-            return ""
-        worst = max(raised, key=lambda name: raised[name])
-        return (
-            f"singular Gram matrix at {len(raised)} Linears: damping raised from {self.damping:g} to "
-            f"{raised[worst]:g} at most ({worst})"
-        )
-
-
-def _multiple(size: int, group_size: int) -> int:
-    """The largest multiple of the group size up to `size`, but at least one group."""
-    return max(size // group_size, 1) * group_size
-
-
-def _score(weight: Tensor, upper: Tensor) -> Tensor:
-    return (weight / upper.diagonal()).square()
-
-
-def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Values of one block of columns, each as it was when its turn came, and which of them go.
-
-    Args:
-        weight: The block, float32 of shape (C_out, block size), earlier blocks' errors already spread over it.
-        upper: The block's part of U, float32 of shape (block size, block size).
-        sparsity: Share of the block's weights that go.
-        pattern: Over the whole block, or over every M consecutive columns once they are up to date.
-    """
-    # Transposed, a column is contiguous. Its error goes at once to the few columns that come next, and together with
-    # theirs to the rest of the block: rank-1 updates of the whole block would be all memory traffic.
-    columns = weight.T.contiguous()
-    spread = upper / upper.diagonal()[:, None]
-    if isinstance(pattern, SemiStructured):
-        gone = torch.zeros_like(columns)
-    else:
-        score = _score(weight, upper)
-        gone = (score <= kth_lowest(score.reshape(1, -1), int(score.numel() * sparsity) + 1)).float().T.contiguous()
-    few = _NEXT_COLUMNS
-    if isinstance(pattern, SemiStructured):
-        few = _multiple(few, pattern.group_size)
-    for start in range(0, len(columns), few):
-        end = min(start + few, len(columns))
-        for index in range(start, end):
-            if isinstance(pattern, SemiStructured) and index % pattern.group_size == 0:
-                group = slice(index, index + pattern.group_size)
-                gone[group] = pattern.mask(_score(columns[group].T, upper[group, group]), sparsity).T
-            columns[index + 1 : end].addr_(spread[index, index + 1 : end], columns[index] * gone[index], alpha=-1)
-        columns[end:] -= spread[start:end, end:].T @ (columns[start:end] * gone[start:end])
-    return columns.T, gone.T.bool()
+        return self._solver.summary(notes)

@@ -43,8 +43,10 @@ class WandaScorer(Scorer):
 
     def score(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
         """Importance, float32 of shape (C_out, C_in)."""
-        assert isinstance(statistic, ChannelNorm)
-        return weight.float().abs() * statistic.value.float().sqrt()
+        assert statistic is not None
+        norms = statistic.squared_norms()
+        assert norms is not None
+        return weight.float().abs() * norms.float().sqrt()
 
     def prune(
         self, weight: Tensor, statistic: Statistic | None, sparsity: float, pattern: Pattern

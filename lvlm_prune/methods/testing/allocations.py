@@ -13,6 +13,7 @@ from torch import nn
 
 from lvlm_prune.methods.allocation.base import Allocation
 from lvlm_prune.methods.contract import PluginFault, name_of
+from lvlm_prune.methods.statistics import Gram
 from lvlm_prune.methods.survey import SumOverProcesses, Surveyor
 from lvlm_prune.methods.testing.samples import (
     CHANNELS,
@@ -27,6 +28,7 @@ from lvlm_prune.methods.testing.samples import (
 _BLOCKS = ("model.layers.0", "model.layers.1")
 _LINEARS = {"self_attn.q_proj": (CHANNELS, CHANNELS), LINEAR: (2 * CHANNELS, CHANNELS)}
 _SHAPES = {f"{block}.{name}": shape for block in _BLOCKS for name, shape in _LINEARS.items()}
+_SAMPLES = 4
 _TARGETS = (0.3, 0.5, 0.6)
 
 
@@ -60,14 +62,14 @@ def check_allocation(make: Callable[[], Allocation]) -> None:
 def check_survey(make: Callable[[], Any]) -> Mapping[str, Any]:
     """Findings of a survey: plain data, and the same for any number of processes."""
     where = f"{name_of(make())}.survey_end"
-    together = survey_of(make(), range(4), alone)
+    together = survey_of(make(), range(_SAMPLES), alone)
     try:
         restored = json.loads(json.dumps(together, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise PluginFault(f"{where}: {together!r} is no plain data for the manifest ({error})") from None
-    if not _same(together, survey_of(make(), range(4), alone)):
+    if not _same(together, survey_of(make(), range(_SAMPLES), alone)):
         raise PluginFault(f"{where}: another answer to the same question")
-    for found in on_two_processes(lambda rank, total: survey_of(make(), range(rank, 4, 2), total)):
+    for found in on_two_processes(lambda rank, total: survey_of(make(), range(rank, _SAMPLES, 2), total)):
         if not _same(together, found):
             raise PluginFault(f"{where}: {found} on one of two processes, {together} on a single one")
     return restored
@@ -84,6 +86,12 @@ def survey_of(plugin: Surveyor, samples: Iterable[int], sum_over_processes: SumO
         if place == 0 and plugin.wants_survey_losses:
             plugin.announce_survey({block: list(linears) for block in _BLOCKS}, remaining)
         plugin.survey_block_start(block, linears, remaining)
+        if plugin.wants_survey_statistics:
+            # Summed over all processes already, so that of every sample.
+            statistic = Gram(CHANNELS)
+            for sample in range(_SAMPLES):
+                statistic.add(_inputs(sample, 8), torch.ones(8, dtype=torch.bool))
+            plugin.survey_block_changes(block, linears, dict.fromkeys(linears, statistic), remaining)
         for sample in samples:
             tokens = make_tokens(sample, needs=plugin.survey_needs)
             inputs = {name: _inputs(sample, len(tokens.visual)) for name in linears}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +102,24 @@ class FewBlocks:
                     total = sum((inputs @ linear.weight.T.float()).square().mean() for linear in self._linears.values())
                 found.setdefault(sample, []).append(float(total))
         return found
+
+    @torch.no_grad()
+    def answers(self) -> dict[int, Tensor]:
+        return {sample: torch.cat(list(self._outputs(sample)), dim=1) for sample in self._samples}
+
+    @torch.no_grad()
+    def divergences(self, changes: Any, dense: Mapping[int, Tensor]) -> dict[int, list[float]]:
+        found: dict[int, list[float]] = {}
+        for sample in self._samples:
+            for change in changes:
+                with change(sample):
+                    moved = torch.cat(list(self._outputs(sample)), dim=1) - dense[sample]
+                found.setdefault(sample, []).append(float(moved.square().mean()))
+        return found
+
+    def _outputs(self, sample: int) -> Iterable[Tensor]:
+        inputs = torch.randn(4, CHANNELS, generator=torch.Generator().manual_seed(sample))
+        return (inputs @ linear.weight.T.float() for linear in self._linears.values())
 
     def seconds(self) -> tuple[float, float]:
         return (0.01, 0.01) if self._samples else (0.0, 0.0)

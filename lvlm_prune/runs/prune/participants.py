@@ -65,6 +65,10 @@ class Participants:
         """Whether a block's activations are wanted before it is pruned."""
         return any(getattr(callback, "wants_activations", False) for callback in self._callbacks)
 
+    def survey_gathers(self) -> bool:
+        """Whether activations of the dense model's blocks are wanted in the survey, before its samples pass on."""
+        return any(getattr(callback, "wants_survey_activations", False) for callback in self.surveying())
+
     def surveying(self) -> list[Callback]:
         """Those that want a survey of the dense model."""
         return [callback for callback in self._callbacks if getattr(callback, "wants_survey", False)]
@@ -95,7 +99,7 @@ class Participants:
             return None
         return MemoryDemand(
             pruning.pool if pruning.wants_activations else None,
-            pruning.scorer,
+            pruning.chosen_solver,
             self.needs(),
             bool(self.surveying()),
             self.survey_needs(),

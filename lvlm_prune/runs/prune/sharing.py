@@ -17,7 +17,8 @@ from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.loop.catching import CaughtSamples
 
 # Of the options of `BlockwisePruning`: what is done with a survey, and plugins, which count where they want one.
-_NOT_SURVEYED = {"sparsity", "pattern", "pool", "scorer", "allocation", "record", "name"}
+_NOT_SURVEYED = {"sparsity", "pattern", "pool", "scorer", "solver", "allocation", "record", "name"}
+_OF_METHOD = {"sparsity", "pattern", "pool", "scorer", "solver"}
 
 
 @dataclass
@@ -43,12 +44,13 @@ class SharedCalibration:
         return copy.deepcopy(self.surveys.get(key))
 
 
-def survey_key(pruning: Mapping[str, Any], plugins: Iterable[str]) -> str:
+def survey_key(pruning: Mapping[str, Any], plugins: Iterable[str], of_method: bool = False) -> str:
     """What a survey of the dense model depends on, besides model and samples.
 
     Args:
         pruning: Options of `BlockwisePruning` as plain data.
         plugins: Which of them are plugins that want the survey.
+        of_method: Whether what they find depends on how, and how much, is going to be pruned.
     """
-    wanted = set(plugins) | (pruning.keys() - _NOT_SURVEYED)
+    wanted = set(plugins) | (pruning.keys() - _NOT_SURVEYED) | (pruning.keys() & _OF_METHOD if of_method else set())
     return json.dumps({name: pruning[name] for name in sorted(wanted)}, sort_keys=True)

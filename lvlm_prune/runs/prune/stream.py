@@ -99,7 +99,9 @@ class CalibrationStream:
         counts = [getattr(callback, "survey_samples", None) for callback in self._participants.surveying()]
         wanted = frozenset().union(*(surveyed_samples(count, run.samples.numbers) for count in counts))
         rows = [row for row in run.samples.rows if row.sample in wanted]
-        loop = self._loop(self._model.parts[-1], run.weights, rows, self._participants.survey_needs).fork()
+        asking = self._participants
+        part, needs, gathers = self._model.parts[-1], asking.survey_needs, asking.survey_gathers
+        loop = self._loop(part, run.weights, rows, needs, gathers).fork()
         self._raise_hook("on_survey_start")
         forwards = run.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
         record["survey"] |= {"block_forwards": int(forwards.item()), "seconds": clock.lap()}
@@ -110,29 +112,39 @@ class CalibrationStream:
     def _survey_key(self) -> str | None:
         """What the survey depends on; None where that is not known."""
         asking = self._participants.surveying()
-        plugins = [name for callback in asking if isinstance(callback, PluginSurvey) for name in callback.surveyors]
+        surveyors = {
+            name: plugin
+            for callback in asking
+            if isinstance(callback, PluginSurvey)
+            for name, plugin in callback.surveyors.items()
+        }
         options = self._run.config.get("pruning")
         if options is None or not all(isinstance(callback, PluginSurvey) for callback in asking):
             return None
-        return survey_key(options, plugins)
+        return survey_key(options, surveyors, any(plugin.survey_depends_on_method for plugin in surveyors.values()))
 
     def prune(self, part: Part) -> None:
         """Take the samples through the blocks at which they wait; those that an interrupted run finished stay."""
         weights = self._weights_of(part)
         rows = self._run.samples.rows if self._participants.gathers() else []
         done = [index - part.first for index in self._run.record.finished_blocks() if index in part.numbers]
-        loop = self._loop(part, weights, rows, self._participants.needs)
+        loop = self._loop(part, weights, rows, self._participants.needs, self._participants.gathers)
         loop.run(done, load_done=lambda place: weights.load_block(place, self._written()))
 
     def _loop(
-        self, part: Part, weights: Weights, rows: Sequence[SampleRow], needs: Callable[[], frozenset[str]]
+        self,
+        part: Part,
+        weights: Weights,
+        rows: Sequence[SampleRow],
+        needs: Callable[[], frozenset[str]],
+        gathers: Callable[[], bool],
     ) -> BlockLoop:
         return BlockLoop(
             part,
             weights,
             rows,
             raise_hook=self._raise_hook,
-            gathers=self._participants.gathers,
+            gathers=gathers,
             needs=needs,
             agree=self._run.processes.agree,
             placement=self._run.memory.placement,

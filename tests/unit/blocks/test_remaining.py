@@ -76,3 +76,27 @@ def test_streamed_losses_are_those_in_memory(family: str, held: int, tmp_path: P
     weights.release_block(1)
     head = runner.model.get_output_embeddings()  # type: ignore[operator]
     assert head.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divergences_are_those_of_the_whole_models_answers(family: str) -> None:
+    """From the input of a block in the middle on, or by the model's own forward with the same changed weight."""
+    model = tiny_model(family)
+    inputs = make_inputs(family, model, [Sample(3, 0, 7)])
+    runner = BlockRunner(model)
+    batch = runner.catch(inputs)
+    runner.advance(0, batch)
+    assert batch.input_ids is not None
+    predicted = batch.input_ids[0] > 2
+    tail = RemainingDecoderBlocks(runner, ResidentWeights(), [WaitingSample(0, batch, 0, predicted)], 1)
+    linear = [module for module in runner.block(1).modules() if isinstance(module, nn.Linear)][-1]
+    change = scaled(linear.weight, 0.5)
+    found = tail.divergences([change, scaled(linear.weight, 1.0)], tail.answers())[0]
+    with torch.no_grad():
+        before = model(**inputs).logits[0].float().log_softmax(-1)
+        with change(0):
+            after = model(**inputs).logits[0].float().log_softmax(-1)
+    at = predicted[1:].nonzero().flatten()
+    expected = (before[at].exp() * (before[at] - after[at])).sum(dim=-1).mean().item()
+    assert found[0] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert abs(found[1]) < 1e-7

@@ -16,7 +16,7 @@ def footprint(tmp_path):
     tiny_model("qwen2_vl").save_pretrained(tmp_path)
     module = LVLMModule(str(tmp_path))
     module.open()
-    method = MemoryDemand(MixedPool(), WandaScorer(), frozenset(), True, frozenset(), True)
+    method = MemoryDemand(MixedPool(), WandaScorer().solver(), frozenset(), True, frozenset(), True)
     batch = BatchSize.of({"input_ids": torch.ones(1, 50, dtype=torch.int64)}, module.model.config, ["image"])
 
     def predict(device: str) -> Footprint:

@@ -8,6 +8,7 @@ from lvlm_prune.methods.allocation import (
     CustomAllocation,
     DASAllocation,
     ECoFLaPAllocation,
+    KLAllocation,
     OWLAllocation,
     UniformAllocation,
 )
@@ -63,6 +64,8 @@ PLUGINS = [
     DASAllocation("per_block", aggregate="avg"),
     OWLAllocation(),
     ECoFLaPAllocation(),
+    KLAllocation(),
+    KLAllocation(groups="kind", levels=[0.4, 0.7]),
     CustomAllocation({"*.q_proj": 0.4}),
     Unstructured(),
     SemiStructured(2, 4),

@@ -1,0 +1,8 @@
+"""Solvers: what goes from a Linear, and which values the weights that stay get."""
+
+from lvlm_prune.methods.solvers.alps import ALPSSolver
+from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver
+from lvlm_prune.methods.solvers.refit import RefitSolver
+from lvlm_prune.methods.solvers.sparsegpt import SparseGPTSolver
+
+__all__ = ["ALPSSolver", "LinearProblem", "RefitSolver", "Solution", "Solver", "SparseGPTSolver"]

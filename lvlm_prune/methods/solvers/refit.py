@@ -1,0 +1,171 @@
+"""Exact refit: the weights that stay become the best ones for their mask, by least squares on the Gram matrix.
+
+row of W   ▓▓▓▓▓▓▓▓        of the row's quadratic in all weights, the minimum over those that stay:
+mask       ░▓░▓▓░▓░        a system of its own for each row, all of them by conjugate gradients at once
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver, at_least, dense, sparse_weight
+from lvlm_prune.methods.solvers.scaling import UnitDiagonal, checked_damping, singular_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lvlm_prune.methods.patterns import Pattern, ZeroCount
+
+
+def conjugate_gradients(
+    target: Tensor, gram: Tensor, mask: Tensor, start: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, float]:
+    r"""Least squares over the weights that stay, all rows at once.
+
+    .. math:: \min_{V} \operatorname{tr} V H V^\top - 2 \operatorname{tr} V T^\top \quad\text{with}\quad
+              V_{ij} = 0 \;\text{where pruned}
+
+    which for :math:`T = W H` is the least squared distance :math:`\lVert (V - W) X \rVert_F` to the dense output. The
+    rows are systems of their own that share the product with H.
+
+    Args:
+        target: T, float of shape (C_out, C_in).
+        gram: H, symmetric, of shape (C_in, C_in), with a diagonal of ones or nearly so: nothing else preconditions.
+        mask: True where pruned, bool of shape (C_out, C_in).
+        start: Where to start; what lies under the mask does not matter.
+        iterations: At most so many products with H.
+        tolerance: Residual of each row, relative to its target, that is small enough.
+
+    Returns:
+        The weights, zero where the mask is True, and the largest relative residual of a row.
+    """
+    found = start.masked_fill(mask, 0.0)
+    scale = target.masked_fill(mask, 0.0).square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    residual = (target - found @ gram).masked_fill_(mask, 0.0)
+    direction = residual.clone()
+    energy = residual.square().sum(dim=1, keepdim=True)
+    for _ in range(iterations):
+        if (energy / scale).max().sqrt() <= tolerance:
+            break
+        moved = (direction @ gram).masked_fill_(mask, 0.0)
+        curvature = (direction * moved).sum(dim=1, keepdim=True)
+        # A row that is solved, or whose channels are all dead, has no direction left.
+        step = torch.where(curvature > 0, energy / curvature, 0.0)
+        found += step * direction
+        residual -= step * moved
+        before, energy = energy, residual.square().sum(dim=1, keepdim=True)
+        direction = residual + torch.where(before > 0, energy / before, 0.0) * direction
+    return found, (energy / scale).max().sqrt().item()
+
+
+class RefitSolver(Solver):
+    r"""The mask of another solver, and for it the best values that there are.
+
+    .. math:: \min_{W'} \lVert (W' - W) X \rVert_F^2 + \lambda \, \overline{\mathrm{diag}(H)} \,
+              \lVert W' - W \rVert_F^2 \quad\text{with}\quad W'_{ij} = 0 \;\text{where pruned}
+
+    over the pool's tokens X, solved by conjugate gradients to a given residual: for each row the solution of its
+    normal equations :math:`H_{SS} w'_S = (w H)_S`. On the mask of Wanda or of ATV it is the best that a correction of
+    errors can make of that mask; on SparseGPT's it undoes the order of columns that SparseGPT has to follow.
+
+    Args:
+        start: Whose mask, and whose values to start from. Default: that of `pruning.scorer`.
+        damping: Lambda, share of the mean diagonal of H that is added to its diagonal.
+        iterations: At most so many products with H.
+        tolerance: Residual of each row, relative to its target, that is small enough; a Linear where it is not reached
+            is named in the manifest (`residual`): its Gram matrix is nearly singular.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> from lvlm_prune.methods.patterns import Unstructured
+        >>> from lvlm_prune.methods.scorers import MagnitudeScorer
+        >>> from lvlm_prune.methods.statistics import Gram
+        >>> gram = Gram(2)
+        >>> gram.add(torch.tensor([[1.0, 1.0], [1.0, 1.1]]), torch.ones(2))
+        >>> problem = LinearProblem(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), gram, 0.5, Unstructured())
+        >>> RefitSolver(MagnitudeScorer().solver(), damping=0.0).solve(problem).weight
+        tensor([[0.0000, 2.9502],
+                [0.0000, 6.8507]])
+    """
+
+    continues = True
+
+    def __init__(
+        self,
+        start: Solver | None = None,
+        damping: float = 0.01,
+        iterations: int = 200,
+        tolerance: float = 1e-5,
+    ) -> None:
+        if iterations < 1:
+            raise ValueError(f"`iterations` {iterations}: must be at least 1")
+        if not 0 < tolerance < 1:
+            raise ValueError(f"`tolerance` {tolerance}: must lie between 0 and 1")
+        self.start, self.damping = start, checked_damping(damping)
+        self.iterations, self.tolerance = iterations, tolerance
+
+    def starting_from(self, solver: Solver) -> Solver:
+        """See `Solver.starting_from`."""
+        return self if self.start is not None else RefitSolver(solver, self.damping, self.iterations, self.tolerance)
+
+    @property
+    def _first(self) -> Solver:
+        if self.start is None:
+            raise TypeError("whose mask is to be refit is not said: `start`, or `starting_from`")
+        return self.start
+
+    def solve(self, problem: LinearProblem) -> Solution:
+        """See `Solver.solve`."""
+        if problem.sparsity == 0:
+            return dense(problem)
+        begun = self._first.solve(problem)
+        scaled = UnitDiagonal(problem.gram, self.damping)
+        weight = scaled.weight(problem.weight)
+        values, residual = conjugate_gradients(
+            weight @ scaled.gram, scaled.gram, begun.mask, scaled.weight(begun.weight), self.iterations, self.tolerance
+        )
+        notes: dict[str, Any] = {**begun.notes, **scaled.notes()}
+        if residual > self.tolerance:
+            notes["residual"] = residual
+        return Solution(sparse_weight(scaled.unscaled(values), begun.mask, problem.weight), begun.mask, notes)
+
+    def quick(self) -> Solver:
+        """A tenth of the iterations."""
+        return RefitSolver(self.start, self.damping, max(self.iterations // 10, 1), self.tolerance)
+
+    def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
+        """Seven matrices of the weight's size in float32, and H; or what the first solver takes."""
+        return max(self._first.working_bytes(shape, itemsize, on_gpu), 4 * (7 * shape[0] * shape[1] + shape[1] ** 2))
+
+    def statistic_bytes(self, channels: int) -> int:
+        """The products alone, in float64; or what the first solver keeps."""
+        return max(self._first.statistic_bytes(channels), 8 * channels**2)
+
+    def cost(self, rows: int, columns: int) -> float:
+        """Products with H, beside what the first solver takes."""
+        return self._first.cost(rows, columns) + 30.0 * rows * columns**2
+
+    def check(self, pattern: Pattern) -> None:
+        """See `Solver.check`: what the first solver refuses."""
+        self._first.check(pattern)
+
+    def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
+        """What the first solver promises."""
+        return [at_least(count) for count in self._first.expected_zeros(shape, sparsity, pattern)]
+
+    def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
+        """How many Linears were not solved to the tolerance, and the worst of them."""
+        missed = {name: note["residual"] for name, note in notes.items() if "residual" in note}
+        lines = [self._first.summary(notes) or singular_line(notes)]
+        if missed:
+            worst = max(missed, key=lambda name: missed[name])
+            lines.append(
+                f"refit not exact at {len(missed)} Linears: residual up to {missed[worst]:.1e} ({worst}) "
+                f"where {self.tolerance:g} was asked"
+            )
+        return "; ".join(line for line in lines if line)

@@ -1,0 +1,92 @@
+"""KL allocation deals the target out where the divergences add up to the least."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from lvlm_prune.methods.allocation import KLAllocation
+from lvlm_prune.methods.allocation.kl import LogCurve, least_sum
+from lvlm_prune.methods.patterns import Unstructured
+from lvlm_prune.methods.scorers import WandaScorer
+
+LEVELS = [0.45, 0.6, 0.7]
+
+
+def curves_of(seed: int, count: int) -> list[LogCurve]:
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.rand(count, 3, generator=generator, dtype=torch.float64) * 2 + 0.05
+    return [LogCurve(LEVELS, (row.cumsum(0) - 6).exp().tolist()) for row in steps]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_exchange_between_two_groups_is_better(seed):
+    """At the least sum, moving weights from one group to another never pays."""
+    curves = curves_of(seed, 6)
+    sizes = [100, 300, 50, 200, 200, 150]
+    found = least_sum(curves, sizes, 0.6, 0.45, 0.75)
+    assert sum(size * value for size, value in zip(sizes, found)) / 1000 == pytest.approx(0.6, abs=1e-9)
+    assert all(0.45 - 1e-9 <= value <= 0.75 + 1e-9 for value in found)
+    total = sum(float(curve(torch.tensor([value]))) for curve, value in zip(curves, found))
+    for first, second in product(range(6), range(6)):
+        moved = list(found)
+        moved[first] += 2.0 / sizes[first]
+        moved[second] -= 2.0 / sizes[second]
+        if first != second and moved[second] >= 0.45 and moved[first] <= 0.75:
+            assert sum(float(curve(torch.tensor([value]))) for curve, value in zip(curves, moved)) > total * (1 - 1e-4)
+
+
+def test_groups_that_are_alike_get_alike():
+    found = least_sum([LogCurve(LEVELS, [0.1, 0.2, 0.4])] * 4, [100] * 4, 0.6, 0.45, 0.75)
+    assert max(found) - min(found) < 0.005
+
+
+def test_of_two_groups_with_the_same_divergence_the_larger_one_loses_more():
+    small, large = least_sum([LogCurve(LEVELS, [0.1, 0.2, 0.4])] * 2, [100, 400], 0.6, 0.45, 0.75)
+    assert small < 0.6 < large
+
+
+def test_more_goes_where_it_costs_less():
+    steep, flat = LogCurve(LEVELS, [0.1, 1.0, 10.0]), LogCurve(LEVELS, [0.1, 0.11, 0.12])
+    found = least_sum([steep, flat], [100, 100], 0.6, 0.5, 0.75)
+    assert found[0] < 0.6 < found[1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "together"),
+    [
+        ("linear", []),
+        ("kind", [("0.attn.q", "0.attn.o"), ("0.mlp.up", "0.mlp.down")]),
+        ("block", [("0.attn.q", "0.attn.o", "0.mlp.up", "0.mlp.down")]),
+    ],
+)
+def test_groups_get_one_sparsity(groups, together):
+    shapes = {f"{block}.{name}": (8, 8) for block in (0, 1) for name in ("attn.q", "attn.o", "mlp.up", "mlp.down")}
+    allocation = KLAllocation(groups=groups)
+    names = dict.fromkeys(allocation._group_of(name) for name in shapes)
+    kl = {name: [0.1, 0.2 + 0.05 * at, 0.4 + 0.3 * at] for at, name in enumerate(names)}
+    allocation.use_survey({"levels": LEVELS, "kl": kl})
+    found = allocation.allocate(shapes, 0.6)
+    assert sum(found.values()) / len(found) == pytest.approx(0.6, abs=1e-6)
+    assert len(names) == {"linear": 8, "kind": 4, "block": 2}[groups]
+    assert len(set(found.values())) > 1
+    for names in together:
+        assert len({found[name] for name in names}) == 1
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.8, 0.97])
+def test_levels_lie_around_the_target(sparsity):
+    allocation = KLAllocation()
+    allocation.use_method(WandaScorer().solver(), Unstructured(), sparsity)
+    assert len(allocation._tried) >= 2
+    assert all(0 < level < 1 for level in allocation._tried)
+    assert allocation._tried[0] <= sparsity <= allocation._tried[-1] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("samples", 0), ("levels", [0.5]), ("levels", [0.5, 1.0]), ("groups", "layer"), ("width", 0.0), ("width", 2.0)],
+)
+def test_options_that_make_no_sense_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"`{option}`"):
+        KLAllocation(**{option: value})
