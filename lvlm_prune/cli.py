@@ -1,6 +1,7 @@
 """The command line's first steps: what torch and transformers read from the environment when they are imported.
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
+lvlm-prune methods
 lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
 lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
 lvlm-prune compare FOLDER FOLDER --output DIR
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         print(f"lvlm-prune {__version__}")
+        return 0
+    if arguments == ["methods"]:
+        from lvlm_prune.recipes import recipes_table
+
+        print(recipes_table())
         return 0
     if arguments == ["reproduce"]:
         from lvlm_prune.runs.reproduce.listing import listing

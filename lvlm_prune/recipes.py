@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 
 from lvlm_prune.errors import InputError
@@ -27,6 +31,48 @@ def recipe_file(name: str) -> Path:
     """
     file = CONFIGS / "prune" / f"{name}.yaml"
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-        raise InputError("recipe", name, f"no such recipe; there are {known}")
+        close = get_close_matches(name, recipe_names(), n=1)
+        meant = f"; is {close[0]} meant?" if close else ""
+        raise InputError("method", name, f"no such recipe{meant} (`lvlm-prune methods` lists them)")
     return file
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in `configs/prune`, in alphabetical order."""
+    return sorted(path.stem for path in (CONFIGS / "prune").glob("*.yaml"))
+
+
+def recipes_table() -> str:
+    """Name of each recipe and what it is, a line each: the first sentence at the head of its file."""
+    width = max(map(len, recipe_names()))
+    lines = [f"{name:{width}}  {_first_sentence(recipe_file(name).read_text())}" for name in recipe_names()]
+    return "\n".join(lines)
+
+
+def _first_sentence(text: str) -> str:
+    comments = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    head = " ".join(line.removeprefix("#").strip() for line in comments) + " "
+    # What is in brackets (`Fig. 5`, `arXiv 1234: ...`) ends no sentence.
+    outside = re.sub(r"\([^)]*\)", lambda part: "_" * len(part[0]), head)
+    return head[: re.search(r"[.:;] ", outside).start()]  # type: ignore[union-attr]  # `head` ends in one
+
+
+def with_recipe(arguments: Sequence[str]) -> list[str]:
+    """A command line in which `prune --method atv` is written out as the recipe's file; what follows it overrides it.
+
+    Raises:
+        InputError: There is no such recipe.
+
+    Example:
+        >>> with_recipe(["prune", "--method", "wanda", "--pruning.sparsity", "0.6"])[:2]
+        ['prune', '--config']
+    """
+    written: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--method" or argument.startswith("--method="):
+            name = next(rest, "") if argument == "--method" else argument.removeprefix("--method=")
+            written[1:1] = ["--config", str(recipe_file(name))]
+        else:
+            written.append(argument)
+    return written

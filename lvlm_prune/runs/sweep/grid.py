@@ -28,6 +28,7 @@ from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
 from lvlm_prune.plugins import built_from, describe
+from lvlm_prune.recipes import recipe_file, recipe_names
 
 SPARSITY, PATTERN, SEED = "pruning.sparsity", "pruning.pattern", "data.seed"
 _DEFAULT_RECIPE = "default"
@@ -254,11 +255,11 @@ def _methods(recipes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _DEFAULT_RECIPE, {}
     seen: dict[str, str] = {}
     for pattern in recipes:
-        files = sorted(glob(pattern)) or [pattern]
+        files = sorted(glob(pattern)) or [str(recipe_file(pattern)) if pattern in recipe_names() else pattern]
         for file in files:
             path = Path(file)
             if not path.is_file():
-                raise InputError("recipes", pattern, "no such file")
+                raise InputError("recipes", pattern, "no such file, and no recipe of that name")
             try:
                 content = yaml.safe_load(path.read_text())
             except (yaml.YAMLError, UnicodeDecodeError):
