@@ -6,6 +6,7 @@ caches, multiplied, and unpacked over by the next ones.
 """
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ PACKED_TOKENS = {Level.PLAIN: 2, Level.AVX2: 16, Level.AVX512: 16}
 
 PIECE_BYTES = 2**22
 """Dense rows that are unpacked at once."""
+
+_OF_THREAD = threading.local()
 
 _LIBRARY = torch.library.Library("lvlm_prune", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor values, Tensor mask, Tensor? start, Tensor? bias, int rows) -> Tensor")
@@ -46,7 +49,25 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
         raise ValueError(f"`x` has {x.shape[-1]} features, but the packed matrix has {matrix.columns} columns")
     if x.device != matrix.device:
         raise ValueError(f"`x` is on {x.device}, but the packed matrix is on {matrix.device}")
+    if _plain(x) and (bias is None or _plain(bias)):
+        return _linear(*matrix.operands(x, bias))
     return torch.ops.lvlm_prune.packed_linear(*matrix.operands(x, bias))
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether only the result is wanted: going through the dispatcher of torch takes longer than a small product."""
+    no_gradient = not (tensor.requires_grad and torch.is_grad_enabled())
+    return no_gradient and type(tensor) in (Tensor, torch.nn.Parameter) and not _is_watched()
+
+
+def _is_watched() -> bool:
+    """Whether torch traces, transforms or intercepts operators here."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _linear(x: Tensor, values: Tensor, mask: Tensor, start: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
@@ -66,7 +87,7 @@ def _by_pieces(x: Tensor, values: Tensor, mask: Tensor, start: Tensor, bias: Ten
     dtype = _product_dtype(x.dtype, values.dtype)
     columns = x.shape[-1]
     at_once = max(PIECE_BYTES // (cpu.HEIGHT * columns * dtype.itemsize), 1)
-    piece = torch.empty(at_once * cpu.HEIGHT, columns, dtype=dtype)
+    piece = _workspace(at_once * cpu.HEIGHT * columns * dtype.itemsize).view(dtype).view(-1, columns)
     y, factor = x.new_empty(len(x), rows), x.to(dtype)
     for first in range(0, len(mask), at_once):
         groups = range(first, min(first + at_once, len(mask)))
@@ -75,6 +96,14 @@ def _by_pieces(x: Tensor, values: Tensor, mask: Tensor, start: Tensor, bias: Ten
         part = None if bias is None else bias[begin : begin + len(dense)].to(dtype)
         y[:, begin : begin + len(dense)] = functional.linear(factor, dense, part)
     return y
+
+
+def _workspace(nbytes: int) -> Tensor:
+    """Memory of this thread that is written over with every call: fresh memory costs more than unpacking to it."""
+    kept = getattr(_OF_THREAD, "workspace", None)
+    if kept is None or len(kept) < nbytes:
+        kept = _OF_THREAD.workspace = torch.empty(max(nbytes, PIECE_BYTES), dtype=torch.uint8)
+    return kept[:nbytes]
 
 
 def _product(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:

@@ -88,6 +88,24 @@ def test_a_compiled_model_has_the_operator_in_one_graph(kernels, monkeypatch, tm
         torch.testing.assert_close(compiled(x), packed_linear(x.relu(), matrix) + 1)
 
 
+def test_whoever_watches_operators_sees_this_one(kernels):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    matrix = PackedMatrix.from_dense(sparse(24, 70, 0.5, torch.float32))
+    x = activations(3, 70, dtype=torch.float32)
+    with Watch():
+        watched = packed_linear(x, matrix)
+    assert torch.ops.lvlm_prune.packed_linear.default in seen
+    assert same_bits(watched, packed_linear(x, matrix))
+
+
 def test_what_does_not_fit_is_refused():
     matrix = PackedMatrix.from_dense(sparse(24, 70, 0.5, torch.float32))
     with pytest.raises(ValueError, match="70 columns"):
