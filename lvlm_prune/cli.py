@@ -6,6 +6,8 @@ lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --outp
 lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
 lvlm-prune compare FOLDER FOLDER --output DIR
 lvlm-prune probe --model.path CHECKPOINT --probing.sparsities [0.5,0.6] --output DIR
+lvlm-prune pack --model.path PRUNED --output DIR
+lvlm-prune unpack --model.path PACKED --output DIR
 lvlm-prune sweep --recipes 'configs/prune/*.yaml' --grid '{pruning.sparsity: [0.5, 0.6]}' --seeds '[0, 1]' --output DIR
 lvlm-prune reproduce atv/table_2 --output DIR
 """

@@ -9,7 +9,7 @@ import yaml
 
 from lvlm_prune.errors import LVLMPruneError
 
-VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe")
+VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
 
 

@@ -35,6 +35,9 @@ _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": _QUIET | {"enable_checkpointing": False},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
+# Verbs that read and write folders, with nothing to train or to calibrate.
+_OF_FOLDERS = ("pack", "unpack")
+_WITHOUT_TRAINER = ("compare", *_OF_FOLDERS)
 # Options of `recover` that a method does not use.
 _LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
 
@@ -63,7 +66,8 @@ class LVLMCLI(LightningCLI):
     `probing` (ModalityProbe); for `recover`, whose data is a RecoveryDataModule, `lora` (SparseLoRA), `method`,
     `optimization`, `dense`, `distillation` and `reconstruction`; for `sweep`, `recipes`, `grid`, `seeds` and `engine`;
     for `evaluate`, which has no `data`, `baseline` and `engine`; for `reproduce`, which has none either, `table`,
-    `seeds`, `calibration`, `harness`, `engine` and `tasks`. `compare` has only `folders` and `output`.
+    `seeds`, `calibration`, `harness`, `engine` and `tasks`. `compare` has only `folders` and `output`; `pack` and
+    `unpack` have a few options of `model`, `output` and `resume`, and `pack` has `format`.
     """
 
     _verb: str
@@ -81,6 +85,8 @@ class LVLMCLI(LightningCLI):
         self._verb = subcommand
         if subcommand == "compare":
             return self._compare_parser(**kwargs)
+        if subcommand in _OF_FOLDERS:
+            return self._packing_parser(subcommand, **kwargs)
         self.trainer_defaults = _TRAINER_DEFAULTS[subcommand]
         data = RecoveryDataModule if subcommand == "recover" else CalibrationDataModule
         self.datamodule_class = self._datamodule_class = data
@@ -92,6 +98,18 @@ class LVLMCLI(LightningCLI):
         parser.add_argument("folders", nargs="+", type=str, help="Two or more output folders of prune and recover.")
         parser.add_argument("--output", type=str, default="", help="Folder for a page, the record and the table.")
         self._subcommand_method_arguments["compare"] = ["folders", "output"]
+        return parser
+
+    def _packing_parser(self, verb: str, **options: Any) -> LightningArgumentParser:
+        """A checkpoint folder in, another one out; no trainer and no data."""
+        parser = self.init_parser(**options)
+        parser.add_argument("--model.path", type=str, default="demo", help="Checkpoint folder or hub id.")
+        parser.add_argument("--model.revision", type=str, default="main", help="Branch, tag or commit of a hub id.")
+        if verb == "pack":
+            text = "Run modelling code that comes with the checkpoint."
+            parser.add_argument("--model.trust_remote_code", type=bool, default=False, help=text)
+        added = parser.add_method_arguments(LVLMTrainer, verb, skip={"model"})
+        self._subcommand_method_arguments[verb] = added
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,19 +141,23 @@ class LVLMCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Trainer, model and data, where the subcommand has any."""
-        if self.subcommand != "compare":
+        if self.subcommand not in _WITHOUT_TRAINER:
             with built_from(self.config[self.subcommand].as_dict()):
                 super().instantiate_classes()
 
     def _set_seed(self) -> None:
-        if self.subcommand != "compare":
+        if self.subcommand not in _WITHOUT_TRAINER:
             super()._set_seed()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "compare":
+        if subcommand not in _WITHOUT_TRAINER:
             super()._run_subcommand(subcommand)
             return
-        LVLMTrainer.compare(self.config["compare"]["folders"], self.config["compare"]["output"])
+        options = self.config[subcommand].as_dict()
+        options.pop("config", None)
+        if subcommand in _OF_FOLDERS:
+            options["model"] = LVLMModule(**options["model"])
+        getattr(LVLMTrainer, subcommand)(**options)
 
     def instantiate_trainer(self, **kwargs: Any) -> LVLMTrainer:
         """The Trainer; what it says against its options becomes one line.

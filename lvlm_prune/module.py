@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -122,6 +122,9 @@ class LVLMModule(L.LightningModule):
             InputError: There is no vision tower to prune.
         """
         module = cls(path=str(getattr(model, "name_or_path", "") or type(model).__name__), targets=targets)
+        if getattr(model, "quantization_method", None) is not None:
+            problem = f"is packed or quantized ({model.quantization_method}); call `dequantize()` first"
+            raise InputError("model", type(model).__name__, problem)
         module.model = model.eval().requires_grad_(False)
         module.processor = processor
         module._find_blocks()
@@ -153,15 +156,18 @@ class LVLMModule(L.LightningModule):
         """Short name of the model for what is printed and for the default output folder."""
         return Path(self.path).name or "model"
 
-    def open(self) -> None:
+    def open(self, read: Callable[[Path], CheckpointFolder] = CheckpointFolder) -> None:
         """Find the checkpoint and build the model on the meta device; no weights are read.
+
+        Args:
+            read: Opens the folder; for verbs that take folders of other formats as well.
 
         Raises:
             InputError: The folder, its files or its architecture cannot be used.
         """
         if self.model is not None:
             return
-        self.folder = CheckpointFolder(resolve(self.path, None if self.revision == "main" else self.revision))
+        self.folder = read(resolve(self.path, None if self.revision == "main" else self.revision))
         dtype = "auto" if self.dtype_option == "auto" else getattr(torch, self.dtype_option)
         self.model = build_skeleton(
             self.folder,

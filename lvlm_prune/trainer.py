@@ -36,6 +36,7 @@ class LVLMTrainer(RunTrainer):
         evaluate: bool = True,
         report: bool = True,
         plan: bool = False,
+        packed: bool = False,
     ) -> Manifest:
         """Prune a checkpoint block by block and write a sparse one.
 
@@ -48,13 +49,19 @@ class LVLMTrainer(RunTrainer):
             evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
             report: Write `report.html` and its figures.
             plan: Only say what would be pruned and what memory and disk that needs; write nothing.
+            packed: Pack the sparse checkpoint where it is, once it is written; as `pack` does.
 
         Returns:
             The manifest; empty after a plan.
         """
+        from lvlm_prune.runs.pack.in_place import pack_output
         from lvlm_prune.runs.prune.run import PruneRun
 
-        return PruneRun(self, model, datamodule, output, RunOptions(resume, evaluate, report, plan))()
+        run = PruneRun(self, model, datamodule, output, RunOptions(resume, evaluate, report, plan))
+        manifest = run()
+        if packed and not plan:
+            pack_output(run.run, model)
+        return manifest
 
     def recover(
         self,
@@ -69,6 +76,7 @@ class LVLMTrainer(RunTrainer):
         dense: str = "",
         distillation: Distillation = Distillation(),  # noqa: B008
         reconstruction: Reconstruction = Reconstruction(),  # noqa: B008
+        packed: bool = False,
     ) -> Manifest:
         """Train a pruned checkpoint to give back accuracy; every pruned weight stays zero.
 
@@ -86,18 +94,24 @@ class LVLMTrainer(RunTrainer):
                 names.
             distillation: How far the dense model's own answers count in the loss.
             reconstruction: How the adapters of a block are fitted.
+            packed: Pack the recovered checkpoint where it is, once it is written; as `pack` does.
 
         Returns:
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
         from lvlm_prune.recovery.options import RecoveryOptions
+        from lvlm_prune.runs.pack.in_place import pack_output
         from lvlm_prune.runs.recover.blockwise import BlockwiseRun
         from lvlm_prune.runs.recover.fitting import FittingRun
         from lvlm_prune.runs.recover.run import RecoveryRun
 
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
-        return kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report))()
+        run = kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report))
+        record = run()
+        if packed:
+            pack_output(run.run, model)
+        return record
 
     def probe(
         self,
@@ -247,3 +261,43 @@ class LVLMTrainer(RunTrainer):
         from lvlm_prune.runs.compare.run import compare
 
         return compare(folders, output)
+
+    @staticmethod
+    def pack(
+        model: LVLMModule,
+        output: str = "",
+        format: Literal["bitmask", "coded"] = "bitmask",
+        resume: bool = False,
+    ) -> dict[str, Any]:
+        """Store a sparse checkpoint without its zeros: smaller on disk and in memory, the same weights bit by bit.
+
+        After `import lvlm_prune`, `from_pretrained` of transformers loads it.
+
+        Args:
+            model: The sparse checkpoint.
+            output: Folder to write, new or empty. Default: `runs/<model>-packed`.
+            format: `bitmask` keeps weights as they are; `coded` also stores the exponents of bfloat16 in four bits.
+            resume: Go on with the unfinished run in `output`.
+
+        Returns:
+            What was packed, and how small it became; also `packing.json` in the output folder.
+        """
+        from lvlm_prune.runs.pack.run import PackRun
+
+        return PackRun(model, output, format, resume)()
+
+    @staticmethod
+    def unpack(model: LVLMModule, output: str = "", resume: bool = False) -> dict[str, Any]:
+        """Give a packed checkpoint its zeros back: the files that were packed, byte for byte.
+
+        Args:
+            model: The packed checkpoint.
+            output: Folder to write, new or empty. Default: `runs/<model>-unpacked`.
+            resume: Go on with the unfinished run in `output`.
+
+        Returns:
+            Sizes before and after in bytes, and seconds.
+        """
+        from lvlm_prune.runs.pack.unpack import UnpackRun
+
+        return UnpackRun(model, output, resume)()

@@ -22,6 +22,8 @@ from lvlm_prune.errors import InputError, RunError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PACKED = "lvlm_prune_packed"
+"""`quant_method` in the `config.json` of a packed checkpoint."""
 
 _DTYPES = {
     "F64": torch.float64,

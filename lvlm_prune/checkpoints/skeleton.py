@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lvlm_prune.checkpoints.allocator import give_back_from
-from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
+from lvlm_prune.checkpoints.checkpoint import PACKED, CheckpointFolder
 from lvlm_prune.checkpoints.versions import names_pattern, no_init_weights, prepare
 from lvlm_prune.errors import InputError
 
@@ -38,7 +38,10 @@ def build_skeleton(
         InputError: The model cannot be built: unknown architecture, code that is not trusted, a missing package,
             quantized weights, a dtype that does not exist.
     """
-    if "quantization_config" in folder.config:
+    if (quantization := folder.config.get("quantization_config")) is not None:
+        if isinstance(quantization, dict) and quantization.get("quant_method") == PACKED:
+            way_out = f"lvlm-prune unpack --model.path {folder.path} --output DIR"
+            raise InputError("model.path", folder.path, f"is a packed checkpoint; unpack it first: `{way_out}`")
         raise InputError("model.path", folder.path, "the weights are quantized; pruning needs the original checkpoint")
     config = _load_config(folder, trust_remote_code)
     model_class, config = _model_class(folder, config, trust_remote_code)

@@ -20,6 +20,7 @@ from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Benchmark, Scores
+from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import own_instance
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class BuiltinEngine(Engine):
             trust_remote_code=origin.trust_remote_code,
             attn_implementation=origin.attn_implementation,
         )
+        module.open(open_checkpoint)
         module.load_whole()
         assert module.folder is not None
         processor = load_processor(module.folder.path, module.trust_remote_code)

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data.processing import takes_images
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.packed.folder import packing_of
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -148,6 +150,11 @@ class HarnessEngine(Engine):
     def _score(self, folder: Path, processes: Processes, device: torch.device, loading: Mapping[str, str]) -> Scores:
         if "," in str(folder):
             raise InputError("model.path", folder, f"{self.package} takes no comma in a path")
+        if packing_of(CheckpointFolder(folder).config) is not None:
+            problem = (
+                f"is packed, which {self.package} cannot read in its own interpreter; `lvlm-prune unpack` it first"
+            )
+            raise InputError("model.path", folder, problem)
         share = self.tasks[processes.rank :: processes.count]
         mine = self._run(share, self._arguments(folder, device, loading)) if share else None
         found = [part for part in processes.gather(mine) if part is not None]

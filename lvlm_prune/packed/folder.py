@@ -49,7 +49,8 @@ class PackedFolder(CheckpointFolder):
     def __init__(self, stored: CheckpointFolder) -> None:
         self.stored = stored
         self.path, self._option = stored.path, stored._option
-        self.config, self.shards = stored.config, stored.shards
+        self.config = {name: value for name, value in stored.config.items() if name != "quantization_config"}
+        self.shards = stored.shards
         self.packed = {key: parts for key in stored if (parts := self._names_of_parts(key))}
         hidden = {name for parts in self.packed.values() for name in parts.values()}
         self.tensors = {
@@ -134,6 +135,19 @@ class PackedFolder(CheckpointFolder):
 
     def _broken(self, key: str, problem: object) -> InputError:
         return self._error(f"is no packed checkpoint that can be read: {key}: {problem}")
+
+
+def open_checkpoint(path: Path | str, option: str = "model.path") -> CheckpointFolder:
+    """A checkpoint folder as a dense one, whether it is packed or not; for reading.
+
+    Raises:
+        InputError: The folder cannot be used.
+    """
+    stored = CheckpointFolder(path, option)
+    if packing_of(stored.config) is None:
+        return stored
+    refuse_other_format(stored)
+    return PackedFolder(stored)
 
 
 def packing_of(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from lvlm_prune.packed import bitmask, coding
 from lvlm_prune.packed.coding import CodedValues
 
 METHOD = "lvlm_prune_packed"
-"""`quant_method` in `config.json`."""
+"""`quant_method` in `config.json`; `checkpoints.checkpoint.PACKED` where this package cannot be imported."""
 
 VERSION = 1
 """`format_version` that is written, and the only one that is read."""
@@ -42,7 +42,9 @@ COMPANIONS = (MASK, SHAPE, *_CODED.values())
 
 
 def encode(dense: Tensor, form: Format) -> dict[str, Tensor] | None:
-    """The parts that stand for a tensor; None where they would not be smaller.
+    """The parts that stand for a tensor; None where it has too few zeros.
+
+    Coded exponents alone make a dense matrix smaller on disk; in memory, where it is a bitmask, it would be larger.
 
     Args:
         dense: Of shape (rows, columns) or (matrices, rows, columns), on the CPU.
@@ -56,11 +58,13 @@ def encode(dense: Tensor, form: Format) -> dict[str, Tensor] | None:
     values, mask = bitmask.encode(dense)
     common = {MASK: mask, SHAPE: torch.tensor(dense.shape, dtype=torch.int64)}
     parts = {"": values, **common}
+    if sum(part.nbytes for part in parts.values()) >= dense.nbytes:
+        return None
     if form == "coded" and dense.dtype == torch.bfloat16:
         coded = coding.encode(values, bitmask.count_ones(mask))
         if coded.nbytes < values.nbytes:
             parts = {"": coded.mantissas, **common, **{end: getattr(coded, name) for name, end in _CODED.items()}}
-    return parts if sum(part.nbytes for part in parts.values()) < dense.nbytes else None
+    return parts
 
 
 def bitmask_parts(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[int, ...]]:

@@ -6,7 +6,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder, TensorInfo
-from lvlm_prune.errors import InputError
-from lvlm_prune.output.manifest import replacing
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.output.manifest import replacing, sync_folder
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.format import Format, encode
 
@@ -24,6 +24,9 @@ ORIGINAL_HEADER = "lvlm_prune_dense_header"
 """Entry of a packed shard's metadata: the header of the shard that it was made from, for unpacking byte by byte."""
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
+UNVERIFIED = ".unverified"
+"""What the name of a packed shard ends with until it was read again."""
+
 _COPIED = 2**22
 
 
@@ -102,8 +105,17 @@ def read_header(path: Path) -> str:
         return file.read(length).decode()
 
 
-def pack_shard(source: CheckpointFolder, shard: str, target: Path, packable: set[str], form: Format) -> dict[str, int]:
-    """Write the packed form of one shard.
+def is_packed_shard(path: Path) -> bool:
+    """Whether a file that has this name is a packed shard; one that is there under its own name is whole."""
+    return path.is_file() and ORIGINAL_HEADER in json.loads(read_header(path)).get("__metadata__", {})
+
+
+def pack_shard(
+    source: CheckpointFolder, shard: str, target: Path, packable: Collection[str], form: Format
+) -> dict[str, int]:
+    """Write the packed form of one shard, read it again, and only then give it its name.
+
+    The target may be the source's own folder: the dense shard is there until the packed one takes its place.
 
     Args:
         source: The folder with the sparse weights.
@@ -116,13 +128,15 @@ def pack_shard(source: CheckpointFolder, shard: str, target: Path, packable: set
         Name of each packed tensor to the size of its parts in bytes.
 
     Raises:
+        RunError: What was written is not what was read.
         OSError: The disk is full, or cannot be written.
     """
     view = one_shard(source.path, shard)
     text = read_header(source.path / shard)
     metadata = {"format": "pt", **json.loads(text).get("__metadata__", {}), ORIGINAL_HEADER: text}
     packed: dict[str, int] = {}
-    with writing_shard(target / shard, metadata) as writer:
+    unverified = target / f"{shard}{UNVERIFIED}"
+    with writing_shard(unverified, metadata) as writer:
         for key, place in view.tensors.items():
             # Where two shards hold a tensor of the same name, the other one counts and this one is only kept.
             parts = encode(view.read(key), form) if key in packable and source[key] == place else None
@@ -132,11 +146,32 @@ def pack_shard(source: CheckpointFolder, shard: str, target: Path, packable: set
             for end, part in parts.items():
                 writer.add(key + end, part)
             packed[key] = sum(part.nbytes for part in parts.values())
+    _verify(view, PackedFolder(one_shard(target, unverified.name)))
+    unverified.replace(target / shard)
+    sync_folder(target)
     return packed
 
 
-def unpack_shard(source: Path, shard: str, target: Path) -> None:
+def _verify(dense: CheckpointFolder, packed: PackedFolder) -> None:
+    """Hold every tensor of a packed shard, unpacked, against the one that it was made from.
+
+    Raises:
+        RunError: One differs.
+    """
+    same = dense.tensors.keys() == packed.tensors.keys()
+    for key in dense:
+        if not same or not dense.same_bytes(key, packed):
+            raise RunError(f"verification failed: {key} does not come back from {packed.shards[0]}")
+
+
+def unpack_shard(source: Path, shard: str, target: Path, name: str = "") -> None:
     """Write the dense form of one packed shard: the bytes that were packed, where the shard tells what they were.
+
+    Args:
+        source: The packed folder.
+        shard: Name of the file.
+        target: Folder to write to.
+        name: Name to write under; default: that of the shard.
 
     Raises:
         InputError: The shard is broken.
@@ -149,7 +184,7 @@ def unpack_shard(source: Path, shard: str, target: Path) -> None:
         content = header_bytes(text)
     else:
         content, order = struct.pack("<Q", len(original.encode())) + original.encode(), _order(packed, original)
-    with replacing(target / shard) as file:
+    with replacing(target / (name or shard)) as file:
         file.write(content)
         for key in order:
             for piece in packed._parts(key, _COPIED):

@@ -38,14 +38,16 @@ class ActsAsTensor:
         cls, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is linear and not isinstance(args[0], ActsAsTensor):
+        if func is linear and args and not isinstance(args[0], ActsAsTensor):
             weight, bias = _weight_and_bias(*args[1:], **kwargs)
             matrix = weight.single() if isinstance(weight, ActsAsTensor) else None
             if matrix is not None and not isinstance(bias, ActsAsTensor):
                 return packed_linear(args[0], matrix, bias)
         name = getattr(func, "__name__", "")
-        changes = name.endswith("_") and not name.endswith("__")
-        if (changes and isinstance(args[0], ActsAsTensor)) or isinstance(kwargs.get("out"), ActsAsTensor):
+        changed = [kwargs.get("out")]
+        if name.endswith("_") and not name.endswith("__"):
+            changed += [*args[:1], *kwargs.values()]
+        if any(isinstance(value, ActsAsTensor) for value in changed):
             raise TypeError(_WAY_OUT)
         args, kwargs = tree_map(_unpacked, (args, kwargs))
         return func(*args, **kwargs)

@@ -16,10 +16,11 @@ from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import leaves
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.packed.folder import open_checkpoint
 
 _OPTION = "folders"
 # Options that say nothing about the checkpoint.
-_BESIDE = ("output", "resume", "evaluate", "report", "plan", "config")
+_BESIDE = ("output", "resume", "evaluate", "report", "packed", "plan", "config")
 
 
 class ComparedFolder:
@@ -120,7 +121,7 @@ class ComparedFolder:
         trusted = bool(options.get("trust_remote_code", False)) if isinstance(options, Mapping) else False
         module = LVLMModule(str(self.path), trust_remote_code=trusted)
         try:
-            module.open()
+            module.open(open_checkpoint)
         except InputError as error:
             raise InputError(_OPTION, self.path, error.problem) from None
         return module

@@ -21,6 +21,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, existing_folder, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.session import join, session
@@ -36,7 +37,7 @@ class EvaluationRun:
         self.started = time.perf_counter()
         if "vision" in model.targets:
             raise InputError("model.targets", "vision", "does nothing here; the whole checkpoint is scored")
-        model.open()
+        model.open(open_checkpoint)
         assert model.folder is not None
         self.baseline: LVLMModule | None = None
         if baseline:
@@ -46,7 +47,7 @@ class EvaluationRun:
                 attn_implementation=model.attn_implementation,
             )
             try:
-                self.baseline.open()
+                self.baseline.open(open_checkpoint)
             except InputError as error:
                 raise InputError("baseline", error.value, error.problem) from None
         with mounted(engine=engine):

@@ -1,0 +1,1 @@
+"""`pack` and `unpack`: a sparse checkpoint without its zeros, and back."""

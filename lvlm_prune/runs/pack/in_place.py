@@ -1,0 +1,58 @@
+"""Packing the folder that `prune` or `recover` has just written."""
+
+from __future__ import annotations
+
+from lvlm_prune.errors import InputError
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.packed.folder import open_checkpoint
+from lvlm_prune.packed.format import Format
+from lvlm_prune.run import Run
+from lvlm_prune.runs.pack.record import PACKING_RECORD, packed_config
+from lvlm_prune.runs.pack.run import Packing
+
+
+def pack_output(run: Run, model: LVLMModule) -> None:
+    """Pack the folder that a run has written, on one process.
+
+    Args:
+        run: The run, finished.
+        model: What it started from.
+
+    Raises:
+        InputError: It wrote no folder.
+    """
+    if run.folder is None:
+        raise InputError("packed", "true", "is for checkpoint folders; save the model that is in memory, then pack it")
+    if run.processes.is_main:
+        written = LVLMModule(str(run.folder), trust_remote_code=model.trust_remote_code)
+        PackInPlace(written, "bitmask", run.options.quiet)()
+
+
+class PackInPlace(Packing):
+    """Packing shard by shard, each in the place of the dense one.
+
+    `config.json` says that the folder is packed before its first shard is: a folder of which some shards are packed and
+    others are not is loaded as one that is packed, so that it can be used at any moment.
+
+    Args:
+        model: The folder, not yet opened.
+        form: How weights are packed.
+        quiet: Whether nothing is printed.
+    """
+
+    def __init__(self, model: LVLMModule, form: Format, quiet: bool) -> None:
+        model.open(open_checkpoint)
+        assert model.folder is not None
+        super().__init__(model, model.folder.path, form, quiet)
+        if (self.folder / PACKING_RECORD).is_file():
+            self.record = Manifest.read(self.folder, PACKING_RECORD)
+        else:
+            self.refuse_larger()
+
+    def _begin(self) -> None:
+        self.record.write(self.folder, PACKING_RECORD)
+        replace_durably(self.folder / "config.json", packed_config(self.record["original_config"], self.form))
+
+    def _release(self) -> None:
+        """`config.json` was there all the time."""

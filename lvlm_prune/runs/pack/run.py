@@ -1,0 +1,197 @@
+"""One run of `pack`: a sparse checkpoint becomes a packed one, shard by shard.
+
+check everything ─► files beside the weights ─► for each shard: pack ─► read it again, compare ─► index, config.json
+(nothing written)                               (one tensor in memory)
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lvlm_prune
+from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
+from lvlm_prune.errors import InputError
+from lvlm_prune.output.folder import (
+    HELD_BACK,
+    choose_folder,
+    copy_checkpoint,
+    folder_bytes,
+    free_bytes,
+    make_folder,
+    refuse_unusable,
+    release,
+)
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.packed.folder import PackedFolder
+from lvlm_prune.packed.format import VERSION, Format
+from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
+from lvlm_prune.packed.shards import is_packed_shard, pack_shard
+from lvlm_prune.runs.pack.common import megabytes, owning, progress_bar
+from lvlm_prune.runs.pack.record import PACKING_RECORD, UNPACKING_RECORD, packed_config, packed_index
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+
+class Packing(ABC):
+    """What packing into another folder and packing in place have in common.
+
+    Args:
+        model: The sparse checkpoint, opened.
+        folder: Folder to write.
+        form: How weights are packed.
+        quiet: Whether nothing is printed.
+    """
+
+    def __init__(self, model: LVLMModule, folder: Path, form: Format, quiet: bool) -> None:
+        assert model.folder is not None
+        self.started = time.perf_counter()
+        self.model, self.source, self.folder = model, model.folder, folder
+        self.form, self.quiet = form, quiet
+        self.packable = find_packable(model.model, model.runner.decoder, self.source)
+        self.record = self._record()
+
+    def __call__(self) -> dict[str, Any]:
+        """Pack what is not yet packed; the record of the folder."""
+        if self._is_complete():
+            self._say(f"{self.folder} is complete already")
+            return Manifest.read(self.folder, PACKING_RECORD)
+        make_folder(self.folder)
+        with owning(self.folder):
+            self._begin()
+            shards = self.source.shards
+            with progress_bar("Packing", len(shards), self.quiet) as progress:
+                for shard in shards:
+                    if not is_packed_shard(self.folder / shard):
+                        pack_shard(self.source, shard, self.folder, self.packable.keys(), self.form)
+                    progress(1)
+            if (self.source.path / INDEX_NAME).is_file():
+                replace_durably(self.folder / INDEX_NAME, packed_index(self.folder, shards))
+            self._release()
+            self._finish()
+        return self.record
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """What comes before the first shard; done again where the run goes on."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """What comes once all shards and the index are there."""
+
+    def _is_complete(self) -> bool:
+        path = self.folder / PACKING_RECORD
+        return path.is_file() and Manifest.read(self.folder, PACKING_RECORD).get("status") == "complete"
+
+    def _record(self) -> Manifest:
+        original = {
+            name: path.read_text(encoding="utf-8") if (path := self.source.path / file).is_file() else None
+            for name, file in (("original_config", "config.json"), ("original_index", INDEX_NAME))
+        }
+        return Manifest(
+            status="packing",
+            format_version=VERSION,
+            config={"format": self.form},
+            model={
+                "path": self.model.path,
+                "folder": str(self.source.path),
+                "fingerprint": self.source.fingerprint(),
+            },
+            versions={"lvlm_prune": lvlm_prune.__version__},
+            dense_folder_bytes=folder_bytes(self.source.path),
+            **original,
+        )
+
+    def refuse_larger(self) -> None:
+        """Refuse a checkpoint that would not become smaller, before anything is written.
+
+        Raises:
+            InputError: No tensor would be smaller packed than it is, or the disk has no room for what it becomes.
+        """
+        zeros = {key: estimated_zeros(self.source, key) for key in self.packable}
+        if not self._saved(zeros):
+            zeros = {key: exact_zeros(self.source, key) for key in self.packable}
+        saved = self._saved(zeros)
+        if not saved:
+            weights = sum(tensor.size for tensor in self.packable.values())
+            share = sum(zeros[key] * tensor.size for key, tensor in self.packable.items()) / max(weights, 1)
+            dense = sum(tensor.nbytes for tensor in self.packable.values())
+            packed = sum(tensor.packed_bytes(zeros[key]) for key, tensor in self.packable.items())
+            problem = (
+                f"only {share:.1%} of the weights of its {len(self.packable)} Linears are zero: packed they would take "
+                f"{packed / max(dense, 1):.3f} times what they take now; make it sparse with `lvlm-prune prune` first"
+            )
+            raise InputError("model.path", self.model.path, problem)
+        needed, free = folder_bytes(self.source.path) - saved, free_bytes(self.folder)
+        if needed > free:
+            problem = f"needs about {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+            raise InputError("output", self.folder, problem)
+
+    def _saved(self, zeros: dict[str, float]) -> float:
+        """Bytes that packing saves; a tensor that would be larger stays as it is."""
+        packed = ((tensor, tensor.packed_bytes(zeros[key])) for key, tensor in self.packable.items())
+        return sum(max(tensor.nbytes - size, 0) for tensor, size in packed)
+
+    def _finish(self) -> None:
+        written = PackedFolder.open(self.folder, "output")
+        dense = {key: written[key].nbytes for key in written.packed}
+        packed = {
+            key: sum(written.stored[name].nbytes for name in parts.values()) for key, parts in written.packed.items()
+        }
+        remainder = dense_remainder(self.model.model, self.model.runner.decoder, written, written.packed)
+        sizes = (self.record["dense_folder_bytes"], folder_bytes(self.folder))
+        self.record["packed"] = {"tensors": len(dense), "dense": sum(dense.values()), "packed": sum(packed.values())}
+        self.record["dense"] = remainder
+        self.record["folder"] = {"dense": sizes[0], "packed": sizes[1]}
+        self.record["seconds"] = time.perf_counter() - self.started
+        self.record["status"] = "complete"
+        self.record.write(self.folder, PACKING_RECORD)
+        self._say(summary(self.record, self.folder, len(written.shards)))
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+
+class PackRun(Packing):
+    """Packing into another folder; see `LVLMTrainer.pack` for the arguments."""
+
+    def __init__(self, model: LVLMModule, output: str, form: Format, resume: bool, quiet: bool = False) -> None:
+        model.open()
+        folder = choose_folder(output, f"{model.label}-packed", resume)
+        assert model.folder is not None
+        refuse_unusable(folder, model.folder.path, PACKING_RECORD, resume, copies=False)
+        super().__init__(model, folder, form, quiet)
+        if (folder / PACKING_RECORD).is_file():
+            Manifest.read(folder, PACKING_RECORD).refuse_other(self.record, folder)
+        if not self._is_complete():
+            self.refuse_larger()
+
+    def _begin(self) -> None:
+        self.record.write(self.folder, PACKING_RECORD)
+        left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *self.source.shards)
+        copy_checkpoint(self.source.path, self.folder, leave_out=left_out)
+
+    def _release(self) -> None:
+        replace_durably(self.folder / HELD_BACK, packed_config(self.record["original_config"], self.form))
+        release(self.folder)
+
+
+def summary(record: Manifest, folder: Path, shards: int) -> str:
+    """What packing did, in a few lines."""
+    weights, whole = record["packed"], record["folder"]
+    remainder = " · ".join(f"{kind} {megabytes(size)}" for kind, size in record["dense"].items())
+    return "\n".join(
+        (
+            f"packed {weights['tensors']} pruned weights ({record['config']['format']}): "
+            f"{megabytes(weights['dense'])} → {megabytes(weights['packed'])}, "
+            f"{weights['dense'] / weights['packed']:.2f}x smaller · whole folder: {megabytes(whole['dense'])} → "
+            f"{megabytes(whole['packed'])}, {whole['dense'] / whole['packed']:.2f}x smaller",
+            f"dense as before: {remainder}",
+            f"verified: every tensor comes back byte for byte from {shards} shard{'' if shards == 1 else 's'}",
+            f"wrote {folder} ({PACKING_RECORD}) · {record['seconds']:.0f} s",
+        )
+    )

@@ -1,0 +1,104 @@
+"""One run of `unpack`: a packed checkpoint becomes the sparse one that it was made from, byte for byte.
+
+check everything ─► files beside the weights ─► for each shard: unpack ─► read it again, compare ─► index, config.json
+(nothing written)                               (one tensor in memory)
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
+from lvlm_prune.checkpoints.hub import resolve
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.output.folder import (
+    HELD_BACK,
+    choose_folder,
+    copy_checkpoint,
+    folder_bytes,
+    free_bytes,
+    make_folder,
+    refuse_unusable,
+    release,
+)
+from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
+from lvlm_prune.packed.folder import PackedFolder, one_shard
+from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
+from lvlm_prune.runs.pack.common import megabytes, owning, progress_bar
+from lvlm_prune.runs.pack.record import PACKING_RECORD, UNPACKING_RECORD, dense_config, dense_index, read_record
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+
+class UnpackRun:
+    """See `LVLMTrainer.unpack` for the arguments."""
+
+    def __init__(self, model: LVLMModule, output: str, resume: bool, quiet: bool = False) -> None:
+        self.started = time.perf_counter()
+        self.quiet = quiet
+        path = resolve(model.path, None if model.revision == "main" else model.revision)
+        self.packed = PackedFolder.open(path)
+        self.folder = choose_folder(output, f"{model.label}-unpacked", resume)
+        refuse_unusable(self.folder, path, UNPACKING_RECORD, resume, copies=False)
+        self.record = Manifest(
+            status="unpacking",
+            model={"path": model.path, "folder": str(path), "fingerprint": self.packed.fingerprint()},
+        )
+        if (self.folder / UNPACKING_RECORD).is_file():
+            Manifest.read(self.folder, UNPACKING_RECORD).refuse_other(self.record, self.folder)
+        self._refuse_full_disk()
+
+    def __call__(self) -> dict[str, Any]:
+        """Unpack what is not yet unpacked; sizes before and after, in bytes, and seconds."""
+        packed, shards = self.packed, self.packed.shards
+        make_folder(self.folder)
+        with owning(self.folder):
+            self.record.write(self.folder, UNPACKING_RECORD)
+            left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)
+            copy_checkpoint(packed.path, self.folder, leave_out=left_out)
+            with progress_bar("Unpacking", len(shards), self.quiet) as progress:
+                for shard in shards:
+                    if not (self.folder / shard).is_file():
+                        self._unpack(shard)
+                    progress(1)
+            origin = read_record(packed.path)
+            if (packed.path / INDEX_NAME).is_file():
+                replace_durably(self.folder / INDEX_NAME, dense_index(packed, origin))
+            replace_durably(self.folder / HELD_BACK, dense_config(packed.stored, origin))
+            release(self.folder)
+            (self.folder / UNPACKING_RECORD).unlink()
+            sync_folder(self.folder)
+        sizes = {"packed": folder_bytes(packed.path), "dense": folder_bytes(self.folder)}
+        seconds = time.perf_counter() - self.started
+        if not self.quiet:
+            print(
+                f"unpacked {len(packed.packed)} weights: {megabytes(sizes['packed'])} → {megabytes(sizes['dense'])}\n"
+                f"wrote {self.folder} · {seconds:.0f} s",
+                flush=True,
+            )
+        return sizes | {"seconds": seconds}
+
+    def _unpack(self, shard: str) -> None:
+        """Write one shard, read it again, and only then give it its name."""
+        unverified = f"{shard}{UNVERIFIED}"
+        unpack_shard(self.packed.path, shard, self.folder, unverified)
+        written, packed = one_shard(self.folder, unverified), PackedFolder(one_shard(self.packed.path, shard))
+        for key in packed:
+            if not written.same_bytes(key, packed):
+                raise RunError(f"verification failed: {key} is not in {shard} as it was packed")
+        (self.folder / unverified).replace(self.folder / shard)
+        sync_folder(self.folder)
+
+    def _refuse_full_disk(self) -> None:
+        there = sum(path.stat().st_size for path in map(self._written, self.packed.shards) if path.is_file())
+        needed = sum(self.packed[key].nbytes for key in self.packed) - there
+        free = free_bytes(self.folder)
+        if needed > free:
+            problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+            raise InputError("output", self.folder, problem)
+
+    def _written(self, shard: str) -> Path:
+        return self.folder / shard

@@ -1,0 +1,303 @@
+"""`pack` and `unpack` from the command line, and what becomes of a packed folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import lvlm_prune  # noqa: F401  (registers the format)
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.checkpoints.checkpoint import PACKED
+from lvlm_prune.cli import main
+from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.packed.format import METHOD
+from lvlm_prune.packed.linear import PackedLinear
+from tests.conftest import GOLDEN_ARGUMENTS
+from tests.hub_folders import write_folder
+
+
+def make_sparse(folder: Path, sparsity: float = 0.6) -> None:
+    """Zero the smallest weights in each row of every Linear of the blocks of a checkpoint, in its files."""
+    source = CheckpointFolder(folder)
+    for shard in source.shards:
+        tensors = load_file(folder / shard)
+        for key, tensor in tensors.items():
+            if tensor.ndim == 2 and "layers." in key and key.endswith("proj.weight"):
+                threshold = tensor.float().abs().kthvalue(int(tensor.shape[1] * sparsity), dim=1, keepdim=True).values
+                tensors[key] = tensor.masked_fill(tensor.float().abs() <= threshold, 0.0)
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, 60% sparse in its Linears, with the files that lie beside its weights."""
+    folder = tmp_path_factory.mktemp("pack") / "sparse"
+    shutil.copytree(CHECKPOINT, folder)
+    make_sparse(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(sparse: Path) -> Path:
+    """The same, packed by the command line."""
+    folder = sparse.parent / "packed"
+    assert main(["pack", f"--model.path={sparse}", f"--output={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A tiny sharded checkpoint of Qwen2-VL as it lies on the hub, sparse."""
+    folder = tmp_path / "small"
+    write_folder(folder, "qwen2_vl", torch.bfloat16)
+    make_sparse(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_the_format_has_one_name() -> None:
+    assert PACKED == METHOD
+
+
+@pytest.mark.parametrize("form", ["bitmask", "coded"])
+def test_a_folder_comes_back_byte_for_byte(small: Path, tmp_path: Path, form: str) -> None:
+    packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
+    assert main(["pack", f"--model.path={small}", f"--output={packed}", f"--format={form}"]) == 0
+    assert len(CheckpointFolder(packed).shards) > 1
+    assert CheckpointFolder(packed).shards == CheckpointFolder(small).shards
+    assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
+    assert contents(unpacked) == contents(small)
+
+
+def test_what_became_smaller_and_what_stays_is_said(sparse: Path, packed: Path, tmp_path: Path, capsys) -> None:
+    assert main(["pack", f"--model.path={sparse}", f"--output={tmp_path / 'again'}"]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((packed / "packing.json").read_text())
+    weights, whole = record["packed"], record["folder"]
+    assert weights["dense"] / weights["packed"] > 2
+    assert f"{weights['dense'] / weights['packed']:.2f}x smaller · whole folder" in said
+    assert f"{whole['dense'] / whole['packed']:.2f}x smaller" in said
+    assert all(kind in said for kind in ("embeddings and head", "norms, biases and others"))
+    dense = CheckpointFolder(sparse)
+    assert weights["dense"] + sum(record["dense"].values()) == sum(dense[key].nbytes for key in dense)
+    # The record itself is the only file that is not counted on both sides.
+    assert 0 <= sum(map(len, contents(packed).values())) - whole["packed"] < 20_000
+
+
+def test_a_packed_model_answers_as_the_sparse_one(sparse: Path, packed: Path) -> None:
+    from lvlm_prune.data.processing import load_processor
+    from lvlm_prune.evaluation.answers import answer
+    from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
+
+    questions = EmbeddedBenchmark().questions[::40]
+    processor = load_processor(sparse)
+    answers = []
+    for folder in (sparse, packed):
+        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        answers.append(answer(model, processor, questions))
+    count = json.loads((packed / "packing.json").read_text())["packed"]["tensors"]
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == count >= 42
+    assert answers[0] == answers[1]
+
+
+def test_a_packed_folder_is_evaluated_and_compared(small: Path, tmp_path: Path, capsys) -> None:
+    packed = tmp_path / "packed"
+    assert main(["pack", f"--model.path={small}", f"--output={packed}"]) == 0
+    linears = {
+        key.removesuffix(".weight").replace("model.layers", "model.language_model.layers"): {
+            "shape": list(CheckpointFolder(small)[key].shape),
+            "achieved": 0.6,
+            "block": int(key.split(".")[2]),
+        }
+        for key in CheckpointFolder(small)
+        if key.startswith("model.layers.") and key.endswith("proj.weight")
+    }
+    record = {"status": "complete", "linears": linears, "blocks": [], "config": {}}
+    for folder in (small, packed):
+        (folder / "pruning.json").write_text(json.dumps(record))
+    assert main(["compare", str(small), str(packed), f"--output={tmp_path / 'compared'}"]) == 0
+    compared = json.loads((tmp_path / "compared" / "compare.json").read_text())
+    assert compared["overlap"][0]["mean"] == 1.0
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover", "probe", "sweep", "pack"])
+def test_other_verbs_say_that_it_must_be_unpacked(packed: Path, tmp_path: Path, capsys, verb: str) -> None:
+    output = tmp_path / "output"
+    said = refused(capsys, verb, f"--model.path={packed}", f"--output={output}")
+    assert "is a packed checkpoint; unpack it first: `lvlm-prune unpack" in said
+    assert not output.exists()
+
+
+def test_a_dense_checkpoint_is_refused_with_the_number(tmp_path: Path, capsys) -> None:
+    for form in ("bitmask", "coded"):
+        output = tmp_path / form
+        said = refused(capsys, "pack", "--model.path=demo", f"--output={output}", f"--format={form}")
+        assert "only 0.0% of the weights of its 68 Linears are zero: packed they would take 1.062 times" in said
+        assert not output.exists()
+
+
+def test_bad_input_is_one_line(sparse: Path, packed: Path, tmp_path: Path, capsys) -> None:
+    assert "is not a packed checkpoint" in refused(
+        capsys, "unpack", f"--model.path={sparse}", f"--output={tmp_path / 'a'}"
+    )
+    assert "expected one of bitmask, coded" in refused(
+        capsys, "pack", f"--model.path={sparse}", "--format=zip", f"--output={tmp_path / 'a'}"
+    )
+    assert "exists and is not empty" in refused(capsys, "pack", f"--model.path={sparse}", f"--output={packed}")
+    assert "lies inside the input checkpoint" in refused(
+        capsys, "pack", f"--model.path={sparse}", f"--output={sparse / 'inside'}"
+    )
+    broken = tmp_path / "broken"
+    shutil.copytree(packed, broken)
+    tensors = load_file(broken / "model.safetensors")
+    key = next(key for key in tensors if key + "_mask" in tensors)
+    tensors[key] = tensors[key][:-3].clone()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    said = refused(capsys, "unpack", f"--model.path={broken}", f"--output={tmp_path / 'b'}")
+    assert f"{key}: the mask keeps" in said
+    assert not (tmp_path / "b" / "config.json").exists()
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="the mask keeps"):
+        AutoModelForImageTextToText.from_pretrained(broken)
+    (broken / "config.json").write_text((packed / "config.json").read_text().replace('version": 1', 'version": 7'))
+    assert "format version 7, only version 1 is known" in refused(
+        capsys, "unpack", f"--model.path={broken}", f"--output={tmp_path / 'c'}"
+    )
+    with pytest.raises(ValueError, match="format version 7, only version 1 is known"):
+        AutoModelForImageTextToText.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("verb", ["pack", "unpack"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupted_run_goes_on(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, verb: str, after: int
+) -> None:
+    """A run that dies after any shard cannot be loaded, and ends with the same bytes once it went on."""
+    source, whole, output = small, tmp_path / "whole", tmp_path / "output"
+    if verb == "unpack":
+        source = tmp_path / "packed"
+        assert main(["pack", f"--model.path={small}", f"--output={source}"]) == 0
+    assert main([verb, f"--model.path={source}", f"--output={whole}"]) == 0
+    module = f"lvlm_prune.runs.pack.{'run' if verb == 'pack' else 'unpack'}"
+    name = f"{verb}_shard"
+    true: Callable[..., object] = getattr(sys.modules[module], name)
+    done: list[object] = []
+
+    def dying(*arguments: object) -> object:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return true(*arguments)
+
+    monkeypatch.setattr(f"{module}.{name}", dying)
+    assert main([verb, f"--model.path={source}", f"--output={output}"]) == 130
+    assert f"go on with --resume true --output {output}" in capsys.readouterr().err
+    assert not (output / "config.json").exists()
+    monkeypatch.setattr(f"{module}.{name}", true)
+    assert main([verb, f"--model.path={source}", f"--output={output}", "--resume=true"]) == 0
+    found, expected = contents(output), contents(whole)
+    for folder in (found, expected):
+        folder.pop("packing.json", None)  # it has times in it
+    assert found == expected
+
+
+def test_a_run_does_not_go_on_with_another_checkpoint(small: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    output = tmp_path / "output"
+    monkeypatch.setattr("lvlm_prune.runs.pack.run.pack_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert main(["pack", f"--model.path={small}", f"--output={output}"]) == 130
+    other = refused(capsys, "pack", f"--model.path={small}", f"--output={output}", "--resume=true", "--format=coded")
+    assert "--format coded: the unfinished run" in other
+    make_sparse(small, 0.8)
+    assert "has changed" in refused(capsys, "pack", f"--model.path={small}", f"--output={output}", "--resume=true")
+
+
+_LOADER = """
+import sys, transformers
+model = transformers.AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+print("loaded", sum(parameter.numel() for parameter in model.parameters()))
+"""
+
+
+def test_without_this_package_loading_ends_in_an_error(packed: Path) -> None:
+    """Never in random weights: the values are under the name of the weight, in another shape."""
+    child = subprocess.run([sys.executable, "-c", _LOADER, str(packed)], capture_output=True, text=True, check=False)
+    assert child.returncode != 0
+    assert "loaded" not in child.stdout
+    assert "size mismatch" in child.stderr or "mismatch" in child.stderr.lower()
+    assert "lvlm_prune_packed" in child.stderr
+
+
+@pytest.mark.parametrize("order", ["lvlm_prune, transformers", "transformers, lvlm_prune", "torch, lvlm_prune"])
+def test_importing_the_package_is_enough(packed: Path, order: str) -> None:
+    script = f"import {order}\n{_LOADER}"
+    child = subprocess.run([sys.executable, "-c", script, str(packed)], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert "loaded" in child.stdout
+
+
+def test_importing_the_package_is_cheap() -> None:
+    script = "import sys, lvlm_prune; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_prune_packs_what_it_writes(tmp_path: Path, capsys) -> None:
+    """In place; then `--resume true` finds both runs complete, and unpacking gives the sparse checkpoint."""
+    plain, packed, unpacked = (tmp_path / name for name in ("plain", "packed", "unpacked"))
+    arguments = [*GOLDEN_ARGUMENTS, "--report=false", "--pruning.sparsity=0.6"]
+    assert main([*arguments, f"--output={plain}"]) == 0
+    assert main([*arguments, f"--output={packed}", "--packed=true"]) == 0
+    assert "x smaller" in capsys.readouterr().out
+    assert main([*arguments, f"--output={packed}", "--packed=true", "--resume=true"]) == 0
+    assert capsys.readouterr().out.count("is complete already") == 2
+    assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
+    for name in ("config.json", *CheckpointFolder(plain).shards):
+        assert (unpacked / name).read_bytes() == (plain / name).read_bytes()
+
+
+def test_packing_in_place_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any shard the folder can be loaded, whether its other shards are packed or not."""
+    from lvlm_prune.module import LVLMModule
+    from lvlm_prune.runs.pack import run as pack_run
+    from lvlm_prune.runs.pack.in_place import PackInPlace
+
+    dense = contents(small)
+    true = pack_run.pack_shard
+    done: list[str] = []
+
+    def dying(source: CheckpointFolder, shard: str, *others: object) -> object:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(shard)
+        return true(source, shard, *others)
+
+    monkeypatch.setattr(pack_run, "pack_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        PackInPlace(LVLMModule(str(small)), "bitmask", quiet=True)()
+    some = AutoModelForImageTextToText.from_pretrained(small)
+    monkeypatch.setattr(pack_run, "pack_shard", true)
+    PackInPlace(LVLMModule(str(small)), "bitmask", quiet=True)()
+    whole = AutoModelForImageTextToText.from_pretrained(small)
+    count = [sum(isinstance(module, PackedLinear) for module in model.modules()) for model in (some, whole)]
+    assert 0 < count[0] < count[1]
+    assert main(["unpack", f"--model.path={small}", f"--output={tmp_path / 'unpacked'}"]) == 0
+    assert contents(tmp_path / "unpacked") == dense
