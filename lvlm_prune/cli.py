@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
-        print(f"lvlm-prune {__version__}")
+        from lvlm_prune.packed.kernels import kernel_report
+
+        print(f"lvlm-prune {__version__}\n{kernel_report()}")
         return 0
     if arguments == ["methods"]:
         from lvlm_prune.recipes import recipes_table

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lvlm_prune.errors import LVLMPruneError
+
 VERSION = 1
 """Of the interface; a library of another version is not used."""
 
@@ -89,7 +91,10 @@ def _best() -> Level:
 
 @functools.cache
 def _from_environment() -> Level:
-    return _parse(os.environ.get(FORCE) or Level.AVX512.name)
+    try:
+        return _parse(os.environ.get(FORCE) or Level.AVX512.name)
+    except ValueError as error:
+        raise LVLMPruneError(str(error)) from None
 
 
 def _prepare(native: ctypes.CDLL) -> ctypes.CDLL | None:

@@ -8,7 +8,7 @@ NAMES = {Level.PLAIN: "plain C++", Level.AVX2: "AVX2", Level.AVX512: "AVX-512 (V
 def kernel_report() -> str:
     """One line for `lvlm-prune --version`."""
     if library() is None:
-        return "packed kernels: plain torch, slower than dense (no C++ compiler was found when this was installed)"
+        return "packed kernels: plain torch, slower than dense (the C++ kernels were not built when this was installed)"
     if level() == Level.TORCH:
         return f"packed kernels: plain torch, as {FORCE} asks for"
     return f"packed kernels: {NAMES[level()]}"

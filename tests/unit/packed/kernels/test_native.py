@@ -1,0 +1,44 @@
+"""Which kernels are used: the best ones of the machine, or lesser ones that were asked for."""
+
+import pytest
+
+from lvlm_prune.errors import LVLMPruneError
+from lvlm_prune.packed.kernels import kernel_report, native
+
+
+def test_asking_for_more_than_there_is_gives_what_there_is():
+    best = native.level()
+    with native.limited_to("avx512") as level:
+        assert level == best
+    with native.limited_to("torch") as level:
+        assert level == native.Level.TORCH
+    assert native.level() == best
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv(native.FORCE, "avx1024")
+    native._from_environment.cache_clear()
+    with pytest.raises(LVLMPruneError, match=r"avx1024.*avx2"):
+        native.level()
+    monkeypatch.undo()
+    native._from_environment.cache_clear()
+
+
+def test_the_version_says_which_kernels_are_there(run_cli):
+    result = run_cli("--version")
+    assert result.stdout.splitlines()[1] == kernel_report()
+
+
+def test_a_library_of_another_version_is_not_used(compile_kernels, monkeypatch, tmp_path):
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" int lvlm_version() { return 1000; }')
+    path = compile_kernels(source, "-shared", "-fPIC")
+    monkeypatch.setattr(native, "_path", lambda: path)
+    native.library.cache_clear()
+    native._best.cache_clear()
+    assert native.library() is None
+    assert native.level() == native.Level.TORCH
+    assert "plain torch" in kernel_report()
+    monkeypatch.undo()
+    native.library.cache_clear()
+    native._best.cache_clear()
