@@ -12,4 +12,11 @@ from pathlib import Path
 #: Folder of the embedded checkpoint, in the ordinary Hugging Face layout.
 CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
 
-__all__ = ["CHECKPOINT"]
+
+def is_embedded(folder: Path) -> bool:
+    """Whether a checkpoint folder is the embedded model's, or was made from it: it has the embedded tokenizer."""
+    name = "tokenizer.json"
+    return (folder / name).is_file() and (folder / name).read_bytes() == (CHECKPOINT / name).read_bytes()
+
+
+__all__ = ["CHECKPOINT", "is_embedded"]

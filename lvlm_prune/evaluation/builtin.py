@@ -13,6 +13,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lvlm_prune.data.processing import load_processor
+from lvlm_prune.demo import is_embedded
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.answers import score
@@ -138,6 +139,21 @@ class BuiltinEngine(Engine):
         questions = self.benchmark.questions
         with _bar(f"Scoring {title}", len(questions), processes) as progress:
             return score(module.model, processor, questions, self.batch_size, progress, processes)
+
+
+def refuse_other_world(engine: Engine, model: LVLMModule) -> None:
+    """Refuse to ask another model about the embedded model's world.
+
+    Raises:
+        InputError: The engine's benchmark is the embedded one, and the model is not.
+    """
+    embedded = isinstance(engine, BuiltinEngine) and isinstance(engine.benchmark, EmbeddedBenchmark)
+    if embedded and model.folder is not None and not is_embedded(model.folder.path):
+        problem = (
+            f"asks about the embedded model's own world, and {model.path} is another model; give "
+            "--engine.benchmark LocalBenchmark --engine.benchmark.source LlavaJsonSource, or another --engine"
+        )
+        raise InputError("engine.benchmark", "EmbeddedBenchmark", problem)
 
 
 @contextmanager

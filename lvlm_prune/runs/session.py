@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lvlm_prune.data.embedded import EmbeddedQuestions, EmbeddedSource
+from lvlm_prune.data.source import CalibrationSource
+from lvlm_prune.demo import is_embedded
 from lvlm_prune.distributed.interruption import interruptible
 from lvlm_prune.distributed.launching import Children, Launch
+from lvlm_prune.errors import InputError
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.plugins import plugin_class
 from lvlm_prune.run import Run, RunTrainer
 
 
@@ -35,6 +41,23 @@ def session(
             del trainer.run
         else:
             trainer.run = earlier
+
+
+def prepare_source(model: LVLMModule, source: CalibrationSource) -> None:
+    """Load the processor that a source needs.
+
+    Raises:
+        InputError: The processor cannot be loaded; or the source shows the embedded model's world to another model.
+    """
+    world = isinstance(source, (EmbeddedSource, EmbeddedQuestions))
+    if world and model.folder is not None and not is_embedded(model.folder.path):
+        problem = (
+            f"shows the embedded model's own world, and {model.path} is another model; say what its samples are, "
+            "for example --data.source LlavaJsonSource --data.source.path samples.json"
+        )
+        raise InputError("data.source", plugin_class(source).__name__, problem)
+    if source.needs_processor:
+        model.require_processor()
 
 
 def join(run: Run, launch: Launch) -> None:

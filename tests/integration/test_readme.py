@@ -7,6 +7,7 @@ import shlex
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
 
 
 def code_blocks(language: str) -> list[str]:
@@ -28,9 +29,20 @@ def test_the_example_of_a_criterion_of_ones_own_runs(run_cli, tmp_path):
 
 def test_every_recipe_is_in_the_table_of_methods():
     for recipe in (REPOSITORY / "configs" / "prune").glob("*.yaml"):
-        assert f"`{recipe.stem}`" in README, recipe.name
+        assert f"`{recipe.stem}`" in PAGES[REPOSITORY / "docs" / "methods.md"], recipe.name
 
 
 def test_every_file_that_is_named_exists():
-    for name in re.findall(r"(?:configs|benchmarks|callbacks|lvlm_prune)/[\w/.-]+\.(?:yaml|py|md|json)", README):
-        assert (REPOSITORY / name).is_file(), name
+    for page, text in PAGES.items():
+        for name in re.findall(r"(?:configs|benchmarks|callbacks|lvlm_prune)/[\w/.-]+\.(?:yaml|py|md|json)", text):
+            assert (REPOSITORY / name).is_file(), (page.name, name)
+
+
+def test_every_link_leads_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200

@@ -15,6 +15,7 @@ from typing import Any
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
+from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
 from lvlm_prune.module import LVLMModule
@@ -51,7 +52,8 @@ class EvaluationRun:
             except InputError as error:
                 raise InputError("baseline", error.value, error.problem) from None
         with mounted(engine=engine):
-            engine.check()
+            refuse_other_world(engine, model)
+        engine.check()
         self.folder = self._output_folder(output, model.folder.path)
 
     def __call__(self) -> dict[str, Any]:

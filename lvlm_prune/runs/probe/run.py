@@ -32,7 +32,7 @@ from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.probe.pathways import PathwayPruning
 from lvlm_prune.runs.prune.participants import Participants
 from lvlm_prune.runs.prune.stream import CalibrationStream
-from lvlm_prune.runs.session import join, session
+from lvlm_prune.runs.session import join, prepare_source, session
 from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class ProbeRun:
         refuse_unusable(self.folder, source, PROBE_RECORD, self.resume, copies=False)
         earlier = Manifest.read(self.folder, PROBE_RECORD) if self.resume else None
         data.setup("prune")
-        if data.source.needs_processor:
-            model.require_processor()
+        prepare_source(model, data.source)
         cells = [
             PathwayPruning(pathway, pool, sparsity, self.probe.scorer, self.probe.visual)
             for sparsity, pathway, pool in product(self.probe.sparsities, self.probe.pathways, self.probe.pools)

@@ -32,7 +32,7 @@ from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
-from lvlm_prune.runs.session import ended, session
+from lvlm_prune.runs.session import ended, prepare_source, session
 from lvlm_prune.threads import suitable_threads
 
 
@@ -124,8 +124,8 @@ class PruneRun:
         data.setup("prune")
         run.folder = None if model.folder is None else self._choose_folder()
         finished = self._finished_run() if run.options.resume else None
-        if self.participants.samples() and data.source.needs_processor:
-            model.require_processor()
+        if self.participants.samples():
+            prepare_source(model, data.source)
         self.raise_hook("setup", stage="prune")
         return finished
 

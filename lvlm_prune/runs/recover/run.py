@@ -43,7 +43,7 @@ from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
 from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
-from lvlm_prune.runs.session import session
+from lvlm_prune.runs.session import prepare_source, session
 from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
@@ -202,8 +202,7 @@ class RecoveryRun(ABC):
         assert model.folder is not None
         if self.trainer.is_global_zero:
             self._refuse_unusable(model.folder)
-        if data.source.needs_processor:
-            model.require_processor()
+        prepare_source(model, data.source)
         data.connect(model.processor, model.context_length)
         data.setup("fit")
         self.base_record = record_of(model.folder.path)

@@ -18,6 +18,7 @@ from lvlm_prune.callbacks import RetentionEvaluation
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.module import LVLMModule
@@ -27,7 +28,7 @@ from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
-from lvlm_prune.runs.session import join, session
+from lvlm_prune.runs.session import join, prepare_source, session
 from lvlm_prune.runs.sweep.grid import Point, Points
 from lvlm_prune.runs.sweep.page import write_sweep_page
 from lvlm_prune.runs.sweep.results import FinishedRun, Results, finished_runs, record_identity, share
@@ -65,7 +66,8 @@ class SweepRun:
         if model.folder is None:
             raise InputError("model.path", model.path, "a sweep needs a checkpoint folder")
         with mounted(engine=engine):
-            engine.check()
+            refuse_other_world(engine, model)
+        engine.check()
         self.points = grid.points()
         self.mine = share(self.points, part) if part else self.points
         self.folder = Path(output or f"runs/{model.label}-sweep")
@@ -126,8 +128,7 @@ class SweepRun:
                     checked.add(point.data_key)
             except InputError as error:
                 raise InputError(error.option, error.value, f"{error.problem} (in {point.label})") from None
-            if data.source.needs_processor:
-                self.model.require_processor()
+            prepare_source(self.model, data.source)
 
     # ---- the runs ----------------------------------------------------------------------------------------------------
     def _is_finished(self, point: Point) -> bool:
