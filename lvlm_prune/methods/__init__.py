@@ -10,7 +10,20 @@ from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.saliency.base import Saliency
 from lvlm_prune.methods.scorers.base import Scorer
+from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
 
-__all__ = ["Allocation", "Pattern", "Pool", "Saliency", "Scorer", "Selection", "Statistic", "Tokens"]
+__all__ = [
+    "Allocation",
+    "LinearProblem",
+    "Pattern",
+    "Pool",
+    "Saliency",
+    "Scorer",
+    "Selection",
+    "Solution",
+    "Solver",
+    "Statistic",
+    "Tokens",
+]

@@ -95,7 +95,7 @@ def count(monkeypatch):
                     counted(lvlm_prune.methods.diversity.diversity_terms, "diversities"),
                 )
             partition = counted(lvlm_prune.methods.patterns.kth_lowest, "partitions")
-            for module in ("lvlm_prune.methods.patterns", "lvlm_prune.methods.scorers.sparsegpt"):
+            for module in ("lvlm_prune.methods.patterns", "lvlm_prune.methods.solvers.sparsegpt"):
                 patch.setattr(f"{module}.kth_lowest", partition)
             patch.setattr(
                 "lvlm_prune.methods.pools.amia.inner_products",

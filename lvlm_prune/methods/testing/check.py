@@ -12,10 +12,12 @@ from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.saliency.base import Saliency
 from lvlm_prune.methods.scorers.base import Scorer
+from lvlm_prune.methods.solvers.base import Solver
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.testing.allocations import check_allocation
 from lvlm_prune.methods.testing.scorers import check_pattern, check_scorer, check_statistic
 from lvlm_prune.methods.testing.selections import check_pool, check_saliency
+from lvlm_prune.methods.testing.solvers import check_solver
 
 Again = Callable[[], Any]
 
@@ -23,13 +25,14 @@ _CHECKS: dict[type, Callable[[Again], None]] = {
     Saliency: check_saliency,
     Pool: check_pool,
     Scorer: check_scorer,
+    Solver: check_solver,
     Allocation: check_allocation,
     Pattern: check_pattern,
 }
 
 
 def check_plugin(plugin: Any) -> None:
-    """Hold a saliency, pool, scorer, allocation, pattern, or the class of a statistic, against its contract.
+    """Hold a saliency, pool, scorer, solver, allocation, pattern, or the class of a statistic, against its contract.
 
     Small tensors only, on the CPU: it takes a second, and belongs into the tests of whoever writes a plugin. Checked
     are, as far as they apply: constructor arguments kept under their own names; shapes and dtypes of what is returned,

@@ -25,7 +25,8 @@ from lvlm_prune.methods.pools import (
     VisualOnlyPool,
 )
 from lvlm_prune.methods.saliency import AttentionSaliency, DiversitySaliency, DriftSaliency, RandomSaliency
-from lvlm_prune.methods.scorers import MagnitudeScorer, RIAScorer, SparseGPTScorer, WandaScorer
+from lvlm_prune.methods.scorers import MagnitudeScorer, MaskSolver, RIAScorer, SparseGPTScorer, WandaScorer
+from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, Solver, SparseGPTSolver
 from lvlm_prune.methods.statistics import ChannelNorm, Gram
 from lvlm_prune.methods.testing import PluginFault, check_plugin
 
@@ -57,6 +58,12 @@ PLUGINS = [
     RIAScorer(group="layer"),
     SparseGPTScorer(),
     SparseGPTScorer(block_size=8),
+    MaskSolver(WandaScorer()),
+    SparseGPTSolver(),
+    ALPSSolver(),
+    ALPSSolver(schedule="paper"),
+    RefitSolver(),
+    RefitSolver(SparseGPTSolver()),
     ChannelNorm,
     Gram,
     UniformAllocation(),
@@ -83,12 +90,13 @@ def test_no_plugin_of_the_project_is_left_out():
     import lvlm_prune.methods.pools as pools
     import lvlm_prune.methods.saliency as saliency
     import lvlm_prune.methods.scorers as scorers
+    import lvlm_prune.methods.solvers as solvers
     import lvlm_prune.methods.statistics as statistics
 
-    kinds = (Allocation, Pattern, Pool, Saliency, Scorer, Statistic)
+    kinds = (Allocation, Pattern, Pool, Saliency, Scorer, Solver, Statistic)
     there = {
         value
-        for module in (allocation, patterns, pools, saliency, scorers, statistics)
+        for module in (allocation, patterns, pools, saliency, scorers, solvers, statistics)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, kinds) and value not in kinds
     }
