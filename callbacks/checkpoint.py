@@ -34,7 +34,8 @@ from lvlm_prune.output.folder import (
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, STATISTICS_NAME
-from lvlm_prune.output.verification import Expectation, verify_checkpoint
+from lvlm_prune.output.own_files import FileRecord, record_of_content, refuse_changed
+from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from lvlm_prune.plugins import describe
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class SparseCheckpointWriter(PruneCallback):
             return
         assert pl_module.folder is not None
         options = trainer.run.options
-        refuse_unusable(folder, pl_module.folder.path, PRUNING_RECORD, options.resume, copies=not options.plan)
+        refuse_unusable(folder, pl_module.folder, PRUNING_RECORD, options.resume, copies=not options.plan)
         resumes = options.resume and is_occupied(folder, PRUNING_RECORD)
         if resumes and Manifest.read(folder).get("status") == "pruning":
             pl_module.folder.refuse_other_layout(folder)
@@ -84,6 +85,10 @@ class SparseCheckpointWriter(PruneCallback):
         started = _on_main(trainer, folder, lambda: self._start(trainer, pl_module, folder))
         for key in ("status", "blocks", "linears"):
             trainer.run.record[key] = started[key]
+        trainer.run.record["files"] = started.get("files", {})
+        assert pl_module.folder is not None
+        if copies := ", ".join(pl_module.folder.other_copies()):
+            trainer.run.say(f"left out: {copies} (copies of the weights, which are dense)")
         if "survey" in started:
             trainer.run.record["survey"] = started["survey"]
 
@@ -96,13 +101,14 @@ class SparseCheckpointWriter(PruneCallback):
             started = Manifest.read(folder)
             started.refuse_other(manifest, folder)
             if started.get("status") != "copying":
+                refuse_changed(folder, _needed(started))
                 return started
         manifest["status"] = "copying"
         manifest.write(folder)
         write_config(folder, trainer.run.config)
         # The input may have been pruned itself: its own records would be taken for ours.
         records = (PRUNING_RECORD, "config.yaml", PAGE_NAME, FIGURE_FOLDER, STATISTICS_NAME, *EVALUATION_FILES)
-        copy_checkpoint(pl_module.folder.path, folder, leave_out=records)
+        manifest["files"] = copy_checkpoint(pl_module.folder, folder, leave_out=records)
         manifest["status"] = "pruning"
         manifest.write(folder)
         return manifest
@@ -147,7 +153,9 @@ class SparseCheckpointWriter(PruneCallback):
                 written.write(key, tensor)
         written.sync()
         if trainer.run.recorded:
-            replace_durably(folder / _statistics_part(block.index), save(trainer.run.recorded))
+            content = save(trainer.run.recorded)
+            replace_durably(folder / _statistics_part(block.index), content)
+            trainer.run.record.blocks[-1]["statistics"] = record_of_content(content)
         trainer.run.record.blocks[-1]["seconds"]["write"] = clock.lap()
         trainer.run.record.write(folder)
 
@@ -185,7 +193,8 @@ class SparseCheckpointWriter(PruneCallback):
         folder = trainer.run.folder
         if trainer.run.record.get("status") == "complete":
             if folder is not None:
-                _on_main(trainer, folder, lambda: _remove_parts(folder))
+                _on_main(trainer, folder, lambda: self._verify_again(trainer, pl_module, folder))
+                trainer.run.say(_verified_line(trainer.run.record))
             return
         if folder is None:
             self._summarise(trainer, pl_module)
@@ -193,11 +202,17 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.run.record.update(_on_main(trainer, folder, lambda: self._finish(trainer, pl_module, folder)))
         trainer.run.say(_verified_line(trainer.run.record))
 
-    def _finish(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
+    def _verify_again(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> None:
+        """Nothing is to be done, but exit status 0 is to say that the folder holds what was promised."""
+        refuse_changed(folder, trainer.run.record.get("files", {}))
+        refuse_other_findings(trainer.run.record["linears"], self._verify(trainer, pl_module, folder))
+        _remove_parts(folder)
+
+    @staticmethod
+    def _verify(trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> dict[str, Any]:
         assert pl_module.folder is not None
         pruning = trainer.run.find(BlockwisePruning)
         assert pruning is not None
-        linears = trainer.run.record.linears
         expectations = {
             name: Expectation(
                 entry["pruned"],
@@ -206,16 +221,26 @@ class SparseCheckpointWriter(PruneCallback):
                 ),
                 pruning.solver_of(entry).updates_weights,
             )
-            for name, entry in linears.items()
+            for name, entry in trainer.run.record["linears"].items()
             if "note" not in entry
         }
-        weights = trainer.run.weights
+        weights = pl_module.weights(torch.device("cpu"))
         assert isinstance(weights, StreamedWeights)
         written = pl_module.folder.at(folder)
-        found = verify_checkpoint(pl_module.folder, written, weights, expectations, pl_module.expert_matrices())
+        return verify_checkpoint(pl_module.folder, written, weights, expectations, pl_module.expert_matrices())
+
+    def _finish(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
+        pruning = trainer.run.find(BlockwisePruning)
+        assert pruning is not None
+        linears = trainer.run.record["linears"]
+        refuse_changed(folder, _needed(trainer.run.record))
+        found = self._verify(trainer, pl_module, folder)
+        digests = found.pop("digests")
         for name, zeros in found.pop("zeros").items():
             rows, columns = linears[name]["shape"]
             linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
+            if name in digests:
+                linears[name]["digest"] = digests[name]
         trainer.run.record["verified"] = found
         self._summarise(trainer, pl_module)
         trainer.run.record["pattern"] = str(pruning.pattern)
@@ -256,7 +281,9 @@ class SparseCheckpointWriter(PruneCallback):
             if part.is_file():
                 joined.update(load_file(part))
         if joined:
-            replace_durably(folder / STATISTICS_NAME, save(joined))
+            content = save(joined)
+            replace_durably(folder / STATISTICS_NAME, content)
+            trainer.run.record["files"][STATISTICS_NAME] = record_of_content(content)
 
 
 def _verified_line(manifest: Manifest) -> str:
@@ -283,6 +310,14 @@ def _by_parameter(block: Block) -> dict[str, dict[str, Callable[[Tensor], Tensor
         else:
             found[f"{block.name}.{name}.weight"] = {name: lambda weight: weight}
     return found
+
+
+def _needed(manifest: Manifest) -> dict[str, FileRecord]:
+    """What an unfinished run left in its folder, besides weights, and needs to go on."""
+    parts = {
+        _statistics_part(block["index"]): block["statistics"] for block in manifest["blocks"] if "statistics" in block
+    }
+    return {**manifest.get("files", {}), **parts}
 
 
 def _remove_parts(folder: Path) -> None:

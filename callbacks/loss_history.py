@@ -19,6 +19,7 @@ class LossHistory(Callback):
 
     def __init__(self) -> None:
         self.points: dict[str, list[tuple[int, float]]] = {"train_loss": [], "validation_loss": []}
+        self.last: Any = None
         self._every = 1
 
     def on_train_batch_end(  # type: ignore[override]
@@ -26,6 +27,7 @@ class LossHistory(Callback):
     ) -> None:
         """Note the loss of an optimizer step."""
         points, step = self.points["train_loss"], trainer.global_step
+        self.last = trainer.callback_metrics["train_loss"]
         if step == 0 or step % self._every or (points and points[-1][0] == step):
             return
         points.append((step, float(trainer.callback_metrics["train_loss"])))
@@ -41,9 +43,10 @@ class LossHistory(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For the training checkpoint."""
-        return {"points": self.points, "every": self._every}
+        last = None if self.last is None else float(self.last)
+        return {"points": self.points, "every": self._every, "last": last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the training checkpoint."""
         self.points = {name: [tuple(point) for point in points] for name, points in state_dict["points"].items()}
-        self._every = state_dict["every"]
+        self._every, self.last = state_dict["every"], state_dict.get("last")

@@ -210,6 +210,9 @@ class BlockwisePruning(PruneCallback):
         if not self.wants_activations:
             return
         tokens = trainer.run.record["calibration"]["tokens"]
+        if self.pool.needs_text and not any(count for name, count in tokens.items() if name not in self.visual):
+            problem = "needs text tokens, and no calibration sample has any"
+            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
         if self.pool.needs_visual and not any(tokens.get(name) for name in self.visual):
             problem = "needs visual tokens, and no calibration sample has any"
             raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
@@ -257,13 +260,21 @@ class BlockwisePruning(PruneCallback):
                 self._calibration.add(sample, tokens)
 
     def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
-        """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share."""
+        """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share.
+
+        Raises:
+            InputError: The pool selects nothing.
+        """
         calibration = self._calibration
         if calibration is not None:
             devices = {name: matrix.weight.device for name, matrix in block.matrices().items()}
             block.record.update(calibration.finish(trainer.run.processes, devices))
             if calibration.example is not None:
                 trainer.run.recorded[f"{EXAMPLE}.{block.index}"] = calibration.example
+            # Later blocks may be left dense one by one, which is said at the end; with the first goes the whole model.
+            if not trainer.run.record.get("linears") and calibration.selected_nothing:
+                problem = f"selects no token of any calibration sample at block {block.index}: nothing would be pruned"
+                raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
         targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
         pruner = BlockPruner(self.chosen_solver, self.pattern, self.min_expert_tokens, self.rare_experts)
         with _faults_end_the_run():

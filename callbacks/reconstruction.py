@@ -26,7 +26,8 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.output.manifest import replace_durably
-from lvlm_prune.output.names import RECOVERY_RECORD
+from lvlm_prune.output.own_files import record_of_content
+from lvlm_prune.output.summaries import RECOVERY_RECORD
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 from lvlm_prune.recovery.optimization import Optimization
@@ -135,7 +136,9 @@ class BlockwiseReconstruction(PruneCallback):
         for key, tensor in trainer.run.weights.to_disk(weights, self.written).items():
             self.written.write(key, tensor)
         self.written.sync()
-        replace_durably(self.work / f"{block.index:04}.safetensors", save(self._adapters))
+        content = save(self._adapters)
+        replace_durably(self.work / f"{block.index:04}.safetensors", content)
+        block.record["adapters"] = record_of_content(content)
         trainer.run.record["blocks"].append({"index": block.index, "name": block.name} | block.record)
         trainer.run.record.write(self.written.path, RECOVERY_RECORD)
 

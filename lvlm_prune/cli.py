@@ -12,10 +12,15 @@ lvlm-prune sweep --recipes 'configs/prune/*.yaml' --grid '{pruning.sparsity: [0.
 lvlm-prune reproduce atv/table_2 --output DIR
 """
 
+import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import NoReturn, TextIO
 
 from lvlm_prune import __version__
 from lvlm_prune.threads import wait_asleep
@@ -63,5 +68,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
+def console() -> NoReturn:
+    """The program `lvlm-prune`: `main` in a process that is all its own.
+
+    An interruption ends it at once: to let go of everything in order, as Python does at its end, takes seconds. A
+    reader that went away (`| head -1`) ends it quietly, a full disk behind `>` in one line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # while libraries were imported
+        status = 128 + signal.SIGINT
+        print("interrupted", file=sys.stderr)
+    except OSError as error:
+        if not _is_lost(sys.stdout, error):
+            raise
+        status = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
+        if status == 2:
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+    if status > 128:
+        with suppress(OSError):
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _is_lost(stream: TextIO, error: OSError) -> bool:
+    """Whether an error is that of a stream to which nothing can be written; what waits in it is dropped then."""
+    if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        return False
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # not a file: captured by whoever called
+        return False
+    return True
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

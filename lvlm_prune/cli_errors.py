@@ -4,13 +4,17 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import LVLMPruneError
+from lvlm_prune.errors import InputError, LVLMPruneError
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
+
+_MOST_VALUES = 100_000
+_DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
 
 class OptionError(LVLMPruneError):
@@ -72,6 +76,76 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
     return f"{option}: {rest}" if key else rest
 
 
+def refuse_devices(devices: Any) -> None:
+    """Refuse what cannot be a choice of devices; whether the machine has them, Lightning knows.
+
+    Raises:
+        InputError: It is of another kind, or none.
+
+    Example:
+        >>> refuse_devices("0,1")
+        >>> refuse_devices(0)
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --trainer.devices 0: expected `auto`, how many, or a list of their numbers
+    """
+    if isinstance(devices, str):
+        understood = bool(
+            re.fullmatch(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},", devices.replace(" ", ""))
+        )
+    elif isinstance(devices, list):
+        numbers = [number for number in devices if isinstance(number, int) and not isinstance(number, bool)]
+        understood = bool(numbers) and len(set(numbers)) == len(devices) and all(number >= 0 for number in numbers)
+    else:
+        counts = isinstance(devices, int) and not isinstance(devices, bool)
+        understood = devices is None or (counts and (devices == -1 or 0 < devices < 10**6))
+    if not understood:
+        raise InputError("trainer.devices", devices, "expected `auto`, how many, or a list of their numbers")
+
+
+def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
+    """Refuse configuration files that no parser should be given: pipes, no text, YAML that holds itself.
+
+    Args:
+        arguments: The command line.
+        folder: Where it was given.
+
+    Raises:
+        InputError: One is of that kind.
+    """
+    for path in _config_files(arguments):
+        if not (folder / path).exists():
+            continue
+        if not (folder / path).is_file():
+            raise InputError("config", path, "is no file")
+        try:
+            text = (folder / path).read_text(encoding="utf-8")
+            _count(yaml.safe_load(text))
+        except UnicodeDecodeError:
+            raise InputError("config", path, "is no text in UTF-8") from None
+        except OSError as error:
+            raise InputError("config", path, f"cannot be read ({error.strerror})") from None
+        except (RecursionError, OverflowError):
+            raise InputError("config", path, "is nested too deeply, or in itself") from None
+        except (ValueError, yaml.YAMLError):
+            continue  # said with the place by the parser
+
+
+def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
+    """Number of values in nested mappings and lists, with those that an anchor repeats.
+
+    Raises:
+        OverflowError: They hold themselves, or are more than any configuration has.
+    """
+    count += 1
+    if isinstance(value, (dict, list)):
+        if id(value) in path or count > _MOST_VALUES:
+            raise OverflowError
+        for item in value.values() if isinstance(value, dict) else value:
+            count = _count(item, (*path, id(value)), count)
+    return count
+
+
 def _unknown(option: str, known: Collection[str]) -> str:
     meant = [candidate for candidate in known if candidate.endswith(f".{option.removeprefix('--')}")]
     if not meant:
@@ -100,8 +174,8 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 def _is_yaml(path: Path) -> bool:
     try:
-        yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return True
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_errors import VERBS, OptionError, explain
+from lvlm_prune.cli_errors import VERBS, OptionError, explain, refuse_devices, refuse_unreadable
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.launching import is_first_process
-from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status
+from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, one_line
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import built_from, load_installed_plugins
@@ -135,7 +135,10 @@ class LVLMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse a configuration file that gives a plain value where options belong."""
         for key in self._parser(self.subcommand).groups or ():
-            value = self._get(self.config, key)
+            options = self.config[self.subcommand]
+            if key not in options:
+                continue
+            value = "null" if options[key] is None else options[key]
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
 
@@ -165,15 +168,25 @@ class LVLMCLI(LightningCLI):
         Raises:
             InputError: Accelerator, devices or strategy cannot be had on this machine.
         """
+        refuse_devices(self._get(self.config, "trainer.devices"))
         try:
             return super().instantiate_trainer(**kwargs)  # type: ignore[return-value]
-        except (MisconfigurationException, RuntimeError, ValueError) as error:
-            option = next((name for name in ("accelerator", "devices", "strategy") if name in str(error)), "devices")
-            value = self._get(self.config, f"trainer.{option}")
-            said = str(error).replace("\n", " ")
+        except Exception as error:  # of Lightning, about one of its many options, in as many ways
+            if isinstance(error, LVLMPruneError):
+                raise
+            option = self._option_at_fault(str(error))
+            said = one_line(error)
             # What SLURM lacks is said with the way out.
             problem = said if isinstance(error, RuntimeError) else said.split(". ")[0]
-            raise InputError(f"trainer.{option}", value, problem) from None
+            raise InputError(f"trainer.{option}", self._get(self.config, f"trainer.{option}"), problem) from None
+
+    def _option_at_fault(self, said: str) -> str:
+        """The trainer's option that an error of Lightning speaks of; first of those that were given."""
+        given, defaults = self._get(self.config, "trainer"), self._parser(self.subcommand).get_defaults()["trainer"]
+        named = [name for name in given if re.search(rf"(?<![a-z_]){name}(?![a-z_])", said.lower())]
+        changed = [name for name in named if given[name] != defaults[name]]
+        others = [name for name in given if given[name] != defaults[name]]
+        return next(iter([*changed, *named, *others]), "devices")
 
     trainer: LVLMTrainer
 
@@ -251,7 +264,7 @@ def run(arguments: Sequence[str]) -> int:
     except LVLMPruneError as error:
         # Before they know of each other all processes fail alike, and one speaks.
         if error.agreed or is_first_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_first_process():
@@ -261,6 +274,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
+    refuse_unreadable(arguments, Path.cwd())
     load_installed_plugins()
     if arguments[:1] == ["prune"]:
         arguments = with_recipe(arguments)
@@ -272,6 +286,7 @@ def _run(arguments: Sequence[str]) -> None:
         trainer_defaults=_TRAINER_DEFAULTS["prune"],
         save_config_callback=None,
         seed_everything_default=False,
+        auto_configure_optimizers=False,
         parser_class=LVLMParser,
         parser_kwargs={"default_env": True, "env_prefix": "LVLM", "description": _DESCRIPTION},
         args=list(arguments),

@@ -3,6 +3,8 @@
 import signal
 from typing import Any
 
+_LONGEST_VALUE = 300
+
 
 class LVLMPruneError(Exception):
     """Something the user can mend. The command line prints it as one line, `error: ...`, and exits with status 2.
@@ -30,10 +32,54 @@ class InputError(LVLMPruneError):
     """
 
     def __init__(self, option: str, value: Any, problem: str) -> None:
-        super().__init__(f"--{option} {value}: {problem}")
+        super().__init__(f"--{option} {shortened(value, _LONGEST_VALUE)}: {problem}")
         self.option = option
         self.value = value
         self.problem = problem
+
+
+def refuse_huge(option: str, value: int | None, most: int | None = None) -> None:
+    """Refuse a number that counts something and is larger than anything there is: memory and loops would not end.
+
+    Args:
+        option: Its option.
+        value: The number; None where it is not given.
+        most: The largest that there is; default: what 32 bits hold.
+
+    Raises:
+        InputError: It is.
+
+    Example:
+        >>> refuse_huge("data.batch_size", 10**20)
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --data.batch_size 100000000000000000000: must be at most 2147483647
+    """
+    most = 2**31 - 1 if most is None else most
+    if value is not None and value > most:
+        raise InputError(option, value, f"must be at most {most}")
+
+
+def one_line(value: Any) -> str:
+    r"""Text on one line that every terminal and file takes, whatever a file name or a record had in it.
+
+    Example:
+        >>> one_line("a\nb\udcff")
+        'a b\\udcff'
+    """
+    return " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shortened(value: Any, longest: int = 80) -> str:
+    """The same, cut in the middle where it is longer than so many characters: an image may be its own name.
+
+    Example:
+        >>> shortened("data:image/png;base64,iVBORw0KGgo", 20)
+        'data:imag...0KGgo'
+    """
+    text = one_line(value)
+    head, tail = longest // 2 - 1, longest // 4
+    return text if len(text) <= longest else f"{text[:head]}...{text[-tail:]}"
 
 
 class RunError(LVLMPruneError):
@@ -91,4 +137,4 @@ def first_line(error: BaseException) -> str:
         ('too long', 'KeyError')
     """
     said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    return shortened(said.splitlines()[0], _LONGEST_VALUE) if said else type(error).__name__

@@ -34,7 +34,7 @@ from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
 from lvlm_prune.data.processing import load_processor
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 
 
 class Objective(Protocol):
@@ -176,6 +176,7 @@ class LVLMModule(L.LightningModule):
             attn_implementation=self.attn_implementation or None,
         )
         self._find_blocks()
+        self._refuse_incomplete()
 
     def _find_blocks(self) -> None:
         self.runner = BlockRunner(self.model)
@@ -243,6 +244,11 @@ class LVLMModule(L.LightningModule):
             )
             self.model = loaded.eval().requires_grad_(False)
             self._find_blocks()
+            self._refuse_incomplete()
+
+    def _refuse_incomplete(self) -> None:
+        """Raise for tensors that the checkpoint lacks; transformers would draw them at random and go on."""
+        self.weights(torch.device("cpu"))
 
     def unload(self) -> None:
         """Let the whole model go, and the memory that it took."""
@@ -314,10 +320,18 @@ class LVLMModule(L.LightningModule):
 
         With several processes, whose gradients are averaged, the mean is over the answer tokens of all of them; over
         those of all batches where gradients of several are accumulated. What is returned is weighted for that.
+
+        Raises:
+            RunError: The loss is not finite: on one process, and all of them stop.
         """
         total, divergence, count = self.answer_losses(batch)
-        tokens = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
+        own = torch.stack([torch.tensor(float(count), device=self.device), total.detach().float()])
+        tokens, everywhere = self.trainer.strategy.reduce(own, reduce_op="mean")
         loss = total / tokens
+        if not torch.isfinite(everywhere):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            step = f"at step {self.trainer.global_step + 1}, where the learning rate is {rate:.3g}"
+            raise RunError(f"the loss is NaN or infinite {step}; lower --optimization.learning_rate")
         if divergence is not None and self.objective is not None:
             self.log("train_cross_entropy", loss, batch_size=count)
             self.log("train_divergence", divergence / tokens, batch_size=count)
@@ -380,12 +394,6 @@ class LVLMModule(L.LightningModule):
             raise InputError(
                 "resume", "true", "the training checkpoint has other trainable weights; repeat its options"
             )
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens that the model takes; None where its configuration does not say."""
-        config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None)
 
     @property
     def _takes_logits_to_keep(self) -> bool:

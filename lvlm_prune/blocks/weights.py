@@ -10,8 +10,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from copy import copy
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,9 @@ from transformers import PreTrainedModel
 from lvlm_prune.blocks.decoder import Decoder
 from lvlm_prune.checkpoints.allocator import give_back_freed
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
+from lvlm_prune.checkpoints.completeness import refuse_incomplete
 from lvlm_prune.checkpoints.prefetch import Prefetch, prefetch
+from lvlm_prune.checkpoints.skeleton import NEEDS_ORIGINAL
 from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.checkpoints.versions import tied_names
 from lvlm_prune.errors import InputError
@@ -109,8 +109,8 @@ class StreamedWeights(Weights):
         device: Where loaded weights go.
 
     Raises:
-        InputError: The checkpoint lacks a tensor of a block, or has one whose shape does not fit the configuration. A
-            missing non-block tensor raises when a forward really uses it.
+        InputError: The checkpoint lacks a tensor, or has one that is quantized or whose shape does not fit the
+            configuration. Parts of vision towers that are missing as a whole raise when a forward really uses them.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class StreamedWeights(Weights):
         ]
         output = _path_of(model, model.get_output_embeddings())
         self._output_names = [name for name in self._dtypes if output and name.startswith(f"{output}.")]
-        self._refuse_unfit([*in_blocks, *self._non_block_names])
-        self._refuse_missing(in_blocks)
+        self._refuse_unfit([*in_blocks, *self._non_block_names, *self._output_names])
+        refuse_incomplete(model, folder, self._provider)
 
     def _take_blocks(self, decoder: Decoder) -> None:
         self._block_names: list[list[str]] = [
@@ -283,6 +283,13 @@ class StreamedWeights(Weights):
         else:
             module._buffers[leaf] = tensor
 
+    def _refuse_quantized(self, name: str, source: WeightSource) -> None:
+        for key in (key for keys in source.keys.values() for key in keys):
+            stored = self._folder[key].torch_dtype
+            if self._dtypes[name].is_floating_point and (not stored.is_floating_point or stored.itemsize == 1):
+                problem = f"the weights are quantized ({key} is {self._folder[key].dtype}); {NEEDS_ORIGINAL}"
+                raise InputError("model.path", self._folder.path, problem)
+
     def _refuse_unfit(self, names: list[str]) -> None:
         """Raise for the first tensor whose shape is not the one that the configuration asks for."""
         expected = self._model.state_dict()
@@ -290,27 +297,11 @@ class StreamedWeights(Weights):
             if name not in self._provider:
                 continue
             source = self._sources[self._provider[name]]
+            self._refuse_quantized(name, source)
             shape, stored = tuple(expected[name].shape), source.shapes[self._provider[name]]
             if shape != stored:
                 problem = f"{source.key} has shape {list(stored)}, the configuration asks for {list(shape)}"
                 raise InputError("model.path", self._folder.path, problem)
-
-    def _refuse_missing(self, in_blocks: set[str]) -> None:
-        """Raise for the first parameter of the decoder without a source; elsewhere, raise if it is really used."""
-        for name, _ in self._model.named_parameters(remove_duplicate=False):
-            if name in self._provider or name not in self._dtypes:
-                continue
-            problem = f"the checkpoint lacks the tensor {name}"
-            error = InputError("model.path", self._folder.path, problem)
-            if name in in_blocks:
-                raise error
-            if name in self._non_block_names:
-                # Checkpoints on the hub lack heads of vision towers that no forward uses.
-                self._model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(partial(_fail, error))
-
-
-def _fail(error: InputError, *_: Any) -> None:
-    raise error
 
 
 def _providers(model: PreTrainedModel, sources: dict[str, WeightSource], names: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ has the shape and the dtype of the dense one, so it is written over the same byt
 """
 
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -18,10 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvlm_prune.checkpoints.files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    files_within,
+    is_another_copy,
+    refuse_links_out,
+    refuse_special_files,
+    weights_name,
+)
 from lvlm_prune.errors import InputError, RunError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 PACKED = "lvlm_prune_packed"
 """`quant_method` in the `config.json` of a packed checkpoint."""
 
@@ -86,8 +94,8 @@ class CheckpointFolder:
     """A checkpoint folder: `config.json`, safetensors shards, and anything else.
 
     Creating one reads `config.json`, the index and the headers of the shards, and checks that they fit together; no
-    tensor is read. The shards are those that the index names, or else `model.safetensors`: other safetensors files may
-    lie in the folder.
+    tensor is read. The weights are `model.safetensors`, or else the shards that the index names, as for transformers:
+    other safetensors files may lie in the folder.
 
     Args:
         path: The folder.
@@ -108,9 +116,12 @@ class CheckpointFolder:
         self._option = option
         if not self.path.is_dir():
             raise self._error("is a file, not a folder" if self.path.exists() else "no such folder")
+        refuse_special_files(self.path, option)
         self.config: dict[str, Any] = self._read_json("config.json")
+        self._refuse_adapter()
+        self._weights = self._find_weights()
         index = self._read_index()
-        self.shards = list(dict.fromkeys(index.values())) if index else [SINGLE_NAME]
+        self.shards = list(dict.fromkeys(index.values())) if index else [self._weights]
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for key, tensor in self._read_header(shard):
@@ -119,7 +130,7 @@ class CheckpointFolder:
                     self.tensors[key] = tensor
         lost = [key for key in index if key not in self.tensors]
         if lost:
-            raise self._error(f"{INDEX_NAME} places {lost[0]} in {index[lost[0]]}, which does not hold it")
+            raise self._error(f"{self._weights} places {lost[0]} in {index[lost[0]]}, which does not hold it")
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
@@ -191,6 +202,7 @@ class CheckpointFolder:
         Raises:
             ValueError: Shape or dtype differ from the ones on disk.
             OSError: The file cannot be written.
+            RunError: The file is a link, or has a second name: what it shares with another checkpoint stays as it is.
         """
         place = self.tensors[key]
         if tuple(tensor.shape) != place.shape or tensor.dtype != place.torch_dtype:
@@ -199,7 +211,7 @@ class CheckpointFolder:
                 f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        with open(self.path / place.shard, "r+b", buffering=0) as file:
+        with open(self.path / place.shard, "r+b", buffering=0, opener=_without_links) as file:
             file.seek(place.start)
             written = 0
             while written < len(content):
@@ -217,6 +229,24 @@ class CheckpointFolder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    def files(self) -> list[Path]:
+        """Path in the folder of every file that belongs to a copy of the checkpoint: all but other copies of weights.
+
+        Raises:
+            InputError: A link leads out of the folder.
+        """
+        found = [file for file in files_within(self.path) if not self._is_another_copy(file)]
+        refuse_links_out(self.path, found, self._option)
+        return found
+
+    def other_copies(self) -> list[str]:
+        """Files, or the folders that they are in, that hold the weights once more, in another format."""
+        found = (file for file in files_within(self.path) if self._is_another_copy(file))
+        return list(dict.fromkeys(f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in found))
+
+    def _is_another_copy(self, file: Path) -> bool:
+        return is_another_copy(file, [self._weights, *self.shards])
 
     def at(self, path: Path | str) -> "CheckpointFolder":
         """The same layout in another folder: a copy of the shards, whose `config.json` need not be there yet."""
@@ -260,27 +290,45 @@ class CheckpointFolder:
             raise self._error(f"holds no {name}") from None
         except OSError as error:
             raise self._error(f"cannot read {name}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(f"{name} is not valid JSON ({error})") from None
         if not isinstance(content, dict):
             raise self._error(f"{name} is not a JSON object")
         return content
 
+    def _refuse_adapter(self) -> None:
+        if (self.path / "adapter_config.json").exists():
+            raise self._error(
+                "holds an adapter (adapter_config.json), which transformers adds to the weights when it loads them; "
+                "merge it first: load both with PEFT, `merge_and_unload()`, `save_pretrained`"
+            )
+
+    def _find_weights(self) -> str:
+        """The file with all weights, or the index of the shards."""
+        named = self.config.get("transformers_weights")
+        if named is not None:
+            kinds = (".safetensors", ".safetensors.index.json")
+            if not (isinstance(named, str) and Path(named).name == named and named.endswith(kinds)):
+                raise self._error(f"config.json names {named!r} as its weights, no safetensors file in this folder")
+        name = weights_name(self.path, self.config)
+        if name is None:
+            raise self._error(self._without_weights())
+        return name
+
     def _read_index(self) -> dict[str, str]:
         """Name on disk to shard, or nothing for a checkpoint in one file."""
-        if not (self.path / INDEX_NAME).exists():
-            if not (self.path / SINGLE_NAME).exists():
-                raise self._error(self._without_weights())
+        if not self._weights.endswith(".json"):
             return {}
-        weight_map = self._read_json(INDEX_NAME).get("weight_map")
+        weight_map = self._read_json(self._weights).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise self._error(f"{INDEX_NAME} has no weight_map")
-        for shard in set(weight_map.values()):
+            raise self._error(f"{self._weights} has no weight_map")
+        for shard in weight_map.values():
             # A name with a folder in it could lead out of the checkpoint.
             if not isinstance(shard, str) or Path(shard).name != shard:
-                raise self._error(f"{INDEX_NAME} names {shard!r}, which is not a file in this folder")
+                raise self._error(f"{self._weights} names {shard!r}, which is not a file in this folder")
+        for shard in set(weight_map.values()):
             if not (self.path / shard).is_file():
-                raise self._error(f"{INDEX_NAME} names {shard}, which does not exist")
+                raise self._error(f"{self._weights} names {shard}, which does not exist")
         return weight_map
 
     def _without_weights(self) -> str:
@@ -309,7 +357,7 @@ class CheckpointFolder:
             )
         except OSError as error:
             raise self._error(f"cannot read {shard}: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise self._error(f"{shard} has a corrupt header") from None
         end = 8 + length
         for key, tensor in tensors:
@@ -323,9 +371,29 @@ class CheckpointFolder:
         yield from tensors
 
 
+def _without_links(path: str, flags: int) -> int:
+    """Open a file for writing that nobody else can have under another name.
+
+    Raises:
+        RunError: It is a symbolic link or has several hard links.
+    """
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RunError(f"{path} is a link; only files of the run's own are written") from None
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise RunError(f"{path} has another name (a hard link); only files of the run's own are written")
+    return descriptor
+
+
 def _place(shard: str, data_start: int, entry: dict[str, Any]) -> TensorInfo:
     first, last = entry["data_offsets"]
     shape = tuple(int(length) for length in entry["shape"])
+    if any(length < 0 for length in shape):
+        raise ValueError("a negative length")
     return TensorInfo(shard, str(entry["dtype"]), shape, data_start + int(first), int(last) - int(first))
 
 

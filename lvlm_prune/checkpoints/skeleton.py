@@ -1,6 +1,7 @@
 """A model without weights: its structure from the configuration, its parameters on the meta device."""
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lvlm_prune.checkpoints.allocator import give_back_from
 from lvlm_prune.checkpoints.checkpoint import PACKED, CheckpointFolder
+from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes
 from lvlm_prune.checkpoints.versions import names_pattern, no_init_weights, prepare
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, shortened
 
 _AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+
+NEEDS_ORIGINAL = "pruning needs the original checkpoint"
+# How tools announce quantized weights beside `config.json`: ModelOpt, GPTQ, AWQ.
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def build_skeleton(
@@ -38,11 +44,12 @@ def build_skeleton(
         InputError: The model cannot be built: unknown architecture, code that is not trusted, a missing package,
             quantized weights, a dtype that does not exist.
     """
-    if (quantization := folder.config.get("quantization_config")) is not None:
-        if isinstance(quantization, dict) and quantization.get("quant_method") == PACKED:
-            way_out = f"lvlm-prune unpack --model.path {folder.path} --output DIR"
-            raise InputError("model.path", folder.path, f"is a packed checkpoint; unpack it first: `{way_out}`")
-        raise InputError("model.path", folder.path, "the weights are quantized; pruning needs the original checkpoint")
+    quantization = folder.config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == PACKED:
+        way_out = f"lvlm-prune unpack --model.path {folder.path} --output DIR"
+        raise InputError("model.path", folder.path, f"is a packed checkpoint; unpack it first: `{way_out}`")
+    _refuse_quantized(folder)
+    refuse_absurd_sizes(folder)
     config = _load_config(folder, trust_remote_code)
     model_class, config = _model_class(folder, config, trust_remote_code)
     torch_dtype = _resolve_dtype(folder, dtype)
@@ -53,26 +60,50 @@ def build_skeleton(
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = model_class._from_config(config, **options)
+        # Outside the context that sets the dtype: rotary tables are computed in float32, as `from_pretrained` does.
+        prepare(model)
+        _keep_in_float32(model, torch_dtype)
     except ImportError as error:
         problem = f"this model needs a package that is not installed: {' '.join(str(error).split())}"
         raise InputError("model.path", folder.path, problem) from error
     except ValueError as error:
         if attn_implementation is None:
+            raise _not_built(folder, error) from error
+        raise InputError("model.attn_implementation", attn_implementation, shortened(error, 200)) from error
+    except Exception as error:
+        # Of transformers, about the numbers of the configuration; of the checkpoint's own code it may be a bug.
+        if trust_remote_code and _remote_reference(folder):
             raise
-        problem = " ".join(str(error).split())[:200]
-        raise InputError("model.attn_implementation", attn_implementation, problem) from error
+        raise _not_built(folder, error) from error
     finally:
         give_back_from()
-    # Outside the context that sets the dtype: rotary tables are computed in float32, as `from_pretrained` does.
-    prepare(model)
-    _keep_in_float32(model, torch_dtype)
     return model.eval().requires_grad_(False)
+
+
+def _refuse_quantized(folder: CheckpointFolder) -> None:
+    """Raise where somebody says that the weights are quantized."""
+    said = [name for name in _QUANTIZATION_FILES if (folder.path / name).exists()]
+    if said or _announces_quantization(folder.config):
+        where = said[0] if said else "config.json"
+        raise InputError("model.path", folder.path, f"the weights are quantized ({where}); {NEEDS_ORIGINAL}")
+
+
+def _announces_quantization(config: Any) -> bool:
+    if isinstance(config, dict):
+        named = any(config.get(name) for name in ("quantization_config", "compression_config"))
+        return named or any(_announces_quantization(value) for value in config.values())
+    return isinstance(config, list) and any(map(_announces_quantization, config))
+
+
+def _not_built(folder: CheckpointFolder, error: Exception) -> InputError:
+    problem = f"no model can be built from its config.json ({type(error).__name__}: {shortened(error, 200)})"
+    return InputError("model.path", folder.path, problem)
 
 
 def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers checks numbers and types here, with errors of many kinds
         if "auto_map" in folder.config and not trust_remote_code:
             raise InputError(
                 "model.trust_remote_code",
@@ -81,11 +112,12 @@ def _load_config(folder: CheckpointFolder, trust_remote_code: bool) -> Pretraine
             ) from None
         if (model_class := _named_class(folder.config.get("architectures"))) is not None:
             # Some parts of omni models, stored on their own, are not in transformers' list of model types.
-            return model_class.config_class.from_pretrained(folder.path)
+            with suppress(Exception):  # what is wrong was said above
+                return model_class.config_class.from_pretrained(folder.path)
         model_type = folder.config.get("model_type")
         problem = (
             f"transformers {transformers.__version__} cannot read its configuration (model_type {model_type!r}): "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{shortened(error, 200)}"
         )
         raise InputError("model.path", folder.path, problem) from error
 
@@ -112,10 +144,17 @@ def _model_class(
     raise InputError("model.path", folder.path, problem)
 
 
-def _named_class(architectures: list[str] | None) -> type[PreTrainedModel] | None:
-    """The first class of transformers among `architectures`."""
-    classes = (getattr(transformers, name, None) for name in architectures or [])
-    return next((candidate for candidate in classes if isinstance(candidate, type)), None)
+def _named_class(architectures: Any) -> type[PreTrainedModel] | None:
+    """The first class of transformers among `architectures` that generates text."""
+    names = architectures if isinstance(architectures, list) else [architectures]
+    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    return next(filter(_generates, classes), None)
+
+
+def _generates(candidate: Any) -> bool:
+    """Whether something that transformers exports is a model that generates text."""
+    is_model = isinstance(candidate, type) and issubclass(candidate, PreTrainedModel)
+    return is_model and bool(candidate.can_generate())
 
 
 def _remote_reference(folder: CheckpointFolder) -> str | None:
@@ -146,7 +185,7 @@ def _stored_dtype(folder: CheckpointFolder) -> torch.dtype:
         raise InputError("model.path", folder.path, "holds no floating-point weights")
     stored, _ = sizes.most_common(1)[0]
     if stored.itemsize == 1:
-        raise InputError("model.path", folder.path, "the weights are quantized; pruning needs the original checkpoint")
+        raise InputError("model.path", folder.path, f"the weights are quantized; {NEEDS_ORIGINAL}")
     return stored
 
 

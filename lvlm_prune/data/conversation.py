@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, first_line, shortened
 
 Message = dict[str, Any]
 """One turn in Hugging Face's chat format: `{"role": ..., "content": [{"type": "text", "text": ...}, ...]}`."""
@@ -20,6 +21,7 @@ Message = dict[str, Any]
 MEDIA = ("image", "video", "audio")
 """What a part of a turn may be besides text; in strings `<image>`, `<video>` and `<audio>` mark their places."""
 
+_LONGEST_NAME = 200  # in messages; an image may be its own name
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -74,15 +76,19 @@ def load_image(image: Image.Image | Path) -> Image.Image:
         RunError: The file is missing or is not an image.
     """
     name = (getattr(image, "filename", "") or "image") if isinstance(image, Image.Image) else str(image)
+    if isinstance(image, Path) and exists(image) and not isfile(image):
+        raise RunError(f"{shortened(name, _LONGEST_NAME)}: is no regular file")  # a pipe would be waited for
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         return ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
-        raise RunError(f"{name}: no such image file") from None
-    # Pillow reports broken PNGs as SyntaxError and absurd sizes as DecompressionBombError.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image" if "cannot identify" in str(error) else str(error)
-        raise RunError(f"{name}: cannot be read as an image ({reason})") from None
+        raise RunError(f"{shortened(name, _LONGEST_NAME)}: no such image file") from None
+    except MemoryError:
+        raise
+    # Pillow's decoders raise errors of every kind: SyntaxError for PNGs, struct.error, DecompressionBombError, ...
+    except Exception as error:
+        reason = "not an image" if "cannot identify" in str(error) else first_line(error)
+        raise RunError(f"{shortened(name, _LONGEST_NAME)}: cannot be read as an image ({reason})") from None
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
@@ -111,8 +117,10 @@ def open_image_bytes(content: bytes, name: str) -> Image.Image:
     """
     try:
         opened = Image.open(io.BytesIO(content))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise RunError(f"{name}: cannot be read as an image") from None
+    except MemoryError:
+        raise
+    except Exception:  # as for files
+        raise RunError(f"{shortened(name, _LONGEST_NAME)}: cannot be read as an image") from None
     opened.filename = name
     return opened
 
@@ -141,7 +149,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
             raise ValueError(f"turn {number} is {type(turn).__name__}, not an object")
         speaker = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise ValueError(f"turn {number} has the role {speaker!r}, expected one of {', '.join(_ROLES)}")
         if isinstance(content, str):
             parts = _parts_from_text(content, media)
@@ -171,6 +179,18 @@ def place_media(messages: list[Message], count: int, kind: str = "image") -> lis
     return messages
 
 
+def kind_of_part(part: Mapping[str, Any]) -> str:
+    """`text`, `image`, `video` or `audio`, under whatever name a chat format has it; as it is if it is none of them.
+
+    Example:
+        >>> [kind_of_part({"type": name}) for name in ("image_url", "input_audio", "output_text", "tool_use")]
+        ['image', 'audio', 'text', 'tool_use']
+    """
+    name = part.get("type")
+    plain = re.sub(r"^(input|output)_|_(url|path|file)$", "", name) if isinstance(name, str) else name
+    return plain if plain in ("text", *MEDIA) else name  # type: ignore[return-value]
+
+
 def _parts_from_text(text: str, media: Sequence[str]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     # With a group in the pattern, every other piece is the name of a placeholder.
@@ -191,7 +211,7 @@ def _parts_from_text(text: str, media: Sequence[str]) -> list[dict[str, Any]]:
 def _part(part: Any, turn: int, media: Sequence[str]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = kind_of_part(part) if isinstance(part, dict) else None
     if kind in media:
         return {"type": kind}
     if kind == "text" and isinstance(part.get("text"), str):

@@ -19,9 +19,10 @@ from jsonargparse import lazy_instance
 from lvlm_prune.data.batches import CalibrationBatch, Inputs, batch_key, collate, digest
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedSource
-from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of
+from lvlm_prune.data.limits import NO_LIMITS, ModelLimits
+from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of, refusals
 from lvlm_prune.data.source import CalibrationSource, Sample
-from lvlm_prune.errors import InputError, RunError, first_line
+from lvlm_prune.errors import InputError, RunError, refuse_huge
 from lvlm_prune.plugins import mounted, own_instance
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class CalibrationDataModule(L.LightningDataModule):
             raise InputError("data.padding_side", padding_side, "must be auto, left or right")
         if max_pixels is not None and max_pixels < 1:
             raise InputError("data.max_pixels", max_pixels, "must be at least 1")
+        counts = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "max_pixels": max_pixels}
+        for name, value in counts.items():
+            refuse_huge(f"data.{name}", value)
         self.source = own_instance(source)
         self.num_samples = num_samples
         self.seed = seed
@@ -129,6 +133,7 @@ class CalibrationDataModule(L.LightningDataModule):
         world_size: int = 1,
         with_labels: bool = False,
         batch_size: int | None = None,
+        limits: ModelLimits = NO_LIMITS,
     ) -> Iterator[CalibrationBatch]:
         """This process' share of the calibration set.
 
@@ -145,13 +150,14 @@ class CalibrationDataModule(L.LightningDataModule):
             world_size: Number of processes.
             with_labels: Hand on the entry `labels` of ready-made inputs, if there is one.
             batch_size: Samples per batch. Default: `data.batch_size`.
+            limits: What the model takes; a sample beyond them counts as one that cannot be read.
 
         Raises:
             RunError: A sample cannot be read (`on_error: raise`), or every one was skipped on a single process.
         """
         if processor is None and self.source.needs_processor:
             raise ValueError(f"{type(self.source).__name__} needs the model's processor")
-        pad_token_id = pad_token_of(processor) if processor is not None else 0
+        pad_token_id = limits.padding(pad_token_of(processor)) if processor is not None else 0
         side = padding_side_of(processor) if self.padding_side == "auto" else self.padding_side
         selection = self.select()
         self.skipped = []
@@ -160,7 +166,7 @@ class CalibrationDataModule(L.LightningDataModule):
         for start in islice(starts, rank, None, world_size):
             groups: dict[tuple, list[tuple[int, Inputs]]] = {}
             for index in range(start, min(start + batch_size, len(selection))):
-                inputs = self._read(selection[index], processor)
+                inputs = self._read(selection[index], processor, limits)
                 if inputs is not None:
                     if not with_labels:
                         inputs.pop("labels", None)
@@ -175,28 +181,56 @@ class CalibrationDataModule(L.LightningDataModule):
             name, reason = self.skipped[0]
             raise RunError(f"no calibration sample could be read; the first one, {name}: {reason}")
 
-    def _read(self, index: int, processor: Any) -> Inputs | None:
+    def _read(self, index: int, processor: Any, limits: ModelLimits) -> Inputs | None:
         """Model inputs of sample `index` of the source; None if it is left out."""
         name = f"sample {index}"
         try:
             sample = self.source[index]
             name = getattr(sample, "id", "") or name
-            return self._encode(sample, processor)
+            inputs = self._encode(sample, processor)
+            limits.refuse(inputs)
+            return inputs
         except RunError as error:
-            if self.on_error == "raise":
-                raise RunError(f"calibration {name}: {error}") from None
-            if (name, str(error)) not in self._warned:
-                log.warning("left out calibration %s: %s", name, error)
-            self._warned.add((name, str(error)))
-            self.skipped.append((name, str(error)))
+            self._leave_out(name, str(error))
             return None
+
+    def leave_out(self, number: int, reason: str) -> None:
+        """Leave out a sample that was read, because something else cannot do with it.
+
+        Args:
+            number: Its number in the selection.
+            reason: What is wrong with it.
+
+        Raises:
+            RunError: A bad sample is an error (`on_error: raise`).
+        """
+        index = self.select()[number]
+        self._leave_out(getattr(self.source[index], "id", "") or f"sample {index}", reason)
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        if self.on_error == "raise":
+            raise RunError(f"calibration {name}: {reason}") from None
+        if (name, reason) not in self._warned:
+            log.warning("left out calibration %s: %s", name, reason)
+        self._warned.add((name, reason))
+        self.skipped.append((name, reason))
+
+    def one_by_one(self, numbers: Sequence[int], processor: Any, limits: ModelLimits) -> Iterator[CalibrationBatch]:
+        """Samples of a batch once more, each in a batch of its own.
+
+        Args:
+            numbers: Numbers in the selection.
+            processor: From `load_processor`; not needed for sources of ready-made inputs.
+            limits: What the model takes.
+        """
+        for number in numbers:
+            inputs = self._read(self.select()[number], processor, limits)
+            if inputs is not None:
+                inputs.pop("labels", None)
+                yield CalibrationBatch(collate([inputs]), [number], [digest(inputs)])
 
     def _encode(self, sample: Sample, processor: Any) -> Inputs:
         if not isinstance(sample, (Conversation, Document)):
             return dict(sample)
-        try:
+        with refusals(processor):
             return encode(processor, sample, max_pixels=self.max_pixels)
-        # What processors raise on inputs that they do not like; anything else is a bug and keeps its traceback.
-        except (ValueError, IndexError, TypeError, KeyError) as error:
-            reason = first_line(error)
-            raise RunError(f"{type(processor).__name__} refuses it: {reason}") from error

@@ -16,6 +16,7 @@ from lvlm_prune.data.conversation import (
     open_image_bytes,
     place_media,
 )
+from lvlm_prune.data.references import opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, verify_files
 from lvlm_prune.errors import RunError
 
@@ -81,8 +82,20 @@ class HFDatasetSource(CalibrationSource):
                 f"{', '.join(rows.column_names)}"
             )
             raise ValueError(f"`columns` {self.columns or '(not given)'}: {problem}")
+        if self.columns is None and not {"image", "images"} & set(roles):
+            self._refuse_unused_images(rows)
         self._roles = dict(roles)
         self._rows = self._without_decoding(rows)
+
+    def _refuse_unused_images(self, rows: Any) -> None:
+        """Raise where images would be left out because nobody says what their column is for."""
+        import datasets
+
+        features = {name: getattr(feature, "feature", feature) for name, feature in rows.features.items()}
+        name = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+        if name is not None:
+            problem = f"the column {name} holds images and has no role; say so with {{image: {name}, ...}}"
+            raise ValueError(f"`columns` (not given): {problem}")
 
     def _load(self) -> Any:
         import datasets
@@ -154,7 +167,7 @@ class HFDatasetSource(CalibrationSource):
                     return Document(values["text"].strip(), max_tokens=self.max_tokens, id=name)
                 messages = messages_from_turns([{"role": "user", "content": values["text"]}])
             else:
-                messages = _question_and_answer(values)
+                messages = _question_and_answer(values, row.get("choices"))
             task = str(values.get("task") or "")
             return Conversation(place_media(messages, len(images)), images, id=name, task=task)
         except ValueError as error:
@@ -170,30 +183,40 @@ class HFDatasetSource(CalibrationSource):
         for role in ("image", "images"):
             value = values.get(role)
             entries += value if isinstance(value, (list, tuple)) else [value]
-        return [self._image(entry, name) for entry in entries if entry is not None]
-
-    def _image(self, entry: Any, name: str) -> Image.Image | Path:
-        if isinstance(entry, Image.Image):
-            return entry
-        if isinstance(entry, bytes):
-            return open_image_bytes(entry, f"an image of {name}")
-        if isinstance(entry, dict) and entry.get("bytes"):
-            return open_image_bytes(entry["bytes"], entry.get("path") or f"an image of {name}")
-        file = entry.get("path") if isinstance(entry, dict) else entry
-        if not isinstance(file, str):
-            raise ValueError(f"{type(entry).__name__} in the column of images")
         folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
-        return folder / file
+        images = [_image(entry, name, folder) for entry in entries if entry is not None]
+        within = references_of_turns(values.get("messages") or [])
+        if within["video"] or within["audio"] or (images and within["image"]):
+            raise ValueError("the turns name videos, sounds, or images beside those of a column of their own")
+        return images or [_image(reference, name, folder) for reference in within["image"]]
 
 
-def _question_and_answer(values: dict[str, Any]) -> list[Message]:
+def _image(entry: Any, name: str, folder: Path) -> Image.Image | Path:
+    if isinstance(entry, dict) and entry.get("bytes"):
+        return open_image_bytes(entry["bytes"], entry.get("path") or f"an image of {name}")
+    file = entry.get("path") if isinstance(entry, dict) else entry
+    if not isinstance(file, (str, bytes, Image.Image)):
+        raise ValueError(f"{type(entry).__name__} in the column of images")
+    return opened(file, "image", folder, f"an image of {name}")
+
+
+def _question_and_answer(values: dict[str, Any], choices: Any) -> list[Message]:
     turns = []
     for role, speaker in (("question", "user"), ("answer", "assistant")):
         text = values.get(role)
+        if role == "answer" and isinstance(text, int) and isinstance(choices, (list, tuple)):
+            if not 0 <= text < len(choices):
+                raise ValueError(f"the answer {text} is none of {len(choices)} choices")
+            text = choices[text]
         # Sets with several reference answers give a list.
         text = text[0] if isinstance(text, (list, tuple)) and text else text
-        if text is not None:
-            turns.append({"role": speaker, "content": str(text)})
+        if isinstance(text, dict) and isinstance(text.get("answer"), str):  # as VQAv2 has them
+            text = text["answer"]
+        if text is None:
+            continue
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            raise ValueError(f"the column of the {role} holds {type(text).__name__}, not text")
+        turns.append({"role": speaker, "content": str(text)})
     messages = messages_from_turns(turns)
     if messages[0]["role"] == "assistant":
         messages.insert(0, {"role": "user", "content": []})

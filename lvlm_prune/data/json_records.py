@@ -69,7 +69,7 @@ class JsonRecords:
             content = file.read(end - start)
         try:
             record = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"invalid JSON at byte {start} of {self.path} ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{type(record).__name__} at byte {start} of {self.path}, expected an object")

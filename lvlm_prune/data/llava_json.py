@@ -8,6 +8,7 @@ from typing import Any
 
 from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media
 from lvlm_prune.data.json_records import JsonRecords
+from lvlm_prune.data.references import opened, references_of_record, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, verify_files
 from lvlm_prune.errors import RunError
 
@@ -18,7 +19,8 @@ class LlavaJsonSource(CalibrationSource):
     A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
     {"from": "gpt", "value": "A cat."}]}`. `image` may be a list, or missing in a sample of text only; images that no
     `<image>` stands for are put first. `video` with `<video>` and `audio` with `<audio>` are the same, for models whose
-    processor takes them.
+    processor takes them. `images`, `videos` and `audios` are understood too, turns under `messages`, parts that name
+    their files (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64.
 
     Args:
         path: The file: a JSON array, or one JSON object per line.
@@ -52,10 +54,11 @@ class LlavaJsonSource(CalibrationSource):
         assert self._records is not None
         try:
             record = self._records[index]
-            files = {kind: self._files(record, kind) for kind in MEDIA}
-            turns = record.get("conversations")
+            name = str(record.get("id", index))
+            turns = record.get("conversations", record.get("messages"))
             if not isinstance(turns, list):
                 raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
+            files = self._files(record, turns, name)
             # A sample of images may speak of `<video>`.
             media = [kind for kind in MEDIA if files[kind] or kind == "image"]
             messages = messages_from_turns(turns, media)
@@ -63,13 +66,17 @@ class LlavaJsonSource(CalibrationSource):
                 messages = place_media(messages, len(files[kind]), kind)
         except ValueError as error:
             raise RunError(str(error)) from None
-        name, task = str(record.get("id", index)), str(record.get("task") or "")
+        task = str(record.get("task") or "")
         return Conversation(messages, [*files["image"]], name, files["video"], files["audio"], task)
 
-    def _files(self, record: dict[str, Any], kind: str) -> list[Path]:
-        names = record.get(kind) or []
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"`{kind}` is neither a file name nor a list of file names")
+    def _files(self, record: dict[str, Any], turns: list[Any], name: str) -> dict[str, list[Any]]:
+        """Kind -> what is named beside the turns, or in them."""
         folder = Path(self.path).parent if self.image_folder is None else Path(self.image_folder)
-        return [folder / name for name in names]
+        beside, within = references_of_record(record), references_of_turns(turns)
+        for kind in MEDIA:
+            if beside[kind] and within[kind]:
+                raise ValueError(f"{kind}s are named beside the turns and in them")
+        return {
+            kind: [opened(one, kind, folder, f"an image of {name}") for one in beside[kind] or within[kind]]
+            for kind in MEDIA
+        }

@@ -94,9 +94,9 @@ class MixtureSource(CalibrationSource):
     @property
     def available(self) -> int:
         """The most samples that can be chosen in the ratios."""
-        most = min(len(source) * sum(self.ratios) / ratio for source, ratio in zip(self.sources, self.ratios))
-        # Rounding up a remainder may ask a part for one more than it has, rounding down for one less.
-        bound = math.floor(most) + len(self.sources)
+        # A share that is rounded down may be of almost one sample more than the part has.
+        most = min((len(source) + 1) * sum(self.ratios) / ratio for source, ratio in zip(self.sources, self.ratios))
+        bound = min(math.ceil(most), len(self))
         return next(count for count in range(bound, -1, -1) if self._fits(count))
 
     def _fits(self, count: int) -> bool:

@@ -11,6 +11,8 @@ on the batch size nor on its neighbours.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from lvlm_prune.data.conversation import MEDIA, Conversation, Document, Message, load_image, shrink
 from lvlm_prune.data.media import library_needed, load_sound, refuse_without_videos
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_SAVED_LENGTHS = ("max_length", "truncation", "padding", "stride", "pad_to_multiple_of", "return_overflowing_tokens")
 _WAY_OUT = "copy them from the original model, or use data.source TensorSource, which needs none"
 
 
@@ -49,16 +52,45 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except ImportError as error:
-        problem = f"its processor needs a library that is not installed ({_first_line(error)})"
+        problem = f"its processor needs a library that is not installed ({first_line(error)})"
         raise InputError("model.path", folder, problem) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except Exception as error:  # files of the user's, read by many libraries
         raise InputError("model.path", folder, _why_not_loaded(folder, error)) from error
     if isinstance(processor, PreTrainedTokenizerBase) and takes_images(folder):
         problem = f"has a tokenizer but no processor files (preprocessor_config.json, ...); {_WAY_OUT}"
         raise InputError("model.path", folder, problem)
     if not isinstance(processor, (PreTrainedTokenizerBase, ProcessorMixin)):
         raise InputError("model.path", folder, f"holds a {type(processor).__name__} but no processor; {_WAY_OUT}")
+    _forget_saved_lengths(tokenizer_of(processor))
     return processor
+
+
+def _forget_saved_lengths(tokenizer: Any) -> None:
+    """Neither cut nor pad: a tokenizer that was saved after training does what it did there, and says nothing."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    for name in _SAVED_LENGTHS:
+        tokenizer.init_kwargs.pop(name, None)
+
+
+@contextmanager
+def refusals(processor: Any) -> Iterator[None]:
+    """What a processor, its tokenizer, its chat template or a decoder raises about a sample becomes one line.
+
+    They are written by others and by the model's authors: templates raise errors of their own for turns that they do
+    not take, image processors any exception there is.
+
+    Raises:
+        RunError: Any of it.
+    """
+    try:
+        yield
+    except (LVLMPruneError, MemoryError):
+        raise
+    except Exception as error:
+        raise RunError(f"{type(processor).__name__} refuses it: {first_line(error)}") from error
 
 
 def encode(
@@ -93,6 +125,7 @@ def encode(
     # As in transformers' own `apply_chat_template`: most templates write the first token themselves.
     starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt", "add_special_tokens": not starts}
+    arguments |= {"truncation": False, "padding": False}  # whatever was saved with the processor
     if images:
         arguments["images"] = [images]
     if sample.videos:
@@ -228,8 +261,4 @@ def takes_images(folder: Path) -> bool:
 def _why_not_loaded(folder: Path, error: Exception) -> str:
     if not any((folder / name).is_file() for name in _IMAGE_FILES):
         return f"has no processor files (preprocessor_config.json, ...); {_WAY_OUT}"
-    return f"its processor cannot be loaded ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"its processor cannot be loaded ({first_line(error)})"

@@ -1,7 +1,7 @@
 """The training set of recovery: the same sources as calibration, with labels, split, in batches.
 
 data = RecoveryDataModule(LlavaJsonSource("instructions.json"), batch_size=8)
-data.connect(processor, context_length=4096)
+data.connect(processor, ModelLimits(vocabulary=32_000, context_length=4096))
 trainer.fit(module, datamodule=data)
 """
 
@@ -21,15 +21,17 @@ from lvlm_prune.data.bucketing import BucketedLoader
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedQuestions
 from lvlm_prune.data.labels import IGNORED, encode_with_labels
-from lvlm_prune.data.processing import pad_token_of
+from lvlm_prune.data.limits import NO_LIMITS, ModelLimits
+from lvlm_prune.data.processing import pad_token_of, refusals
 from lvlm_prune.data.selection import choose
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import InputError, RunError, first_line
+from lvlm_prune.errors import InputError, RunError, refuse_huge
 from lvlm_prune.plugins import mounted, own_instance, plugin_class
 
 Value = TypeVar("Value")
 
 _LARGEST_DEFAULT_VALIDATION = 128
+_MOST_WORKERS = 1024
 
 SAMPLE_NUMBER = "sample_number"
 """Entry of every sample beside its model inputs: its number in the source, int64 of shape (1,)."""
@@ -88,24 +90,25 @@ class RecoveryDataModule(L.LightningDataModule):
         ):
             if value is not None and value < least:
                 raise InputError(f"data.{name}", value, f"must be at least {least}")
+            refuse_huge(f"data.{name}", value, most=_MOST_WORKERS if name == "num_workers" else None)
         self.source, self.num_samples = own_instance(source), num_samples
         self.validation_samples = validation_samples
         self.seed, self.batch_size, self.num_workers = seed, batch_size, num_workers
         self.train_indices: list[int] = []
         self.validation_indices: list[int] = []
         self._processor: Any = None
-        self._context_length: int | None = None
+        self._limits = NO_LIMITS
         self._train_loader: BucketedLoader | None = None
         self._loader_state: dict[str, Any] | None = None
 
-    def connect(self, processor: Any, context_length: int | None) -> None:
+    def connect(self, processor: Any, limits: ModelLimits = NO_LIMITS) -> None:
         """Hand over what belongs to the model.
 
         Args:
             processor: From `load_processor`; None for sources of ready-made inputs.
-            context_length: The most tokens that the model takes; None: not known.
+            limits: What the model takes.
         """
-        self._processor, self._context_length = processor, context_length
+        self._processor, self._limits = processor, limits
 
     def setup(self, stage: str | None = None) -> None:
         """Open the source, choose and split the samples, and check what can be checked without reading them all.
@@ -139,7 +142,7 @@ class RecoveryDataModule(L.LightningDataModule):
         """Go through all samples once, before anything is trained on them.
 
         Raises:
-            InputError: A sample is broken, has no answer, or is longer than the model's context.
+            InputError: A sample is broken, has no answer, or is nothing that the model takes.
         """
         found = list(self._examined([*self.train_indices, *self.validation_indices]))
         lengths, counts, digests = zip(*found)
@@ -165,7 +168,7 @@ class RecoveryDataModule(L.LightningDataModule):
         """Model inputs of a sample of the source, with `labels` and its number.
 
         Raises:
-            RunError: The sample is broken, has no answer, or is longer than the model's context.
+            RunError: The sample is broken, has no answer, or is nothing that the model takes.
         """
         name = f"sample {number}"
         try:
@@ -173,9 +176,7 @@ class RecoveryDataModule(L.LightningDataModule):
             name = getattr(sample, "id", "") or name
             self._refuse_unlabelled(sample)
             inputs = self._encode(sample)
-            length = inputs["input_ids"].shape[1]
-            if self._context_length is not None and length > self._context_length:
-                raise RunError(f"has {length} tokens, the model's context is {self._context_length}; shorten it")
+            self._limits.refuse(inputs)
             if not (inputs["labels"][:, 1:] != IGNORED).any():
                 raise RunError("has no answer tokens: nothing could be learnt from it")
         except RunError as error:
@@ -185,11 +186,8 @@ class RecoveryDataModule(L.LightningDataModule):
     def _encode(self, sample: Any) -> Inputs:
         if not isinstance(sample, (Conversation, Document)):
             return dict(sample)
-        try:
+        with refusals(self._processor):
             return encode_with_labels(self._processor, sample)
-        except (ValueError, IndexError, TypeError, KeyError) as error:
-            reason = first_line(error)
-            raise RunError(f"{type(self._processor).__name__} refuses it: {reason}") from error
 
     def _refuse_unlabelled(self, sample: Any) -> None:
         """Raise for a sample that says nowhere what is to be learnt."""
@@ -228,7 +226,7 @@ class RecoveryDataModule(L.LightningDataModule):
 
     def _loader(self, samples: list[int], seed: int | None) -> BucketedLoader:
         trainer = self.trainer
-        pad_token_id = pad_token_of(self._processor) if self._processor is not None else 0
+        pad_token_id = self._limits.padding(pad_token_of(self._processor)) if self._processor is not None else 0
         return BucketedLoader(
             samples,
             self.encode,

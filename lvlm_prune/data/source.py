@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.selection import choose
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, shortened
 
 Sample = Conversation | Document | dict[str, Tensor]
 """A conversation or a document for the model's processor, or ready-made model inputs."""
@@ -117,9 +118,9 @@ def verify_files(
         if isinstance(sample, Conversation):
             files = [("image", image) for image in sample.images if isinstance(image, Path)]
             files += [("video", video) for video in sample.videos] + [("audio", audio) for audio in sample.audios]
-            missing += [(sample.id, kind, file) for kind, file in files if not file.is_file()]
+            missing += [(sample.id, kind, file) for kind, file in files if not isfile(file)]
     if missing:
         name, kind, file = missing[0]
-        problem = f"{kind} file {file} of sample {name} is missing"
+        problem = f"{kind} file {shortened(file, 200)} of sample {shortened(name, 200)} is missing"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"`{argument}` {value}: {problem}{others}{hint}")

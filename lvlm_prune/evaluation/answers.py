@@ -14,6 +14,7 @@ positions or attention do not allow it), all questions go the plain way.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from transformers import PreTrainedModel
 
 from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.data.conversation import Conversation, load_image
-from lvlm_prune.data.processing import encode, render, tokenizer_of
+from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.data.processing import encode, pad_token_of, refusals, render, tokenizer_of
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import RunError, first_line
+from lvlm_prune.errors import RunError, one_line
 from lvlm_prune.evaluation.metrics import METRICS
 from lvlm_prune.evaluation.scores import Question, Retention, Scores, retention
 
@@ -136,11 +138,16 @@ class _Answerer:
         self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.limits = ModelLimits.of(model)
+        self.padding = self.limits.padding(pad_token_of(processor))
         self.sharing: bool | None = None  # not yet known
 
     def __call__(self, questions: list[Question]) -> list[str]:
         asked = [question.asked for question in questions]
-        prompts = [render(self.processor, one.messages, add_generation_prompt=True) for one in asked]
+        prompts = []
+        for question, one in zip(questions, asked, strict=True):
+            with self._refusals(question.question):
+                prompts.append(render(self.processor, one.messages, add_generation_prompt=True))
         right = self.tokenizer([f" {question.answer}" for question in questions], add_special_tokens=False).input_ids
         limit = max(map(len, right)) + 1 + _SPARE_TOKENS
         if any(one.videos or one.audios for one in asked):
@@ -149,18 +156,18 @@ class _Answerer:
         images = _opened(asked, keys)
         if self.sharing is False or any(len(key) != 1 for key in keys) or len(set(keys)) == len(keys):
             return self._plain(prompts, images, limit)
-        inputs = self._shared_inputs(prompts, images)
+        inputs = self._shared_inputs(prompts, images, limit)
         answers = [] if inputs is None else self._generate(inputs, limit)
         if self.sharing is None:
             checked = self._plain(prompts[:_CHECKED_QUESTIONS], images[:_CHECKED_QUESTIONS], limit)
             self.sharing = answers[:_CHECKED_QUESTIONS] == checked
         return answers if self.sharing and answers else self._plain(prompts, images, limit)
 
-    def _process(self, prompts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
+    def _process(self, prompts: list[str], images: list[list[Any]], limit: int) -> dict[str, Tensor]:
         """The processor's output, padded on the left; a beginning-of-sequence token in the template is not doubled.
 
         Raises:
-            RunError: The processor refuses the questions.
+            RunError: The processor refuses the questions, or the model has no room for answers of `limit` tokens.
         """
         begin = self.tokenizer.bos_token
         arguments: dict[str, Any] = {"images": images} if images[0] else {}
@@ -171,25 +178,39 @@ class _Answerer:
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
+                truncation=False,
                 **arguments,
             )
+            self._fit(processed, limit)
         return self._placed(processed)
 
     def _alone(self, asked: Conversation, prompt: str, limit: int) -> str:
         """The answer to one question about videos or sounds."""
         with self._refusals(prompt):
             inputs = encode(self.processor, asked, add_generation_prompt=True)
+            self._fit(inputs, limit)
         return self._generate(self._placed(inputs), limit)[0]
 
     @contextmanager
     def _refusals(self, prompt: str) -> Iterator[None]:
-        """What the processor does not like becomes one line that names the (first) question."""
+        """What the processor or the model does not take becomes one line that names the (first) question.
+
+        Raises:
+            RunError: It does not take it.
+        """
         try:
-            yield
-        except (ValueError, IndexError, TypeError, KeyError) as error:
-            reason = first_line(error)
-            name, asked = type(self.processor).__name__, prompt.strip()[-80:].replace("\n", " ")
-            raise RunError(f"{name} refuses the question '... {asked}' or one in its batch: {reason}") from error
+            with refusals(self.processor):
+                yield
+        except RunError as error:
+            raise RunError(f"the question '... {one_line(prompt)[-80:]}' or one in its batch: {error}") from error
+
+    def _fit(self, inputs: dict[str, Tensor], limit: int) -> None:
+        """Refuse what the model does not take, with an answer of `limit` tokens; pad with a token that it has."""
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        ids.masked_fill_(~mask, self.padding)
+        replace(self.limits, context_length=None).refuse(inputs)
+        self.limits.refuse({"input_ids": ids.new_zeros(1, int(mask.sum(dim=1).max()) + limit)})
 
     def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors where the model is, in its precision."""
@@ -201,9 +222,9 @@ class _Answerer:
         }
 
     def _plain(self, prompts: list[str], images: list[list[Any]], limit: int) -> list[str]:
-        return self._generate(self._process(prompts, images), limit)
+        return self._generate(self._process(prompts, images, limit), limit)
 
-    def _shared_inputs(self, prompts: list[str], images: list[list[Any]]) -> dict[str, Any] | None:
+    def _shared_inputs(self, prompts: list[str], images: list[list[Any]], limit: int) -> dict[str, Any] | None:
         """Inputs of ``generate`` with the images' part already in the cache; None where prompts are not of that form.
 
         The processor runs on one prompt per image. For the others the image's placeholder is replaced by the tokens
@@ -212,7 +233,7 @@ class _Answerer:
         position = {id(image): index for index, (image,) in reversed(list(enumerate(images)))}
         first = sorted(position.values())  # index of the first question of each image
         owner = {id(images[index][0]): number for number, index in enumerate(first)}
-        processed = self._process([prompts[index] for index in first], [images[index] for index in first])
+        processed = self._process([prompts[index] for index in first], [images[index] for index in first], limit)
         image_token = getattr(self.processor, "image_token_id", None)
         if set(processed) != {"input_ids", "attention_mask", "pixel_values"} or image_token is None:
             return None
@@ -238,16 +259,15 @@ class _Answerer:
             held.batch_select_indices(torch.tensor([owner[id(image)] for (image,) in images], device=device))
         longest = max(map(len, rows))
         padding = [longest - len(row) for row in rows]
-        tokens = [prefix + [self.tokenizer.pad_token_id] * n + row[shared:] for row, n in zip(rows, padding)]
+        tokens = [prefix + [self.padding] * n + row[shared:] for row, n in zip(rows, padding)]
         mask = [[1] * shared + [0] * n + [1] * (longest - shared - n) for n in padding]
-        return {
-            "input_ids": torch.tensor(tokens, device=device),
-            "attention_mask": torch.tensor(mask, device=device),
-            **cache,
-        }
+        made = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+        with self._refusals(prompts[0]):
+            self._fit(made, limit)
+        return {**self._placed(made), **cache}
 
     def _generate(self, inputs: Any, limit: int) -> list[str]:
-        tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=limit)
+        tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=limit, pad_token_id=self.padding)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

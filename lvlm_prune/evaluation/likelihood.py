@@ -19,10 +19,11 @@ from torchmetrics.text import Perplexity
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import BucketedLoader
 from lvlm_prune.data.labels import IGNORED, encode_with_labels
-from lvlm_prune.data.processing import pad_token_of
+from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.data.processing import pad_token_of, refusals
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, shortened
 from lvlm_prune.evaluation.scores import Question
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.recovery.dense import each_answer
@@ -55,7 +56,7 @@ class AnswerLikelihood:
 
         def logits_of(numbers: Sequence[int]) -> dict[int, Tensor]:
             found = {}
-            for number, logits, tokens in each_answer(module, self._batches(processor, numbers), module.device):
+            for number, logits, tokens in each_answer(module, self._batches(module, processor, numbers), module.device):
                 perplexity.update(logits[None], tokens[None])
                 found[number] = logits
             return found
@@ -70,7 +71,9 @@ class AnswerLikelihood:
         """Perplexity, and with `compare` the mean divergence KL(dense ‖ pruned) per answer token in nats, else None."""
         perplexity = self._metric(Perplexity, module.device)
         divergence, count = (self._metric(SumMetric, module.device, nan_strategy="disable") for _ in range(2))
-        for number, logits, answer in each_answer(module, self._batches(processor, self.numbers), module.device):
+        for number, logits, answer in each_answer(
+            module, self._batches(module, processor, self.numbers), module.device
+        ):
             perplexity.update(logits[None], answer[None])
             if compare:
                 divergence.update(self._teacher.divergence(logits, [number]))
@@ -90,24 +93,29 @@ class AnswerLikelihood:
         value = metric.compute().item()
         return value if math.isfinite(value) else None
 
-    def _batches(self, processor: Any, numbers: Sequence[int]) -> BucketedLoader:
+    def _batches(self, module: LVLMModule, processor: Any, numbers: Sequence[int]) -> BucketedLoader:
+        limits = ModelLimits.of(module.model)
+
         def encode(number: int) -> Inputs:
-            return _encoded(processor, self.questions[number]) | {SAMPLE_NUMBER: torch.tensor([number])}
+            inputs = _encoded(processor, self.questions[number], limits)
+            return inputs | {SAMPLE_NUMBER: torch.tensor([number])}
 
-        return BucketedLoader(numbers, encode, self.batch_size, seed=None, pad_token_id=pad_token_of(processor))
+        padding = limits.padding(pad_token_of(processor))
+        return BucketedLoader(numbers, encode, self.batch_size, seed=None, pad_token_id=padding)
 
 
-def _encoded(processor: Any, question: Question) -> Inputs:
+def _encoded(processor: Any, question: Question, limits: ModelLimits) -> Inputs:
     """Model inputs with `labels` on the right answer, its end token included, and on no earlier turn.
 
     Raises:
-        RunError: The processor refuses the question.
+        RunError: The processor or the model refuses the question.
     """
     try:
-        inputs = encode_with_labels(processor, question.answered)
-    except (ValueError, IndexError, TypeError, KeyError) as error:
-        asked = question.question.strip().replace("\n", " ")[:80]
-        raise RunError(f"the question '{asked}' of task {question.task}: {error}") from error
+        with refusals(processor):
+            inputs = encode_with_labels(processor, question.answered)
+        limits.refuse(inputs)
+    except RunError as error:
+        raise RunError(f"the question '{shortened(question.question)}' of task {question.task}: {error}") from error
     ignored = inputs["labels"][0] == IGNORED
     starts = (ignored[:-1] & ~ignored[1:]).nonzero()
     if len(starts):

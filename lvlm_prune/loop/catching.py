@@ -7,6 +7,7 @@ batches of this process ─► model up to block 0 ─► held ─► numbers, t
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from lvlm_prune.blocks import CaughtBatch, Part, TowerRunner, Weights, modality_of_tokens
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint
+from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.data.picture import Picture, picture_of
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, first_line
 from lvlm_prune.loop.activations import SampleRow, batches_of, fork_rows, row_of_tower, rows_of
 from lvlm_prune.memory.run_memory import RunMemory
 from lvlm_prune.memory.sizes import BatchSize
@@ -93,8 +95,12 @@ class Catcher:
         try:
             # In a tower nothing tells the images of several samples apart.
             batch_size = 1 if in_tower else None
-            for batch in self.datamodule.calibration_batches(self.model.processor, *ranks, batch_size=batch_size):
-                rows += self._catch_and_hold(batch, part)
+            limits = ModelLimits.of(self.model.model)
+            batches = self.datamodule.calibration_batches(
+                self.model.processor, *ranks, batch_size=batch_size, limits=limits
+            )
+            for batch, caught in self._caught(batches, part):
+                rows += caught
                 modality = modality_of_tokens(config, batch.inputs["input_ids"], batch.inputs.get("attention_mask"))
                 tokens += torch.bincount(modality[modality >= 0], minlength=len(MODALITIES)).cpu()
                 picture = picture or _first_picture(batch, modality, config)
@@ -104,6 +110,31 @@ class Catcher:
         self.processes.agree(error)
         weights.release_non_block_weights(not in_tower and any(row.batch.needs_token_embedding for row in rows))
         return self._of_all(rows, digests, tokens, picture)
+
+    def _caught(
+        self, batches: Iterable[CalibrationBatch], part: Part
+    ) -> Iterator[tuple[CalibrationBatch, list[SampleRow]]]:
+        """Each batch with its samples; one that the model itself refuses counts as one that cannot be read.
+
+        Whether image features and the tokens that stand for them match, and much else, only the model's code knows.
+
+        Raises:
+            RunError: The model refuses a sample, and none is to be left out.
+        """
+        for batch in batches:
+            try:
+                rows = self._catch_and_hold(batch, part)
+            except torch.OutOfMemoryError:
+                raise
+            except (ValueError, IndexError, RuntimeError, TypeError, KeyError) as error:
+                if len(batch) == 1:
+                    self.datamodule.leave_out(batch.indices[0], f"the model refuses it: {first_line(error)}")
+                else:  # which one it is shows when each comes alone
+                    limits = ModelLimits.of(self.model.model)
+                    alone = self.datamodule.one_by_one(batch.indices, self.model.processor, limits)
+                    yield from self._caught(alone, part)
+                continue
+            yield batch, rows
 
     def _catch_and_hold(self, batch: CalibrationBatch, part: Part) -> list[SampleRow]:
         if in_tower := isinstance(part.runner, TowerRunner):

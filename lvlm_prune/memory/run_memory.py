@@ -21,7 +21,7 @@ from lvlm_prune.memory.hidden_states import HiddenStates, Wanted, available_devi
 from lvlm_prune.memory.measuring import MemorySampler
 from lvlm_prune.memory.sizes import BatchSize, MemoryDemand, Peak, larger_phases
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import existing_folder, folder_bytes
+from lvlm_prune.output.folder import copied_bytes, existing_folder, folder_bytes
 
 
 class RunMemory:
@@ -84,7 +84,7 @@ class RunMemory:
 
     def predict(self, model: LVLMModule, part: Part, method: MemoryDemand) -> tuple[Footprint, Place]:
         """What these blocks will need, and where the samples can wait then, by the sizes of their batches."""
-        output_bytes = 0 if model.folder is None else folder_bytes(model.folder.path)
+        output_bytes = 0 if model.folder is None else copied_bytes(model.folder)
         footprint = Footprint(model, part, method, self.sizes, self._device, self._sampler.start, output_bytes)
         return footprint, footprint.place(self._wanted, self._on_device, self._in_host)
 

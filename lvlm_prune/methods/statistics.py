@@ -231,7 +231,7 @@ class Gram(Statistic):
             damping: Lambda, a share of the mean diagonal, 0 or larger.
 
         Raises:
-            FloatingPointError: The sums are not finite, or all channels are zero.
+            FloatingPointError: The sums are not finite, or all channels are zero, or damping takes them beyond float64.
         """
         # The version changes with every change of the sums, be it by `add` or by a sum over processes.
         key = (damping, self._lower._version)
@@ -250,6 +250,10 @@ class Gram(Statistic):
             raise FloatingPointError("the Gram matrix is zero: no calibration token has a value that is not zero")
         share, failed = damping, torch.empty((), dtype=torch.int32, device=self._lower.device)
         while True:
+            if not math.isfinite(share * mean):
+                raise FloatingPointError(
+                    f"a damping of {damping:g} makes the Gram matrix of the calibration tokens infinite"
+                )
             # With rows and columns reversed, the lower factor L of H gives U at once: H = R R^T with R = L reversed,
             # so H^-1 = R^-T R^-1 and U = R^-1. One factorisation and one triangular inverse; H^-1 is never formed.
             # Reversed, what is below the diagonal comes to lie above it, and only what is below is looked at.

@@ -5,22 +5,24 @@ Until the run is complete and verified `config.json` is held back, so that nobod
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.checkpoints.files import files_within
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
+from lvlm_prune.output.own_files import HELD_BACK, FileRecord, record_of
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-HELD_BACK = "config.json.unfinished"
 
 
 def choose_folder(output: str, name: str, resume: bool) -> Path:
@@ -46,7 +48,9 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
     return folder
 
 
-def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool, copies: bool = True) -> None:
+def refuse_unusable(
+    folder: Path, source: CheckpointFolder | None, record: str, resume: bool, copies: bool = True
+) -> None:
     """Refuse an output folder that cannot be written.
 
     Args:
@@ -57,10 +61,11 @@ def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool
         copies: Whether a copy of the input is going to be written, which needs room.
 
     Raises:
-        InputError: The folder exists and is not empty, lies in the input, cannot be written or has no room.
+        InputError: The folder exists and is not empty, lies in the input, shares files with it or with another
+            checkpoint, cannot be written or has no room; or a link leads out of the input.
     """
     if source is not None:
-        _refuse_overlap(folder, source.resolve())
+        _refuse_overlap(folder, source.path.resolve())
     if folder.exists() and not folder.is_dir():
         raise InputError("output", folder, "is a file")
     if folder.is_symlink() and not folder.exists():
@@ -72,8 +77,10 @@ def refuse_unusable(folder: Path, source: Path | None, record: str, resume: bool
     existing = existing_folder(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
+    if source is not None and occupied:
+        refuse_shared_files(folder, source)
     if source is not None and copies:
-        _refuse_full_disk(folder, source.resolve(), occupied)
+        _refuse_full_disk(folder, source, occupied)
 
 
 def free_bytes(folder: Path) -> int:
@@ -93,12 +100,49 @@ def _refuse_overlap(folder: Path, source: Path) -> None:
         raise InputError("output", folder, f"holds the input checkpoint {source}")
 
 
-def _refuse_full_disk(folder: Path, source: Path, occupied: bool) -> None:
-    there = {path.relative_to(folder): path.stat().st_size for path in _files(folder)} if occupied else {}
+def refuse_shared_files(folder: Path, source: CheckpointFolder) -> None:
+    """Refuse an output folder with links in it: written through one, the input or another checkpoint would be lost.
+
+    Tools that remove duplicates and some file systems make such links, symbolic and hard ones.
+
+    Raises:
+        InputError: A file is, or may be, one of the input's or of another checkpoint's too; names it.
+    """
+    inputs = {_identity(source.path / file): file for file in files_within(source.path)}
+    copied = set(source.files()) | {Path(HELD_BACK)}
+    for relative in files_within(folder):
+        found, problem = (folder / relative).lstat(), ""
+        if stat.S_ISLNK(found.st_mode):
+            target = (folder / relative).resolve()
+            written = any(file.is_relative_to(relative) for file in copied)
+            if written or target.is_relative_to(source.path.resolve()) or _identity(target) in inputs:
+                problem = f"{relative} is a link to {target}"
+        elif (same := inputs.get((found.st_dev, found.st_ino))) is not None:
+            problem = f"{relative} is the same file as {same} of the input checkpoint"
+        elif found.st_nlink > 1 and relative.suffix == ".safetensors":
+            problem = f"{relative} is the same file as another one somewhere (it has {found.st_nlink} hard links)"
+        if problem:
+            way_out = "a run writes only files of its own; put a copy in its place, or choose another folder"
+            raise InputError("output", folder, f"{problem}; {way_out}")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells whether two paths are one file; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _refuse_full_disk(folder: Path, source: CheckpointFolder, occupied: bool) -> None:
+    def there(file: Path) -> int:
+        return (folder / file).stat().st_size if occupied and (folder / file).is_file() else 0
+
     needed = sum(
-        max(path.stat().st_size - there.get(path.relative_to(source), 0), 0)
-        for path in _files(source)
-        if path.name != "config.json"  # it may be held back under another name, and is small
+        max((source.path / file).stat().st_size - there(file), 0)
+        for file in source.files()
+        if file.name != "config.json"  # it may be held back under another name, and is small
     )
     free = free_bytes(folder)
     if needed > free:
@@ -174,28 +218,35 @@ def writing(folder: Path) -> Iterator[None]:
         raise RunError(f"--output {folder}: {reason}") from None
 
 
-def copy_checkpoint(source: Path, folder: Path, leave_out: tuple[str, ...]) -> None:
+def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collection[str]) -> dict[str, FileRecord]:
     """Copy a checkpoint folder, with `config.json` held back; the copy is on the disk when this returns.
+
+    Other copies of the weights (`pytorch_model.bin`, `consolidated*`, `original/`) are left out: they would stay dense.
 
     Args:
         source: The input checkpoint.
         folder: Where the copy goes.
         leave_out: Records of the run that made the input, which would be taken for those of this run; a folder among
             them is left out with all that is in it.
+
+    Returns:
+        Path in the folder -> size and digest of every file that is read along with the weights.
     """
-    source = source.resolve()
-    folders = {folder}
-    for path in _files(source):
-        relative = path.relative_to(source)
+    folders, copied = {folder}, {}
+    for relative in source.files():
         if str(relative) in leave_out or relative.parts[0] in leave_out:
             continue
         target = folder / (HELD_BACK if str(relative) == "config.json" else relative)
         make_folder(target.parent)
-        shutil.copyfile(path, target)
+        target.unlink(missing_ok=True)  # never write through what may be a link
+        shutil.copyfile(source.path / relative, target)
         sync_file(target)
         folders.add(target.parent)
+        if relative.name not in source.shards and relative.suffix != ".md":
+            copied[relative.as_posix()] = record_of(target)
     for changed in folders:
         sync_folder(changed)
+    return copied
 
 
 def release(folder: Path) -> None:
@@ -205,15 +256,11 @@ def release(folder: Path) -> None:
         sync_folder(folder)
 
 
+def copied_bytes(source: CheckpointFolder) -> int:
+    """Size of a copy of a checkpoint folder."""
+    return sum((source.path / file).stat().st_size for file in source.files())
+
+
 def folder_bytes(folder: Path) -> int:
-    """Size of all files of a checkpoint folder, hidden ones left out."""
-    return sum(path.stat().st_size for path in _files(folder))
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file of a checkpoint folder, hidden ones (caches, git) left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """Size of all files of a folder, hidden ones left out."""
+    return sum((folder / file).stat().st_size for file in files_within(folder) if (folder / file).is_file())

@@ -58,9 +58,12 @@ class Manifest(dict[str, Any]):
         if not path.is_file():
             raise InputError("output", folder, f"has no {name}: not a folder that this command wrote")
         try:
-            return cls(json.loads(path.read_text()))
-        except ValueError:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError):
             raise InputError("output", folder, f"its {name} cannot be read") from None
+        if not _is_manifest(content, name):
+            raise InputError("output", folder, f"its {name} is not as a run writes it")
+        return cls(content)
 
     def write(self, folder: Path, name: str = PRUNING_RECORD) -> None:
         """Replace the manifest of the folder in one step; it is on the disk when this returns."""
@@ -122,6 +125,47 @@ class Manifest(dict[str, Any]):
         return {place for name in sections if "fingerprint" in self.get(name, {}) for place in _PLACES[name]}
 
 
+def _is_manifest(content: Any, name: str) -> bool:
+    """Whether what a run reads of an earlier one is of the kind that it expects."""
+    if not isinstance(content, dict):
+        return False
+    sections = ("config", "model", "calibration", "data", "linears", "files", "survey", "verified")
+    if not all(isinstance(content.get(name, {}), dict) for name in sections):
+        return False
+    blocks, linears = content.get("blocks", []), content.get("linears", {})
+    return (
+        isinstance(content.get("status", ""), str)
+        and isinstance(blocks, list)
+        and all(isinstance(block, dict) and _is_count(block.get("index")) for block in blocks)
+        and all(_is_linear(entry, measured=name == PRUNING_RECORD) for entry in linears.values())
+        and all(map(_is_file, content.get("files", {}).values()))
+        and all(_is_file(block[name]) for block in blocks for name in ("statistics", "adapters") if name in block)
+    )
+
+
+def _is_linear(entry: Any, measured: bool) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    shape, achieved = entry.get("shape", [0, 0]), entry.get("achieved", 0.0)
+    return (
+        not (measured and {"shape", "achieved"} - entry.keys())
+        and isinstance(shape, list)
+        and len(shape) == 2
+        and all(map(_is_count, shape))
+        and isinstance(achieved, (int, float))
+        and 0 <= achieved <= 1
+        and all(_is_count(entry[name]) for name in ("block", "pruned", "zeros") if name in entry)
+    )
+
+
+def _is_file(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputError:
     if section == "model":
         problem = f"has changed: it is not the checkpoint that the unfinished run in {folder} started from"
@@ -142,7 +186,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the context closes without an error, and is on the disk then."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # what an interrupted run left, or a link to somebody's file
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

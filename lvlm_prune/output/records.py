@@ -34,6 +34,10 @@ class BlockRecord(TypedDict, total=False):
     """Histogram of scores: `first` bin, counts of `pruned` and `kept` weights, quartiles of the `threshold`."""
     forwards: int
     """Forwards of the block, of all processes."""
+    statistics: dict[str, Any]
+    """`bytes` and `sha256` of the part of the statistics that the block left for the end of the run."""
+    adapters: dict[str, Any]
+    """The same of its adapters, in a block-wise recovery."""
     seconds: PhaseSeconds
     peak_memory_bytes: int
     """The most that the process, or its GPU, held so far."""
@@ -53,6 +57,8 @@ class LinearRecord(TypedDict, total=False):
     """Share that is zero."""
     zeros: int
     """Zeros that were counted when the output was read again."""
+    digest: str
+    """Digest of the written weight, where the weights that remain were updated too."""
     error: float
     """Relative error of its outputs on the calibration tokens: norm of the change over norm of the outputs."""
     solver: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,16 @@ def verify_checkpoint(
             be as they were.
 
     Returns:
-        Zeros per pruned Linear, their share of all, and the number of untouched tensors.
+        Zeros per pruned Linear, digests of those whose remaining weights were updated, the share of zeros, and the
+        number of untouched tensors.
 
     Raises:
         RunError: A promise is broken; names the tensor.
     """
+    refuse_same_files(dense, pruned)
     zeros: dict[str, int] = {}
     sizes: dict[str, int] = {}
+    digests: dict[str, str] = {}
     stacks: dict[str, list[str]] = {}
     for name, matrix in experts.items():
         stacks.setdefault(f"{name.removesuffix(matrix.name)}{matrix.parameter}", []).append(name)
@@ -70,16 +74,21 @@ def verify_checkpoint(
     for parameter, name in linears.items():
         before, after = (weights.stored(parameter, folder) for folder in (dense, pruned))
         zeros[name], sizes[name] = _zeros(name, before, after, expectations[name]), after.numel()
+        if expectations[name].updated:
+            digests[name] = digest_of(after)
     for parameter, names in stacks.items():
         both = [weights.stored(parameter, folder) for folder in (dense, pruned)]
         for name in names:
             before, after = (experts[name].of(stack).contiguous() for stack in both)
             if name in expectations:
                 zeros[name], sizes[name] = _zeros(name, before, after, expectations[name]), after.numel()
+                if expectations[name].updated:
+                    digests[name] = digest_of(after)
             elif not bits_of(before).equal(bits_of(after)):
                 raise RunError(f"verification failed: expert {name} was to stay as it is, and differs")
     return {
         "zeros": zeros,
+        "digests": digests,
         "sparsity": sum(zeros.values()) / max(sum(sizes.values()), 1),
         "untouched_tensors": untouched,
     }
@@ -98,6 +107,42 @@ def verify_untouched(before: CheckpointFolder, after: CheckpointFolder, touched:
         if key not in touched and not before.same_bytes(key, after):
             raise RunError(f"verification failed: tensor {key} was to stay as it is, and differs")
     return len(before) - len(touched)
+
+
+def digest_of(weight: Tensor) -> str:
+    """Digest of a weight on the CPU: what was updated cannot be held against the dense weight."""
+    return hashlib.blake2b(bits_of(weight.contiguous()).numpy().data, digest_size=16).hexdigest()
+
+
+def refuse_other_findings(recorded: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hold what is found in a complete folder against what was found when it was written.
+
+    Args:
+        recorded: Name of each pruned Linear -> `zeros`, and `digest` where its remaining weights were updated.
+        found: `zeros` and `digests` as verification gives them.
+
+    Raises:
+        RunError: They differ; names the first one.
+    """
+    for name, zeros in found["zeros"].items():
+        known, digest = recorded[name], found["digests"].get(name)
+        if known.get("zeros", zeros) != zeros or known.get("digest", digest) != digest:
+            raise RunError(f"verification failed: {name} is not as it was written")
+
+
+def refuse_same_files(dense: CheckpointFolder, pruned: CheckpointFolder) -> None:
+    """Raise where a checkpoint would be compared with itself, or a shard is missing.
+
+    Raises:
+        RunError: It would.
+    """
+    for shard in dense.shards:
+        try:
+            same = (dense.path / shard).samefile(pruned.path / shard)
+        except OSError as error:
+            raise RunError(f"verification failed: {shard} cannot be read: {error.strerror}") from None
+        if same:
+            raise RunError(f"verification failed: {shard} is the same file in {dense.path} and in {pruned.path}")
 
 
 def _zeros(name: str, before: Tensor, after: Tensor, expected: Expectation) -> int:

@@ -199,6 +199,12 @@ class BlockCalibration:
             found["visual_tokens"] = [together[sample] for sample in sorted(together)]
         return found
 
+    @property
+    def selected_nothing(self) -> bool:
+        """Whether the block was run, and no token of any sample counts; after `finish`, the same on all processes."""
+        norms = [statistic.squared_norms() for statistic in self._statistics.values()]
+        return bool(norms) and all(norm is not None and not bool(norm.any()) for norm in norms)
+
     def site_of(self, name: str) -> str:
         """What a Linear's statistic is kept under: Linears of one site share it."""
         return self._site_of.get(name, name)

@@ -12,7 +12,7 @@ from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import RunError
 from lvlm_prune.methods.patterns import Pattern
-from lvlm_prune.output.verification import verify_untouched
+from lvlm_prune.output.verification import digest_of, refuse_same_files, verify_untouched
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 
@@ -86,23 +86,26 @@ def verify_merged(
     Every entry that was zero is exactly +0.0, N:M holds in every group, all other tensors are byte-identical.
 
     Returns:
-        Zeros per Linear, their share of all, and the number of untouched tensors.
+        Zeros and digest of each Linear, their share of all, and the number of untouched tensors.
 
     Raises:
         RunError: A promise is broken; names the tensor.
     """
+    refuse_same_files(base, written)
     touched = {key for name in masks for key in weights.keys_of(f"{name}.weight")}
     untouched = verify_untouched(base, written, touched)
-    zeros, size = {}, 0
+    zeros, digests, size = {}, {}, 0
     for name, mask in masks.items():
         weight = weights.stored(f"{name}.weight", written)
         verify_zeros(name, mask, weight, pattern)
         if not weight.isfinite().all():
             raise RunError(f"verification failed: {name} has NaN or infinity after recovery")
         zeros[name] = int((weight == 0).sum())
+        digests[name] = digest_of(weight)
         size += weight.numel()
     return {
         "zeros": zeros,
+        "digests": digests,
         "sparsity": sum(zeros.values()) / size,
         "untouched_tensors": untouched,
     }

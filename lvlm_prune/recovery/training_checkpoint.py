@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from lvlm_prune.errors import InputError
 from lvlm_prune.output.manifest import replacing
 
 
@@ -31,6 +32,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except RuntimeError as error:  # of torch, which cannot end its archive where a write failed
             raise _cause(error) from None
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Refuse a training checkpoint that no run of this project wrote whole.
+
+    Raises:
+        InputError: It cannot be read, or lacks what a run goes on from.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = isinstance(content["state_dict"], dict) and isinstance(content["global_step"], int)
+    except Exception:  # of pickle, zip archives and torch, about bytes of any kind
+        whole = False
+    if not whole:
+        problem = f"{path} is no training checkpoint, or broken; remove it to train from the beginning"
+        raise InputError("resume", "true", problem)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -24,6 +24,7 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
     text = render_page(
         "comparison.html.j2",
         " · ".join(names),
+        warning=record["warning"],
         folders=_folders(record),
         settings=Table(["setting", *names], [[key, *values] for key, values in record["settings"].items()]),
         scores=_scores(record, names),

@@ -49,8 +49,10 @@ def water_filling(scores: Sequence[float], sizes: Sequence[int], sparsity: float
     # Each round either uses up the budget or fills a group.
     while open_groups and (rest := budget - sum(kept)) > 0:
         shares = {index: float(scores[index]) for index in open_groups}
-        if not sum(shares.values()) > 0:
+        if not max(shares.values()) > 0:
             shares = {index: float(sizes[index]) for index in open_groups}
+        largest = max(shares.values())
+        shares = {index: share / largest for index, share in shares.items()}  # their sum is a number, however large
         total = sum(shares.values())
         poured = {index: kept[index] + share / total * rest for index, share in shares.items()}
         for index, level in poured.items():

@@ -87,6 +87,7 @@ class AsymmetricPool(Pool):
         self.alpha = alpha
         self.rounding = rounding
         self.k = k
+        self.needs_text = k is None  # the budget is a share of the text tokens
         self.text_retention = text_retention
         self.match_total = match_total
         self.wants_survey = bool(match_total)

@@ -29,6 +29,9 @@ class Pool(Surveyor, ABC):
     needs_visual: ClassVar[bool] = False
     """True where a calibration set without any visual token makes no sense."""
 
+    needs_text: bool = False
+    """True where a calibration set without any text token makes no sense."""
+
     in_towers: ClassVar[bool] = False
     """True where it is defined for a vision tower, too, in which every token is visual."""
 

@@ -15,6 +15,8 @@ class TextOnlyPool(Pool):
         tensor([ True, False])
     """
 
+    needs_text = True
+
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
         """Weight one for text tokens."""
         return Selection(tokens.text, counted=tokens.text_index)

@@ -14,7 +14,7 @@ from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.manifest import leaves
+from lvlm_prune.output.manifest import Manifest, leaves
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.packed.folder import open_checkpoint
 
@@ -40,13 +40,19 @@ class ComparedFolder:
             problem = f"has no {PRUNING_RECORD} and no {RECOVERY_RECORD}: not a folder that prune or recover wrote"
             raise InputError(_OPTION, path, problem)
         try:
-            self.record: Mapping[str, Any] = json.loads((self.path / name).read_text())
-        except ValueError:
-            raise InputError(_OPTION, path, f"its {name} cannot be read") from None
+            self.record: Mapping[str, Any] = Manifest.read(self.path, name)
+        except InputError as error:
+            raise InputError(_OPTION, path, error.problem) from None
         if self.record.get("status") != "complete":
             raise InputError(_OPTION, path, "its run is not finished; go on with --resume true first")
         self.verb = "prune" if name == PRUNING_RECORD else "recover"
-        self.linears: Mapping[str, Mapping[str, Any]] = self.record["linears"]
+        self.linears: Mapping[str, Mapping[str, Any]] = self.record.get("linears", {})
+
+    @property
+    def origin(self) -> str | None:
+        """Fingerprint of the dense model that the folder comes from; None where nothing says so."""
+        named = self.record.get("model") if self.verb == "prune" else self.record.get("dense")
+        return (named or {}).get("fingerprint")
 
     @property
     def settings(self) -> dict[str, str]:

@@ -15,6 +15,8 @@ from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
+_OTHER_MODELS = "warning: the folders come from different models; what differs is not the method alone"
+
 
 def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     """See `LVLMTrainer.compare`."""
@@ -46,11 +48,11 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
     """All that is compared, as plain data.
 
     Returns:
-        `folders`: per folder `name`, `path`, `command`, `sparsity`, and of its scores `average`, `retention` and
-        `tasks`, or null; `settings`: option -> its value in each folder, where they differ; `sparsity`: per folder,
-        kind of Linear (and `all`) -> block -> share of zeros; `overlap`: per pair `first`, `second` (numbers of
-        folders), `linears` that both have, `mean` over all their weights, and `kinds`: kind of Linear -> block ->
-        intersection over union of the weights that both kept.
+        `warning`: what is wrong with comparing them, or empty; `folders`: per folder `name`, `path`, `command`,
+        `sparsity`, and of its scores `average`, `retention` and `tasks`, or null; `settings`: option -> its value in
+        each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) -> block -> share of zeros;
+        `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have, `mean` over all their
+        weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights that both kept.
     """
     names = _names([folder.path for folder in folders])
     described = []
@@ -59,10 +61,12 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
         described.append(
             {"name": name, "path": str(folder.path), "command": folder.verb, "sparsity": folder.mean_sparsity} | scores
         )
+    origins = {folder.origin for folder in folders} - {None}
     settings = [folder.settings for folder in folders]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     values = {key: [one.get(key, "–") for one in settings] for key in keys}
     return {
+        "warning": _OTHER_MODELS if len(origins) > 1 else "",
         "folders": described,
         "settings": {key: of for key, of in values.items() if len(set(of)) > 1},
         "sparsity": [_with_text_keys(folder.sparsity()) for folder in folders],
@@ -107,7 +111,8 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         ["average score", *(_percent(folder["average"]) for folder in folders)],
         ["retained", *(_percent(folder["retention"]) for folder in folders)],
     ]
-    parts = [markdown_table(["", *names], rows)]
+    parts = [record["warning"]] if record["warning"] else []
+    parts.append(markdown_table(["", *names], rows))
     settings = [[key, *(value.replace("|", "\\|") for value in values)] for key, values in record["settings"].items()]
     parts.append(markdown_table(["setting", *names], settings) if settings else "All settings are the same.")
     blocks = sorted({int(block) for of in record["sparsity"] for block in of["all"]})

@@ -163,7 +163,7 @@ class PackRun(Packing):
         model.open()
         folder = choose_folder(output, f"{model.label}-packed", resume)
         assert model.folder is not None
-        refuse_unusable(folder, model.folder.path, PACKING_RECORD, resume, copies=False)
+        refuse_unusable(folder, model.folder, PACKING_RECORD, resume, copies=False)
         super().__init__(model, folder, form, quiet)
         if (folder / PACKING_RECORD).is_file():
             Manifest.read(folder, PACKING_RECORD).refuse_other(self.record, folder)
@@ -173,7 +173,7 @@ class PackRun(Packing):
     def _begin(self) -> None:
         self.record.write(self.folder, PACKING_RECORD)
         left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *self.source.shards)
-        copy_checkpoint(self.source.path, self.folder, leave_out=left_out)
+        copy_checkpoint(self.source, self.folder, leave_out=left_out)
 
     def _release(self) -> None:
         replace_durably(self.folder / HELD_BACK, packed_config(self.record["original_config"], self.form))

@@ -42,7 +42,7 @@ class UnpackRun:
         path = resolve(model.path, None if model.revision == "main" else model.revision)
         self.packed = PackedFolder.open(path)
         self.folder = choose_folder(output, f"{model.label}-unpacked", resume)
-        refuse_unusable(self.folder, path, UNPACKING_RECORD, resume, copies=False)
+        refuse_unusable(self.folder, self.packed.stored, UNPACKING_RECORD, resume, copies=False)
         self.record = Manifest(
             status="unpacking",
             model={"path": model.path, "folder": str(path), "fingerprint": self.packed.fingerprint()},
@@ -58,7 +58,7 @@ class UnpackRun:
         with owning(self.folder):
             self.record.write(self.folder, UNPACKING_RECORD)
             left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)
-            copy_checkpoint(packed.path, self.folder, leave_out=left_out)
+            copy_checkpoint(packed.stored, self.folder, leave_out=left_out)
             with progress_bar("Unpacking", len(shards), self.quiet) as progress:
                 for shard in shards:
                     if not (self.folder / shard).is_file():

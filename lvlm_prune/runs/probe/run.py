@@ -75,8 +75,7 @@ class ProbeRun:
         run, model, data = self.run, self.model, self.datamodule
         model.refuse_vision("probe")
         model.open()
-        source = None if model.folder is None else model.folder.path
-        refuse_unusable(self.folder, source, PROBE_RECORD, self.resume, copies=False)
+        refuse_unusable(self.folder, model.folder, PROBE_RECORD, self.resume, copies=False)
         earlier = Manifest.read(self.folder, PROBE_RECORD) if self.resume else None
         data.setup("prune")
         prepare_source(model, data.source)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch, SharedLaunch
 from lvlm_prune.errors import InputError
@@ -163,7 +164,9 @@ class PruneRun:
             raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
         sizes: list[BatchSize] = []
         if self.participants.samples():
-            batches = self.datamodule.calibration_batches(model.processor, 0, run.hardware.world_size)
+            limits = ModelLimits.of(model.model)
+            count = run.hardware.world_size
+            batches = self.datamodule.calibration_batches(model.processor, 0, count, limits=limits)
             sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
         footprints = []

@@ -20,6 +20,7 @@ from lvlm_prune.loop.catching import CaughtSamples, catch_batch
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
+from lvlm_prune.output.own_files import refuse_changed
 from lvlm_prune.recovery.masks import StoredMasks
 from lvlm_prune.runs.recover.run import BLOCKS, RecoveryRun
 from lvlm_prune.runs.session import ended
@@ -47,7 +48,10 @@ class BlockwiseRun(RecoveryRun):
         if earlier is not None and earlier.get("status") == _RECONSTRUCTING:
             assert self.model.folder is not None
             self.model.folder.refuse_other_layout(self.folder)
-            self.record |= {"status": _RECONSTRUCTING, "blocks": earlier["blocks"]}
+            self.record |= {"status": _RECONSTRUCTING, "blocks": earlier["blocks"], "files": earlier.get("files", {})}
+            blocks = (block for block in earlier["blocks"] if "adapters" in block)
+            written = {f"{BLOCKS}/{block['index']:04}.safetensors": block["adapters"] for block in blocks}
+            refuse_changed(self.folder, {**self.record["files"], **written})
             return
         super()._begin(earlier)
         self._copy_base().sync()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.masks import load_pruned
 from lvlm_prune.recovery.merging import write_merged
-from lvlm_prune.recovery.training_checkpoint import DurableCheckpointIO
+from lvlm_prune.recovery.training_checkpoint import DurableCheckpointIO, refuse_unreadable
 from lvlm_prune.runs.recover.run import CHECKPOINTS, TEACHER, RecoveryRun
 
 if TYPE_CHECKING:
@@ -40,9 +41,25 @@ class FittingRun(RecoveryRun):
     def _check(self, earlier: Manifest | None) -> None:
         if self.recovery.method == "full" and self.model.dtype_option == "auto":
             self.model.dtype_option = "float32"  # in bfloat16 most updates of a weight would be rounded away
-        if not self.trainer.max_epochs and self.trainer.max_steps == -1:
-            raise InputError("trainer.max_epochs", self.trainer.max_epochs, "nothing would be trained")
+        self._refuse_idle()
         super()._check(earlier)
+
+    def _refuse_idle(self) -> None:
+        """Refuse options of the trainer with which nothing would be trained, or that Lightning fails at later on."""
+        trainer = self.trainer
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            value = getattr(trainer, name)
+            if value == 0:
+                raise InputError(f"trainer.{name}", value, "nothing would be trained")
+        if not trainer.max_epochs and trainer.max_steps == -1:
+            raise InputError("trainer.max_epochs", trainer.max_epochs, "nothing would be trained")
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            value = getattr(trainer, name)
+            if value is not None and value < 1:
+                raise InputError(f"trainer.{name}", value, "must be at least 1")
+        clip = trainer.gradient_clip_val
+        if clip is not None and not (math.isfinite(clip) and clip >= 0):
+            raise InputError("trainer.gradient_clip_val", clip, "must be a finite number, 0 or larger")
 
     def _examine(self, earlier: Manifest | None) -> None:
         super()._examine(earlier)
@@ -90,6 +107,7 @@ class FittingRun(RecoveryRun):
             f"dense model asked before {asked} answer tokens in {seconds:.0f} s ({self.teacher_bytes / 1e6:.1f} MB)"
         )
         self.record["teacher"] = {"seconds": seconds, "bytes": self.teacher_bytes}
+        self.record.write(self.folder, RECOVERY_RECORD)  # a run that goes on does not ask again
 
     def _compose(self) -> None:
         """Callbacks: the user's, `FrozenMasks`, `SparseLoRA` for the method `lora`, checkpoints to go on from."""
@@ -126,6 +144,8 @@ class FittingRun(RecoveryRun):
 
     def _fit(self) -> None:
         last = self.folder / CHECKPOINTS / "last.ckpt"
+        if self.resume and last.is_file():
+            refuse_unreadable(last)
         clock, handler = time.perf_counter(), signal.getsignal(signal.SIGINT)
         launcher = self.trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
@@ -155,7 +175,7 @@ class FittingRun(RecoveryRun):
             "trainable_parameters": sum(parameter.numel() for parameter in trainable),
             "steps": self.trainer.global_step,
             "epochs": self.trainer.current_epoch,
-            "train_loss": metrics.get("train_loss"),
+            "train_loss": None if self.history.last is None else float(self.history.last),
             "validation_loss": score.item() if best and score is not None else metrics.get("validation_loss"),
             "history": self.history.points,
             "seconds": time.perf_counter() - clock,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import RecoveryDataModule
+from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.errors import InputError
@@ -35,10 +36,12 @@ from lvlm_prune.output.folder import (
 )
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD, STATISTICS_NAME
+from lvlm_prune.output.own_files import refuse_changed
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.output.summaries import summary
+from lvlm_prune.output.verification import refuse_other_findings
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.recovery.masks import ZeroMask, is_pruned
+from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
 from lvlm_prune.recovery.options import RecoveryOptions
@@ -125,6 +128,7 @@ class RecoveryRun(ABC):
         self._check(earlier)
         if earlier is not None and earlier.get("status") == "complete":
             self._say(f"{self.folder} is complete already")
+            self._verify_again(earlier)
             return earlier
         self._examine(earlier)
         with suitable_threads(self.model.block_weights, self.trainer.num_devices):
@@ -203,7 +207,7 @@ class RecoveryRun(ABC):
         if self.trainer.is_global_zero:
             self._refuse_unusable(model.folder)
         prepare_source(model, data.source)
-        data.connect(model.processor, model.context_length)
+        data.connect(model.processor, ModelLimits.of(model.model))
         data.setup("fit")
         self.base_record = record_of(model.folder.path)
         # Made before adapters change the names of modules.
@@ -265,6 +269,8 @@ class RecoveryRun(ABC):
         self._keep_others_out()
         assert self.model.folder is not None
         self._refuse_unusable(self.model.folder)  # another run may have come first
+        if earlier is not None and "teacher" in earlier:
+            self.record["teacher"] = earlier["teacher"]
         self.record["status"] = "training"
         self.record.write(self.folder, RECOVERY_RECORD)
         write_config(self.folder, self.record["config"])
@@ -275,7 +281,7 @@ class RecoveryRun(ABC):
             self._lock = FolderLock(self.folder)
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
-        refuse_unusable(self.folder, base.path, RECOVERY_RECORD, self.resume)
+        refuse_unusable(self.folder, base, RECOVERY_RECORD, self.resume)
 
     def _config(self) -> Mapping[str, Any]:
         """What repeats the run."""
@@ -311,16 +317,29 @@ class RecoveryRun(ABC):
         """A copy of the base to overwrite; nobody can load it yet."""
         base = self.model.folder
         assert base is not None
-        copy_checkpoint(base.path, self.folder, leave_out=_RECORDS)
+        self.record["files"] = copy_checkpoint(base, self.folder, leave_out=_RECORDS)
         return base.at(self.folder)
+
+    def _verify_again(self, earlier: Manifest) -> None:
+        """Nothing is to be done, but exit status 0 is to say that the folder holds what was promised."""
+        if not self.trainer.is_global_zero:
+            return
+        base = self.model.folder
+        assert base is not None
+        refuse_changed(self.folder, earlier.get("files", {}))
+        masks = StoredMasks(self.pruned_names, self.weights)
+        found = verify_merged(base, base.at(self.folder), self.weights, masks, self._pattern())
+        refuse_other_findings(earlier["linears"], found)
+        self._say(f"verified: every pruned weight +0.0 in {len(masks)} Linears, all other tensors as they were")
 
     def _verify(self, masks: Mapping[str, ZeroMask]) -> None:
         """Read what was written again, and note what it holds."""
         base = self.model.folder
         assert base is not None
         pattern = self._pattern()
+        refuse_changed(self.folder, self.record.get("files", {}))
         found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern)
-        zeros = found.pop("zeros")
+        zeros, digests = found.pop("zeros"), found.pop("digests")
         self.record["verified"] = found
         self.record["pattern"] = str(pattern) if pattern is not None else "unstructured"
         self.record["linears"] = {
@@ -328,6 +347,7 @@ class RecoveryRun(ABC):
                 "shape": list(mask.shape),
                 "zeros": zeros[name],
                 "achieved": zeros[name] / (mask.shape[0] * mask.shape[1]),
+                "digest": digests[name],
             }
             for name, mask in masks.items()
         }

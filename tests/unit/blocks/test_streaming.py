@@ -1,6 +1,7 @@
 """A model streamed block by block from a checkpoint folder is the model in memory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -224,14 +225,53 @@ def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -
         stream(tmp_path)
 
 
-def test_a_missing_tensor_of_the_vision_tower_is_named_when_it_is_needed(tmp_path: Path) -> None:
+NEEDED = {
+    "output embedding": "lm_head.weight",
+    "token embedding": "embed_tokens.weight",
+    "projector": "multi_modal_projector.linear_1.weight",
+    "norm behind the blocks": "norm.weight",
+    "patch embedding": "patch_embedding.weight",
+    "half of a block of the tower": "vision_tower.encoder.layers.0.mlp.fc1.bias",
+}
+
+
+@pytest.mark.parametrize("ending", NEEDED.values(), ids=NEEDED.keys())
+def test_a_tensor_that_every_forward_needs_is_named_before_anything_is_loaded(ending: str, tmp_path: Path) -> None:
+    tiny_model("llava").save_pretrained(tmp_path)
+    name = rewrite(tmp_path, **{ending.replace(".", "__"): None})
+    with pytest.raises(InputError, match=r"the checkpoint lacks the tensor ") as caught:
+        stream(tmp_path)
+    assert caught.value.problem.endswith(name.removeprefix("language_model.").rpartition("layers.")[2])
+
+
+def test_many_missing_tensors_are_named_in_one_line(tmp_path: Path) -> None:
+    tiny_model("llava").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / SINGLE_NAME)
+    save_file({name: one for name, one in tensors.items() if "projector" not in name}, tmp_path / SINGLE_NAME)
+    with pytest.raises(InputError, match=r"lacks the tensors .*projector.*, .*projector.*, .*projector.* and 1 more$"):
+        stream(tmp_path)
+
+
+def test_a_block_of_the_tower_that_is_missing_as_a_whole_is_named_when_it_is_needed(tmp_path: Path) -> None:
+    """Of many towers the last blocks are not run, and some checkpoints lack them."""
     model = tiny_model("llava")
     model.save_pretrained(tmp_path)
-    rewrite(tmp_path, patch_embedding__weight=None)
+    tensors = load_file(tmp_path / SINGLE_NAME)
+    kept = {name: one for name, one in tensors.items() if not re.search(r"vision.*layers\.0\.", name)}
+    save_file(kept, tmp_path / SINGLE_NAME)
+    assert len(kept) < len(tensors)
     runner, weights = stream(tmp_path)
     weights.load_non_block_weights()
-    with pytest.raises(InputError, match=r"lacks the tensor .*patch_embedding\.weight"):
+    with pytest.raises(InputError, match=r"lacks the tensor .*vision.*layers\.0\."):
         runner.catch(make_inputs("llava", model, [Sample(3, 0, 5)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused_though_nothing_announces_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_model("llava").save_pretrained(tmp_path)
+    name = rewrite(tmp_path, layers__1__mlp__down_proj__weight=torch.zeros(32, 48).to(dtype))
+    with pytest.raises(InputError, match=rf"the weights are quantized \({re.escape(name)} is"):
+        stream(tmp_path)
 
 
 def test_a_missing_expert_is_refused(tmp_path: Path) -> None:

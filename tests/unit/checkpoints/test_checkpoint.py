@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME, SINGLE_NAME
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 
 TENSORS = {
     "first.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -72,9 +72,84 @@ def test_other_safetensors_files_in_the_folder_do_not_count(sharded: Path) -> No
     assert torch.equal(checkpoint.read("first.weight"), TENSORS["first.weight"])
 
 
-def test_the_index_counts_and_not_a_leftover_single_file(sharded: Path) -> None:
+def test_a_single_file_counts_before_an_index_as_for_transformers(sharded: Path) -> None:
     save_file({"first.weight": torch.ones(3, 4)}, sharded / SINGLE_NAME)
+    checkpoint = CheckpointFolder(sharded)
+    assert (checkpoint.shards, list(checkpoint)) == ([SINGLE_NAME], ["first.weight"])
+    assert checkpoint.other_copies() == [*SHARDS, INDEX_NAME]
+
+
+def test_an_index_whose_shards_are_gone_is_no_obstacle_beside_a_single_file(sharded: Path) -> None:
+    save_file(TENSORS, sharded / SINGLE_NAME)
+    for shard in SHARDS:
+        (sharded / shard).unlink()
+    assert set(CheckpointFolder(sharded)) == set(TENSORS)
+
+
+def test_the_file_that_the_configuration_names_counts(sharded: Path) -> None:
+    save_file({"first.weight": torch.ones(3, 4)}, sharded / SINGLE_NAME)
+    (sharded / "config.json").write_text(json.dumps({"transformers_weights": INDEX_NAME}))
     assert CheckpointFolder(sharded).shards == list(SHARDS)
+
+
+def test_a_copy_leaves_out_the_weights_in_other_formats(sharded: Path) -> None:
+    others = ["pytorch_model.bin", "consolidated.safetensors", "original/model.pth", "checkpoint-10/model.safetensors"]
+    kept = ["tokenizer.json", "assets/voice.pt", ".cache/part"]
+    for name in (*others, *kept):
+        (sharded / name).parent.mkdir(exist_ok=True)
+        (sharded / name).write_text("")
+    checkpoint = CheckpointFolder(sharded)
+    found = {str(file) for file in checkpoint.files()}
+    assert found == {"tokenizer.json", "assets/voice.pt", "config.json", INDEX_NAME, *SHARDS}
+    assert set(checkpoint.other_copies()) == {
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/",
+        "checkpoint-10/",
+    }
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_links_that_lead_out_are_refused_before_anything_is_copied(kind: str, sharded: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    if kind == "folder":
+        outside.mkdir()
+    elif kind == "file":
+        outside.write_text("secret")
+    (sharded / "notes.txt").symlink_to(outside)
+    with pytest.raises(InputError, match=r"notes\.txt is a link"):
+        CheckpointFolder(sharded).files()
+
+
+def test_links_into_the_checkpoint_and_into_the_cache_of_the_hub_are_followed(sharded: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0a1b"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in sharded.iterdir():
+        shutil.move(file, blobs / f"hash-of-{file.name}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"hash-of-{file.name}")
+    (snapshot / "again.json").symlink_to("config.json")
+    assert {str(file) for file in CheckpointFolder(snapshot).files()} == {
+        "again.json",
+        "config.json",
+        INDEX_NAME,
+        *SHARDS,
+    }
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_nothing_is_written_through_a_link(link: str, single: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    if link == "symbolic":
+        (copy / SINGLE_NAME).symlink_to(single / SINGLE_NAME)
+    else:
+        os.link(single / SINGLE_NAME, copy / SINGLE_NAME)
+    before = (single / SINGLE_NAME).read_bytes()
+    with pytest.raises(RunError, match="only files of the run's own"):
+        CheckpointFolder(single).at(copy).write("first.weight", torch.zeros(3, 4))
+    assert (single / SINGLE_NAME).read_bytes() == before
 
 
 def test_the_index_says_which_of_two_tensors_of_a_name_counts(sharded: Path) -> None:
@@ -134,6 +209,27 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
 
 
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
+def pipe_as_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+def pipe_beside(folder: Path) -> None:
+    os.mkfifo(folder / "tokenizer.json")
+
+
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def weights_elsewhere(folder: Path) -> None:
+    (folder / "config.json").write_text('{"transformers_weights": "../single/model.safetensors"}')
+
+
 def list_as_config(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
@@ -162,6 +258,10 @@ def drop_shard(folder: Path) -> None:
 
 def shard_elsewhere(folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "../single/model.safetensors"}}))
+
+
+def index_of_lists(folder: Path) -> None:
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": ["model-00001-of-00002.safetensors"]}}))
 
 
 def index_with_a_key_too_many(folder: Path) -> None:
@@ -204,6 +304,12 @@ def header_that_does_not_fit_itself(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").write_bytes(content)
 
 
+def negative_lengths(folder: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(8)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -212,12 +318,18 @@ def header_that_does_not_fit_itself(folder: Path) -> None:
         (drop_config, "holds no config.json"),
         (break_config, "config.json is not valid JSON"),
         (list_as_config, "config.json is not a JSON object"),
+        (deep_config, "config.json is not valid JSON"),
+        (pipe_as_config, "holds config.json, which is no regular file"),
+        (pipe_beside, "holds tokenizer.json, which is no regular file"),
+        (adapter_beside, "merge it first"),
+        (weights_elsewhere, "no safetensors file in this folder"),
         (drop_weights, "holds no model.safetensors"),
         (only_pickle, "save_pretrained"),
         (break_index, "is not valid JSON"),
         (empty_index, "has no weight_map"),
         (drop_shard, "model-00002-of-00002.safetensors, which does not exist"),
         (shard_elsewhere, "not a file in this folder"),
+        (index_of_lists, "not a file in this folder"),
         (index_with_a_key_too_many, "fourth.weight"),
         (truncate_shard, "model-00002-of-00002.safetensors is truncated"),
         (lengthen_shard, "model-00002-of-00002.safetensors is corrupt"),
@@ -225,6 +337,7 @@ def header_that_does_not_fit_itself(folder: Path) -> None:
         (empty_shard, "model-00002-of-00002.safetensors is truncated"),
         (garbage_header, "model-00002-of-00002.safetensors has a corrupt header"),
         (huge_header, "model-00002-of-00002.safetensors is truncated"),
+        (negative_lengths, "model-00002-of-00002.safetensors has a corrupt header"),
         (header_that_does_not_fit_itself, "model-00002-of-00002.safetensors has a corrupt header"),
     ],
 )

@@ -176,3 +176,27 @@ def test_a_file_that_is_not_a_data_set(tmp_path: Path):
     (tmp_path / "rows.xlsx").write_bytes(b"")
     with pytest.raises(ValueError, match=r"not one of .parquet"):
         HFDatasetSource(str(tmp_path / "rows.xlsx")).setup()
+
+
+def test_an_answer_is_taken_out_of_its_object_or_its_choices(tmp_path: Path):
+    given = [{"answer": "noise", "answer_confidence": "yes"}, {"answer": "static", "answer_confidence": "no"}]
+    objects = [{"question": "What?", "answers": given}]
+    choices = [{"question": "What?", "choices": ["a dog", "noise"], "answers": 1}]
+    for number, rows in enumerate((objects, choices)):
+        path = tmp_path / f"{number}.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        sample = HFDatasetSource(str(path), columns={"question": "question", "answer": "answers"})[0]
+        assert sample.messages[-1]["content"] == [{"type": "text", "text": "noise"}]
+
+
+@pytest.mark.parametrize("answer", [{"text": ["noise"], "start": [3]}, True])
+def test_an_answer_that_is_no_text_is_refused(answer, tmp_path: Path):
+    datasets.Dataset.from_list([{"question": "What?", "answer": answer}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(RunError, match=r"the column of the answer holds (dict|bool), not text"):
+        HFDatasetSource(str(tmp_path / "rows.parquet"))[0]
+
+
+def test_images_of_a_column_without_a_role_are_not_left_out_in_silence(tmp_path: Path, rows):
+    rows.rename_column("q", "question").to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"columns .*the column picture holds images and has no role"):
+        HFDatasetSource(str(tmp_path / "rows.parquet")).setup()

@@ -15,6 +15,7 @@ from lvlm_prune.data import (
     TextSource,
     load_processor,
 )
+from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.errors import InputError
 
@@ -69,7 +70,7 @@ CASES = {
 def test_a_sample_that_cannot_be_learnt_from(case, processor, tmp_path):
     make, said = CASES[case]
     data = RecoveryDataModule(make(tmp_path), validation_samples=1)
-    data.connect(processor, 300)
+    data.connect(processor, ModelLimits(context_length=300))
     data.setup("fit")
     with pytest.raises(InputError, match=f"--data.source .*{said}"):
         data.examine()
@@ -77,7 +78,7 @@ def test_a_sample_that_cannot_be_learnt_from(case, processor, tmp_path):
 
 def test_processes_that_encode_find_the_same(processor, tmp_path):
     data = RecoveryDataModule(llava(tmp_path, "yes", LONG), num_workers=1, validation_samples=0)
-    data.connect(processor, 300)
+    data.connect(processor, ModelLimits(context_length=300))
     data.setup("fit")
     with pytest.raises(InputError, match=r"c1: has .* tokens") as error:
         data.examine()
@@ -88,7 +89,7 @@ def test_what_is_found_in_good_data(processor):
     found = []
     for workers in (0, 2):
         data = RecoveryDataModule(EmbeddedQuestions(length=20), num_workers=workers)
-        data.connect(processor, 400)
+        data.connect(processor, ModelLimits(context_length=400))
         data.setup("fit")
         found.append(data.examine())
     encoded = [data.encode(number) for number in range(20)]

@@ -1,0 +1,49 @@
+"""Numbers of a configuration against the tensors on disk, before anything is built from them.
+
+A mistyped number of layers would be built for hours, a mistyped size would ask for more memory than there is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
+from lvlm_prune.errors import InputError, shortened
+
+# Modules that are built one by one. Each has a tensor of its own, or its part of one that is a stack of them.
+_COUNTS = re.compile(r"(layer|block|expert|head|stage|depth)s?\b|n_layer|n_head")
+_SIZES = re.compile(r"size|dim|channels|features|width|rank|embed|positions|length")
+# Tables of this many positions are small, and configurations of rotary models name more than they have.
+_ALWAYS_FITS = 2**27
+
+
+def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
+    """Refuse a configuration that asks for more than a checkpoint of these tensors can hold.
+
+    Raises:
+        InputError: A number does not fit; names it.
+    """
+    shapes = [tensor.shape for tensor in folder.tensors.values()]
+    most_modules = max([len(shapes), *(length for shape in shapes for length in shape)])
+    most_elements = max(sum(math.prod(shape) for shape in shapes), _ALWAYS_FITS)
+    for name, value in _numbers(folder.config):
+        leaf = name.rpartition(".")[2].replace("_", " ")
+        limit = most_modules if _COUNTS.search(leaf) and not _SIZES.search(leaf) else most_elements
+        if abs(value) > limit:
+            problem = f"config.json says {name}: {shortened(value, 40)}, which does not fit the tensors on disk"
+            raise InputError("model.path", folder.path, problem)
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted name and value of every number in nested mappings and lists."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        yield name, value

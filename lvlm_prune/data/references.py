@@ -1,0 +1,150 @@
+"""Where a record says that its images, videos and sounds are, in the ways in which data sets write it.
+
+    {"image": "a.jpg"}   {"images": ["a.jpg", "b.jpg"]}                                beside the conversation
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBOR..."}}      in a part of a turn
+
+A file name, an image as a data URI, or one that is nothing but base64. Addresses are not followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os.path import isfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from lvlm_prune.data.conversation import MEDIA, kind_of_part, open_image_bytes
+from lvlm_prune.errors import RunError, shortened
+
+_LOOKS_LIKE_MEDIA = re.compile(
+    r"(?P<kind>image|img|picture|photo|video|clip|audio|sound|speech)s?(_?(path|file|filename|name|url|uri|list|byte)s?)?"
+)
+_KINDS = {"img": "image", "picture": "image", "photo": "image", "clip": "video", "sound": "audio", "speech": "audio"}
+# No file system takes a longer name.
+_LONGEST_FILE_NAME = 255
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}\s*")
+
+
+def references_of_record(record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What a record names under `image` or `images`, `video` or `videos`, `audio` or `audios`, kind by kind.
+
+    Raises:
+        ValueError: An entry is no name and no list of names, or media lie under a key that is not understood.
+
+    Example:
+        >>> references_of_record({"images": ["a.jpg", "b.jpg"], "video": None})
+        {'image': ['a.jpg', 'b.jpg'], 'video': [], 'audio': []}
+        >>> references_of_record({"image_path": "a.jpg"})
+        Traceback (most recent call last):
+        ...
+        ValueError: `image_path` is not understood; `image` or `images` names images
+    """
+    found = {kind: _named(record, kind) for kind in MEDIA}
+    for key, value in record.items():
+        looks = _LOOKS_LIKE_MEDIA.fullmatch(str(key).lower())
+        if looks is not None and value:
+            kind = _KINDS.get(looks["kind"], looks["kind"])
+            # Beside an image that is understood, `image_url` only says where it came from.
+            if not found[kind]:
+                raise ValueError(f"`{key}` is not understood; `{kind}` or `{kind}s` names {kind}s")
+    return found
+
+
+def _named(record: Mapping[str, Any], kind: str) -> list[Any]:
+    given = [key for key in (kind, f"{kind}s") if record.get(key)]
+    if len(given) > 1:
+        if record[kind] in (record[f"{kind}s"], *record[f"{kind}s"]):
+            return _as_list(record, f"{kind}s")
+        raise ValueError(f"`{kind}` and `{kind}s` name different {kind}s")
+    return _as_list(record, given[0]) if given else []
+
+
+def _as_list(record: Mapping[str, Any], key: str) -> list[Any]:
+    names = record[key]
+    names = list(names) if isinstance(names, (list, tuple)) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`{key}` is neither a file name nor a list of file names")
+    return names
+
+
+def references_of_turns(turns: Sequence[Any]) -> dict[str, list[Any]]:
+    """What the parts of turns name themselves, kind by kind, in order.
+
+    Raises:
+        ValueError: Of the parts of a kind some name a file and some do not.
+    """
+    found: dict[str, list[Any]] = {kind: [] for kind in MEDIA}
+    for turn in turns:
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if isinstance(part, dict) and (kind := kind_of_part(part)) in MEDIA:
+                found[kind].append(_reference_of_part(part, kind))
+    for kind, references in found.items():
+        if None in references:
+            if any(reference is not None for reference in references):
+                raise ValueError(f"some parts of type {kind} name their {kind}, and some do not")
+            references.clear()
+    return found
+
+
+def _reference_of_part(part: Mapping[str, Any], kind: str) -> Any:
+    for key in (kind, f"{kind}_url", f"input_{kind}", f"{kind}_path", "url", "path", "file", "data"):
+        value = part.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("url") or value.get("path") or value.get("data") or value.get("bytes")
+        if value:
+            return value
+    return None
+
+
+def opened(reference: Any, kind: str, folder: Path, name: str = "") -> Path | Image.Image:
+    """What a reference stands for: a path, or an image that the record holds itself.
+
+    Args:
+        reference: A file name, a data URI, base64 or an image.
+        kind: `image`, `video` or `audio`.
+        folder: Where file names begin.
+        name: What messages call an image without a name.
+
+    Raises:
+        ValueError: An address, or nothing that is understood.
+        RunError: Data that are no image.
+    """
+    if kind == "image" and isinstance(reference, Image.Image):
+        return reference
+    if kind == "image" and isinstance(reference, bytes):
+        return open_image_bytes(reference, name or "an image")
+    if not isinstance(reference, str):
+        raise ValueError(f"{type(reference).__name__} where the name of a file of type {kind} is expected")
+    scheme = urlsplit(reference[:_LONGEST_FILE_NAME]).scheme if ":" in reference[:16] else ""
+    if scheme in ("http", "https", "ftp", "s3", "gs"):
+        raise ValueError(f"{shortened(reference)} is an address; download the {kind} and name the file")
+    if scheme == "file":
+        return Path(unquote(urlsplit(reference).path))
+    if scheme == "data":
+        if kind != "image":
+            raise ValueError(f"a {kind} as data in the record is not understood; name a file")
+        return open_image_bytes(_decoded(reference.partition(",")[2]), name or "an image")
+    if "\0" in reference:
+        raise ValueError("a file name holds a zero byte")
+    path = folder / reference
+    if kind == "image" and len(reference) > _LONGEST_FILE_NAME and _BASE64.fullmatch(reference) and not isfile(path):
+        with suppress(ValueError, RunError):
+            return open_image_bytes(_decoded(reference), name or "an image")
+    return path
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        # Both alphabets, with or without the fill at the end.
+        plain = re.sub(r"\s", "", unquote(text)).rstrip("=").replace("-", "+").replace("_", "/")
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(f"{shortened(text)} is no base64 ({error})") from None

@@ -1,0 +1,54 @@
+"""What a run needs from its own folder later: size and digest are kept in the manifest, and held against the file.
+
+Weights are verified tensor by tensor. This is for everything beside them: an output without its tokenizer, or with half
+of its `config.json`, is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.errors import InputError
+
+FileRecord = dict[str, Any]
+"""`bytes` and `sha256` of a file."""
+
+HELD_BACK = "config.json.unfinished"
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and digest of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def record_of_content(content: bytes) -> FileRecord:
+    """The same of what is going to be written."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Hold files of an output folder against what was written there.
+
+    Args:
+        folder: The output folder.
+        records: Path in the folder -> what the run knows of the file. `config.json` may still be held back.
+
+    Raises:
+        InputError: A file is missing, or is not the one that was written; names it.
+    """
+    for name, record in records.items():
+        held_back = name == "config.json" and not (folder / name).is_file()
+        path = folder / (HELD_BACK if held_back else name)
+        problem = ""
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != record["bytes"] or record_of(path) != record:
+            problem = "is not the file that was written"
+        if problem:
+            way_out = "put it back, or write elsewhere"
+            raise InputError("output", folder, f"{path.name if held_back else name} {problem}; {way_out}")

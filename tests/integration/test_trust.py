@@ -1,0 +1,234 @@
+"""Promises that hold whatever lies in the folders: the input stays as it is, and exit status 0 means verified."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A complete output whose remaining weights were updated, with statistics."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    arguments = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", f"--output={folder}"]
+    assert main([*GOLDEN_ARGUMENTS, *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """An output that is pruned up to block 1."""
+    folder = tmp_path_factory.mktemp("interrupted") / "out"
+    model = tmp_path_factory.mktemp("model") / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    with pytest.MonkeyPatch.context() as patched:
+        really = CheckpointFolder.write
+        calls = []
+
+        def stopping(self, key, tensor):
+            calls.append(key)
+            if len(calls) > 8:
+                raise OSError(28, "No space left on device")
+            really(self, key, tensor)
+
+        patched.setattr(CheckpointFolder, "write", stopping)
+        arguments = ["--pruning.record=true", f"--model.path={model}", f"--output={folder}"]
+        assert main([*GOLDEN_ARGUMENTS, *arguments]) == 2
+    assert len(json.loads((folder / "pruning.json").read_text())["blocks"]) == 1
+    return folder
+
+
+def resumed(folder: Path, *options: str) -> int:
+    model = json.loads((folder / "pruning.json").read_text())["model"]["path"]
+    return main([*GOLDEN_ARGUMENTS, *options, f"--model.path={model}", f"--output={folder}", "--resume=true"])
+
+
+def relink(kind: str, file: Path, target: Path) -> None:
+    file.unlink()
+    if kind == "symbolic":
+        file.symlink_to(target)
+    else:
+        os.link(target, file)
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "hard to a third checkpoint"])
+@pytest.mark.parametrize("name", ["shard", "config.json.unfinished"])
+def test_an_input_is_never_written_through_a_link(kind, name, interrupted, tmp_path, capsys):
+    """Tools that remove duplicates put links in the place of files that are equal."""
+    folder, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(interrupted, folder)
+    shutil.copytree(GOLDEN / "model", model)
+    name = CheckpointFolder(model).shards[-1] if name == "shard" else name
+    source = model
+    if kind == "hard to a third checkpoint":
+        if name == "config.json.unfinished":
+            pytest.skip("only weights are written in place")
+        source = tmp_path / "third"
+        shutil.copytree(model, source)
+    before = contents(source)
+    relink(kind.split()[0], folder / name, source / name.removesuffix(".unfinished"))
+    capsys.readouterr()
+    options = ["--pruning.record=true", f"--model.path={model}", f"--output={folder}", "--resume=true"]
+    assert main([*GOLDEN_ARGUMENTS, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --output {folder}: {name} is ")
+    assert contents(source) == before
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path, offset: int) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def remove(path: Path, offset: int) -> None:
+    path.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path, int], None]] = {"flipped bit": flip, "truncated": truncate, "missing": remove}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("name", ["shard", "config.json", "statistics.safetensors"])
+def test_a_complete_folder_is_verified_again(name, damage, finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    checkpoint, offset = CheckpointFolder(folder), -2
+    linear = next(iter(json.loads((folder / "pruning.json").read_text())["linears"]))
+    if name == "shard":
+        key = next(key for key in checkpoint if key.endswith(linear.removeprefix("model.language_model.") + ".weight"))
+        place, stored = checkpoint[key], checkpoint.read(key)
+        kept = int(stored.flatten().nonzero()[0])  # of a weight that SparseGPT updated
+        name, offset = place.shard, place.start + kept * stored.element_size()
+    damage(folder / name, offset)
+    capsys.readouterr()
+    options = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer"]
+    assert resumed(folder, *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert name in line or linear in line
+
+
+def test_a_complete_folder_that_is_whole_says_so(finished, capsys):
+    before = contents(finished)
+    assert resumed(finished, "--pruning.record=true", "--pruning.scorer=SparseGPTScorer") == 0
+    assert "\nverified: sparsity 0.5" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("name", ["config.json.unfinished", "statistics.0.part"])
+def test_what_a_run_left_for_itself_is_checked_when_it_goes_on(name, damage, interrupted, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(interrupted, folder)
+    damage(folder / name, -2)
+    capsys.readouterr()
+    assert resumed(folder, "--pruning.record=true") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --output {folder}: {name} is ")
+    assert not (folder / "config.json").exists()
+
+
+def test_other_copies_of_the_weights_are_left_out_and_that_is_said(tmp_path, capsys):
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(GOLDEN / "model", model)
+    (model / "original").mkdir()
+    for name in ("pytorch_model.bin", "original/consolidated.00.pth"):
+        (model / name).write_bytes(b"dense")
+    magnitude = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}", f"--output={folder}"]
+    assert main([*GOLDEN_ARGUMENTS, *magnitude]) == 0
+    assert not (folder / "pytorch_model.bin").exists()
+    assert not (folder / "original").exists()
+    assert "left out: pytorch_model.bin, original/ (copies of the weights, which are dense)" in capsys.readouterr().out
+
+
+REFUSED = {
+    "adapter": ("adapter_config.json", {}, "merge it first"),
+    "announced beside": ("hf_quant_config.json", {"quantization": {}}, "the weights are quantized"),
+    "announced within": ("config.json", {"text_config": {"quantization_config": {"bits": 4}}}, "are quantized"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
+def test_what_changes_the_weights_is_refused_by_every_command(verb, name, content, problem, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    earlier = json.loads((model / name).read_text()) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(earlier | content))
+    assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert problem in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
+def test_missing_tensors_are_refused_by_every_command(verb, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    checkpoint = CheckpointFolder(model)
+    tensors = {key: tensor for shard in checkpoint.shards for key, tensor in load_file(model / shard).items()}
+    for shard in checkpoint.shards:
+        (model / shard).unlink()
+    save_file({key: one for key, one in tensors.items() if "embed_tokens" not in key}, model / "model.safetensors")
+    options = ["--pruning.scorer=MagnitudeScorer"] if verb == "prune" else []
+    assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint lacks the tensor" in line
+    assert "embed_tokens.weight" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("pool", "kind"), [("TextOnlyPool", "visual"), ("AsymmetricPool", "visual")])
+def test_a_pool_that_selects_nothing_is_no_success(pool, kind, tmp_path, capsys):
+    """Of a calibration set of images alone nothing is left for a pool of text."""
+    token = json.loads((GOLDEN / "model" / "config.json").read_text())["image_token_id"]
+    samples = load_file(GOLDEN / "calib.safetensors")
+    only = {}
+    for number in range(2):
+        own = {key: one for key, one in samples.items() if key.startswith(f"s{number}.")}
+        ids = own[f"s{number}.input_ids"]
+        keep = ids == token
+        only |= {key: one[keep][None] if one.shape == ids.shape else one for key, one in own.items()}
+    save_file({key: one.contiguous() for key, one in only.items()}, tmp_path / "visual.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'visual.safetensors'}"]
+    options = [f"--model.path={GOLDEN / 'model'}", f"--pruning.pool={pool}", f"--output={tmp_path / 'out'}"]
+    assert main(["prune", *source, *options, "--report=false"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--pruning.pool {pool}: needs text tokens" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_the_model_refuses_names_the_sample_and_can_be_skipped(tmp_path, capsys):
+    """Image features that do not match the tokens for them."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    ids = samples["s1.input_ids"]
+    token = json.loads((GOLDEN / "model" / "config.json").read_text())["image_token_id"]
+    assert (ids == token).any()
+    samples["s1.input_ids"] = ids.masked_fill(ids == token, 5)
+    save_file(samples, tmp_path / "samples.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'samples.safetensors'}"]
+    options = [f"--model.path={GOLDEN / 'model'}", "--report=false", "--data.batch_size=2"]
+    assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sample 1: the model refuses it" in line
+    assert not (tmp_path / "out").exists()
+    assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}", "--data.on_error=skip"]) == 0
+    calibration = json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]
+    assert (calibration["num_samples"], len(calibration["skipped"])) == (7, 1)

@@ -1,0 +1,103 @@
+"""Whatever stands in `config.json`, a model is built or refused in one line, and soon."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvlm_prune.errors import LVLMPruneError
+from lvlm_prune.module import LVLMModule
+from tests.families import tiny_model
+
+WRONG: list[Any] = [-1, 0, 10**9, 10**20, 1.5, "abc", None, []]
+
+
+def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model"
+    tiny_model("llava").save_pretrained(path)
+    return path
+
+
+def opened(folder: Path, copy: Path, config: Any) -> str:
+    """What is said against a configuration; empty where a model can be built and its tensors fit."""
+    shutil.copytree(folder, copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    try:
+        LVLMModule(str(copy)).open()
+    except LVLMPruneError as error:
+        return str(error)
+    finally:
+        shutil.rmtree(copy)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "value", [pytest.param(value, marks=() if value in (-1, "abc") else pytest.mark.slow) for value in WRONG], ids=repr
+)
+def test_wrong_numbers_are_refused_in_one_line(value: Any, folder: Path, tmp_path: Path):
+    """None of them is a traceback, none takes long; most are refused."""
+    config = json.loads((folder / "config.json").read_text())
+    refused, tried = 0, 0
+    for path in leaves(config):
+        changed = json.loads(json.dumps(config))
+        section = changed
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = value
+        said = opened(folder, tmp_path / "copy", changed)
+        assert "\n" not in said
+        tried, refused = tried + 1, refused + bool(said)
+    assert refused > tried / 5
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("text_config", "num_hidden_layers", 10**9),
+        ("vision_config", "num_hidden_layers", 10**9),
+        ("text_config", "vocab_size", 10**15),
+        ("vision_config", "image_size", 10**12),
+    ],
+)
+def test_sizes_are_compared_with_the_tensors_before_anything_is_built(section, name, value, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config[section][name] = value
+    said = opened(folder, tmp_path / "copy", config)
+    assert f"config.json says {section}.{name}: {value}, which does not fit the tensors on disk" in said
+
+
+@pytest.mark.parametrize(
+    "architectures", ["LlavaForConditionalGeneration", ["BertModel"], ["AutoModel"], ["LlavaConfig"], [5, None], {}, 7]
+)
+def test_architectures_of_any_kind_are_no_traceback(architectures: Any, folder: Path, tmp_path: Path):
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": architectures}
+    assert "\n" not in opened(folder, tmp_path / "copy", config)
+
+
+@pytest.mark.parametrize(
+    "config", [[], None, 3, {}, {"model_type": 3}, {"model_type": "llava"}, {"model_type": "bert"}]
+)
+def test_configurations_of_another_shape_are_refused(config: Any, folder: Path, tmp_path: Path):
+    assert opened(folder, tmp_path / "copy", config).startswith("--model.path ")
+
+
+def test_nothing_is_left_of_a_model_that_could_not_be_built(folder: Path, tmp_path: Path):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_attention_heads"] = 0
+    default = torch.get_default_dtype()
+    assert opened(folder, tmp_path / "copy", config)
+    assert torch.get_default_dtype() == default
+    assert torch.empty(1).device.type == "cpu"

@@ -1,0 +1,152 @@
+"""What the model would refuse in the middle of a run is found when a sample is encoded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from lvlm_prune.data import (
+    CalibrationDataModule,
+    CalibrationSource,
+    Conversation,
+    Document,
+    RecoveryDataModule,
+    encode,
+    load_processor,
+)
+from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.errors import InputError, RunError
+from tests.families import IMAGE_TOKEN, tiny_model
+from tests.hub_folders import write_processor
+
+REFUSING = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m['role'] }}: {{ m['content'][0]['text'] }}
+{% endfor %}"""
+
+
+class Turns(CalibrationSource):
+    """Conversations of text, given as their turns."""
+
+    def __init__(self, *samples: list[tuple[str, str]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Conversation:
+        turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in self.samples[index]]
+        return Conversation(turns, id=f"s{index}")
+
+
+GOOD = [("user", "Hello?"), ("assistant", "Yes.")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("processor")
+    write_processor(path, "llava")
+    (path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_config": {}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path):
+    return load_processor(folder)
+
+
+def test_the_limits_of_a_model_are_read_off_it():
+    model = tiny_model("llava")
+    limits = ModelLimits.of(model)
+    assert limits.vocabulary == model.get_input_embeddings().num_embeddings
+    assert limits.context_length == 512
+    assert IMAGE_TOKEN in limits.placeholders
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [([5, 100], "token id 100, the model's vocabulary ends at 99"), ([-1], "token id -1"), ([1] * 9, "has 9 tokens")],
+)
+def test_inputs_beyond_the_limits_are_refused(ids: list[int], problem: str):
+    with pytest.raises(RunError, match=problem):
+        ModelLimits(vocabulary=100, context_length=8).refuse({"input_ids": torch.tensor([ids])})
+
+
+def test_a_placeholder_that_is_no_word_of_the_vocabulary_is_none_of_them():
+    ModelLimits(100, 8, frozenset({100})).refuse({"input_ids": torch.tensor([[5, 100, 100]])})
+
+
+BEYOND = {
+    "too long": ([*GOOD[:1], ("assistant", "yes " * 200)], None, "the model's context is 300"),
+    "no such token": ([("user", "é"), ("assistant", "Yes.")], None, "the model's vocabulary ends at 98"),
+    "system turn": ([("system", "Be kind."), *GOOD], REFUSING, "System role not supported"),
+    "two turns in a row": ([("user", "Hello?"), *GOOD], REFUSING, "Conversation roles must alternate"),
+    "broken template": (GOOD, "{{ 1 / 0 }}", "division by zero"),
+}
+
+
+@pytest.mark.parametrize(("turns", "template", "problem"), BEYOND.values(), ids=BEYOND.keys())
+def test_what_template_or_model_refuse_names_the_sample_and_can_be_skipped(folder, turns, template, problem):
+    processor = load_processor(folder)
+    good = [GOOD] if template != "{{ 1 / 0 }}" else []
+    if template is not None:
+        processor.chat_template = processor.tokenizer.chat_template = template
+    limits = ModelLimits(vocabulary=99, context_length=300)
+    source = Turns(turns, *good)
+    with pytest.raises(RunError, match=f"^calibration s0: .*{problem}") as caught:
+        list(CalibrationDataModule(source).calibration_batches(processor, limits=limits))
+    assert "\n" not in str(caught.value)
+    if good:
+        data = CalibrationDataModule(source, on_error="skip")
+        assert [batch.indices for batch in data.calibration_batches(processor, limits=limits)] == [[1]]
+        assert [name for name, _ in data.skipped] == ["s0"]
+    training = RecoveryDataModule(source, validation_samples=0)
+    training.connect(processor, limits)
+    training.setup()
+    with pytest.raises(InputError, match=f"s0: .*{problem}"):
+        training.examine()
+
+
+def test_samples_are_padded_with_a_token_that_the_model_has(folder: Path):
+    processor = load_processor(folder)
+    processor.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    limits = ModelLimits(vocabulary=processor.tokenizer.pad_token_id, context_length=300)
+    data = CalibrationDataModule(Turns(GOOD, GOOD + GOOD), batch_size=2, padding_side="right")
+    (batch,) = data.calibration_batches(processor, limits=limits)
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+    assert not mask.all()
+    assert ids.max() < limits.vocabulary
+
+
+SAVED = {
+    "truncation": {"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}},
+    "padding": {
+        "padding": {
+            "strategy": {"Fixed": 300},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<pad>",
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("saved", [*SAVED, "model_max_length", "max_length"])
+def test_what_training_left_in_a_tokenizer_neither_cuts_nor_pads(saved: str, folder: Path, processor, tmp_path: Path):
+    write_processor(tmp_path, "llava")
+    if saved in SAVED:
+        content = json.loads((tmp_path / "tokenizer.json").read_text()) | SAVED[saved]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        assert getattr(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), saved) is not None
+    else:
+        content = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {saved: 8}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    left = load_processor(tmp_path)
+    for sample in (Turns(GOOD * 5)[0], Document("Some text of a corpus. " * 10), Document("Some text.", max_tokens=5)):
+        expected, found = encode(processor, sample), encode(left, sample)
+        assert found["input_ids"].tolist() == expected["input_ids"].tolist()

@@ -1,0 +1,98 @@
+"""Whatever a record calls its images, they are read or the record is refused; none is left out in silence."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lvlm_prune.data import LlavaJsonSource
+from lvlm_prune.data.conversation import load_image
+from lvlm_prune.errors import RunError
+
+ASKED = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "a.png"
+    # Noise cannot be compressed: as base64 it is longer than any file name.
+    pixels = torch.randint(0, 256, (10, 20, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+def read(folder: Path, record: dict):
+    (folder / "data.json").write_text(json.dumps([record]))
+    return LlavaJsonSource(str(folder / "data.json"))[0]
+
+
+def encoded(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()
+
+
+def part(**entries: object) -> list[dict]:
+    return [{"role": "user", "content": [entries, {"type": "text", "text": "What is it?"}]}, ASKED[1]]
+
+
+WAYS = {
+    "image": lambda name, data: {"image": name, "conversations": ASKED},
+    "images": lambda name, data: {"images": [name], "conversations": ASKED},
+    "both, the same": lambda name, data: {"image": name, "images": [name], "conversations": ASKED},
+    "messages": lambda name, data: {"image": name, "messages": ASKED},
+    "part with a path": lambda name, data: {"messages": part(type="image", image=name)},
+    "part with an address": lambda name, data: {"messages": part(type="image_url", image_url={"url": data})},
+    "part with an address as text": lambda name, data: {"messages": part(type="input_image", image_url=data)},
+    "part with a file of its own": lambda name, data: {"conversations": part(type="image", path=name)},
+    "data URI": lambda name, data: {"image": data, "conversations": ASKED},
+    "base64": lambda name, data: {"image": [data.partition(",")[2]], "conversations": ASKED},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_an_image_is_read_wherever_the_record_names_it(way, picture: Path):
+    sample = read(picture.parent, way("a.png", f"data:image/png;base64,{encoded(picture)}"))
+    assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    (image,) = sample.images
+    assert load_image(image).tobytes() == load_image(picture).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_lists_of_videos_and_sounds_are_read(kind: str, tmp_path: Path):
+    sample = read(tmp_path, {f"{kind}s": ["a.bin", "b.bin"], "conversations": ASKED})
+    assert getattr(sample, f"{kind}s") == [tmp_path / "a.bin", tmp_path / "b.bin"]
+
+
+REFUSED = {
+    "another key": ({"image_path": "a.png", "conversations": ASKED}, "`image_path` is not understood"),
+    "short for it": ({"imgs": ["a.png"], "conversations": ASKED}, "`imgs` is not understood"),
+    "objects": ({"images": [{"bytes": "x"}], "conversations": ASKED}, "neither a file name nor a list"),
+    "two that differ": ({"image": "a.png", "images": ["b.png"], "conversations": ASKED}, "name different images"),
+    "an address": ({"image": "https://example.org/a.png", "conversations": ASKED}, "is an address; download"),
+    "no base64": ({"image": "data:image/png;base64,?!", "conversations": ASKED}, "is no base64"),
+    "no image": ({"image": "data:image/png;base64,AAAA", "conversations": ASKED}, "cannot be read as an image"),
+    "a video as data": ({"video": "data:video/mp4;base64,AAAA", "conversations": ASKED}, "a video as data"),
+    "beside and within": ({"image": "a.png", "messages": part(type="image", image="a.png")}, "beside the turns and in"),
+    "a part of another kind": ({"messages": part(type="tool_use", id="1")}, "has a part of type 'tool_use'"),
+    "a role that is no word": ({"messages": [{"role": ["user"], "content": "a"}]}, "has the role"),
+}
+
+
+@pytest.mark.parametrize(("record", "problem"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_not_understood_is_refused(record: dict, problem: str, tmp_path: Path):
+    with pytest.raises(RunError, match=problem):
+        read(tmp_path, record)
+
+
+def test_what_only_describes_an_image_is_no_obstacle(picture: Path):
+    described = {"image": "a.png", "image_url": "https://example.org/a.png", "image_id": 7, "image_size": [20, 10]}
+    assert read(picture.parent, {**described, "conversations": ASKED}).images == [picture]
+
+
+def test_a_long_name_is_shortened_in_messages(tmp_path: Path):
+    sample = read(tmp_path, {"image": "x" * 200 + "/" + "y" * 200, "conversations": ASKED})
+    with pytest.raises(RunError) as caught:
+        load_image(sample.images[0])
+    assert len(str(caught.value)) < 350

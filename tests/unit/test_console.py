@@ -1,0 +1,97 @@
+"""How the program ends: at once when interrupted, quietly when nobody reads, in one line otherwise."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lvlm_prune.cli_errors import refuse_devices, refuse_unreadable
+from lvlm_prune.errors import InputError, one_line, shortened
+
+
+def run(body: str, stdout=subprocess.PIPE) -> subprocess.CompletedProcess:
+    """The program, with another `main`."""
+    code = f"import atexit, sys\nfrom lvlm_prune import cli\ndef main():\n    {body}\ncli.main = main\ncli.console()"
+    return subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("status", "late"), [(130, ""), (143, ""), (0, "late\n"), (2, "late\n")])
+def test_an_interrupted_program_does_not_wait_for_what_python_does_at_its_end(status: int, late: str):
+    ended = run(f"atexit.register(print, 'late'); return {status}")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, late, "")
+
+
+def test_an_interruption_while_libraries_are_imported_is_one_line():
+    ended = run("raise KeyboardInterrupt")
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "from lvlm_prune import cli\ndef main():\n    print('x\\n' * 500_000); return 0\ncli.main = main\ncli.console()"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert program.stdout.readline() == "x\n"
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    assert program.wait() == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        ended = run("print('x'); return 0", stdout=full)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == ["error: standard output: No space left on device"]
+
+
+def test_names_that_are_no_text_are_printed():
+    ended = run(r"print('wrote \udcff'); return 0")
+    assert (ended.returncode, ended.stdout) == (0, "wrote \\udcff\n")
+
+
+def test_an_error_is_one_line_whatever_is_in_it():
+    assert one_line("a\nb\r\n\tc\u2028d \udcff") == r"a b c d \udcff"
+    said = str(InputError("model.path", "x" * 10_000, "no\nsuch"))
+    assert len(said) < 400
+    assert len(shortened("y" * 10_000)) <= 80
+
+
+@pytest.mark.parametrize("devices", ["auto", 1, 2, "2", -1, "-1", [0], [0, 1], "0,1", "1,", None])
+def test_devices_of_every_kind_are_understood(devices):
+    refuse_devices(devices)
+
+
+@pytest.mark.parametrize("devices", [0, -2, "0", "abc", "", 1.5, True, [], ["a"], [0, 0], [-1], 10**20, {}])
+def test_devices_that_can_be_none_are_refused(devices):
+    with pytest.raises(InputError, match=r"--trainer\.devices"):
+        refuse_devices(devices)
+
+
+DEEP = "a: " + "[" * 2000 + "]" * 2000
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfe", "no text in UTF-8"),
+        (b"a: &a [*a]", "nested too deeply, or in itself"),
+        (b"a: &a {b: *a}", "nested too deeply, or in itself"),
+        (DEEP.encode(), "nested too deeply"),
+        (LAUGHS.encode(), "nested too deeply"),
+    ],
+)
+def test_a_configuration_file_that_no_parser_should_be_given_is_refused(content: bytes, problem: str, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=problem):
+        refuse_unreadable(["prune", "--config=bad.yaml"], tmp_path)
+
+
+def test_a_pipe_as_a_configuration_file_is_not_waited_for(tmp_path: Path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(InputError, match="is no file"):
+        refuse_unreadable(["prune", "--config", "pipe.yaml"], tmp_path)
