@@ -23,6 +23,7 @@ from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
 from lvlm_prune import __version__
+from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.threads import wait_asleep
 
 
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         from lvlm_prune.packed.kernels import kernel_report
 
-        print(f"lvlm-prune {__version__}\n{kernel_report()}")
+        try:
+            print(f"lvlm-prune {__version__}\n{kernel_report()}")
+        except LVLMPruneError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     if arguments == ["methods"]:
         from lvlm_prune.recipes import recipes_table
