@@ -1,8 +1,6 @@
 """`python -m lvlm_prune`, the same as the command `lvlm-prune`."""
 
-import sys
-
-from lvlm_prune.cli import main
+from lvlm_prune.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

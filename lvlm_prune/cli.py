@@ -12,10 +12,12 @@ lvlm-prune sweep --recipes 'configs/prune/*.yaml' --grid '{pruning.sparsity: [0.
 lvlm-prune reproduce atv/table_2 --output DIR
 """
 
+import atexit
 import errno
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -76,8 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def console() -> NoReturn:
     """The program `lvlm-prune`: `main` in a process that is all its own.
 
-    An interruption ends it at once: to let go of everything in order, as Python does at its end, takes seconds. A
-    reader that went away (`| head -1`) ends it quietly, a full disk behind `>` in one line.
+    To let go of everything in order, as Python does at its end, takes seconds, and a thread of a library that is inside
+    C++ then can end the process with another status. So the process ends at once; an interruption does not even wait
+    for what was asked to be done at the end. A reader that went away (`| head -1`) ends it quietly, a full disk behind
+    `>` in one line.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # names of files need not be UTF-8
@@ -94,11 +98,14 @@ def console() -> NoReturn:
         status = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
         if status == 2:
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
-    if status > 128:
-        with suppress(OSError):
-            sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    if status <= 128:
+        # What was asked to be done at the end, by loggers for example; as `multiprocessing` ends its own processes.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def _is_lost(stream: TextIO, error: OSError) -> bool:
