@@ -158,3 +158,6 @@ def test_published_values_are_read_as_printed():
     assert table.rows["ATV", 0.6].values["MME"] == 1474.65
     assert table.rows["ATV", 0.6].average == 77.01
     assert table.dense["MME"] == 1965.12
+    cost = published_table("atv/table_4_cost").rows["ATV",]
+    assert cost.values == {"seconds": 99.6, "relative": 1.35, "gain": 5.64}
+    assert cost.average is None

@@ -130,7 +130,9 @@ def published_table(name: str, model: str = "", average: str = "", transposed: s
     found = content
     if "blocks" in content:
         (found,) = [block for block in content["blocks"] if block["model"] == model]
-    last = average or next((column for column in names if column in _AVERAGES), "")
+    # In a table of costs `relative` is a ratio of seconds.
+    averages = () if "seconds" in names else _AVERAGES
+    last = average or next((column for column in names if column in averages), "")
     columns = [] if average else [column for column in names if column != last]
     rows: dict[Labels, PublishedRow] = {}
     for row in found["rows"]:
