@@ -182,7 +182,8 @@ class LVLMCLI(LightningCLI):
 
     def _option_at_fault(self, said: str) -> str:
         """The trainer's option that an error of Lightning speaks of; first of those that were given."""
-        given, defaults = self._get(self.config, "trainer"), self._parser(self.subcommand).get_defaults()["trainer"]
+        defaults = self._parser(self.subcommand).get_defaults()["trainer"].as_dict()
+        given = self._get(self.config, "trainer").as_dict()
         named = [name for name in given if re.search(rf"(?<![a-z_]){name}(?![a-z_])", said.lower())]
         changed = [name for name in named if given[name] != defaults[name]]
         others = [name for name in given if given[name] != defaults[name]]

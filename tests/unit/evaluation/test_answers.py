@@ -70,14 +70,14 @@ def test_a_model_for_which_the_shortcut_is_wrong_is_asked_the_plain_way(untraine
     expected = answer(model, processor, questions, batch_size=16)
     right = answers._Answerer._shared_inputs
 
-    def wrong(self, prompts, images):
+    def wrong(self, prompts, images, limit):
         """A cache that belongs to other images."""
-        inputs = right(self, prompts, images)
+        inputs = right(self, prompts, images, limit)
         (cache,) = cache_argument(inputs).values()
         cache.batch_select_indices(torch.arange(len(prompts)).flip(0))
         return inputs
 
-    for replacement in (wrong, lambda self, prompts, images: None):
+    for replacement in (wrong, lambda self, prompts, images, limit: None):
         monkeypatch.setattr(answers._Answerer, "_shared_inputs", replacement)
         assert answer(model, processor, questions, batch_size=16) == expected
 
