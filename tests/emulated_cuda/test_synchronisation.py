@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 
 from lvlm_prune.blocks import placement
-from lvlm_prune.checkpoints import prefetch
 from lvlm_prune.memory import run_memory
 from tests.emulated_cuda import runs
 from tests.emulated_cuda.runs import Outcome
@@ -55,9 +54,6 @@ EDITS = {
         line="self._file(span.cpu())",
         instead="self._file(torch.empty_like(span, device='cpu', pin_memory=True).copy_(span, non_blocking=True))",
         place="disk",
-    ),
-    "weights are used before they have arrived": Edit(
-        of=prefetch.PrefetchToGpu, line="computing.wait_stream(self._copies)", place="device"
     ),
 }
 
