@@ -5,6 +5,7 @@ Each verb is a run of its own, in `lvlm_prune/runs`; the trainer holds none of i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import lazy_instance
@@ -14,6 +15,7 @@ from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.plugins import own_instance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
@@ -54,9 +56,13 @@ class LVLMTrainer(RunTrainer):
         Returns:
             The manifest; empty after a plan.
         """
-        from lvlm_prune.runs.pack.in_place import pack_output
+        from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
         from lvlm_prune.runs.prune.run import PruneRun
 
+        if resumes_packing(output, packed, resume):
+            if self.is_global_zero:
+                pack_folder(output, model)
+            return Manifest.read(Path(output))
         run = PruneRun(self, model, datamodule, output, RunOptions(resume, evaluate, report, plan))
         manifest = run()
         if packed and not plan:
@@ -100,11 +106,15 @@ class LVLMTrainer(RunTrainer):
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
         from lvlm_prune.recovery.options import RecoveryOptions
-        from lvlm_prune.runs.pack.in_place import pack_output
+        from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
         from lvlm_prune.runs.recover.blockwise import BlockwiseRun
         from lvlm_prune.runs.recover.fitting import FittingRun
         from lvlm_prune.runs.recover.run import RecoveryRun
 
+        if resumes_packing(output, packed, resume):
+            if self.is_global_zero:
+                pack_folder(output, model)
+            return Manifest.read(Path(output), RECOVERY_RECORD)
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
         run = kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest, replace_durably
@@ -10,6 +12,14 @@ from lvlm_prune.packed.format import Format
 from lvlm_prune.run import Run
 from lvlm_prune.runs.pack.record import PACKING_RECORD, packed_config
 from lvlm_prune.runs.pack.run import Packing
+
+
+def resumes_packing(output: str, packed: bool, resume: bool) -> bool:
+    """Whether all that an interrupted run of `--packed true` has left to do is to pack what it wrote.
+
+    A folder of which shards are packed is no longer the one that the run itself would verify.
+    """
+    return packed and resume and bool(output) and (Path(output) / PACKING_RECORD).is_file()
 
 
 def pack_output(run: Run, model: LVLMModule) -> None:
@@ -25,8 +35,18 @@ def pack_output(run: Run, model: LVLMModule) -> None:
     if run.folder is None:
         raise InputError("packed", "true", "is for checkpoint folders; save the model that is in memory, then pack it")
     if run.processes.is_main:
-        written = LVLMModule(str(run.folder), trust_remote_code=model.trust_remote_code)
-        PackInPlace(written, "bitmask", run.options.quiet)()
+        pack_folder(run.folder, model, run.options.quiet)
+
+
+def pack_folder(folder: Path | str, model: LVLMModule, quiet: bool = False) -> None:
+    """Pack a folder where it is, or go on with that.
+
+    Args:
+        folder: A sparse checkpoint.
+        model: What it was made from.
+        quiet: Whether nothing is printed.
+    """
+    PackInPlace(LVLMModule(str(folder), trust_remote_code=model.trust_remote_code), "bitmask", quiet)()
 
 
 class PackInPlace(Packing):
