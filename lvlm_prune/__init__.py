@@ -5,7 +5,7 @@ from pathlib import Path
 from lvlm_prune.moved import point_to_new_places
 from lvlm_prune.packed.registration import register
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout `callbacks/` lies beside the package; an installation maps it to `lvlm_prune.callbacks`.
 if (Path(__file__).parents[1] / "callbacks" / "__init__.py").is_file():
