@@ -95,7 +95,7 @@ def test_a_finished_table_is_only_written_again_and_parts_make_the_whole(tmp_pat
     assert main([*arguments(table, out), "--part=2/2"]) == 0
     check(table, out)
     before = (out / "table.csv").read_text()
-    monkeypatch.setattr("lvlm_prune.runs.sweep.run.SweepRun._run", None)  # nothing may be run again
+    monkeypatch.setattr("lvlm_prune.runs.sweep.run.SweepRun._prune", None)  # nothing may be run again
     assert main(arguments(table, out)) == 0
     assert (out / "table.csv").read_text() == before
 

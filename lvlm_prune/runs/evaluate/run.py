@@ -51,9 +51,9 @@ class EvaluationRun:
                 self.baseline.open(open_checkpoint)
             except InputError as error:
                 raise InputError("baseline", error.value, error.problem) from None
+        refuse_other_world(engine, model)
         with mounted(engine=engine):
-            refuse_other_world(engine, model)
-        engine.check()
+            engine.check()
         self.folder = self._output_folder(output, model.folder.path)
 
     def __call__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.output.manifest import replace_durably
-from lvlm_prune.plugins import describe
+from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.recipes import recipe_file
 from lvlm_prune.runs.reproduce.harness import Harness
 from lvlm_prune.runs.reproduce.outcome import PartOutcome, part_outcome
@@ -140,7 +140,9 @@ class ReproductionRun:
             raise InputError("tasks", unknown[0], f"is no column of {table.name}; there are {', '.join(sorted(known))}")
         self.points = [table_points(entry, seeds, calibration) for entry in table.parts]
         for entry in table.parts:
-            self._engine(entry)[0].check()
+            engine_of_part = self._engine(entry)[0]
+            with mounted(engine=engine_of_part):
+                engine_of_part.check()
 
     def __call__(self) -> list[PartOutcome]:
         """Sweep over one model after the other, and write the table after each."""

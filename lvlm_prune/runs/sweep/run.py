@@ -65,9 +65,9 @@ class SweepRun:
         model.open()
         if model.folder is None:
             raise InputError("model.path", model.path, "a sweep needs a checkpoint folder")
+        refuse_other_world(engine, model)
         with mounted(engine=engine):
-            refuse_other_world(engine, model)
-        engine.check()
+            engine.check()
         self.points = grid.points()
         self.mine = share(self.points, part) if part else self.points
         self.folder = Path(output or f"runs/{model.label}-sweep")
