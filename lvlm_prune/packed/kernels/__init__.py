@@ -8,6 +8,10 @@ kernel_report()                                                      which kerne
 from lvlm_prune.packed.kernels.bitmask import pack_rows, unpack_rows
 from lvlm_prune.packed.kernels.linear import packed_linear
 from lvlm_prune.packed.kernels.matrix import PackedMatrix
+from lvlm_prune.packed.kernels.native import check_with
 from lvlm_prune.packed.kernels.report import kernel_report
+from lvlm_prune.packed.kernels.self_check import agrees
+
+check_with(agrees)
 
 __all__ = ["PackedMatrix", "kernel_report", "pack_rows", "packed_linear", "unpack_rows"]

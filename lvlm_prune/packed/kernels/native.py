@@ -8,7 +8,7 @@ second pool beside it would make both wait for each other.
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -39,6 +39,14 @@ class Level(IntEnum):
 
 
 _forced: Level | None = None
+_checked: Level | None = None  # while its kernels are held against torch
+_check: Callable[[], bool] = lambda: True  # noqa: E731
+
+
+def check_with(check: Callable[[], bool]) -> None:
+    """Use only instruction sets whose kernels pass a check, which is asked when kernels are first needed."""
+    global _check
+    _check = check
 
 
 @functools.cache
@@ -52,6 +60,8 @@ def library() -> ctypes.CDLL | None:
 
 def level() -> Level:
     """The instruction set that the kernels use: the best one of this processor, or a lesser one that was asked for."""
+    if _checked is not None:
+        return _checked
     return min(_best(), _from_environment() if _forced is None else _forced)
 
 
@@ -85,8 +95,21 @@ def _parse(name: str) -> Level:
 
 @functools.cache
 def _best() -> Level:
+    """The best instruction set of this processor whose kernels compute what torch does."""
     native = library()
-    return Level.TORCH if native is None else Level(native.lvlm_best_level())
+    best = Level.TORCH if native is None else Level(native.lvlm_best_level())
+    while best > Level.TORCH and not _agrees(best):
+        best = Level(best - 1)
+    return best
+
+
+def _agrees(candidate: Level) -> bool:
+    global _checked
+    before, _checked = _checked, candidate
+    try:
+        return _check()
+    finally:
+        _checked = before
 
 
 @functools.cache
