@@ -50,6 +50,9 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
         path = next((path for path in _config_files(arguments) if not _is_yaml(folder / path)), "")
         said = broken[1].replace(' in "<unicode string>"', "")
         return f"--config {path}: is no YAML: {said}"
+    # What may be left out is reported as a choice between it and nothing, an option inside it as it was said already.
+    if optional := re.search(r"Subtypes: \[[^\],]*, NoneType\] Errors: - (--.*?) - Expected an? NoneType", rest):
+        return optional[1]
     # A plugin's option is reported inside a report about the plugin; both together are its place.
     while inner := re.match(r"Problem with given class_path '[^']*': ((?:Parser key|Option|Expected).*)", rest):
         inner_key, rest = _split_key(re.sub(r"^Option '([\w.]+)'", r'Parser key "\1": Option', inner[1]))

@@ -128,7 +128,9 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
+    except ValueError as raised:
+        # Of a plugin that may be left out jsonargparse reports a choice between it and nothing, and this as its cause.
+        error = raised.__cause__ if isinstance(raised.__cause__, ValueError) else raised
         if (refused := _REFUSED.fullmatch(str(error))) is None:
             raise
         argument, said = refused["argument"], f"{refused['value']}: {refused['problem']}"
