@@ -59,7 +59,8 @@ def statistics_of_block_0(source, pool, statistic):
     model = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32)
     spy = Spy(statistic)
     lvlm_prune.prune(model, source, BlockwisePruning(pool=pool, scorer=spy))
-    return spy.seen[:7]
+    # 7 Linears in each of 4 blocks; the small weight on which a scorer is tried comes before them.
+    return spy.seen[-28:-21]
 
 
 @pytest.mark.parametrize("statistic", [ChannelNorm, Gram])
