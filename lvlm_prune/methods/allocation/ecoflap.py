@@ -136,6 +136,7 @@ def in_attention(name: str) -> bool:
 
 
 def readable_seconds(seconds: float) -> str:
+    """Seconds as a reader takes them in: `90 s`, `3 min`, `2.5 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
