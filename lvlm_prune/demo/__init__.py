@@ -10,7 +10,8 @@ Example:
 from pathlib import Path
 
 #: Folder of the embedded checkpoint, in the ordinary Hugging Face layout.
-CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
+# Where the files themselves are: some installations put links to them beside the modules.
+CHECKPOINT: Path = (Path(__file__).parent / "checkpoint" / "config.json").resolve().parent
 
 
 def is_embedded(folder: Path) -> bool:

@@ -60,7 +60,7 @@ def hold_against(dense: Path, pruned: Path) -> dict:
     before, after = CheckpointFolder(dense), CheckpointFolder(pruned)
     assert before.tensors == after.tensors
     assert list(before) == list(after)
-    own = {"pruning.json", "report.html", "report", "config.yaml"}
+    own = {"pruning.json", "statistics.safetensors", "report.html", "report", "config.yaml"}
     assert {path.name for path in dense.iterdir()} == {path.name for path in pruned.iterdir()} - own
     for path in dense.iterdir():
         assert path.stat().st_size == (pruned / path.name).stat().st_size, path.name
@@ -215,13 +215,15 @@ def test_tied_embeddings_stay_tied(captions: Path, tmp_path: Path):
     assert pruned.get_output_embeddings().weight is pruned.get_input_embeddings().weight
 
 
-def test_other_safetensors_files_and_folders_are_kept(captions: Path, tmp_path: Path):
+def test_other_safetensors_files_and_folders_are_kept_but_for_copies_of_the_weights(captions: Path, tmp_path: Path):
     write_folder(tmp_path / "dense", "llava")
     save_file({"value_head": torch.ones(3)}, tmp_path / "dense" / "value_head.safetensors")
-    (tmp_path / "dense" / "original").mkdir()
-    (tmp_path / "dense" / "original" / "params.json").write_text("{}")
+    for name in ("assets", "original"):
+        (tmp_path / "dense" / name).mkdir()
+        (tmp_path / "dense" / name / "params.json").write_text("{}")
     assert prune(tmp_path / "dense", captions, tmp_path / "out") == 0
-    for name in ("value_head.safetensors", "original/params.json", "README.md"):
+    assert not (tmp_path / "out" / "original").exists()
+    for name in ("value_head.safetensors", "assets/params.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
 
 
