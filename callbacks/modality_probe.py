@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse import lazy_instance
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -27,7 +26,7 @@ from lvlm_prune.methods.pools import TextOnlyPool, VisualOnlyPool
 from lvlm_prune.methods.pools.contribution import scaled_to_one, singular_contributions
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.tokens import Tokens
-from lvlm_prune.plugins import mounted, own_instance
+from lvlm_prune.plugins import lazy_default, mounted, own_instance
 from lvlm_prune.pruning.calibration import BlockCalibration
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class ModalityProbe(PruneCallback):
         pathways: list[Literal["text", "visual"]] = ["text", "visual"],  # noqa: B006
         pools: list[Literal["text", "visual", "mixed"]] = ["text", "visual", "mixed"],  # noqa: B006
         sparsities: list[float] = [0.5, 0.6],  # noqa: B006
-        scorer: Scorer = lazy_instance(WandaScorer),
+        scorer: Scorer = lazy_default(WandaScorer),
         visual: list[str] = ["image", "video"],  # noqa: B006
         map_tokens: int = 300,
         curve_samples: int = 8,

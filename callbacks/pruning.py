@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jsonargparse import lazy_instance
 from torch import Tensor
 
 from lvlm_prune.blocks import Target
@@ -26,7 +25,7 @@ from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
-from lvlm_prune.plugins import mounted, own_instance, plugin_class
+from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.naming import folder_label, method_name
@@ -77,9 +76,9 @@ class BlockwisePruning(PruneCallback):
         self,
         sparsity: float | None = None,
         pattern: str | int = "unstructured",
-        pool: Pool = lazy_instance(AsymmetricPool),
-        scorer: Scorer = lazy_instance(WandaScorer),
-        allocation: Allocation = lazy_instance(UniformAllocation),
+        pool: Pool = lazy_default(AsymmetricPool),
+        scorer: Scorer = lazy_default(WandaScorer),
+        allocation: Allocation = lazy_default(UniformAllocation),
         exclude: list[str] | str = [],  # noqa: B006
         visual: list[str] = ["image", "video"],  # noqa: B006
         record: bool = False,

@@ -19,9 +19,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from jsonargparse.typing import _LazyInitBaseClass
 
 from lvlm_prune.errors import InputError, RunError
+
+Plugin = TypeVar("Plugin")
 
 ENTRY_POINT_GROUP = "lvlm_prune.plugins"
 
@@ -37,6 +41,17 @@ def plugin_class(plugin: Any) -> type:
     """The class that its author wrote; jsonargparse wraps default values in subclasses of its own."""
     written = (base for base in type(plugin).__mro__ if not base.__name__.startswith(("LazyInstance_", "_LazyInit")))
     return next(written)
+
+
+def lazy_default(plugin: type[Plugin]) -> Plugin:
+    """A default value of an argument that takes a plugin: made when it is used, and written in configurations.
+
+    What `jsonargparse.lazy_instance` returns, without its search for the calling module, which reads the sources of all
+    frames on the stack: half a second of every start for each default value.
+    """
+    name = f"LazyInstance_{plugin.__name__}"
+    attributes = {"__doc__": f"A {plugin.__name__} that is made when it is used.", "__module__": __name__}
+    return type(name, (_LazyInitBaseClass, plugin), attributes)(plugin, {})
 
 
 def own_instance(plugin: Any) -> Any:

@@ -8,15 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import lazy_instance
-
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
-from lvlm_prune.plugins import own_instance
+from lvlm_prune.plugins import lazy_default, own_instance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
@@ -154,7 +152,7 @@ class LVLMTrainer(RunTrainer):
         recipes: list[str] | str = [],  # noqa: B006
         grid: dict[str, Any] = {},  # noqa: B006
         seeds: list[int] | int | None = None,
-        engine: Engine = lazy_instance(BuiltinEngine),
+        engine: Engine = lazy_default(BuiltinEngine),
         output: str = "",
         part: str = "",
         keep: bool = False,
@@ -234,7 +232,7 @@ class LVLMTrainer(RunTrainer):
         self,
         model: LVLMModule,
         baseline: str = "",
-        engine: Engine = lazy_instance(BuiltinEngine),
+        engine: Engine = lazy_default(BuiltinEngine),
         output: str = "",
     ) -> dict[str, Any]:
         """Score a checkpoint, and tell what is left of the scores of the dense one.

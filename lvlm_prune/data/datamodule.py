@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import lazy_instance
 
 from lvlm_prune.data.batches import CalibrationBatch, Inputs, batch_key, collate, digest
 from lvlm_prune.data.conversation import Conversation, Document
@@ -23,7 +22,7 @@ from lvlm_prune.data.limits import NO_LIMITS, ModelLimits
 from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of, refusals
 from lvlm_prune.data.source import CalibrationSource, Sample
 from lvlm_prune.errors import InputError, RunError, refuse_huge
-from lvlm_prune.plugins import mounted, own_instance
+from lvlm_prune.plugins import lazy_default, mounted, own_instance
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class CalibrationDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: CalibrationSource = lazy_instance(EmbeddedSource),
+        source: CalibrationSource = lazy_default(EmbeddedSource),
         num_samples: int | None = None,
         seed: int = 0,
         batch_size: int = 1,

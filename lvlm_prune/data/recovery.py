@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from jsonargparse import lazy_instance
 from torch.utils.data import DataLoader, Dataset
 
 from lvlm_prune.data.batches import Inputs, digest, fingerprint
@@ -26,7 +25,7 @@ from lvlm_prune.data.processing import pad_token_of, refusals
 from lvlm_prune.data.selection import choose
 from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.errors import InputError, RunError, refuse_huge
-from lvlm_prune.plugins import mounted, own_instance, plugin_class
+from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 
 Value = TypeVar("Value")
 
@@ -73,7 +72,7 @@ class RecoveryDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: CalibrationSource = lazy_instance(EmbeddedQuestions),
+        source: CalibrationSource = lazy_default(EmbeddedQuestions),
         num_samples: int | None = None,
         validation_samples: int | None = None,
         seed: int = 0,

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lvlm_prune.data.processing import load_processor
@@ -22,7 +21,7 @@ from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Benchmark, Scores
 from lvlm_prune.packed.folder import open_checkpoint
-from lvlm_prune.plugins import own_instance
+from lvlm_prune.plugins import lazy_default, own_instance
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -48,7 +47,7 @@ class BuiltinEngine(Engine):
 
     def __init__(
         self,
-        benchmark: Benchmark = lazy_instance(EmbeddedBenchmark),
+        benchmark: Benchmark = lazy_default(EmbeddedBenchmark),
         batch_size: int = 128,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
         likelihood: bool = True,

@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-from jsonargparse import lazy_instance
 
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.errors import InputError, RunError
@@ -12,11 +11,11 @@ from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool
 from lvlm_prune.methods.saliency import DriftSaliency, RandomSaliency
 from lvlm_prune.methods.scorers import SparseGPTScorer, WandaScorer
-from lvlm_prune.plugins import built_from, describe, load_installed_plugins, mounted, plugin_class
+from lvlm_prune.plugins import built_from, describe, lazy_default, load_installed_plugins, mounted, plugin_class
 
 
 def test_a_default_is_described_as_the_class_its_author_wrote():
-    assert plugin_class(lazy_instance(DriftSaliency)) is DriftSaliency
+    assert plugin_class(lazy_default(DriftSaliency)) is DriftSaliency
     assert plugin_class(AsymmetricPool()) is AsymmetricPool
 
 
