@@ -7,7 +7,7 @@ from lvlm_prune.callbacks.frozen_masks import FrozenMasks
 from lvlm_prune.callbacks.loss_history import LossHistory
 from lvlm_prune.callbacks.metrics import BlockMetrics
 from lvlm_prune.callbacks.modality_probe import ModalityProbe
-from lvlm_prune.callbacks.progress import PruneProgressBar
+from lvlm_prune.callbacks.progress import PruneProgressBar, TrainingProgress
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.callbacks.reconstruction import BlockwiseReconstruction
 from lvlm_prune.callbacks.report import PruningReport
@@ -29,4 +29,5 @@ __all__ = [
     "RetentionEvaluation",
     "SparseCheckpointWriter",
     "SparseLoRA",
+    "TrainingProgress",
 ]

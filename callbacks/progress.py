@@ -1,22 +1,24 @@
-"""The progress bar of pruning: blocks, samples within a block, time left, what the block before showed."""
+"""Progress of pruning (blocks, samples within a block, time left, what the block before showed) and of training."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
+from lvlm_prune.output.progress import Progress
 
 if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
+
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.run import RunTrainer
 
 
 class PruneProgressBar(TQDMProgressBar, PruneCallback):
-    """Lightning's tqdm bar, with a bar for `prune` too. Silent where the output is not a terminal."""
+    """Lightning's tqdm bar, with a bar for `prune` too: a line a minute where there is no terminal."""
 
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Open the bar: one step per block, part of it with each sample gathered and each batch propagated."""
@@ -31,8 +33,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def on_survey_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """A bar of its own, in the place of the one of pruning: one step per block, too."""
-        self._bar.leave = False
-        self._bar.close()
+        self._bar.close(leave=False)
         self._bar = self._open(trainer, "Surveying", self._blocks)
 
     def on_survey_block_start(
@@ -52,7 +53,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Blocks that the decoder skips for a sample count as well."""
-        self._bar.update(block.index + 1 - self._bar.n)
+        self._bar.advance_to(block.index + 1)
 
     def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """The bar of pruning again."""
@@ -60,14 +61,8 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
         self._bar = self._open(trainer, "Pruning", self._blocks)
 
     @staticmethod
-    def _open(trainer: "RunTrainer", title: str, total: int, initial: int = 0) -> Tqdm:
-        return Tqdm(
-            total=total,
-            initial=initial,
-            bar_format=title + " {bar:24} {desc}{elapsed} · {remaining} left",
-            disable=None if trainer.run.processes.is_main else True,
-            leave=True,
-        )
+    def _open(trainer: "RunTrainer", title: str, total: int, initial: int = 0) -> Progress:
+        return Progress(title, total, initial=initial, shown=trainer.run.processes.is_main, leave=True)
 
     def on_block_start(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Show which block it is; the samples of the vision tower are others than those of the decoder."""
@@ -94,7 +89,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
             for name, value in block.record.items()
             if name.startswith("mean_")
         )
-        self._bar.update(block.index + 1 - self._bar.n)
+        self._bar.advance_to(block.index + 1)
         self._show(block)
 
     def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
@@ -109,4 +104,17 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def _show(self, block: Block) -> None:
         text = f"block {block.index + 1}/{self._blocks} · sample {self._seen}/{self._samples}{self._findings}"
-        self._bar.set_description_str(f"{text} · ", refresh=False)
+        self._bar.describe(text)
+
+
+class TrainingProgress(Callback):
+    """A line a minute while a model is trained, where Lightning's bar would fill a file."""
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Count from the step at which the training goes on."""
+        total = trainer.estimated_stepping_batches
+        self._progress = Progress("Training", total, "steps", initial=trainer.global_step, shown=trainer.is_global_zero)
+
+    def on_train_batch_end(self, trainer: "Trainer", *_: Any) -> None:
+        """As many steps as the optimizer made."""
+        self._progress.advance_to(trainer.global_step)

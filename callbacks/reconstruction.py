@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -27,6 +26,7 @@ from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.own_files import record_of_content
+from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.summaries import RECOVERY_RECORD
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
@@ -88,11 +88,12 @@ class BlockwiseReconstruction(PruneCallback):
         self._dense_way = {key: batch.fork() for key, batch in batches.items()} if self._follows_dense else {}
         self._step = sum(entry["steps"] for entry in trainer.run.record["blocks"])
         per_block = len(self._all) + self.options.epochs * len(self._train)
-        self._bar = Tqdm(
-            total=per_block * len(pl_module.runner),
+        self._bar = Progress(
+            "Reconstructing",
+            per_block * len(pl_module.runner),
             initial=per_block * len(trainer.run.record["blocks"]),
-            bar_format="Reconstructing {bar:24} {desc}{elapsed} · {remaining} left",
-            disable=None if trainer.progress_bar_callback is not None else True,
+            shown=trainer.progress_bar_callback is not None,
+            leave=True,
         )
 
     @property
@@ -109,7 +110,7 @@ class BlockwiseReconstruction(PruneCallback):
     def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Ask the dense block, fit the adapters, merge them."""
         started = time.perf_counter()
-        self._bar.set_description_str(f"block {block.index + 1}/{len(pl_module.runner)} · ", refresh=False)
+        self._bar.describe(f"block {block.index + 1}/{len(pl_module.runner)}")
         targets = self._ask_dense(trainer, pl_module, block.index)
         names = {name: f"{block.name}.{name}" for name in block.linears if f"{block.name}.{name}" in self.pruned}
         adapted = {name: block.linears[name] for name, path in names.items() if path in self.selected}

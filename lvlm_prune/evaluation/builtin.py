@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lvlm_prune.data.processing import load_processor
 from lvlm_prune.demo import is_embedded
@@ -20,6 +19,7 @@ from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Benchmark, Scores
+from lvlm_prune.output.progress import Progress
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import lazy_default, own_instance
 
@@ -102,13 +102,13 @@ class BuiltinEngine(Engine):
                 with self._loaded(baseline, device) as (module, processor):
                     dense = self._answer(module, processor, processes, "baseline")
                     if self.likelihood:
-                        with _bar("Right answers, baseline", share, processes) as progress:
-                            more["baseline_perplexity"] = likelihood.dense(module, processor, progress)
+                        with Progress("Right answers, baseline", share, "answers", shown=processes.is_main) as progress:
+                            more["baseline_perplexity"] = likelihood.dense(module, processor, progress.update)
             with self._loaded(model, device) as (module, processor):
                 scores = self._answer(module, processor, processes, "model")
                 if self.likelihood:
-                    with _bar("Right answers, model", share, processes) as progress:
-                        found = likelihood.pruned(module, processor, progress, baseline is not None)
+                    with Progress("Right answers, model", share, "answers", shown=processes.is_main) as progress:
+                        found = likelihood.pruned(module, processor, progress.update, baseline is not None)
                     more["perplexity"], divergence = found
                     if baseline is not None:
                         more["kl"] = divergence
@@ -136,8 +136,8 @@ class BuiltinEngine(Engine):
 
     def _answer(self, module: LVLMModule, processor: Any, processes: Processes, title: str) -> Scores:
         questions = self.benchmark.questions
-        with _bar(f"Scoring {title}", len(questions), processes) as progress:
-            return score(module.model, processor, questions, self.batch_size, progress, processes)
+        with Progress(f"Scoring {title}", len(questions), "questions", shown=processes.is_main) as progress:
+            return score(module.model, processor, questions, self.batch_size, progress.update, processes)
 
 
 def refuse_other_world(engine: Engine, model: LVLMModule) -> None:
@@ -153,18 +153,3 @@ def refuse_other_world(engine: Engine, model: LVLMModule) -> None:
             "--engine.benchmark LocalBenchmark --engine.benchmark.source LlavaJsonSource, or another --engine"
         )
         raise InputError("engine.benchmark", "EmbeddedBenchmark", problem)
-
-
-@contextmanager
-def _bar(title: str, total: int, processes: Processes) -> Iterator[Callable[[int], object]]:
-    """A progress bar of the process that prints."""
-    bar = Tqdm(
-        total=total,
-        bar_format=f"{title} {{bar:24}} {{n_fmt}}/{{total_fmt}} · {{elapsed}} · {{remaining}} left",
-        disable=None if processes.is_main else True,
-        leave=False,
-    )
-    try:
-        yield bar.update
-    finally:
-        bar.close()

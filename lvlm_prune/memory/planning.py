@@ -10,6 +10,7 @@ from math import prod
 from lvlm_prune.blocks import Place, StreamedWeights
 from lvlm_prune.memory.footprint import Footprint
 from lvlm_prune.memory.sizes import Peak, larger_phases
+from lvlm_prune.memory.units import readable_size
 from lvlm_prune.module import LVLMModule
 
 
@@ -71,16 +72,17 @@ class Plan:
             f"{len(self.linears)} Linears · {self.weights:,} weights, {100 * share:.1f}% of the checkpoint's "
             f"{self.model_weights:,} · about {zeros:,.0f} zeros"
         )
-        phases = ", ".join(f"{name} {_size(count)}" for name, count in self.phases.items())
+        phases = ", ".join(f"{name} {readable_size(count)}" for name, count in self.phases.items())
         lines.append(f"memory beside libraries and samples: {phases}")
         if self.held_bytes:
             where = {"device": "on the device", "host": "in host memory", "disk": "in memory-mapped files"}[self.place]
-            lines.append(f"hidden states of the calibration samples: {_size(self.held_bytes)} {where}")
-        device = "" if self.peak.device is None else f"{_size(self.peak.device)} on the device, "
+            lines.append(f"hidden states of the calibration samples: {readable_size(self.held_bytes)} {where}")
+        device = "" if self.peak.device is None else f"{readable_size(self.peak.device)} on the device, "
         lines.append(
-            f"predicted peak: {device}{_size(self.peak.host)} of host memory ({_size(self.baseline)} of it libraries), "
-            f"{_size(self.peak.disk)} of disk ({_size(self.output_bytes)} of it the output folder, where "
-            f"{_size(self.free_bytes)} are free)"
+            f"predicted peak: {device}{readable_size(self.peak.host)} of host memory "
+            f"({readable_size(self.baseline)} of it libraries), {readable_size(self.peak.disk)} of disk "
+            f"({readable_size(self.output_bytes)} of it the output folder, where "
+            f"{readable_size(self.free_bytes)} are free)"
         )
         return "\n".join(lines)
 
@@ -138,10 +140,3 @@ def _planned(
     for parameter, own in stacks.items():
         for key in weights.keys_of(parameter):
             yield PlannedLinear(parameter, (key,), module.folder[key].shape, sum(own) / len(own))
-
-
-def _size(count: int) -> str:
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1000:.1f} kB"

@@ -17,6 +17,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import RecoveryDataModule, TensorSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output import progress
 from lvlm_prune.recovery import load_sparse_adapter
 from tests.conftest import GOLDEN, REPOSITORY
 
@@ -80,11 +81,17 @@ def test_adapter_and_merged_checkpoint_are_the_same_model(dtype, tolerance, base
     assert all(torch.equal(written[name], tensor) for name, tensor in unloaded.items())
 
 
-def test_what_is_no_terminal_gets_lines_and_no_bar(bases, recover, tmp_path, capfd):
-    assert recover(bases / "unstructured-float32", tmp_path / "out", "--trainer.enable_progress_bar=true") == 0
+def test_what_is_no_terminal_gets_lines_and_no_bar(bases, recover, tmp_path, capfd, monkeypatch):
+    base, bar = bases / "unstructured-float32", "--trainer.enable_progress_bar=true"
+    assert recover(base, tmp_path / "quick", bar) == 0
     said = capfd.readouterr()
     assert [line.split()[0] for line in said.out.splitlines()] == ["recovered", "verified:", "wrote"]
     assert not said.err
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert recover(base, tmp_path / "slow", bar) == 0
+    lines = capfd.readouterr().err.splitlines()
+    steps = json.loads((tmp_path / "slow" / "recovery.json").read_text())["training"]["steps"]
+    assert lines[-1].startswith(f"Training: {steps} of {steps} steps (100%) after ")
 
 
 def test_training_lowers_the_loss(bases, recover, tmp_path):

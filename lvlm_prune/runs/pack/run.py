@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.errors import InputError
+from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
@@ -25,11 +26,12 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.progress import Progress
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
 from lvlm_prune.packed.shards import is_packed_shard, pack_shard
-from lvlm_prune.runs.pack.common import megabytes, owning, progress_bar
+from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import PACKING_RECORD, UNPACKING_RECORD, packed_config, packed_index
 
 if TYPE_CHECKING:
@@ -63,11 +65,11 @@ class Packing(ABC):
         with owning(self.folder):
             self._begin()
             shards = self.source.shards
-            with progress_bar("Packing", len(shards), self.quiet) as progress:
+            with Progress("Packing", len(shards), "shards", shown=not self.quiet) as progress:
                 for shard in shards:
                     if not is_packed_shard(self.folder / shard):
                         pack_shard(self.source, shard, self.folder, self.packable.keys(), self.form)
-                    progress(1)
+                    progress.update()
             if (self.source.path / INDEX_NAME).is_file():
                 replace_durably(self.folder / INDEX_NAME, packed_index(self.folder, shards))
             self._release()
@@ -183,13 +185,13 @@ class PackRun(Packing):
 def summary(record: Manifest, folder: Path, shards: int) -> str:
     """What packing did, in a few lines."""
     weights, whole = record["packed"], record["folder"]
-    remainder = " · ".join(f"{kind} {megabytes(size)}" for kind, size in record["dense"].items())
+    remainder = " · ".join(f"{kind} {readable_size(size)}" for kind, size in record["dense"].items())
     return "\n".join(
         (
             f"packed {weights['tensors']} pruned weights ({record['config']['format']}): "
-            f"{megabytes(weights['dense'])} → {megabytes(weights['packed'])}, "
-            f"{weights['dense'] / weights['packed']:.2f}x smaller · whole folder: {megabytes(whole['dense'])} → "
-            f"{megabytes(whole['packed'])}, {whole['dense'] / whole['packed']:.2f}x smaller",
+            f"{readable_size(weights['dense'])} → {readable_size(weights['packed'])}, "
+            f"{weights['dense'] / weights['packed']:.2f}x smaller · whole folder: {readable_size(whole['dense'])} → "
+            f"{readable_size(whole['packed'])}, {whole['dense'] / whole['packed']:.2f}x smaller",
             f"dense as before: {remainder}",
             f"verified: every tensor comes back byte for byte from {shards} shard{'' if shards == 1 else 's'}",
             f"wrote {folder} ({PACKING_RECORD}) · {record['seconds']:.0f} s",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.checkpoints.hub import resolve
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
@@ -24,9 +25,10 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
+from lvlm_prune.output.progress import Progress
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
-from lvlm_prune.runs.pack.common import megabytes, owning, progress_bar
+from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import PACKING_RECORD, UNPACKING_RECORD, dense_config, dense_index, read_record
 
 if TYPE_CHECKING:
@@ -59,11 +61,11 @@ class UnpackRun:
             self.record.write(self.folder, UNPACKING_RECORD)
             left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)
             copy_checkpoint(packed.stored, self.folder, leave_out=left_out)
-            with progress_bar("Unpacking", len(shards), self.quiet) as progress:
+            with Progress("Unpacking", len(shards), "shards", shown=not self.quiet) as progress:
                 for shard in shards:
                     if not (self.folder / shard).is_file():
                         self._unpack(shard)
-                    progress(1)
+                    progress.update()
             origin = read_record(packed.path)
             if (packed.path / INDEX_NAME).is_file():
                 replace_durably(self.folder / INDEX_NAME, dense_index(packed, origin))
@@ -75,7 +77,8 @@ class UnpackRun:
         seconds = time.perf_counter() - self.started
         if not self.quiet:
             print(
-                f"unpacked {len(packed.packed)} weights: {megabytes(sizes['packed'])} → {megabytes(sizes['dense'])}\n"
+                f"unpacked {len(packed.packed)} weights: {readable_size(sizes['packed'])} → "
+                f"{readable_size(sizes['dense'])}\n"
                 f"wrote {self.folder} · {seconds:.0f} s",
                 flush=True,
             )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
@@ -21,6 +20,7 @@ from lvlm_prune.errors import InputError, ProcessLost
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
+from lvlm_prune.output.progress import Progress
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.masks import load_pruned
 from lvlm_prune.recovery.merging import write_merged
@@ -94,14 +94,9 @@ class FittingRun(RecoveryRun):
         from lvlm_prune.recovery.dense import write_teacher
 
         clock = time.perf_counter()
-        bar = Tqdm(
-            total=len(self._samples()),
-            bar_format="Asking the dense model {bar:24} {n}/{total} samples · {elapsed} · {remaining} left",
-            disable=None if self.trainer.progress_bar_callback is not None else True,
-            leave=False,
-        )
-        write_teacher(dense, self.datamodule, self.teacher, self.trainer.strategy.root_device, bar.update)
-        bar.close()
+        shown = self.trainer.progress_bar_callback is not None
+        with Progress("Asking the dense model", len(self._samples()), "samples", shown=shown) as progress:
+            write_teacher(dense, self.datamodule, self.teacher, self.trainer.strategy.root_device, progress.update)
         asked, seconds = self.record["data"]["examined"]["answers"], time.perf_counter() - clock
         self._say(
             f"dense model asked before {asked} answer tokens in {seconds:.0f} s ({self.teacher_bytes / 1e6:.1f} MB)"
@@ -111,7 +106,7 @@ class FittingRun(RecoveryRun):
 
     def _compose(self) -> None:
         """Callbacks: the user's, `FrozenMasks`, `SparseLoRA` for the method `lora`, checkpoints to go on from."""
-        from lvlm_prune.callbacks import FrozenMasks, LossHistory, SparseLoRA
+        from lvlm_prune.callbacks import FrozenMasks, LossHistory, SparseLoRA, TrainingProgress
 
         trainer = self.trainer
         callbacks: list[Callback] = [
@@ -119,6 +114,8 @@ class FittingRun(RecoveryRun):
             for callback in trainer.callbacks
             if not _is_lightnings_own(callback) and not isinstance(callback, SparseLoRA)
         ]
+        if trainer.progress_bar_callback is not None and trainer.progress_bar_callback not in callbacks:
+            callbacks.append(TrainingProgress())
         masks = next((callback for callback in callbacks if isinstance(callback, FrozenMasks)), None)
         if masks is None:
             masks = FrozenMasks()
