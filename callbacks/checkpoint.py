@@ -37,6 +37,7 @@ from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, ST
 from lvlm_prune.output.own_files import FileRecord, record_of_content, refuse_changed
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from lvlm_prune.plugins import describe
+from lvlm_prune.report.card import read_card, write_card
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -246,6 +247,8 @@ class SparseCheckpointWriter(PruneCallback):
         trainer.run.record["pattern"] = str(pruning.pattern)
         trainer.run.record["updates_weights"] = pruning.chosen_solver.updates_weights
         self._join_statistics(trainer, folder)
+        assert pl_module.folder is not None
+        write_card(folder, read_card(pl_module.folder.path), trainer.run.record)
         release(folder)
         trainer.run.record["status"] = "complete"
         trainer.run.record.write(folder)

@@ -6,6 +6,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD
+from lvlm_prune.report.card import refresh_card
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class PruningReport(PruneCallback):
-    """Writes `report.html` beside the checkpoint, its figures as PNG into `report/`, and says where everything is."""
+    """Writes `report.html` beside the checkpoint, its figures as PNG into `report/`, and says where everything is.
+
+    The model card is written once more, with scores where there are any by now.
+    """
 
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep the picture of one calibration sample, over which selected tokens will be drawn."""
@@ -36,6 +40,7 @@ class PruningReport(PruneCallback):
         with writing(folder):
             trainer.run.record["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             trainer.run.record.write(folder)
+            refresh_card(folder)
             if trainer.run.options.report:
                 # Matplotlib takes its time to load; who wants no page does not wait for it.
                 from lvlm_prune.report.page import write_page

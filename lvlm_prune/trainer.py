@@ -37,6 +37,8 @@ class LVLMTrainer(RunTrainer):
         report: bool = True,
         plan: bool = False,
         packed: bool = False,
+        push: str = "",
+        publishable: bool = False,
     ) -> Manifest:
         """Prune a checkpoint block by block and write a sparse one.
 
@@ -50,21 +52,30 @@ class LVLMTrainer(RunTrainer):
             report: Write `report.html` and its figures.
             plan: Only say what would be pruned and what memory and disk that needs; write nothing.
             packed: Pack the sparse checkpoint where it is, once it is written; as `pack` does.
+            push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
+                the upload.
+            publishable: Leave what is private out of the folder itself: local paths, ids of samples, and the picture
+                of one.
 
         Returns:
             The manifest; empty after a plan.
         """
         from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
         from lvlm_prune.runs.prune.run import PruneRun
+        from lvlm_prune.runs.publishing import Publication
 
+        publish = Publication("" if plan else push, publishable)
         if resumes_packing(output, packed, resume):
             if self.is_global_zero:
                 pack_folder(output, model)
+                publish(Path(output))
             return Manifest.read(Path(output))
         run = PruneRun(self, model, datamodule, output, RunOptions(resume, evaluate, report, plan))
         manifest = run()
         if packed and not plan:
             pack_output(run.run, model)
+        if not plan:
+            publish(run.run.folder)
         return manifest
 
     def recover(
@@ -81,6 +92,8 @@ class LVLMTrainer(RunTrainer):
         distillation: Distillation = Distillation(),  # noqa: B008
         reconstruction: Reconstruction = Reconstruction(),  # noqa: B008
         packed: bool = False,
+        push: str = "",
+        publishable: bool = False,
     ) -> Manifest:
         """Train a pruned checkpoint to give back accuracy; every pruned weight stays zero.
 
@@ -99,19 +112,26 @@ class LVLMTrainer(RunTrainer):
             distillation: How far the dense model's own answers count in the loss.
             reconstruction: How the adapters of a block are fitted.
             packed: Pack the recovered checkpoint where it is, once it is written; as `pack` does.
+            push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
+                the upload.
+            publishable: Leave what is private out of the folder itself: local paths, ids of samples, and the picture
+                of one.
 
         Returns:
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
         from lvlm_prune.recovery.options import RecoveryOptions
         from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
+        from lvlm_prune.runs.publishing import Publication
         from lvlm_prune.runs.recover.blockwise import BlockwiseRun
         from lvlm_prune.runs.recover.fitting import FittingRun
         from lvlm_prune.runs.recover.run import RecoveryRun
 
+        publish = Publication(push, publishable)
         if resumes_packing(output, packed, resume):
             if self.is_global_zero:
                 pack_folder(output, model)
+                publish(Path(output))
             return Manifest.read(Path(output), RECOVERY_RECORD)
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
@@ -119,6 +139,7 @@ class LVLMTrainer(RunTrainer):
         record = run()
         if packed:
             pack_output(run.run, model)
+        publish(run.folder)
         return record
 
     def probe(
@@ -276,6 +297,8 @@ class LVLMTrainer(RunTrainer):
         output: str = "",
         format: Literal["bitmask", "coded"] = "bitmask",
         resume: bool = False,
+        push: str = "",
+        publishable: bool = False,
     ) -> dict[str, Any]:
         """Store a sparse checkpoint without its zeros: smaller on disk and in memory, the same weights bit by bit.
 
@@ -286,13 +309,22 @@ class LVLMTrainer(RunTrainer):
             output: Folder to write, new or empty. Default: `runs/<model>-packed`.
             format: `bitmask` keeps weights as they are; `coded` also stores the exponents of bfloat16 in four bits.
             resume: Go on with the unfinished run in `output`.
+            push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
+                the upload.
+            publishable: Leave what is private out of the folder itself: local paths, ids of samples, and the picture
+                of one.
 
         Returns:
             What was packed, and how small it became; also `packing.json` in the output folder.
         """
         from lvlm_prune.runs.pack.run import PackRun
+        from lvlm_prune.runs.publishing import Publication
 
-        return PackRun(model, output, format, resume)()
+        publish = Publication(push, publishable)
+        run = PackRun(model, output, format, resume)
+        record = run()
+        publish(run.folder)
+        return record
 
     @staticmethod
     def unpack(model: LVLMModule, output: str = "", resume: bool = False) -> dict[str, Any]:

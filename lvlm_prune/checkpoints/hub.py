@@ -64,3 +64,25 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except OSError as error:
         problem = f"no such folder, and downloading it from the hub failed: {error}"
     raise InputError("model.path", hub_id, problem)
+
+
+def hub_name(path: str | Path, folder: str | Path = "") -> str | None:
+    """What a checkpoint is called on the hub, as far as its place tells.
+
+    Args:
+        path: As a user named it.
+        folder: Where it lies; one in the cache of the hub carries its name.
+
+    Returns:
+        `owner/name`; None for a folder of which nothing is known.
+
+    Example:
+        >>> hub_name("me/model"), hub_name("./mine", "/cache/models--me--model/snapshots/1f0a"), hub_name("./mine")
+        ('me/model', 'me/model', None)
+    """
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", Path(folder).as_posix() + "/")
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    text = str(path)
+    is_id = _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
+    return text if is_id else None

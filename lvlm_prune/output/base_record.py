@@ -1,8 +1,9 @@
-"""What the run that made a checkpoint wrote about it."""
+"""What the run that made a checkpoint wrote about it, and what is passed on to the checkpoints made from that one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,24 @@ def record_of(base: Path) -> dict[str, Any]:
                 record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
             return record
     return {}
+
+
+def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint that was made from a pruned one keeps of how that was pruned.
+
+    Args:
+        record: Of the run that pruned it, or of one that recovered it; empty where it was made by other tools.
+
+    Returns:
+        `method` with its plugins, `calibration`, `sparsity`, `pattern`, `updates_weights` and `untouched_tensors`, as
+        far as the record has them; empty where it does not say.
+    """
+    if "pruned" in record:
+        return dict(record["pruned"])
+    if not isinstance(record.get("method"), dict):
+        return {}
+    names = ("method", "sparsity", "pattern", "updates_weights")
+    kept = {name: record[name] for name in names if name in record}
+    calibration = record.get("calibration", {})
+    names = ("source", "seed", "num_samples", "tokens")
+    return kept | {"calibration": {name: calibration[name] for name in names if name in calibration}}

@@ -11,13 +11,14 @@ from typing import Any, BinaryIO, cast
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import PRUNING_RECORD
+from lvlm_prune.output.private import LEFT_OUT
 from lvlm_prune.output.records import BlockRecord, LinearRecord
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
 
 # Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
-_FREE_TO_CHANGE = ("output", "resume", "evaluate", "report", "packed", "trainer", "config")
+_FREE_TO_CHANGE = ("output", "resume", "evaluate", "report", "packed", "push", "publishable", "trainer", "config")
 
 # Where the checkpoint and the calibration data are: they may move while what is there stays, which fingerprints tell.
 _PLACES = {
@@ -110,7 +111,7 @@ class Manifest(dict[str, Any]):
             for key in sorted(before.keys() | now.keys()):
                 if section == "config" and key.split(".")[0] in _FREE_TO_CHANGE:
                     continue
-                if f"{section}.{key}" in moved:
+                if f"{section}.{key}" in moved or before.get(key) == LEFT_OUT:
                     continue
                 if before.get(key) != now.get(key):
                     if key == "fingerprint":

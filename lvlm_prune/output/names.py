@@ -2,10 +2,12 @@
 
 PRUNING_RECORD = "pruning.json"
 RECOVERY_RECORD = "recovery.json"
+PACKING_RECORD = "packing.json"
 PROBE_RECORD = "probe.json"
 EVALUATION_RECORD, EVALUATION_TABLE = "evaluation.json", "evaluation.md"
 COMPARISON_RECORD, COMPARISON_TABLE = "compare.json", "compare.md"
 
+MODEL_CARD = "README.md"
 PAGE_NAME = "report.html"
 FIGURE_FOLDER = "report"
 PICTURE_NAME = "calibration-image.png"

@@ -49,6 +49,7 @@ def save_sparse_adapter(
     tensors: Mapping[str, Tensor],
     masks: Mapping[str, str],
     gradient: Gradient = "exact",
+    base: str | None = None,
 ) -> None:
     """Write an adapter in PEFT's format, with the marker that it belongs to these zeros.
 
@@ -58,11 +59,13 @@ def save_sparse_adapter(
         tensors: As `get_peft_model_state_dict` gives them, for example `model.layers.0.mlp.up_proj.lora_A.weight`.
         masks: Path of each adapted Linear in the model -> `mask_digest` of its weight.
         gradient: What the adapter was trained with; loading it trains on with the same.
+        base: Folder or hub id of the checkpoint that it belongs to, as PEFT notes it.
     """
     from safetensors.torch import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config.base_model_name_or_path = base or config.base_model_name_or_path
     config.save_pretrained(str(folder))
     named = {_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): tensor.cpu() for name, tensor in tensors.items()}
     replace_durably(folder / "adapter_model.safetensors", save({k: v.contiguous() for k, v in named.items()}))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,19 @@ from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, wr
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, existing_folder, writing
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.names import (
+    EVALUATION_RECORD,
+    EVALUATION_TABLE,
+    MODEL_CARD,
+    PAGE_NAME,
+    PRUNING_RECORD,
+    RECOVERY_RECORD,
+)
+from lvlm_prune.output.private import is_left_out, without_private
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import describe, mounted
+from lvlm_prune.report.card import refresh_card
+from lvlm_prune.report.refreshing import refresh_page
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.session import join, session
 from lvlm_prune.threads import suitable_threads
@@ -88,6 +97,11 @@ class EvaluationRun:
             raise InputError("output", folder, f"no permission to write in {existing}; name another folder")
         return folder
 
+    def _is_publishable(self) -> bool:
+        """Whether the run that made the folder left private data out."""
+        names = [name for name in (RECOVERY_RECORD, PRUNING_RECORD) if (self.folder / name).is_file()]
+        return any(is_left_out(Manifest.read(self.folder, name)) for name in names)
+
     def _provenance(self) -> dict[str, Any]:
         import lightning
         import torch
@@ -116,33 +130,12 @@ class EvaluationRun:
             logger.finalize("success")
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_record(self.folder, record)
-            page = refresh_page(self.folder)
-        written = " · ".join([EVALUATION_RECORD, EVALUATION_TABLE, *([PAGE_NAME] if page else [])])
+            write_record(self.folder, without_private(record) if self._is_publishable() else record)
+            page, card = refresh_page(self.folder), refresh_card(self.folder)
+        more = [name for name, there in ((PAGE_NAME, page), (MODEL_CARD, card)) if there]
+        written = " · ".join([EVALUATION_RECORD, EVALUATION_TABLE, *more])
         table = evaluation_table(record)
         self.run.say(f"{table}\nwrote {self.folder} ({written}) · {record['seconds']:.0f} s")
-
-
-def refresh_page(folder: Path) -> bool:
-    """Write the report that lies in a folder once more, now that the checkpoint there is scored.
-
-    Returns:
-        Whether there is one.
-    """
-    if not (folder / PAGE_NAME).is_file():
-        return False
-    from lvlm_prune.report.page import write_page
-    from lvlm_prune.report.pruning import pruning_page
-    from lvlm_prune.report.recovery import recovery_page
-
-    pages: dict[str, Callable[[Manifest, Path], Any]] = {RECOVERY_RECORD: recovery_page, PRUNING_RECORD: pruning_page}
-    for name, page in pages.items():
-        if (folder / name).is_file():
-            record = Manifest.read(folder, name)
-            if record.get("status") == "complete":
-                write_page(folder, *page(record, folder))
-                return True
-    return False
 
 
 def _origin(module: LVLMModule) -> dict[str, Any]:

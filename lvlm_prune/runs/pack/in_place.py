@@ -7,10 +7,11 @@ from pathlib import Path
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.names import PACKING_RECORD
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.packed.format import Format
 from lvlm_prune.run import Run
-from lvlm_prune.runs.pack.record import PACKING_RECORD, packed_config
+from lvlm_prune.runs.pack.record import packed_config
 from lvlm_prune.runs.pack.run import Packing
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import PACKING_RECORD
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.format import METHOD, VERSION, Format
 
-PACKING_RECORD = "packing.json"
 UNPACKING_RECORD = "unpacking.json"
 
 

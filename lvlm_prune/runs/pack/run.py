@@ -26,13 +26,15 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
 from lvlm_prune.packed.shards import is_packed_shard, pack_shard
+from lvlm_prune.report.card import write_card
 from lvlm_prune.runs.pack.owning import owning
-from lvlm_prune.runs.pack.record import PACKING_RECORD, UNPACKING_RECORD, packed_config, packed_index
+from lvlm_prune.runs.pack.record import UNPACKING_RECORD, packed_config, packed_index
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -89,9 +91,12 @@ class Packing(ABC):
         return path.is_file() and Manifest.read(self.folder, PACKING_RECORD).get("status") == "complete"
 
     def _record(self) -> Manifest:
+        files = {"original_config": "config.json", "original_index": INDEX_NAME, "original_card": MODEL_CARD}
         original = {
-            name: path.read_text(encoding="utf-8") if (path := self.source.path / file).is_file() else None
-            for name, file in (("original_config", "config.json"), ("original_index", INDEX_NAME))
+            name: path.read_bytes().decode(errors="surrogateescape")
+            if (path := self.source.path / file).is_file()
+            else None
+            for name, file in files.items()
         }
         return Manifest(
             status="packing",
@@ -144,9 +149,10 @@ class Packing(ABC):
             key: sum(written.stored[name].nbytes for name in parts.values()) for key, parts in written.packed.items()
         }
         remainder = dense_remainder(self.model.model, self.model.runner.decoder, written, written.packed)
-        sizes = (self.record["dense_folder_bytes"], folder_bytes(self.folder))
         self.record["packed"] = {"tensors": len(dense), "dense": sum(dense.values()), "packed": sum(packed.values())}
         self.record["dense"] = remainder
+        write_card(self.folder, packing=self.record)
+        sizes = (self.record["dense_folder_bytes"], folder_bytes(self.folder))
         self.record["folder"] = {"dense": sizes[0], "packed": sizes[1]}
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"

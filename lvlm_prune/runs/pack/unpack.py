@@ -25,11 +25,13 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
+from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
+from lvlm_prune.report.card import has_own_card
 from lvlm_prune.runs.pack.owning import owning
-from lvlm_prune.runs.pack.record import PACKING_RECORD, UNPACKING_RECORD, dense_config, dense_index, read_record
+from lvlm_prune.runs.pack.record import UNPACKING_RECORD, dense_config, dense_index, read_record
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -69,6 +71,7 @@ class UnpackRun:
             origin = read_record(packed.path)
             if (packed.path / INDEX_NAME).is_file():
                 replace_durably(self.folder / INDEX_NAME, dense_index(packed, origin))
+            self._give_card_back(origin)
             replace_durably(self.folder / HELD_BACK, dense_config(packed.stored, origin))
             release(self.folder)
             (self.folder / UNPACKING_RECORD).unlink()
@@ -94,6 +97,16 @@ class UnpackRun:
                 raise RunError(f"verification failed: {key} is not in {shard} as it was packed")
         (self.folder / unverified).replace(self.folder / shard)
         sync_folder(self.folder)
+
+    def _give_card_back(self, origin: Manifest | None) -> None:
+        """The card that was packed, unless somebody wrote another one since."""
+        if origin is None or "original_card" not in origin or not has_own_card(self.folder):
+            return
+        if origin["original_card"] is None:
+            (self.folder / MODEL_CARD).unlink()
+        else:
+            content = origin["original_card"].encode(errors="surrogateescape")
+            replace_durably(self.folder / MODEL_CARD, content)
 
     def _refuse_full_disk(self) -> None:
         there = sum(path.stat().st_size for path in map(self._written, self.packed.shards) if path.is_file())

@@ -147,5 +147,5 @@ class BlockwiseRun(RecoveryRun):
         if adapted:
             digests = {name: mask_digest(self.weights.stored(f"{name}.weight")) for name in adapted}
             config = self.lora.config(adapted)
-            save_sparse_adapter(self.folder / "adapter", config, tensors, digests, self.lora.gradient)
+            save_sparse_adapter(self.folder / "adapter", config, tensors, digests, self.lora.gradient, self.model.path)
         release(self.folder)

@@ -197,6 +197,7 @@ class FittingRun(RecoveryRun):
                 get_peft_model_state_dict(self.model.model, adapter_name="default"),
                 {name: mask_digest(self.model.pruned[name].weight) for name in self.model.adapted},
                 self.lora.gradient,
+                self.model.path,
             )
         release(self.folder)
 

@@ -24,7 +24,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.methods.patterns import Pattern, parse_pattern
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.base_record import record_of
+from lvlm_prune.output.base_record import pruned_how, record_of
 from lvlm_prune.output.folder import (
     FolderLock,
     choose_folder,
@@ -45,6 +45,7 @@ from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
 from lvlm_prune.recovery.options import RecoveryOptions
+from lvlm_prune.report.card import write_adapter_card, write_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.session import prepare_source, session
 from lvlm_prune.threads import suitable_threads
@@ -300,6 +301,7 @@ class RecoveryRun(ABC):
             "model": found["model"],
             "data": found["calibration"] | {"samples": len(self.datamodule.train_indices)},
             "method": self.recovery.method,
+            "pruned": pruned_how(self.base_record),
             "versions": found["versions"] | {"peft": _version("peft")},
             "processes": found["processes"],
             "device": found["device"],
@@ -387,6 +389,9 @@ class RecoveryRun(ABC):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
+        write_card(self.folder, record=self.record)
+        if (self.folder / "adapter").is_dir():
+            write_adapter_card(self.folder / "adapter", self.record)
         self.record.write(self.folder, RECOVERY_RECORD)
         if self.run.options.report:
             # Matplotlib takes its time to load; who wants no page does not wait for it.

@@ -1,0 +1,74 @@
+"""What of a record is private: where files of the user are, and which of them a run had trouble with.
+
+A model may be published, what it was made from often not. Names on the hub, classes, numbers and seeds stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from lvlm_prune.checkpoints.hub import DEMO, hub_name
+
+LEFT_OUT = "(left out)"
+"""What stands in a record in place of something private."""
+
+PRIVATE = "private_data"
+"""Key of a record that says what became of private data."""
+
+# Options and entries that hold places, by a part of their name; what stands there is private unless it is a hub name.
+_PLACES = re.compile(r"path|folder|file|dir$|output|scratch|^dense$|^baseline$|recipes", re.IGNORECASE)
+_NOT_PLACES = ("class_path", "files", "fingerprint")
+_PATH = re.compile(r"^(~|\.{1,2})?/|^[A-Za-z]:[\\/]|^\\\\|^~")
+_MODELS = ("model", "dense", "baseline")
+
+
+def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, or a configuration, without paths of this machine, ids of samples and which sample was drawn.
+
+    Folders of models keep their last name.
+
+    Example:
+        >>> without_private({"model": {"path": "/home/me/llava"}, "data": {"path": "/me/p.json", "seed": 0}})
+        {'model': {'path': 'llava'}, 'data': {'path': '(left out)', 'seed': 0}, 'private_data': '(left out)'}
+    """
+    kept = {name: value for name, value in record.items() if name != "picture"}
+    return {**{name: _cleaned(value, name, "") for name, value in kept.items()}, PRIVATE: LEFT_OUT}
+
+
+def is_left_out(record: Mapping[str, Any]) -> bool:
+    """Whether a record is one without private data.
+
+    Example:
+        >>> is_left_out({}), is_left_out(without_private({}))
+        (False, True)
+    """
+    return record.get(PRIVATE) == LEFT_OUT
+
+
+def _cleaned(value: Any, key: str, section: str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _cleaned(item, str(name), key) for name, item in value.items()}
+    if key == "skipped" and isinstance(value, list):  # names of samples, and what was wrong with them
+        return [LEFT_OUT] * len(value)
+    if key == "warnings" and isinstance(value, list):
+        return [LEFT_OUT if re.search(r"[\\/]", str(item)) else item for item in value]
+    if isinstance(value, list):
+        return [_cleaned(item, key, section) for item in value]
+    if isinstance(value, str) and _is_private(value, key):
+        return _last_name(value) if section in _MODELS else LEFT_OUT
+    return value
+
+
+def _is_private(text: str, key: str) -> bool:
+    if not text or text == DEMO or "\n" in text:
+        return False
+    if _PATH.match(text):
+        return True
+    return key not in _NOT_PLACES and _PLACES.search(key) is not None and hub_name(text) is None
+
+
+def _last_name(path: str) -> str:
+    return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name

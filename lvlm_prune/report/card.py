@@ -1,0 +1,354 @@
+"""The model card, `README.md`: what a checkpoint is, how it was made, what it keeps; from its records alone.
+
+    metadata      what the hub reads, merged with that of the dense model's card
+    this model    sparsity, method, calibration, what stayed dense, scores where there are any, how to load it
+    ---------
+    dense card    as it was: it speaks of the dense model
+
+Nothing in it depends on the clock, so a run that was interrupted and went on writes the same card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from lvlm_prune.checkpoints.hub import DEMO, hub_name
+from lvlm_prune.evaluation.record import evaluation_table, read_record
+from lvlm_prune.output.base_record import pruned_how
+from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.markdown import markdown_table
+from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.private import is_left_out
+from lvlm_prune.report.card_metadata import merged_metadata, split_card
+
+DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
+"""Line of a card above that of the dense model."""
+
+_PROJECT = "lvlm-prune"
+_TEXT_ONLY = "ForCausalLM"
+_RECOVERIES = {
+    "lora": "sparse LoRA adapters, merged into the weights",
+    "full": "fine-tuning of the weights that are not zero",
+    "blockwise": "adapters fitted block by block to the dense model's outputs, merged into the weights",
+}
+
+
+def write_card(
+    folder: Path,
+    dense_card: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    packing: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the card of a checkpoint that `prune`, `recover` or `pack` made, or write it once more.
+
+    Args:
+        folder: The checkpoint, with its records.
+        dense_card: Text of the card of the model that was pruned; default: what stands in the folder's own card.
+        record: Of the run that made it; default: what stands in the folder, where that is complete.
+        packing: Of the run that packed it; default: likewise.
+    """
+    replace_durably(folder / MODEL_CARD, card_of(folder, dense_card, record, packing).encode("utf-8", "replace"))
+
+
+def refresh_card(folder: Path) -> bool:
+    """Write a card once more, now that there is something new to say of the checkpoint.
+
+    Returns:
+        Whether there was one.
+    """
+    if not has_own_card(folder):
+        return False
+    write_card(folder)
+    return True
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether a folder's card is one that was written here."""
+    return DENSE_CARD in read_card(folder)
+
+
+def read_card(folder: Path) -> str:
+    """The text of a folder's card; empty where there is none."""
+    try:
+        return (folder / MODEL_CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def card_of(
+    folder: Path,
+    dense_card: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    packing: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a card; see `write_card`."""
+    made_by = _record_in(folder) if record is None else record
+    packing = _complete(folder, PACKING_RECORD) if packing is None else packing
+    text = read_card(folder) if dense_card is None else dense_card
+    metadata, body = split_card(text)
+    is_ours = DENSE_CARD in body
+    if dense_card is None and is_ours:
+        body = body.split(DENSE_CARD, 1)[1].strip()
+    how = pruned_how(made_by)
+    origin = _origin(made_by, packing)
+    tags = [_PROJECT, "pruned", "sparse", *(["packed"] if packing else [])]
+    head = merged_metadata(
+        metadata,
+        hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None,
+        "finetune",  # the hub's word for changed weights; it has none for pruned ones
+        _PROJECT if packing else "transformers",
+        tags,
+        keeps_base=is_ours,
+    )
+    parts = [
+        f"# {_title(folder, made_by, how, origin)}",
+        _introduction(made_by, origin, packing),
+        markdown_table(["", ""], list(_facts(made_by, how, packing))),
+        _scores(folder, made_by),
+        _loading(folder, made_by, packing),
+        _zeros(packing, how),
+        _private(made_by or packing),
+        DENSE_CARD,
+        body or "The dense model came without a card.",
+    ]
+    return str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+
+
+def write_adapter_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the card of an adapter.
+
+    Args:
+        folder: The adapter, as `save_sparse_adapter` wrote it.
+        record: Of the recovery that trained it, finished.
+    """
+    name = hub_name(record["model"]["path"], record["model"].get("folder", ""))
+    head = merged_metadata({}, name, "adapter", "peft", [_PROJECT, "lora", "sparse"])
+    told = f"[{name}](https://huggingface.co/{name})" if name else "the pruned checkpoint that `recover` was given"
+    parts = [
+        "# A sparse LoRA adapter",
+        f"Trained by {_link()} (method `{record['method']}`) on {told}, of whose pruned Linears "
+        f"{record['verified']['sparsity']:.2%} is zero. "
+        "It belongs to these zeros: merged by plain PEFT it would give pruned weights values again.",
+        "```python\nfrom lvlm_prune.recovery import load_sparse_adapter\n\n"
+        "model = load_sparse_adapter(model, ADAPTER)  # `model` is the pruned checkpoint; every zero stays zero\n"
+        "model = model.merge_and_unload()\n```",
+    ]
+    text = str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"))
+    replace_durably(folder / MODEL_CARD, text.encode())
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+def _record_in(folder: Path) -> Mapping[str, Any]:
+    """What the run that made the checkpoint wrote; empty where it was made by other tools."""
+    for name in (RECOVERY_RECORD, PRUNING_RECORD):
+        if record := _complete(folder, name):
+            return record
+    return {}
+
+
+def _complete(folder: Path, name: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("status") == "complete" else {}
+
+
+def _origin(record: Mapping[str, Any], packing: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`path` and `folder` of the dense model as the records know it; without records, of what was packed."""
+    if "training" in record:
+        return record.get("dense") or {}
+    return record.get("model") or packing.get("model") or {}
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+def _title(folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    name = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
+    path = str(origin.get("path") or "")
+    model = name or ("the embedded model of lvlm-prune" if path == DEMO else Path(path).name) or folder.name
+    method = how.get("method", {}).get("init_args", {}).get("name")
+    target = how.get("sparsity", {}).get("target")
+    pruned = f", pruned to {target:.0%}" if target is not None else ", sparse"
+    recovered = ", recovered" if "training" in record else ""
+    return model + pruned + (f" by {method}" if method else "") + recovered
+
+
+def _introduction(record: Mapping[str, Any], origin: Mapping[str, Any], packing: Mapping[str, Any]) -> str:
+    name = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
+    made_from = f"[{name}](https://huggingface.co/{name})" if name else "the dense model whose card follows below"
+    text = f"Weights of {made_from} were set to zero after its training, by {_link()}"
+    if "training" in record:
+        text += "; those that remain were then trained to give back accuracy"
+    text += ". "
+    if packing:
+        return text + "The zeros are not stored: this is a packed checkpoint, of the same weights bit by bit."
+    return text + "Names, shapes and dtypes of all tensors are the dense model's."
+
+
+def _link() -> str:
+    import lvlm_prune
+
+    return f"{_PROJECT} {lvlm_prune.__version__}"
+
+
+def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    linears = record.get("linears", {})
+    sizes = [entry["shape"][0] * entry["shape"][1] for entry in linears.values()]
+    if sizes:
+        yield "pruned", f"{len(sizes)} Linears, {sum(sizes) / 1e6:.4g} M weights"
+        yield "zeros", _zeros_of(record, how)
+    if "pattern" in record:
+        yield "pattern", str(record["pattern"])
+    if method := how.get("method"):
+        yield "method", _plugins(method)
+        yield "calibration", _calibration(how.get("calibration", {}))
+    if "training" in record:
+        yield "recovery", _RECOVERIES.get(record["method"], str(record["method"])) + _trained(record)
+    elif "updates_weights" in how:
+        kept = "were updated by the solver" if how["updates_weights"] else "are as they were, byte for byte"
+        yield "weights that remain", kept
+    if "verified" in record:
+        yield "stayed dense", _stayed_dense(record, how)
+    if packing:
+        form, sizes_of = packing["config"]["format"], packing["packed"]
+        smaller = sizes_of["dense"] / max(sizes_of["packed"], 1)
+        yield "packed", f"{sizes_of['tensors']} tensors as `{form}`, {smaller:.2f} times smaller"
+
+
+def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+    achieved = Manifest(record).achieved_sparsity()
+    target = how.get("sparsity", {}).get("target")
+    asked = f" (asked: {target:.1%})" if target is not None else ""
+    return f"{achieved:.2%} of these weights{asked}, counted in the written files"
+
+
+def _plugins(method: Mapping[str, Any]) -> str:
+    """The method's name and what it is composed of."""
+    options = method.get("init_args", {})
+    parts = [
+        str(options[name]["class_path"]).rpartition(".")[2]
+        for name in ("pool", "scorer", "solver", "allocation")
+        if isinstance(options.get(name), Mapping) and "class_path" in options[name]
+    ]
+    name = str(options.get("name") or "")
+    return f"{name} ({', '.join(parts)})" if name and parts else name or ", ".join(parts)
+
+
+def _calibration(calibration: Mapping[str, Any]) -> str:
+    if not calibration.get("num_samples"):
+        return "none: the method needs no data"
+    source = str(calibration.get("source", {}).get("class_path", "")).rpartition(".")[2]
+    tokens = ", ".join(f"{count} {name}" for name, count in calibration.get("tokens", {}).items())
+    return f"{calibration['num_samples']} samples of {source}, seed {calibration.get('seed')} ({tokens} tokens)"
+
+
+def _trained(record: Mapping[str, Any]) -> str:
+    training, data = record["training"], record.get("data", {})
+    source = str(data.get("source", {}).get("class_path", "")).rpartition(".")[2]
+    on = f" on {data['samples']} samples of {source}" if data.get("samples") and source else ""
+    return f" ({training['trainable_parameters'] / 1e6:.3g} M parameters, {training['steps']} steps{on})"
+
+
+def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+    text = f"{record['verified']['untouched_tensors']} other tensors, byte for byte: embeddings, output head, norms"
+    parts = how.get("sparsity", {}).get("parts", {"language": {}})
+    text += "" if "language" in parts else ", language decoder"
+    if not str(record.get("model", {}).get("class", "")).endswith(_TEXT_ONLY):
+        text += ", projector" if "vision" in parts else ", projector and vision tower"
+    excluded = how.get("method", {}).get("init_args", {}).get("exclude")
+    if excluded:
+        text += f"; excluded from pruning: {', '.join(map(str, excluded))}"
+    left = sum("note" in entry for entry in record.get("linears", {}).values())
+    return text + (f"; {left} Linears that saw too few calibration tokens" if left else "")
+
+
+def _scores(folder: Path, record: Mapping[str, Any]) -> str:
+    """What the checkpoint scores: by `evaluate`, else as the run that made it found; or that nobody knows."""
+    parts = ["## What is left of the dense model"]
+    evaluated, found = read_record(folder), record.get("evaluation")
+    if evaluated is not None:
+        parts += [f"By `lvlm-prune evaluate` (`{EVALUATION_RECORD}`); shares in percent.", evaluation_table(evaluated)]
+    elif found is not None:
+        last = "recovered" if "recovered" in found else "pruned"
+        kept = found["retention"]
+        kept = kept.get(last, kept)
+        scores = found["dense"], found[last], kept
+        rows = [
+            [f"{group}{_count(found['dense'], group)}", *(f"{one['groups'][group]:.1%}" for one in scores)]
+            for group in found["dense"]["groups"]
+        ]
+        rows.append(["average", *(f"{one['average']:.1%}" for one in scores)])
+        parts.append(markdown_table(["tasks", "dense", last, "retained"], rows))
+    else:
+        parts.append(
+            "Not scored: nothing here says how many answers it still gets right. "
+            "`lvlm-prune evaluate --model.path THIS_MODEL --baseline DENSE_MODEL` measures that."
+        )
+    return "\n\n".join(parts)
+
+
+def _count(dense: Mapping[str, Any], group: str) -> str:
+    tasks = list(dense.get("task_groups", {}).values()).count(group)
+    return f" ({tasks} tasks)" if tasks else ""
+
+
+def _loading(folder: Path, record: Mapping[str, Any], packing: Mapping[str, Any]) -> str:
+    kind = str(record.get("model", {}).get("class", ""))
+    loader = "AutoModelForCausalLM" if kind.endswith(_TEXT_ONLY) else "AutoModelForImageTextToText"
+    lines = ["import lvlm_prune  # lets transformers read packed checkpoints"] if packing else []
+    config = _json(folder / "config.json") or _json(folder / "config.json.unfinished")
+    trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    lines += [
+        f"from transformers import {loader}, AutoProcessor",
+        "",
+        f'model = {loader}.from_pretrained(THIS_MODEL, dtype="auto"{trust})',
+        f"processor = AutoProcessor.from_pretrained(THIS_MODEL{trust})",
+    ]
+    code = "\n".join(lines)
+    return f"## Load it\n\n```python\n{code}\n```"
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _zeros(packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+    if packing:
+        text = (
+            "Packed weights take less room on disk and in memory, and with few tokens at a time (decoding) their "
+            "products can be faster than dense ones, by how much depends on the machine; with many tokens (prompts) "
+            "they need not be. Without `import lvlm_prune` the folder does not load. "
+            "`lvlm-prune unpack` gives the ordinary checkpoint back, byte for byte."
+        )
+    else:
+        text = (
+            "The zeros are stored like any other weight. Loaded as above, the model takes the disk, the memory and the "
+            "time of the dense one. `lvlm-prune pack` stores it without its zeros: smaller on disk and in memory, and "
+            "faster in decoding."
+        )
+        if ":" in str(how.get("pattern", "")):
+            text += (
+                f" Of the pattern {how['pattern']} GPUs with sparse tensor cores can make use, with software for it."
+            )
+    return f"## What the zeros bring, and what not\n\n{text}"
+
+
+def _private(record: Mapping[str, Any]) -> str:
+    """Whether the files beside the card say more of the user's data than others should read."""
+    if not record:
+        return ""
+    if is_left_out(record):
+        return "Local paths, ids of samples and pictures of them are left out of all files here."
+    return (
+        "The records and the page in this folder name local paths and may show a calibration sample. "
+        "`--push` uploads none of that; to upload the folder in another way, write it with `--publishable true`."
+    )

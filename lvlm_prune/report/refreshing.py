@@ -1,0 +1,33 @@
+"""Writing a page once more, when there is something new to say of what it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
+
+
+def refresh_page(folder: Path) -> bool:
+    """Write the report that lies in a folder once more, now that the checkpoint there is scored.
+
+    Returns:
+        Whether there is one.
+    """
+    if not (folder / PAGE_NAME).is_file():
+        return False
+    # Matplotlib takes its time to load.
+    from lvlm_prune.report.page import write_page
+    from lvlm_prune.report.pruning import pruning_page
+    from lvlm_prune.report.recovery import recovery_page
+
+    pages: dict[str, Callable[[Manifest, Path], Any]] = {RECOVERY_RECORD: recovery_page, PRUNING_RECORD: pruning_page}
+    for name, page in pages.items():
+        if (folder / name).is_file():
+            record = Manifest.read(folder, name)
+            if record.get("status") == "complete":
+                write_page(folder, *page(record, folder))
+                return True
+    return False

@@ -1,0 +1,176 @@
+"""Publishing a finished folder: what is private is left out, and the rest goes to the hub.
+
+--publishable true   the folder itself is written without private data
+--push owner/name    a copy without private data goes to the hub; the folder stays as it is
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from lvlm_prune.checkpoints.files import files_within
+from lvlm_prune.checkpoints.hub import hub_name
+from lvlm_prune.distributed.launching import is_first_process
+from lvlm_prune.errors import InputError, RunError, first_line
+from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.names import (
+    EVALUATION_RECORD,
+    FIGURE_FOLDER,
+    PACKING_RECORD,
+    PAGE_NAME,
+    PRUNING_RECORD,
+    RECOVERY_RECORD,
+)
+from lvlm_prune.output.private import without_private
+from lvlm_prune.report.card import refresh_card
+from lvlm_prune.report.refreshing import refresh_page
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_RECORDS = (PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD, EVALUATION_RECORD)
+_ADAPTER_CONFIG = Path("adapter") / "adapter_config.json"
+
+
+class Publication:
+    """What a command was asked to do with its folder once that is finished; checked before anything is done.
+
+    Args:
+        push: Repository on the hub, `owner/name`; empty: nothing is uploaded.
+        publishable: Whether the folder itself is to hold nothing private.
+
+    Raises:
+        InputError: There is no such repository to write to: the name is none, nobody is logged in, the hub cannot be
+            reached, or the owner is somebody else.
+    """
+
+    def __init__(self, push: str = "", publishable: bool = False) -> None:
+        self.push, self.publishable = push, publishable
+        if push and is_first_process():
+            _refuse_unreachable(push)
+
+    def __call__(self, folder: Path | None, quiet: bool = False) -> None:
+        """Do it.
+
+        Args:
+            folder: The finished folder; None where the run wrote none.
+            quiet: Whether nothing is printed.
+
+        Raises:
+            RunError: The upload failed.
+        """
+        if folder is None or not is_first_process():
+            return
+        if self.publishable:
+            leave_out_private(folder)
+        if self.push:
+            with published(folder) as copy:
+                address = _upload(copy, folder, self.push)
+            if not quiet:
+                print(f"pushed {folder} to {address}, without local paths, ids and pictures of samples", flush=True)
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """While the context is open: a folder with what of `folder` may be published; weights are links to its own."""
+    with TemporaryDirectory(prefix="lvlm-prune-") as place:
+        copy = Path(place) / "model"
+        for relative in files_within(folder):
+            (copy / relative).parent.mkdir(parents=True, exist_ok=True)
+            if relative.suffix == ".safetensors":
+                _link(folder / relative, copy / relative)
+            else:
+                shutil.copyfile(folder / relative, copy / relative)
+        leave_out_private(copy)
+        yield copy
+
+
+def leave_out_private(folder: Path) -> None:
+    """Take what is private out of a finished folder: paths, ids and the picture of a sample; a second time nothing."""
+    for name in _RECORDS:
+        if (folder / name).is_file():
+            record = without_private(json.loads((folder / name).read_text(encoding="utf-8")))
+            replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
+    if (folder / "config.yaml").is_file():
+        config = without_private(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
+        del config["private_data"]
+        replace_durably(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    if (folder / _ADAPTER_CONFIG).is_file():
+        adapter = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        adapter["base_model_name_or_path"] = hub_name(adapter.get("base_model_name_or_path") or "")
+        replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
+    shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
+    if not refresh_page(folder):
+        (folder / PAGE_NAME).unlink(missing_ok=True)
+    refresh_card(folder)
+
+
+def _link(target: Path, link: Path) -> None:
+    try:
+        link.symlink_to(target.resolve())
+    except OSError:  # Windows, without the right to make links
+        shutil.copyfile(target, link)
+
+
+def _refuse_unreachable(repository: str) -> None:
+    if not _REPOSITORY.fullmatch(repository):
+        raise InputError("push", repository, "a repository on the hub is written owner/name")
+    who = _asked(repository, lambda api: api.whoami())
+    owners = [who.get("name"), *(one.get("name") for one in who.get("orgs", []))]
+    owner = repository.split("/")[0]
+    if owner not in owners:
+        raise InputError("push", repository, f"you are {owners[0]} on the hub, and no member of {owner}")
+
+
+def _upload(copy: Path, folder: Path, repository: str) -> str:
+    import lvlm_prune
+
+    def work(api: Any) -> str:
+        address = str(api.create_repo(repository, exist_ok=True))
+        message = f"Upload by lvlm-prune {lvlm_prune.__version__}"
+        api.upload_folder(repo_id=repository, folder_path=copy, commit_message=message)
+        return address
+
+    try:
+        return str(_asked(repository, work))
+    except InputError as error:
+        raise RunError(f"{error} ({folder} is complete; the same command with --resume true pushes it)") from None
+
+
+def _asked(repository: str, question: Any) -> Any:
+    """What the hub answers.
+
+    Raises:
+        InputError: It does not; says why, and what to do.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise InputError("push", repository, "HF_HUB_OFFLINE is set, so nothing can be uploaded")
+    if huggingface_hub.get_token() is None:
+        problem = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
+        raise InputError("push", repository, problem)
+    try:
+        return question(huggingface_hub.HfApi())
+    except LocalTokenNotFoundError:
+        problem = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        refused = "the hub refuses the token; run `hf auth login` with one that may write there"
+        problem = refused if status in (401, 403) else f"the hub answers: {first_line(error)}"
+    except (OfflineModeIsEnabled, OSError) as error:
+        problem = f"the hub cannot be reached ({first_line(error)})"
+    except Exception as error:  # of the library that speaks HTTP, which is another one in each version
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "huggingface_hub")):
+            raise
+        problem = f"the hub cannot be reached ({first_line(error)})"
+    raise InputError("push", repository, problem)

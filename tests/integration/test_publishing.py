@@ -1,0 +1,144 @@
+"""A finished folder on its way to the hub: checked before the run, nothing private in it, one line where it fails."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import huggingface_hub
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN
+
+
+class Hub:
+    """Stands in for the hub: who is logged in, and what was uploaded."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.repositories: list[str] = []
+        self.failure: Exception | None = None
+
+    def whoami(self) -> dict[str, Any]:
+        return {"name": "me", "orgs": [{"name": "ours"}]}
+
+    def create_repo(self, repo_id: str, exist_ok: bool) -> str:
+        assert exist_ok
+        self.repositories.append(repo_id)
+        return f"https://hub.example/{repo_id}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.failure is not None:
+            raise self.failure
+        found = (path for path in folder_path.rglob("*") if path.is_file())
+        self.files = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    hub = Hub()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    return hub
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[list[str], Path]:
+    """A command on calibration samples in a place that nobody is to read of, and its output folder."""
+    place = tmp_path / "patients-of-2026"
+    place.mkdir()
+    (place / "calibration.safetensors").write_bytes((GOLDEN / "calib.safetensors").read_bytes())
+    out = tmp_path / "out"
+    source = ["--data.source=TensorSource", f"--data.source.path={place / 'calibration.safetensors'}"]
+    small = ["--data.num_samples=4", "--trainer.accelerator=cpu", f"--output={out}"]
+    return ["prune", f"--model.path={GOLDEN / 'model'}", *source, *small], out
+
+
+def texts(files: dict[str, bytes]) -> str:
+    return "\n".join(content.decode() for name, content in files.items() if not name.endswith((".safetensors", ".png")))
+
+
+def test_what_is_pushed_is_the_folder_without_what_is_private(own, hub, tmp_path, capsys):
+    command, out = own
+    assert main([*command, "--push=ours/sparse"]) == 0
+    assert hub.repositories == ["ours/sparse"]
+    assert "pushed" in capsys.readouterr().out
+    assert hub.files["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert {"config.json", "README.md", "pruning.json", "config.yaml", "report.html"} <= hub.files.keys()
+    assert "patients" not in texts(hub.files)
+    assert str(tmp_path) not in texts(hub.files)
+    assert "left out of all files here" in ModelCard(hub.files["README.md"].decode()).text
+    kept, pushed = json.loads((out / "pruning.json").read_text()), json.loads(hub.files["pruning.json"])
+    assert pushed["linears"] == kept["linears"]
+    # The folder itself is as it was: it is resumed, recovered and compared by these places.
+    assert "patients" in (out / "pruning.json").read_text()
+    assert "patients" in yaml.safe_load((out / "config.yaml").read_text())["data"]["source"]["init_args"]["path"]
+    hub.files = {}
+    assert main([*command, "--push=ours/sparse", "--resume=true"]) == 0
+    assert "patients" not in texts(hub.files)
+    assert hub.files
+
+
+def test_a_publishable_folder_holds_nothing_private_and_is_still_resumed_and_packed(own, tmp_path):
+    command, out = own
+    assert main([*command, "--publishable=true"]) == 0
+
+    def written(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = written(out)
+    assert "patients" not in texts(before)
+    assert str(tmp_path) not in texts(before)
+    assert not (out / "report" / "calibration-image.png").exists()
+    assert main([*command, "--publishable=true", "--resume=true"]) == 0
+    after = written(out)
+    assert "patients" not in texts(after)
+    assert after["model.safetensors"] == before["model.safetensors"]
+    packed = tmp_path / "packed"
+    assert main(["pack", f"--model.path={out}", f"--output={packed}", "--publishable=true"]) == 0
+    assert str(tmp_path) not in texts(written(packed))
+
+
+@pytest.mark.parametrize(
+    ("repository", "token", "failure", "said"),
+    [
+        ("sparse", "hf", None, "is written owner/name"),
+        ("me/sparse", None, None, "hf auth login"),
+        ("stranger/sparse", "hf", None, "no member of stranger"),
+        ("me/sparse", "hf", httpx.ConnectError("no route to host"), "cannot be reached"),
+        ("me/sparse", "hf", OSError("no route to host"), "cannot be reached"),
+    ],
+)
+def test_what_cannot_be_pushed_to_is_one_line_before_the_run(
+    repository, token, failure, said, own, hub, monkeypatch, capsys
+):
+    command, out = own
+
+    def whoami() -> dict[str, Any]:
+        if failure is not None:
+            raise failure
+        return {"name": "me", "orgs": []}
+
+    monkeypatch.setattr(hub, "whoami", whoami)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    assert main([*command, f"--push={repository}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --push {repository}: ")
+    assert said in line
+    assert not out.exists()
+
+
+def test_a_failed_upload_leaves_a_complete_folder(own, hub, capsys):
+    command, out = own
+    answer: Any = SimpleNamespace(headers={}, request=None, status_code=403)
+    hub.failure = HfHubHTTPError("Forbidden", response=answer)
+    assert main([*command, "--push=me/sparse", "--report=false"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--resume true pushes it" in line
+    assert json.loads((out / "pruning.json").read_text())["status"] == "complete"

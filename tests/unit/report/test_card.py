@@ -1,0 +1,169 @@
+"""The model card of an output: what it claims stands in the records; what the dense model's card claims is apart."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from lvlm_prune.report.card import DENSE_CARD, card_of, refresh_card, write_adapter_card, write_card
+
+DENSE = """---
+license: apache-2.0
+tags: [vision]
+base_model: somebody/pretrained
+model-index:
+- name: dense
+  results:
+  - task: {type: image-text-to-text}
+    dataset: {type: x, name: x}
+    metrics: [{type: accuracy, value: 99.7}]
+---
+
+# The dense model
+
+It scores 99.7.
+"""
+
+
+def pruned(**more) -> dict:
+    plugins = {"pool": "a.AsymmetricPool", "scorer": "a.WandaScorer", "allocation": "a.UniformAllocation"}
+    options = {name: {"class_path": path, "init_args": {}} for name, path in plugins.items()}
+    return {
+        "status": "complete",
+        "model": {"path": "owner/dense", "class": "LlavaForConditionalGeneration", "folder": "/cache/dense"},
+        "method": {"class_path": "x.BlockwisePruning", "init_args": {"name": "ATV", "exclude": ["q_proj"], **options}},
+        "calibration": {
+            "source": {"class_path": "a.LlavaJsonSource", "init_args": {"path": "/home/me/patients.json"}},
+            "seed": 3,
+            "num_samples": 96,
+            "tokens": {"text": 7938, "image": 13824},
+        },
+        "sparsity": {"target": 0.6, "achieved": 0.5991},
+        "pattern": "unstructured",
+        "updates_weights": False,
+        "linears": {"layers.0.k_proj": {"shape": [100, 100], "achieved": 0.5991, "block": 0}},
+        "verified": {"sparsity": 0.5991, "untouched_tensors": 89},
+        "seconds": 12.3,
+    } | more
+
+
+def folder_of(tmp_path: Path, record: dict, name: str = "pruning.json") -> Path:
+    (tmp_path / name).write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_metadata_is_merged_and_results_of_the_dense_model_are_not_claimed(tmp_path):
+    write_card(folder_of(tmp_path, pruned()), DENSE)
+    card = ModelCard.load(tmp_path / "README.md")
+    head = card.data.to_dict()
+    assert head["license"] == "apache-2.0"
+    assert head["base_model"] == "owner/dense"
+    assert head["base_model_relation"] == "finetune"
+    assert head["library_name"] == "transformers"
+    assert head["tags"] == ["vision", "lvlm-prune", "pruned", "sparse"]
+    assert "model-index" not in head
+    own, dense = card.text.split(DENSE_CARD)
+    assert "99.7" not in own
+    assert dense.strip() == "# The dense model\n\nIt scores 99.7."
+
+
+def test_it_says_what_was_done_and_that_nothing_was_scored(tmp_path):
+    own = card_of(folder_of(tmp_path, pruned()), DENSE).split(DENSE_CARD)[0]
+    for said in (
+        "pruned to 60% by ATV",
+        "59.91% of these weights (asked: 60.0%)",
+        "AsymmetricPool, WandaScorer, UniformAllocation",
+        "96 samples of LlavaJsonSource, seed 3 (7938 text, 13824 image tokens)",
+        "89 other tensors, byte for byte",
+        "excluded from pruning: q_proj",
+        "Not scored",
+        "AutoModelForImageTextToText.from_pretrained",
+    ):
+        assert said in own
+    assert "/home/me" not in own
+    assert "12.3" not in own
+
+
+def test_an_evaluation_afterwards_is_on_the_card_and_the_dense_card_stays(tmp_path):
+    folder = folder_of(tmp_path, pruned())
+    write_card(folder, DENSE)
+    before = (folder / "README.md").read_text()
+    assert refresh_card(folder)
+    assert (folder / "README.md").read_text() == before
+    task = {"score": 0.5, "baseline": 0.8, "retention": 0.625, "questions": 8, "metric": "exact_match"}
+    found = {"tasks": {"color": task}, "average": 0.5, "baseline_average": 0.8, "retention": 0.625}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    assert refresh_card(folder)
+    own, dense = (folder / "README.md").read_text().split(DENSE_CARD)
+    assert "62.5%" in own
+    assert "Not scored" not in own
+    assert dense == before.split(DENSE_CARD)[1]
+
+
+def test_a_card_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text(DENSE)
+    assert not refresh_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == DENSE
+
+
+def test_a_local_model_has_no_name_on_the_hub(tmp_path):
+    (tmp_path / "mine").mkdir()
+    record = pruned(model={"path": str(tmp_path / "mine"), "folder": str(tmp_path / "mine"), "class": "X"})
+    text = card_of(folder_of(tmp_path, record), DENSE)
+    assert "base_model" not in ModelCard(text).data.to_dict()
+    assert str(tmp_path) not in text
+    assert "# mine, pruned to 60% by ATV" in text
+
+
+def test_a_recovered_checkpoint_says_how_it_was_pruned_and_trained(tmp_path):
+    record = pruned()
+    how = {name: record[name] for name in ("method", "sparsity", "pattern", "calibration")}
+    recovered = {
+        "status": "complete",
+        "method": "lora",
+        "pruned": how,
+        "model": {"path": "/mine/pruned", "folder": "/mine/pruned", "class": "LlavaForConditionalGeneration"},
+        "dense": {"path": "owner/dense", "folder": "/gone"},
+        "data": {"samples": 40, "source": {"class_path": "a.LlavaJsonSource"}},
+        "training": {"trainable_parameters": 2_000_000, "steps": 17},
+        "pattern": "unstructured",
+        "linears": {"layers.0.k_proj": {"shape": [100, 100], "achieved": 0.6}},
+        "verified": {"sparsity": 0.6, "untouched_tensors": 89},
+    }
+    write_card(tmp_path, DENSE, pruned())
+    write_card(folder_of(tmp_path, recovered, "recovery.json"))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "owner/dense"
+    own, dense = card.text.split(DENSE_CARD)
+    assert "pruned to 60% by ATV, recovered" in own
+    assert "17 steps on 40 samples of LlavaJsonSource" in own
+    assert dense.strip().startswith("# The dense model")
+    (tmp_path / "adapter").mkdir()
+    write_adapter_card(tmp_path / "adapter", recovered)
+    adapter = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert adapter.data.library_name == "peft"
+    assert "load_sparse_adapter" in adapter.text
+
+
+def test_a_packed_checkpoint_needs_this_package_to_load(tmp_path):
+    packing = {
+        "status": "complete",
+        "model": {"path": "x", "folder": "/x"},
+        "config": {"format": "bitmask"},
+        "packed": {"tensors": 42, "dense": 200, "packed": 100},
+    }
+    folder = folder_of(tmp_path, pruned())
+    text = card_of(folder, DENSE, packing=packing)
+    card = ModelCard(text)
+    assert card.data.library_name == "lvlm-prune"
+    assert "packed" in card.data.tags
+    assert "import lvlm_prune" in card.text
+    assert "2.00 times smaller" in card.text
+
+
+def test_a_card_whose_head_cannot_be_read_is_kept_as_text(tmp_path):
+    broken = "---\nlicense: [mit\n---\nText."
+    card = ModelCard(card_of(folder_of(tmp_path, pruned()), broken))
+    assert "license" not in card.data.to_dict()
+    assert card.text.split(DENSE_CARD)[1].strip() == broken
