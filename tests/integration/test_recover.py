@@ -72,6 +72,9 @@ def test_zeros_stay_positive_zeros_and_all_else_stays_where_it_was(pattern, dtyp
 def test_adapter_and_merged_checkpoint_are_the_same_model(dtype, tolerance, bases, recover, tmp_path):
     base, output = bases / f"2:4-{dtype}", tmp_path / "out"
     assert recover(base, output, "--optimization.learning_rate=0.003", "--lora.rank=4") == 0
+    assert json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert "load_sparse_adapter" in (output / "adapter" / "README.md").read_text()
+    assert "then trained to give back accuracy" in (output / "README.md").read_text()
     inputs = first_inputs(getattr(torch, dtype))
     merged, pruned = logits(load(output), inputs), logits(load(base), inputs)
     tuned = load_sparse_adapter(load(base), output / "adapter")
