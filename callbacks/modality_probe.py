@@ -82,11 +82,12 @@ class ModalityProbe(PruneCallback):
                 raise InputError("probing.sparsities", sparsity, "must lie strictly between 0 and 1")
         if not sparsities:
             raise InputError("probing.sparsities", "[]", "needs at least one sparsity")
-        for option, number in (("map_tokens", map_tokens), ("curve_samples", curve_samples)):
+        counts = {"map_tokens": map_tokens, "curve_samples": curve_samples, "images": images, "texts": texts}
+        for option, number in counts.items():
             if number < 0:
                 raise InputError(f"probing.{option}", number, "must not be negative")
-        if images < 0 or texts < 0 or images + texts == 0:
-            raise InputError("probing.images", images, "with `texts` must leave at least one question")
+        if images + texts == 0:
+            raise InputError("probing.images", images, "with --probing.texts 0 leaves no question")
         scorer = own_instance(scorer)
         if scorer.statistic is None:
             raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import InputError, LVLMPruneError
+from lvlm_prune.errors import LARGEST_COUNT, InputError, LVLMPruneError
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -64,11 +64,11 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
         )
     if missing := re.search(r"Problem with given class_path '([^']*)': (.*)", rest):
         return f"{option} {missing[1]}: {missing[2]}"
-    if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)", rest):
+    if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
         expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
-        return f"{option} {union[2]}: expected {expected}"
-    if plain := re.search(r"Expected an? (.*)\. Got value: (.*)", rest):
-        return f"{option} {plain[2]}: expected {_choices(plain[1])}"
+        return f"{option} {_shown(union[2])}: expected {expected}"
+    if plain := re.search(r"Expected an? (.*)\. Got value:(.*)", rest):
+        return f"{option} {_shown(plain[2])}: expected {_choices(plain[1])}"
     if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
         return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
@@ -93,9 +93,7 @@ def refuse_devices(devices: Any) -> None:
         lvlm_prune.errors.InputError: --trainer.devices 0: expected `auto`, how many, or a list of their numbers
     """
     if isinstance(devices, str):
-        understood = bool(
-            re.fullmatch(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},", devices.replace(" ", ""))
-        )
+        understood = bool(_DEVICES.fullmatch(devices.replace(" ", "")))
     elif isinstance(devices, list):
         numbers = [number for number in devices if isinstance(number, int) and not isinstance(number, bool)]
         understood = bool(numbers) and len(set(numbers)) == len(devices) and all(number >= 0 for number in numbers)
@@ -104,6 +102,34 @@ def refuse_devices(devices: Any) -> None:
         understood = devices is None or (counts and (devices == -1 or 0 < devices < 10**6))
     if not understood:
         raise InputError("trainer.devices", devices, "expected `auto`, how many, or a list of their numbers")
+
+
+def refuse_immense(value: Any, option: str = "") -> None:
+    """Refuse whole numbers that nothing in the world counts: loops over them would not end.
+
+    Args:
+        value: Options, as nested plain data; plugins as `{"class_path": ..., "init_args": ...}`.
+        option: Their place.
+
+    Raises:
+        InputError: One does not fit 32 bits; names its option.
+
+    Example:
+        >>> refuse_immense({"engine": {"class_path": "BuiltinEngine", "init_args": {"batch_size": 10**20}}})
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --engine.batch_size 100000000000000000000: must be at most 2147483647
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            refuse_immense(item, option if name == "init_args" else f"{option}.{name}" if option else str(name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_immense(item, option)
+    elif isinstance(value, int) and abs(value) > LARGEST_COUNT:
+        raise InputError(
+            option, value, f"must be {f'at most {LARGEST_COUNT}' if value > 0 else f'at least {-LARGEST_COUNT}'}"
+        )
 
 
 def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
@@ -181,6 +207,12 @@ def _is_yaml(path: Path) -> bool:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return True
+
+
+def _shown(value: str) -> str:
+    """A value as it was typed: YAML's word for None, and nothing as the quotes that a shell needs for it."""
+    value = value.strip()
+    return {"": "''", "None": "null"}.get(value, value)
 
 
 def _choices(expected: str) -> str:

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_errors import VERBS, OptionError, explain, refuse_devices, refuse_unreadable
+from lvlm_prune.cli_errors import VERBS, OptionError, explain, refuse_devices, refuse_immense, refuse_unreadable
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.launching import is_first_process
@@ -133,7 +133,7 @@ class LVLMCLI(LightningCLI):
             parser.add_lightning_class_args(SparseLoRA, "lora")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a configuration file that gives a plain value where options belong."""
+        """Refuse a configuration file that gives a plain value where options belong, and numbers without measure."""
         for key in self._parser(self.subcommand).groups or ():
             options = self.config[self.subcommand]
             if key not in options:
@@ -141,6 +141,7 @@ class LVLMCLI(LightningCLI):
             value = "null" if options[key] is None else options[key]
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
+        refuse_immense(self.config[self.subcommand].as_dict())
 
     def instantiate_classes(self) -> None:
         """Trainer, model and data, where the subcommand has any."""

@@ -5,6 +5,9 @@ from typing import Any
 
 _LONGEST_VALUE = 300
 
+LARGEST_COUNT = 2**31 - 1
+"""No number that counts something is larger."""
+
 
 class LVLMPruneError(Exception):
     """Something the user can mend. The command line prints it as one line, `error: ...`, and exits with status 2.
@@ -55,7 +58,7 @@ def refuse_huge(option: str, value: int | None, most: int | None = None) -> None
         ...
         lvlm_prune.errors.InputError: --data.batch_size 100000000000000000000: must be at most 2147483647
     """
-    most = 2**31 - 1 if most is None else most
+    most = LARGEST_COUNT if most is None else most
     if value is not None and value > most:
         raise InputError(option, value, f"must be at most {most}")
 

@@ -19,6 +19,9 @@ class EmbeddedBenchmark(Benchmark):
         seed: Another seed gives other images and questions of the same split.
         split: Split from which they are taken.
 
+    Raises:
+        ValueError: A number is negative, or no question is left.
+
     Example:
         >>> questions = EmbeddedBenchmark(num_images=1, num_text=4).questions
         >>> [question.answer for question in questions if question.group == "text"]
@@ -26,10 +29,11 @@ class EmbeddedBenchmark(Benchmark):
     """
 
     def __init__(self, num_images: int = 300, num_text: int = 600, seed: int = 0, split: Split = "test") -> None:
-        if num_images < 0 or num_text < 0 or num_images + num_text == 0:
-            raise ValueError(
-                f"`num_images` and `num_text` must not be negative or both zero, got {num_images}, {num_text}"
-            )
+        for name, value in (("num_images", num_images), ("num_text", num_text), ("seed", seed)):
+            if value < 0:
+                raise ValueError(f"`{name}` {value}: must not be negative")
+        if num_images + num_text == 0:
+            raise ValueError("`num_images` 0: with `num_text` 0 leaves no question")
         self.num_images, self.num_text, self.seed, self.split = num_images, num_text, seed, split
 
     @cached_property
