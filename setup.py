@@ -14,6 +14,7 @@ class BuildKernels(build_ext):
 KERNELS = Extension(
     "lvlm_prune.packed.kernels._packed",
     sources=["lvlm_prune/packed/kernels/packed.cpp"],
+    depends=[f"lvlm_prune/packed/kernels/{name}.h" for name in ("common", "plain", "avx2", "avx512")],
     language="c++",
     # No errno and no traps: nothing here reads them. Nothing is linked but the C++ library.
     extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"],
