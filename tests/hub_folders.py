@@ -16,14 +16,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.families import (
+from tests.families import tiny_model
+from tests.family_configs import (
     AUDIO_START_TOKEN,
     AUDIO_TOKEN,
     IMAGE_TOKEN,
     VIDEO_TOKEN,
     VISION_END_TOKEN,
     VISION_START_TOKEN,
-    tiny_model,
 )
 
 CLIP = ("CLIPImageProcessorPil", {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}})

@@ -11,7 +11,7 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, REPOSITORY
 
 CALIBRATION = GOLDEN / "calib.safetensors"
 
@@ -66,3 +66,12 @@ def refused(recover, labelled, capsys):
         assert not output.exists()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory) -> Path:
+    """The embedded model, pruned by magnitude, with its report."""
+    folder = tmp_path_factory.mktemp("evaluate") / "pruned"
+    config = f"--config={REPOSITORY / 'configs' / 'prune' / 'magnitude.yaml'}"
+    assert main(["prune", config, "--pruning.sparsity=0.6", "--evaluate=false", f"--output={folder}"]) == 0
+    return folder

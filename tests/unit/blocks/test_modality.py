@@ -5,7 +5,8 @@ import torch
 
 from lvlm_prune.blocks import modality_of_tokens, with_image_positions
 from lvlm_prune.methods.modality import AUDIO, IMAGE, PADDING, TEXT, VIDEO
-from tests.families import AUDIO_TOKEN, FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN
+from tests.families import FAMILIES
+from tests.family_configs import AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 
 TOKENS = torch.tensor([[5, IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN, 7], [0, 0, 5, IMAGE_TOKEN, 7]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])

@@ -18,7 +18,8 @@ from lvlm_prune.data import (
 )
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.errors import InputError, RunError
-from tests.families import IMAGE_TOKEN, tiny_model
+from tests.families import tiny_model
+from tests.family_configs import IMAGE_TOKEN
 from tests.hub_folders import write_processor
 
 REFUSING = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
