@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.checkpoints.hub import DEMO
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD
+from lvlm_prune.output.summaries import next_commands, quality_line
 from lvlm_prune.report.card import refresh_card
 
 if TYPE_CHECKING:
@@ -49,5 +51,9 @@ class PruningReport(PruneCallback):
                 write_page(folder, *pruning_page(trainer.run.record, folder))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         seconds = trainer.run.record["seconds"]
+        if "quality" in trainer.run.record:
+            trainer.run.say(quality_line(trainer.run.record["quality"]))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
         trainer.run.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
+        if trainer.owns_process and pl_module.path != DEMO:
+            trainer.run.say(next_commands(folder, pl_module.path))

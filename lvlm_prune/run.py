@@ -42,6 +42,7 @@ class RunOptions:
         report: Write a page and its figures.
         plan: Only say what would be done, and what memory and disk that needs.
         quiet: Print nothing.
+        held_back: Samples on which the pruned model is measured against the dense one, where it is to be evaluated.
     """
 
     resume: bool = False
@@ -49,6 +50,7 @@ class RunOptions:
     report: bool = True
     plan: bool = False
     quiet: bool = False
+    held_back: int = 0
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.errors import refuse_negative
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.module import LVLMModule
@@ -37,6 +38,7 @@ class LVLMTrainer(RunTrainer):
         report: bool = True,
         plan: bool = False,
         packed: bool = False,
+        held_back: int = 8,
         push: str = "",
         publishable: bool = False,
     ) -> Manifest:
@@ -48,9 +50,11 @@ class LVLMTrainer(RunTrainer):
             output: Folder to write, new or empty. Default: `runs/<model>-<method>-<sparsity>`. A model that is already
                 in memory is pruned in place and nothing is written.
             resume: Go on with the unfinished run in `output`.
-            evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+            evaluate: Measure what pruning cost: the embedded model on the embedded benchmark, others by `held_back`.
             report: Write `report.html` and its figures.
             plan: Only say what would be pruned and what memory and disk that needs; write nothing.
+            held_back: Samples that do not calibrate, on which perplexity and KL against the dense model are measured at
+                the end; 0 for none.
             packed: Pack the sparse checkpoint where it is, once it is written; as `pack` does.
             push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
                 the upload.
@@ -70,7 +74,9 @@ class LVLMTrainer(RunTrainer):
                 pack_folder(output, model)
                 publish(Path(output))
             return Manifest.read(Path(output))
-        run = PruneRun(self, model, datamodule, output, RunOptions(resume, evaluate, report, plan))
+        refuse_negative("held_back", held_back)
+        options = RunOptions(resume, evaluate, report, plan, held_back=held_back)
+        run = PruneRun(self, model, datamodule, output, options)
         manifest = run()
         if packed and not plan:
             pack_output(run.run, model)

@@ -117,6 +117,14 @@ class RemainingDecoderBlocks:
         """
         return {sample.sample: self._answers(sample, batch) for sample, batch in self._behind_the_last([_unchanged])}
 
+    def targets(self) -> dict[int, Tensor]:
+        """Number of each sample of this process -> tokens (n,) that follow the positions of `answers`, int64."""
+        found = {}
+        for sample in self._samples:
+            assert sample.batch.input_ids is not None
+            found[sample.sample] = sample.batch.input_ids[sample.row, self._positions(sample) + 1]
+        return found
+
     @torch.no_grad()
     def divergences(self, changes: Sequence[Change], dense: Mapping[int, Tensor]) -> dict[int, list[float]]:
         r"""How far each change of the first block's weights moves the answers of each sample.
@@ -184,9 +192,13 @@ class RemainingDecoderBlocks:
         return total.item() / max(len(positions), 1)
 
     def _answers(self, sample: WaitingSample, batch: CaughtBatch) -> Tensor:
+        return self._runner.finish(batch)[sample.row][self._positions(sample)]
+
+    @staticmethod
+    def _positions(sample: WaitingSample) -> Tensor:
         positions = sample.predicted[1:].nonzero().flatten()
         every = -(-len(positions) // _ANSWERS)
-        return self._runner.finish(batch)[sample.row][positions[:: max(every, 1)]]
+        return positions[:: max(every, 1)]
 
     def _divergence(self, dense: Tensor, changed: Tensor) -> float:
         total = dense.new_zeros((), dtype=torch.float64)

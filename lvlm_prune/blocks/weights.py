@@ -145,6 +145,12 @@ class StreamedWeights(Weights):
         other._take_blocks(blocks)
         return other
 
+    def at(self, folder: CheckpointFolder) -> "StreamedWeights":
+        """The same weights, read from another folder of the same layout."""
+        other = copy(self)
+        other._folder, other._coming = folder, None
+        return other
+
     def key_of(self, name: str) -> str | None:
         """Name on disk of a parameter of the model, or None where it is stored in another form than it is used in.
 

@@ -8,6 +8,7 @@ for batch in data.calibration_batches(processor):
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -103,6 +104,28 @@ class CalibrationDataModule(L.LightningDataModule):
             with mounted(data=self):
                 self._selection = self._choose()
         return self._selection
+
+    def held_back(self, count: int) -> tuple[CalibrationDataModule, bool]:
+        """A set of other samples of the same source, for measuring; those that cannot be read are left out.
+
+        Args:
+            count: How many, at most.
+
+        Returns:
+            The set, and whether its samples are others than those that calibrate: where the source has no others, they
+            are some of these, from all over the set.
+        """
+        chosen = self.select()
+        try:
+            wanted = min(len(chosen) + count, self.source.available)
+            found = sorted(set(self.source.choose(wanted, self.seed)) - set(chosen))
+        except ValueError:  # of a source that cannot give as many
+            found = []
+        every = max(len(chosen) // count, 1)
+        other = copy.copy(self)
+        other.on_error, other.skipped = "skip", []
+        other._selection = found[:count] or chosen[::every][:count]
+        return other, bool(found)
 
     def _choose(self) -> list[int]:
         self.source.setup()

@@ -163,7 +163,7 @@ class BlockLoop:
 
     def tail(self, first: int) -> RemainingDecoderBlocks:
         """Block `first`, at whose input the samples are, and all blocks after it."""
-        samples = [_waiting_sample(row) for row in self.rows]
+        samples = [waiting_sample(row) for row in self.rows]
         return RemainingDecoderBlocks(self.runner, self.weights, samples, first, self.placement)
 
     def _block(self, place: int) -> Block:
@@ -287,8 +287,8 @@ def _broken_weight(block: Block) -> str:
     return next((f", first in {name}," for name in broken), "")
 
 
-def _waiting_sample(row: SampleRow) -> WaitingSample:
-    """Every text token is to be predicted."""
+def waiting_sample(row: SampleRow) -> WaitingSample:
+    """A sample that waits for what comes after a block; every text token is to be predicted."""
     assert row.batch.input_ids is not None
     predicted = torch.zeros_like(row.batch.input_ids[row.row], dtype=torch.bool)
     is_text = row.modality == TEXT

@@ -18,7 +18,18 @@ METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
 
 # Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
-_FREE_TO_CHANGE = ("output", "resume", "evaluate", "report", "packed", "push", "publishable", "trainer", "config")
+_FREE_TO_CHANGE = (
+    "output",
+    "resume",
+    "evaluate",
+    "held_back",
+    "report",
+    "packed",
+    "push",
+    "publishable",
+    "config",
+    "trainer",
+)
 
 # Where the checkpoint and the calibration data are: they may move while what is there stays, which fingerprints tell.
 _PLACES = {

@@ -1,7 +1,9 @@
-"""What a recovery says when it is done."""
+"""What runs say when they are done."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,47 @@ def _scores_table(evaluation: dict[str, Any]) -> str:
         dense, pruned, recovered, before, after = (100 * value for value in values)
         lines.append(f"{label:16}{dense:8.1f}{pruned:9.1f}{recovered:11.1f}{before:11.1f}% → {after:.1f}%")
     return "\n".join(lines)
+
+
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """What was measured, in a line.
+
+    Example:
+        >>> print(quality_line({"samples": 8, "tokens": 900, "held_back": True, "dense_perplexity": 5.0,
+        ...                     "perplexity": 6.25, "kl": 0.21}))
+        on 8 samples held back from calibration (900 text tokens): perplexity 5 → 6.25, KL(dense ‖ pruned) 0.21 nats
+        per token
+    """
+    if "not_measured" in quality:
+        return f"perplexity and KL not measured: {quality['not_measured']}"
+    which = "held back from calibration" if quality["held_back"] else "of the calibration set (there are no others)"
+    before, after, apart = (_written(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
+    return (
+        f"on {quality['samples']} samples {which} ({quality['tokens']} text tokens): "
+        f"perplexity {before} → {after}, KL(dense ‖ pruned) {apart} nats per token"
+    )
+
+
+def _written(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4g}"
+
+
+def next_commands(folder: Path, dense: str) -> str:
+    """What can be done with a sparse checkpoint, a command in each line.
+
+    Args:
+        folder: The checkpoint.
+        dense: What it was made from, as the user named it.
+
+    Example:
+        >>> print(next_commands(Path("out"), "me/llava"))
+        next: lvlm-prune evaluate --model.path out --baseline me/llava --engine.benchmark LocalBenchmark ...
+              lvlm-prune recover --model.path out --data.source ...
+              lvlm-prune pack --model.path out
+    """
+    sparse, origin = shlex.quote(str(folder)), shlex.quote(dense)
+    return (
+        f"next: lvlm-prune evaluate --model.path {sparse} --baseline {origin} --engine.benchmark LocalBenchmark ...\n"
+        f"      lvlm-prune recover --model.path {sparse} --data.source ...\n"
+        f"      lvlm-prune pack --model.path {sparse}"
+    )

@@ -24,6 +24,7 @@ from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
+from lvlm_prune.output.summaries import quality_line
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
@@ -270,6 +271,9 @@ def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
 def _scores(folder: Path, record: Mapping[str, Any]) -> str:
     """What the checkpoint scores: by `evaluate`, else as the run that made it found; or that nobody knows."""
     parts = ["## What is left of the dense model"]
+    if "perplexity" in record.get("quality", {}):
+        line = quality_line(record["quality"])
+        parts.append(f"{line[0].upper()}{line[1:]}.")
     evaluated, found = read_record(folder), record.get("evaluation")
     if evaluated is not None:
         parts += [f"By `lvlm-prune evaluate` (`{EVALUATION_RECORD}`); shares in percent.", evaluation_table(evaluated)]

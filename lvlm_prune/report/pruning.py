@@ -156,7 +156,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         facts[f"sparsity, {target}"] = show(run, "sparsity", "parts", target, "achieved", unit="percent")
     if "evaluation" in run:
         facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
-    facts |= evaluated_facts(run)
+    facts |= evaluated_facts(run) | _quality_facts(run)
     if "size_bytes" in run:
         facts["checkpoint"] = show(run, "size_bytes", unit="megabytes")
     facts["time"] = show(run, "seconds", unit="seconds")
@@ -165,6 +165,13 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     if "num_samples" in run["calibration"]:
         facts["calibration samples"] = show(run, "calibration", "num_samples", unit="count")
     return facts
+
+
+def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What pruning cost on a few samples; empty where nothing was measured."""
+    names = {"dense_perplexity": "perplexity, dense", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
+    found = run.get("quality", {})
+    return {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
 
 
 def _scores(run: Mapping[str, Any]) -> Table | None:

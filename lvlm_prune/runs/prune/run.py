@@ -15,11 +15,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.checkpoints.hub import DEMO
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch, SharedLaunch
 from lvlm_prune.errors import InputError
+from lvlm_prune.loop.catching import CaughtSamples
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.memory.planning import Plan, make_plan
 from lvlm_prune.memory.sizes import BatchSize
@@ -31,6 +33,7 @@ from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
+from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
 from lvlm_prune.runs.session import ended, prepare_source, session
@@ -185,6 +188,7 @@ class PruneRun:
             # A folder that is named after what is there already may be another one on each process.
             run.folder = run.processes.on_main(lambda: run.folder)
             self._prune()
+            self._measure()
             run.record["seconds"] = time.perf_counter() - self.started
         else:
             run.record = finished
@@ -210,6 +214,18 @@ class PruneRun:
             if self.participants.surveying():
                 stream.survey()
             stream.prune(part)
+
+    def _measure(self) -> None:
+        """What pruning cost, on samples that did not calibrate; one process is enough for a few."""
+        run, model = self.run, self.model
+        wanted = run.options.evaluate and run.options.held_back and self.participants.samples()
+        if not wanted or run.folder is None or model.folder is None or model.path == DEMO:
+            return
+        run.samples = CaughtSamples()
+        run.memory.forget()
+        written, count = model.folder.at(run.folder), run.options.held_back
+        measure = SampleQuality(model, self.datamodule, count, self.launch.fabric.device)
+        run.record["quality"] = run.processes.on_main(lambda: measure(written))
 
     def _finished_blocks(self) -> set[int]:
         """Blocks that an interrupted run finished, where it is to go on."""

@@ -1,0 +1,148 @@
+"""What pruning cost, on a few samples that it did not see: perplexity, and how far the answers moved.
+
+dense checkpoint  ─► blocks one at a time ─► hidden states behind the last norm ─┐ a few megabytes each
+sparse checkpoint ─► blocks one at a time ─► hidden states behind the last norm ─┤
+                                                 output embedding, alone in memory ┴─► perplexity, KL(dense ‖ pruned)
+
+Never more is in memory than while calibration samples are caught: a block and the next one, or the output embedding,
+which is as large as the token embedding, and the logits of a few positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.errors import LVLMPruneError, first_line
+from lvlm_prune.loop.block_loop import waiting_sample
+from lvlm_prune.loop.catching import catch_batch
+from lvlm_prune.module import LVLMModule
+
+# Bytes of the logits of a few positions, in float32; four such tensors are held at once.
+_LOGITS_BYTES = 2**24
+
+
+class SampleQuality:
+    """Measures a sparse checkpoint against the dense one that it was made from.
+
+    Args:
+        model: The dense model, opened from a folder.
+        datamodule: The calibration set, whose source has more samples.
+        count: Samples to measure on.
+        device: Where blocks run.
+    """
+
+    def __init__(
+        self, model: LVLMModule, datamodule: CalibrationDataModule, count: int, device: torch.device | str
+    ) -> None:
+        self._model, self._device = model, device
+        self._samples, self.is_held_back = datamodule.held_back(count)
+
+    def __call__(self, written: CheckpointFolder) -> dict[str, Any]:
+        """Measure.
+
+        Args:
+            written: The sparse checkpoint, whose blocks are all written.
+
+        Returns:
+            `samples` and text `tokens` that were predicted; whether the samples were `held_back` from calibration;
+            `perplexity` and `dense_perplexity` of these tokens, null where infinite; `kl`: mean KL(dense ‖ pruned) per
+            token in nats. Where it cannot be measured only `not_measured`, the reason.
+        """
+        weights = self._model.weights(torch.device(self._device))
+        assert isinstance(weights, StreamedWeights)
+        try:
+            dense, targets = self._answers(weights)
+            pruned, _ = self._answers(weights.at(written))
+            return self._compared(weights, dense, pruned, targets)
+        except (LVLMPruneError, torch.OutOfMemoryError, ValueError, RuntimeError) as error:
+            # The checkpoint is whole without these numbers.
+            return {"not_measured": first_line(error)}
+
+    @torch.no_grad()
+    def _answers(self, weights: StreamedWeights) -> tuple[Mapping[int, Tensor], Mapping[int, Tensor]]:
+        """Number of each sample -> hidden states (n, D) behind the last norm, and the tokens (n,) that follow."""
+        model, rows = self._model, []
+        weights.load_non_block_weights()
+        for batch in self._samples.calibration_batches(
+            model.processor, batch_size=1, limits=ModelLimits.of(model.model)
+        ):
+            rows += catch_batch(model, batch, torch.device(self._device))
+        weights.release_non_block_weights(any(row.batch.needs_token_embedding for row in rows))
+        weights.load_block(0)
+        tail = RemainingDecoderBlocks(model.parts[-1].runner, weights, [waiting_sample(row) for row in rows], 0)
+        found = tail.answers()
+        weights.release_block(0)
+        return found, tail.targets()
+
+    @torch.no_grad()
+    def _compared(
+        self,
+        weights: StreamedWeights,
+        dense: Mapping[int, Tensor],
+        pruned: Mapping[int, Tensor],
+        targets: Mapping[int, Tensor],
+    ) -> dict[str, Any]:
+        weights.load_output_embedding()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for number, following in targets.items():
+            vocabulary = self._logits(dense[number][:1]).shape[-1] if len(following) else 1
+            size = max(_LOGITS_BYTES // (4 * vocabulary), 1)
+            parts = (one.split(size) for one in (dense[number], pruned[number], following))
+            for before, after, tokens in zip(*parts):
+                expected, found = self._logits(before), self._logits(after)
+                losses = [cross_entropy(one, tokens, reduction="sum") for one in (expected, found)]
+                apart = kl_div(
+                    found.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="sum", log_target=True
+                )
+                sums += torch.stack([*losses, apart]).double().cpu()
+        weights.release_output_embedding()
+        count = sum(map(len, targets.values()))
+        if not count:
+            return {"not_measured": "the samples have no text tokens to predict"}
+        before, after, apart = (sums / count).tolist()
+        return {
+            "samples": len(targets),
+            "tokens": count,
+            "held_back": self.is_held_back,
+            "dense_perplexity": _perplexity(before),
+            "perplexity": _perplexity(after),
+            "kl": apart if math.isfinite(apart) else None,
+        }
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return logits_behind(self._model.model, hidden)
+
+
+def logits_behind(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits as the model's own forward makes them: float32 of shape (n, V).
+
+    Args:
+        model: A transformers model with an output embedding, which is in memory.
+        hidden: Hidden states behind the last norm, shape (n, D).
+
+    Raises:
+        ValueError: The model has no output embedding.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding")
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    logits: Tensor = head(hidden).float()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _perplexity(loss: float) -> float | None:
+    return math.exp(loss) if math.isfinite(loss) and loss < 700 else None

@@ -1,0 +1,93 @@
+"""What `prune` says about quality: the numbers are those of the whole models in plain transformers."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForImageTextToText
+
+from lvlm_prune.cli import main
+from lvlm_prune.data import CalibrationDataModule, TensorSource
+from tests.conftest import GOLDEN
+from tests.integration.test_hub_folders import write_captions, write_folder
+
+CALIBRATION = str(GOLDEN / "calib.safetensors")
+
+
+def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float]:
+    """Perplexity dense and pruned, and KL, at every text token of golden samples; by whole models."""
+    source, sums, count = TensorSource(CALIBRATION), torch.zeros(3, dtype=torch.float64), 0
+    source.setup()
+    models = [AutoModelForImageTextToText.from_pretrained(path).eval() for path in (GOLDEN / "model", folder)]
+    special = [models[0].config.image_token_id, models[0].config.video_token_id]
+    for number in numbers:
+        inputs = {name: value for name, value in source[number].items() if name != "labels"}
+        ids = inputs["input_ids"][0]
+        at = [place for place in range(len(ids) - 1) if int(ids[place + 1]) not in special]
+        with torch.no_grad():
+            dense, pruned = (model(**inputs).logits[0, at].double() for model in models)
+        following = ids[[place + 1 for place in at]]
+        sums[0] += cross_entropy(dense, following, reduction="sum")
+        sums[1] += cross_entropy(pruned, following, reduction="sum")
+        sums[2] += kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
+        count += len(at)
+    before, after, apart = (sums / count).tolist()
+    return math.exp(before), math.exp(after), apart
+
+
+@pytest.fixture
+def small(golden_arguments, tmp_path) -> list[str]:
+    return [*golden_arguments, "--data.num_samples=3", "--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}"]
+
+
+def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys):
+    assert main([*small, "--held_back=2", "--report=true"]) == 0
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]
+    data = CalibrationDataModule(TensorSource(CALIBRATION), num_samples=3)
+    others, held_back = data.held_back(2)
+    assert held_back
+    assert not set(others.select()) & set(data.select())
+    before, after, apart = measured(tmp_path / "out", others.select())
+    assert found["dense_perplexity"] == pytest.approx(before, rel=1e-4)
+    assert found["perplexity"] == pytest.approx(after, rel=1e-4)
+    assert found["kl"] == pytest.approx(apart, rel=1e-3)
+    assert found["samples"] == 2
+    said = capsys.readouterr().out
+    assert "on 2 samples held back from calibration" in said
+    assert f"next: lvlm-prune evaluate --model.path {tmp_path / 'out'} --baseline {GOLDEN / 'model'}" in said
+    assert "perplexity, pruned" in (tmp_path / "out" / "report.html").read_text()
+    assert f"{found['kl']:.4g} nats per token" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_it_can_be_left_out_and_changes_no_weight(small, tmp_path):
+    assert main([*small, "--held_back=0"]) == 0
+    assert "quality" not in json.loads((tmp_path / "out" / "pruning.json").read_text())
+    without = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert main([*small[:-1], f"--output={tmp_path / 'with'}"]) == 0
+    assert (tmp_path / "with" / "model.safetensors").read_bytes() == without
+
+
+def test_a_source_without_other_samples_measures_on_those_that_calibrated(golden_arguments, tmp_path, capsys):
+    assert main([*golden_arguments, "--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}"]) == 0
+    assert not json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]["held_back"]
+    assert "of the calibration set (there are no others)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_families_with_tied_embeddings_and_streamed_towers(family, tmp_path):
+    write_folder(tmp_path / "dense", family)
+    data = write_captions(tmp_path / "images")
+    source = [
+        "--data.source=LlavaJsonSource",
+        f"--data.source.path={data}",
+        f"--data.source.image_folder={data.parent}",
+    ]
+    options = ["--data.num_samples=5", "--trainer.accelerator=cpu", "--report=false"]
+    assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, f"--output={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]
+    assert found["held_back"]
+    assert found["samples"] == 3
+    assert found["kl"] > 0
