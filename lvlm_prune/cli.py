@@ -49,10 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
+        print(f"lvlm-prune {__version__}")
+        return 0
+    if arguments and arguments[0] in ("--help", "-h"):
+        from lvlm_prune.cli_help import commands_help
+
+        print(commands_help(__version__))
+        return 0
+    if arguments == ["kernels"]:
         from lvlm_prune.packed.kernels import kernel_report
 
         try:
-            print(f"lvlm-prune {__version__}\n{kernel_report()}")
+            print(kernel_report())
         except LVLMPruneError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.cli_errors import VERBS, OptionError, explain, refuse_devices, refuse_immense, refuse_unreadable
+from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.launching import is_first_process
@@ -42,6 +43,14 @@ _WITHOUT_TRAINER = ("compare", *_OF_FOLDERS)
 _LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
 
 
+# Options of Lightning's Trainer that only a loop of training, validation or prediction heeds.
+_OF_TRAINING = {
+    *("fast_dev_run", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "overfit_batches"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "val_check_interval"),
+    *("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "reload_dataloaders_every_n_epochs", "enable_checkpointing"),
+    *("use_distributed_sampler", "detect_anomaly", "sync_batchnorm", "enable_model_summary"),
+}
 # Classes whose short names the command line is to know, beyond those that its signatures lead to.
 _ENGINES = (LMEvalEngine, LMMSEvalEngine)
 
@@ -51,6 +60,13 @@ class LVLMParser(LightningArgumentParser):
 
     command_line: ClassVar[Sequence[str]] = ()
     folder: ClassVar[Path] = Path()
+    shown: ClassVar[Sequence[str]] = ()
+    """What was typed, recipes and requests for help included."""
+
+    def format_help(self) -> str:
+        """One line for each option, our own first."""
+        verb = next(iter(self.command_line[:1]), "")
+        return command_help(self, verb, asks_for_trainer(self.shown)) if verb in VERBS else super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
@@ -235,7 +251,20 @@ class LVLMCLI(LightningCLI):
         """The trainer gets the configuration that repeats the run, and may end the process, which is all its own."""
         self.trainer.owns_process = True
         self.trainer.config = config = self._run_config(verb)
+        if verb != "recover":
+            self._refuse_training_options(verb)
         return config
+
+    def _refuse_training_options(self, verb: str) -> None:
+        """Refuse options of the Trainer that only training heeds.
+
+        Raises:
+            InputError: One of them is not at its default.
+        """
+        defaults = self._parser(verb).get_defaults()["trainer"].as_dict()
+        for name, value in self._get(self.config, "trainer").as_dict().items():
+            if name in _OF_TRAINING and value != defaults[name]:
+                raise InputError(f"trainer.{name}", value, f"does nothing with {verb}, which trains nothing")
 
     def _run_config(self, verb: str) -> dict[str, Any]:
         parser, values = self._parser(verb), self.config[verb]
@@ -280,6 +309,8 @@ def _run(arguments: Sequence[str]) -> None:
     load_installed_plugins()
     if arguments[:1] == ["prune"]:
         arguments = with_recipe(arguments)
+    LVLMParser.shown = arguments
+    arguments = ["--help" if argument == TRAINER_HELP else argument for argument in arguments]
     LVLMParser.command_line, LVLMParser.folder = arguments, Path.cwd()
     LVLMCLI(
         LVLMModule,

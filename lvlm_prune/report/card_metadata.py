@@ -7,7 +7,9 @@ this run      base_model, base_model_relation, library_name, tags ──► writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -25,11 +27,24 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
         ({'license': 'mit'}, 'A model.')
     """
     try:
-        card = ModelCard(text, ignore_metadata_errors=True)
+        with _in_silence():
+            card = ModelCard(text, ignore_metadata_errors=True)
         metadata = {name: value for name, value in card.data.to_dict().items() if name != "model-index"}
     except (ValueError, TypeError, AttributeError, yaml.YAMLError):
         return {}, text.strip()
     return metadata, card.text.strip()
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """What the library has to say of somebody else's card is of no use to the user of this one."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def merged_metadata(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
 from lvlm_prune.report.card import DENSE_CARD, card_of, refresh_card, write_adapter_card, write_card
@@ -160,6 +161,12 @@ def test_a_packed_checkpoint_needs_this_package_to_load(tmp_path):
     assert "packed" in card.data.tags
     assert "import lvlm_prune" in card.text
     assert "2.00 times smaller" in card.text
+
+
+@pytest.mark.parametrize("dense", ["", "Text alone.", DENSE.replace("name: dense", "nothing: 1")])
+def test_nothing_is_said_on_the_screen_of_a_card(dense, tmp_path, capfd):
+    assert dense.rpartition("---")[2].strip() in card_of(folder_of(tmp_path, pruned()), dense)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_card_whose_head_cannot_be_read_is_kept_as_text(tmp_path):

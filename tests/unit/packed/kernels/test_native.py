@@ -25,8 +25,8 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 
 
 def test_the_version_says_which_kernels_are_there(run_cli):
-    result = run_cli("--version")
-    assert result.stdout.splitlines()[1] == kernel_report()
+    result = run_cli("kernels")
+    assert result.stdout.splitlines() == [kernel_report()]
 
 
 def test_a_library_of_another_version_is_not_used(compile_kernels, monkeypatch, tmp_path):

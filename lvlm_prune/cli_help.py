@@ -1,0 +1,169 @@
+"""What `--help` prints: one line for each command, and one for each option of a command, our own before Lightning's.
+
+lvlm-prune --help                 the commands; nothing is imported for it
+lvlm-prune prune --help           the command's own options, with the classes that they take
+lvlm-prune prune --help-trainer   the options of Lightning's Trainer
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from lvlm_prune.cli_errors import VERBS
+
+TRAINER_HELP = "--help-trainer"
+
+_WIDTH = 118
+_COLUMN = 34
+_TRAINER = "trainer"
+_ALONE = {
+    "methods": "List the recipes that `prune --method NAME` takes.",
+    "kernels": "Say which kernels for packed weights this machine has.",
+}
+
+
+def commands_help(version: str) -> str:
+    """The commands, each with the first sentence of what it does; read from the source, which is not run.
+
+    Args:
+        version: Of this package.
+    """
+    tree = ast.parse((Path(__file__).parent / "trainer.py").read_text(encoding="utf-8"))
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    said = {verb: _first_sentence(ast.get_docstring(functions[verb]) or "") for verb in VERBS} | _ALONE
+    lines = [f"  {verb:12}{text}" for verb, text in said.items()]
+    return "\n".join(
+        [
+            f"lvlm-prune {version}: make a large vision-language model sparse after training, and see what it cost.",
+            "",
+            "usage: lvlm-prune COMMAND [--option VALUE ...]",
+            "",
+            *lines,
+            "",
+            "lvlm-prune COMMAND --help says what a command takes; lvlm-prune --version prints the version.",
+        ]
+    )
+
+
+def command_help(parser: Any, verb: str, trainer: bool) -> str:
+    """Options of a command, a line each.
+
+    Args:
+        parser: jsonargparse's parser of the command.
+        verb: Its name.
+        trainer: Whether the options of Lightning's Trainer are asked for, instead of all others.
+    """
+    groups = [(group, list(_options(group))) for group in parser._action_groups]
+    groups = [(group, options) for group, options in groups if options]
+    of_trainer = [options for group, options in groups if _section(options) == _TRAINER]
+    if trainer:
+        lines = [f"Options of Lightning's Trainer that `lvlm-prune {verb}` has:", ""]
+        return "\n".join([*lines, *(line for options in of_trainer for line in _lines(options))]) + "\n"
+    own = [(group, options) for group, options in groups if _section(options) != _TRAINER]
+    # What is the command's alone comes first, what every parser has last.
+    own.sort(key=lambda entry: _rank(entry[0].title, _section(entry[1])))
+    lines = [f"usage: lvlm-prune {verb} [--option VALUE ...]"]
+    if verb == "prune":
+        lines += ["", _line("--method NAME", "Recipe to start from; `lvlm-prune methods` lists them.")]
+    for group, options in own:
+        title = "Every command" if group.title in ("options", "positional arguments") else group.title
+        lines += ["", *textwrap.wrap(f"{title}:", _WIDTH), *_lines(options)]
+    plugins = [name.removesuffix(".help") for name in parser._option_string_actions if name.endswith(".help")]
+    own_plugins = [name for name in plugins if not name.startswith(f"--{_TRAINER}.")]
+    if own_plugins:
+        lines += ["", f"Options of a class: lvlm-prune {verb} {own_plugins[0]}.help CLASS, and so on."]
+    if of_trainer:
+        count = sum(map(len, of_trainer))
+        more = f"lvlm-prune {verb} {TRAINER_HELP}"
+        lines += ["", f"Lightning's Trainer: {count} options as --trainer.NAME; `{more}` lists them."]
+    return "\n".join(lines) + "\n"
+
+
+def asks_for_trainer(arguments: Sequence[str]) -> bool:
+    """Whether a command line wants the options of Lightning's Trainer.
+
+    Example:
+        >>> asks_for_trainer(["prune", "--help-trainer"])
+        True
+    """
+    return TRAINER_HELP in arguments
+
+
+def _options(group: Any) -> Iterator[Any]:
+    """Options of a group that a user may give, without those that only show help or load a file for the group."""
+    for action in group._group_actions:
+        kind = type(action).__name__
+        if kind not in ("_ActionConfigLoad", "_ActionHelpClassPath", "_HelpAction"):
+            yield action
+
+
+def _section(options: Sequence[Any]) -> str:
+    """First part of the options' names where they have several: `trainer`, `pruning`."""
+    return options[0].dest.split(".")[0] if "." in options[0].dest else ""
+
+
+def _rank(title: str, section: str) -> int:
+    if title in ("options", "positional arguments"):
+        return 3
+    return {"": 0, "model": 2, "data": 2}.get(section, 1)
+
+
+def _lines(options: Sequence[Any]) -> Iterator[str]:
+    """A line for each option, and below it the classes that it takes."""
+    for action in options:
+        yield _line(_signature(action), _first_sentence(action.help or ""))
+        names = ", ".join(_classes(getattr(action, "_typehint", None)))
+        yield from textwrap.wrap(names, _WIDTH, initial_indent=" " * _COLUMN, subsequent_indent=" " * _COLUMN)
+
+
+def _line(signature: str, text: str) -> str:
+    """One line; the text is cut where it would need a second one."""
+    column = max(_COLUMN, len(signature) + 4)
+    return f"  {signature:{column - 2}}{textwrap.shorten(text, max(_WIDTH - column, 40), placeholder=' ...')}"
+
+
+def _signature(action: Any) -> str:
+    """Name and default of an option."""
+    long = [name for name in action.option_strings if name.startswith("--")]
+    name, default = long[0] if long else action.dest, action.default
+    if isinstance(default, dict) and "class_path" in default:
+        default = default["class_path"].rpartition(".")[2]
+    shown = isinstance(default, (str, int, float)) and 0 < len(str(default)) < 24 and default != "==SUPPRESS=="
+    written = str(default).lower() if isinstance(default, bool) else default
+    return f"{name} {written}" if shown else name
+
+
+def _classes(hint: Any) -> list[str]:
+    """Names of this package's classes that an option takes; empty for options that take values."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if inspect.isclass(kind) and inspect.isabstract(kind)]
+    found = {one for kind in kinds if kind.__module__.startswith("lvlm_prune.") for one in _below(kind)}
+    # Of Python alone is what takes samples from memory.
+    inside = (one for one in found if one.__module__.startswith("lvlm_prune.") and one.__module__ != "lvlm_prune.api")
+    own = (one for one in inside if not inspect.isabstract(one))
+    return sorted({one.__name__ for one in own if not one.__name__.startswith(("_", "Lazy"))})
+
+
+def _below(kind: type) -> Iterator[type]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _first_sentence(text: str) -> str:
+    r"""Up to the first full stop that ends a sentence.
+
+    Example:
+        >>> _first_sentence("Say `a.b`, e.g. this.\nAnd more.")
+        'Say `a.b`, e.g. this.'
+    """
+    joined = " ".join(text.split("\n\n")[0].split())
+    for place, sign in enumerate(joined):
+        ends = sign == "." and joined[place + 1 : place + 2] in ("", " ") and joined[place + 2 : place + 3].isupper()
+        if ends:
+            return joined[: place + 1]
+    return joined

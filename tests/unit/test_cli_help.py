@@ -1,0 +1,68 @@
+"""Help: quick where nothing has to be known but the commands, and our own options first."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lvlm_prune.cli import main
+from lvlm_prune.cli_errors import VERBS
+
+HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
+
+
+@pytest.mark.parametrize("argument", ["--version", "--help", "methods"])
+def test_what_needs_no_library_loads_none(argument):
+    code = (
+        "import sys; from lvlm_prune.cli import main; status = main(sys.argv[1:]); "
+        f"print('loaded', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(status)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert lines[-1] == "loaded"
+    assert len(lines) > 1
+
+
+def test_every_command_is_listed_with_what_it_does(capsys):
+    assert main(["--help"]) == 0
+    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()[4:] if line}
+    assert {*VERBS, "methods", "kernels"} <= said.keys()
+    assert all(said[verb].endswith(".") and len(said[verb]) > 20 for verb in VERBS)
+
+
+def shown(capsys, *arguments: str) -> list[str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_our_options_come_first_with_a_line_and_the_classes_that_they_take(capsys):
+    lines = shown(capsys, "prune", "--help")
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert options[:2] == ["--method", "--output"]
+    assert {"--pruning.sparsity", "--model.path", "--data.source", "--held_back", "--push"} <= set(options)
+    assert not [option for option in options if option.startswith("--trainer")]
+    assert len(options) == len(set(options))
+    text = "\n".join(lines)
+    for name in ("AsymmetricPool", "SparseGPTScorer", "OWLAllocation", "LlavaJsonSource", "ALPSSolver"):
+        assert name in text
+    assert "--help-trainer" in text
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_options_of_the_trainer_are_asked_for(capsys):
+    lines = shown(capsys, "recover", "--help-trainer")
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert "--trainer.max_epochs" in options
+    assert all(option.startswith("--trainer.") for option in options)
+
+
+@pytest.mark.parametrize("verb", ["prune", "evaluate"])
+def test_options_of_training_are_refused_where_nothing_is_trained(verb, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "--trainer.max_epochs=3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --trainer.max_epochs 3: does nothing with {verb}, which trains nothing"
+    assert not list(tmp_path.iterdir())
