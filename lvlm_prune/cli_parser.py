@@ -63,10 +63,12 @@ class LVLMParser(LightningArgumentParser):
     shown: ClassVar[Sequence[str]] = ()
     """What was typed, recipes and requests for help included."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: Any = None) -> str:
         """One line for each option, our own first."""
         verb = next(iter(self.command_line[:1]), "")
-        return command_help(self, verb, asks_for_trainer(self.shown)) if verb in VERBS else super().format_help()
+        return (
+            command_help(self, verb, asks_for_trainer(self.shown)) if verb in VERBS else super().format_help(formatter)
+        )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
