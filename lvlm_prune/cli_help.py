@@ -140,8 +140,10 @@ def _signature(action: Any) -> str:
 
 def _classes(hint: Any) -> list[str]:
     """Names of this package's classes that an option takes; empty for options that take values."""
-    kinds: list[type] = [kind for kind in (hint, *get_args(hint)) if inspect.isclass(kind) and inspect.isabstract(kind)]
-    below: list[type] = [one for kind in kinds if kind.__module__.startswith("lvlm_prune.") for one in _below(kind)]
+    below: list[type] = []
+    for kind in (hint, *get_args(hint)):
+        if inspect.isclass(kind) and inspect.isabstract(kind) and kind.__module__.startswith("lvlm_prune."):
+            below += _below(kind)
     # Of Python alone is what takes samples from memory.
     inside = [one for one in below if one.__module__.startswith("lvlm_prune.") and one.__module__ != "lvlm_prune.api"]
     names = {one.__name__ for one in inside if not inspect.isabstract(one)}
