@@ -146,7 +146,7 @@ def _classes(hint: Any) -> list[str]:
             below += _below(kind)
     # Of Python alone is what takes samples from memory.
     inside = [one for one in below if one.__module__.startswith("lvlm_prune.") and one.__module__ != "lvlm_prune.api"]
-    names = {one.__name__ for one in inside if not inspect.isabstract(one)}
+    names = {one.__name__ for one in inside if not getattr(one, "__abstractmethods__", ())}
     return sorted(name for name in names if not name.startswith(("_", "Lazy")))
 
 
