@@ -140,17 +140,19 @@ def _signature(action: Any) -> str:
 
 def _classes(hint: Any) -> list[str]:
     """Names of this package's classes that an option takes; empty for options that take values."""
-    below: list[type] = []
+    names = set()
     for kind in (hint, *get_args(hint)):
-        if inspect.isclass(kind) and inspect.isabstract(kind) and kind.__module__.startswith("lvlm_prune."):
-            below += _below(kind)
-    # Of Python alone is what takes samples from memory.
-    inside = [one for one in below if one.__module__.startswith("lvlm_prune.") and one.__module__ != "lvlm_prune.api"]
-    names = {one.__name__ for one in inside if not getattr(one, "__abstractmethods__", ())}
-    return sorted(name for name in names if not name.startswith(("_", "Lazy")))
+        if not (isinstance(kind, type) and inspect.isabstract(kind) and kind.__module__.startswith("lvlm_prune.")):
+            continue
+        for one in _below(kind):
+            # Of Python alone is what takes samples from memory.
+            ours = one.__module__.startswith("lvlm_prune.") and one.__module__ != "lvlm_prune.api"
+            if ours and not getattr(one, "__abstractmethods__", ()) and not one.__name__.startswith(("_", "Lazy")):
+                names.add(one.__name__)
+    return sorted(names)
 
 
-def _below(kind: type) -> Iterator[type]:
+def _below(kind: Any) -> Iterator[Any]:
     for one in kind.__subclasses__():
         yield one
         yield from _below(one)
