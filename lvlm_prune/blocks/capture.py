@@ -222,7 +222,8 @@ def record(
             hidden, named = named_arguments(decoder.layers[block], arguments, keywords)
             if returned and block <= max(returned):
                 name = decoder.names[block]
-                raise InputError("model.path", type(model).__name__, f"its decoder calls {name} out of order")
+                again = "a second time" if block in returned else "out of order"
+                raise InputError("model.path", type(model).__name__, f"its decoder calls {name} {again}")
             note_glue(hidden)
             if recording.hidden is None:
                 # The decoder may go on to change this very tensor in place.
@@ -230,8 +231,6 @@ def record(
             recording.arguments[block] = named
             output = torch.full_like(hidden, torch.nan) if poison else hidden
             returned[block] = (output, output._version)
-            if block == len(decoder.layers) - 1:
-                raise StopForward
             return block_return(extra_outputs, block, output)
 
         return stub
@@ -260,6 +259,10 @@ def record(
         if recording.arguments:
             raise UnexpectedForm(str(error)) from error
         raise
+    except RuntimeError:
+        # Behind the last block there is nothing to learn but that no block is called again; a norm may be on meta.
+        if len(decoder.layers) - 1 not in returned:
+            raise
     finally:
         for handle in handles:
             handle.remove()

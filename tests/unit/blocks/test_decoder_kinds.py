@@ -282,13 +282,18 @@ def test_batches_moved_between_blocks_chain_as_well(kind: type[Decoder]) -> None
     torch.testing.assert_close(runner.finish(batch), model(**INPUTS[1]), rtol=0, atol=0)
 
 
-def test_a_decoder_that_calls_a_block_twice_is_refused() -> None:
+@pytest.mark.parametrize("where", ["before all blocks", "behind the last block"])
+def test_a_decoder_that_calls_a_block_twice_is_refused(where: str) -> None:
+    """Its blocks stand for more layers than there are, and a block's inputs are not those of one call."""
+
     class Looped(Decoder):
         def loop(self, hidden: Tensor) -> Tensor:
-            return super().loop(self.layers[0](hidden))
+            if where == "before all blocks":
+                return super().loop(self.layers[0](hidden))
+            return self.layers[-1](super().loop(hidden))
 
     runner = BlockRunner(toy_model(Looped))
-    with pytest.raises(InputError, match=r"calls decoder\.layers\.0 out of order"):
+    with pytest.raises(InputError, match=r"calls decoder\.layers\.\d a second time"):
         runner.catch(INPUTS[0])
 
 
