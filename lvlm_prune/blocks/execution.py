@@ -25,7 +25,7 @@ from lvlm_prune.blocks.capture import (
 )
 from lvlm_prune.blocks.decoder import Decoder, find_decoder
 from lvlm_prune.blocks.modality import with_image_positions
-from lvlm_prune.blocks.nested import contents_restored
+from lvlm_prune.blocks.nested import contents_restored, has_nan
 from lvlm_prune.errors import InputError
 
 Target = Literal["language", "vision"]
@@ -89,6 +89,7 @@ class BlockRunner:
         self.decoder = decoder or find_decoder(model)
         # Learned from the first batch, for this model only: another model of the same class may differ.
         self._form: int | None = None
+        self._end_is_known = False
         self._reads_history: bool | None = None
         self.forwards = 0
 
@@ -249,7 +250,11 @@ class BlockRunner:
 
     @torch.no_grad()
     def finish(self, batch: CaughtBatch) -> Tensor:
-        """The decoder's `last_hidden_state` (B, S, D), final norm and all, of a batch that all blocks have run."""
+        """The decoder's `last_hidden_state` (B, S, D), final norm and all, of a batch that all blocks have run.
+
+        Raises:
+            InputError: The decoder reads its embeddings again behind the last block, and they are gone.
+        """
         earlier = batch.history or {}
         last_block = batch.last_block
 
@@ -263,13 +268,19 @@ class BlockRunner:
 
         output = self._decoder_forward(batch, stub_for)
         last_hidden_state = getattr(output, "last_hidden_state", None)
-        return output[0] if last_hidden_state is None else last_hidden_state
+        last = output[0] if last_hidden_state is None else last_hidden_state
+        if not self._end_is_known:  # asked once: a GPU would be waited for
+            self._end_is_known = True
+            if has_nan(last) and not has_nan(batch.hidden):
+                problem = "its decoder reads its embeddings again behind the last block"
+                raise InputError("model.path", type(self.model).__name__, problem)
+        return last
 
     def _decoder_forward(self, batch: CaughtBatch, stub_for: Callable[[int], Callable[..., Any]]) -> Any:
         keywords = dict(batch.decoder_keywords)
         embeddings = keywords.get("inputs_embeds")
         if isinstance(embeddings, BlankEmbeddings):
-            keywords["inputs_embeds"] = batch.hidden.new_zeros(embeddings.shape, dtype=embeddings.dtype)
+            keywords["inputs_embeds"] = batch.hidden.new_full(embeddings.shape, torch.nan, dtype=embeddings.dtype)
         elif embeddings is not None:
             # A decoder that scales or adds to its embeddings in place must find them unchanged the next time.
             keywords["inputs_embeds"] = embeddings.clone()

@@ -297,6 +297,21 @@ def test_a_decoder_that_calls_a_block_twice_is_refused(where: str) -> None:
         runner.catch(INPUTS[0])
 
 
+def test_a_decoder_that_reads_its_embeddings_at_the_end_is_refused() -> None:
+    """They are dropped when samples are caught, as they would double what a sample takes."""
+
+    class Skipping(Decoder):
+        def loop(self, hidden: Tensor) -> Tensor:
+            return super().loop(hidden) + hidden
+
+    runner = BlockRunner(toy_model(Skipping))
+    batch = runner.catch(INPUTS[0])
+    for index in range(len(runner)):
+        runner.advance(index, batch)
+    with pytest.raises(InputError, match="reads its embeddings again"):
+        runner.finish(batch)
+
+
 def test_a_decoder_on_another_number_of_positions_is_refused() -> None:
     class Longer(Decoder):
         def loop(self, hidden: Tensor) -> Tensor:
