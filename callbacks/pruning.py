@@ -52,8 +52,8 @@ class BlockwisePruning(PruneCallback):
         pool: Which calibration tokens count.
         scorer: How important each weight is. A solver that needs no scores leaves it out.
         allocation: How much of each Linear goes.
-        exclude: Glob pattern, or list of them, on module paths that stay dense, for example `*.down_proj`. One that
-            matches nothing is an error.
+        exclude: Name or glob pattern, or list of them, of what stays dense, as `*.down_proj`. Paths of modules,
+            or names of tensors as the checkpoint and `--plan` have them; one that matches nothing is an error.
         solver: Finds masks and the values of the weights that stay. Default: the scorer's own, which takes the lowest
             scores; that of `SparseGPTScorer` updates the rest too.
         visual: Modalities that count as visual tokens: image, video, audio.

@@ -23,7 +23,7 @@ from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, ex
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import built_from, load_installed_plugins
-from lvlm_prune.recipes import with_recipe
+from lvlm_prune.recipes import with_log_folder, with_recipe
 from lvlm_prune.trainer import LVLMTrainer
 
 _DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
@@ -311,6 +311,7 @@ def _run(arguments: Sequence[str]) -> None:
     load_installed_plugins()
     if arguments[:1] == ["prune"]:
         arguments = with_recipe(arguments)
+    arguments = with_log_folder(arguments)
     LVLMParser.shown = arguments
     arguments = ["--help" if argument == TRAINER_HELP else argument for argument in arguments]
     LVLMParser.command_line, LVLMParser.folder = arguments, Path.cwd()

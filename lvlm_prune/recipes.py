@@ -1,4 +1,7 @@
-"""The files of `configs`, which lie beside the package in a checkout and inside it where it is installed."""
+"""What a command line stands for: recipes, the files of `configs`, written out by name; folders that loggers want.
+
+The files lie beside the package in a checkout, and inside it where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,26 @@ def _first_sentence(text: str) -> str:
     # What is in brackets (`Fig. 5`, `arXiv 1234: ...`) ends no sentence.
     outside = re.sub(r"\([^)]*\)", lambda part: "_" * len(part[0]), head)
     return head[: re.search(r"[.:;] ", outside).start()]  # type: ignore[union-attr]  # `head` ends in one
+
+
+_LOGGERS = ("CSVLogger", "TensorBoardLogger")
+_LOGGER, _LOG_FOLDER = "--trainer.logger", "--trainer.logger.save_dir"
+
+
+def with_log_folder(arguments: Sequence[str]) -> list[str]:
+    """A command line in which a logger that wants a folder has one: the run's, or `runs` where that is not named.
+
+    Example:
+        >>> with_log_folder(["prune", "--output=out", "--trainer.logger", "CSVLogger"])[2:]
+        ['--trainer.logger', 'CSVLogger', '--trainer.logger.save_dir', 'out']
+    """
+    given = dict(zip(arguments, [*arguments[1:], ""])) | dict(one.split("=", 1) for one in arguments if "=" in one)
+    logger = given.get(_LOGGER, "").rpartition(".")[2]
+    if logger not in _LOGGERS or _LOG_FOLDER in given:
+        return list(arguments)
+    place = next(number for number, one in enumerate(arguments) if one.split("=")[0] == _LOGGER)
+    end = place + (1 if "=" in arguments[place] else 2)
+    return [*arguments[:end], _LOG_FOLDER, given.get("--output") or "runs", *arguments[end:]]
 
 
 def with_recipe(arguments: Sequence[str]) -> list[str]:

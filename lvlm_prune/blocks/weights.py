@@ -169,6 +169,10 @@ class StreamedWeights(Weights):
         """Dtype on disk of a parameter of the model."""
         return self._folder[self._sources[self._provider[name]].key].torch_dtype
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a parameter of the model."""
+        return name in self._provider
+
     def keys_of(self, name: str) -> list[str]:
         """Names on disk of all tensors that a parameter of the model is made from."""
         return [key for keys in self._sources[self._provider[name]].keys.values() for key in keys]

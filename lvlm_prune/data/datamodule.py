@@ -27,6 +27,8 @@ from lvlm_prune.plugins import lazy_default, mounted, own_instance
 
 log = logging.getLogger(__name__)
 
+_WAY_OUT = "--data.on_error skip leaves samples out that cannot be read"
+
 
 class CalibrationDataModule(L.LightningDataModule):
     """Deterministic choice of `num_samples` from a source, as batches of model inputs.
@@ -94,9 +96,13 @@ class CalibrationDataModule(L.LightningDataModule):
                 the chosen ones is visibly wrong.
         """
         selection = self.select()
-        if self.on_error == "raise":
+        if self.on_error != "raise":
+            return
+        try:
             with mounted(data=self):
                 self.source.verify(selection)
+        except InputError as error:
+            raise InputError(error.option, error.value, f"{error.problem}; {_WAY_OUT}") from None
 
     def select(self) -> list[int]:
         """Numbers of the chosen samples in the source, in the order of the set. See the source's `choose`."""
@@ -231,7 +237,7 @@ class CalibrationDataModule(L.LightningDataModule):
 
     def _leave_out(self, name: str, reason: str) -> None:
         if self.on_error == "raise":
-            raise RunError(f"calibration {name}: {reason}") from None
+            raise RunError(f"calibration {name}: {reason} ({_WAY_OUT})") from None
         if (name, reason) not in self._warned:
             log.warning("left out calibration %s: %s", name, reason)
         self._warned.add((name, reason))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from lvlm_prune.blocks import ExpertMatrix
+from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.checkpoints.versions import VERSION_5
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation import Allocation
@@ -61,17 +62,39 @@ def find_scope(pl_module: LVLMModule, exclude: Sequence[str], experts: str) -> S
         matrices = {name: linear for name, linear in matrices.items() if not _is_of_routed_expert(name)}
         of_experts = {}
     everything = {**towers, **matrices, **of_experts}
+    excluded: set[str] = set()
+    known = _printed_names(pl_module, everything) if exclude else {}
     for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in everything):
+        found = {name for name, printed in known.items() if any(fnmatchcase(one, pattern) for one in printed)}
+        if not found:
             raise InputError("pruning.exclude", pattern, "matches no Linear of the blocks that are pruned")
+        excluded |= found
     shapes = {
-        name: (matrix.out_features, matrix.in_features)
-        for name, matrix in everything.items()
-        if not any(fnmatchcase(name, pattern) for pattern in exclude)
+        name: (matrix.out_features, matrix.in_features) for name, matrix in everything.items() if name not in excluded
     }
     if not shapes:
         raise InputError("pruning.exclude", exclude, "leaves nothing to prune")
     return Scope(shapes, frozenset(towers), not of_experts.keys().isdisjoint(shapes))
+
+
+def _printed_names(
+    pl_module: LVLMModule, matrices: Mapping[str, nn.Linear | ExpertMatrix]
+) -> dict[str, tuple[str, ...]]:
+    """Full name of each matrix -> all names under which users meet it.
+
+    In the manifest that is the module's path, in `--plan` and in the checkpoint the name of its tensor, which may hold
+    several matrices.
+    """
+    found = {name: (name, f"{name}.weight") for name in matrices}
+    weights = pl_module.weights(torch.device("cpu"))
+    if not isinstance(weights, StreamedWeights):
+        return found
+    for name, matrix in matrices.items():
+        prefix = name.removesuffix(matrix.name) if isinstance(matrix, ExpertMatrix) else ""
+        parameter = f"{prefix}{matrix.parameter}" if isinstance(matrix, ExpertMatrix) else f"{name}.weight"
+        keys = weights.keys_of(parameter) if weights.has(parameter) else []
+        found[name] = (*found[name], parameter, *keys, *(key.removesuffix(".weight") for key in keys))
+    return found
 
 
 def refuse_towers(pool: Pool | None, allocation: Allocation) -> None:
@@ -84,7 +107,7 @@ def refuse_towers(pool: Pool | None, allocation: Allocation) -> None:
     Raises:
         InputError: One of the two is not defined for a vision tower.
     """
-    way_out = "`--model.targets '[vision]'` prunes the tower in a run of its own, with another method"
+    way_out = "`--method wanda` prunes both; `--model.targets '[vision]'` prunes the tower in a run of its own"
     if pool is not None and not pool.in_towers:
         problem = f"is not defined for the vision tower, where every token is visual; {way_out}"
         raise InputError("pruning.pool", plugin_class(pool).__name__, problem)

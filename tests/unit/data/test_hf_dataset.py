@@ -121,7 +121,7 @@ def test_image_files_beside_the_rows(tmp_path: Path):
     sample = source[0]
     assert isinstance(sample, Conversation)
     assert sample.images == [tmp_path / "green.png"]
-    with pytest.raises(InputError, match=r"no.png of sample .*row 1 is missing$"):
+    with pytest.raises(InputError, match=r"no.png of sample .*row 1 is missing; --data.on_error skip"):
         CalibrationDataModule(source).setup()
 
 
@@ -199,4 +199,4 @@ def test_an_answer_that_is_no_text_is_refused(answer, tmp_path: Path):
 def test_images_of_a_column_without_a_role_are_not_left_out_in_silence(tmp_path: Path, rows):
     rows.rename_column("q", "question").to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"columns .*the column picture holds images and has no role"):
-        HFDatasetSource(str(tmp_path / "rows.parquet")).setup()
+        CalibrationDataModule(HFDatasetSource(str(tmp_path / "rows.parquet"))).setup()

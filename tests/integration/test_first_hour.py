@@ -1,0 +1,72 @@
+"""What the README says in passing works as it is said, and what goes wrong says the way out."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.cli import main
+from tests.conftest import GOLDEN
+from tests.hub_folders import write_captions
+
+MODEL = GOLDEN / "model"
+SMALL = ["--data.num_samples=2", "--held_back=0", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def small(golden_arguments) -> list[str]:
+    return [*golden_arguments, *SMALL]
+
+
+@pytest.mark.parametrize("written", [["--trainer.logger", "CSVLogger"], ["--trainer.logger=CSVLogger"]])
+def test_a_logger_that_wants_a_folder_gets_that_of_the_run(written, small, tmp_path):
+    out = tmp_path / "out"
+    assert main([*small, *written, f"--output={out}"]) == 0
+    assert next(out.rglob("metrics.csv")).read_text()
+    assert main([*small, *written, f"--output={out}", "--resume=true"]) == 0
+
+
+def excluded(small, tmp_path, *names: str) -> set[str]:
+    """Linears of the manifest that are not pruned when these names are excluded."""
+    everything, rest = (tmp_path / one for one in ("everything", "rest"))
+    if not everything.exists():
+        assert main([*small, f"--output={everything}"]) == 0
+    assert main([*small, f"--pruning.exclude={json.dumps(names)}", f"--output={rest}"]) == 0
+    before, after = (json.loads((one / "pruning.json").read_text())["linears"].keys() for one in (everything, rest))
+    return before - after
+
+
+def test_names_are_excluded_as_they_are_printed(small, tmp_path, capsys):
+    """By the manifest, by `--plan`, and by the checkpoint, whose names differ from one another."""
+    assert main([*small, "--plan=true"]) == 0
+    printed = next(line.split()[0] for line in capsys.readouterr().out.splitlines() if "up_proj" in line)
+    with safe_open(MODEL / CheckpointFolder(MODEL).shards[0], "pt") as file:
+        assert printed in file.keys()  # noqa: SIM118
+    (name,) = excluded(small, tmp_path, printed)
+    assert name != printed
+    assert name.endswith("up_proj")
+    for other in (name, f"{name}.weight", printed.removesuffix(".weight")):
+        (tmp_path / "rest").rename(tmp_path / f"as-{len(list(tmp_path.iterdir()))}")
+        assert excluded(small, tmp_path, other) == {name}
+
+
+def test_a_missing_image_says_that_it_can_be_left_out(tmp_path, capsys):
+    data = write_captions(tmp_path / "images", 4)
+    (data.parent / "2.png").unlink()
+    source = [
+        "--data.source=LlavaJsonSource",
+        f"--data.source.path={data}",
+        f"--data.source.image_folder={data.parent}",
+    ]
+    assert main(["prune", f"--model.path={MODEL}", *source, f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2.png" in line
+    assert "--data.on_error skip" in line
+
+
+def test_a_method_that_is_not_for_towers_names_one_that_is(small, tmp_path, capsys):
+    assert main([*small, "--model.targets=[language, vision]", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--method wanda" in line
+    assert main([*small, "--method=wanda", "--model.targets=[language, vision]", f"--output={tmp_path / 'out'}"]) == 0
