@@ -85,7 +85,7 @@ def _printed_names(
     In the manifest that is the module's path, in `--plan` and in the checkpoint the name of its tensor, which may hold
     several matrices.
     """
-    found = {name: (name, f"{name}.weight") for name in matrices}
+    found: dict[str, tuple[str, ...]] = {name: (name, f"{name}.weight") for name in matrices}
     weights = pl_module.weights(torch.device("cpu"))
     if not isinstance(weights, StreamedWeights):
         return found
