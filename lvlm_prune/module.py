@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -215,16 +215,6 @@ class LVLMModule(L.LightningModule):
         if "vision" in self.targets:
             raise InputError("model.targets", "vision", f"`{verb}` works on the language decoder")
 
-    def refuse_unpruned(self, pruned: Collection[str]) -> None:
-        """Raise where the names of the pruned Linears are none.
-
-        Raises:
-            InputError: They are none.
-        """
-        if not pruned:
-            problem = "no Linear of its decoder blocks is pruned; make it sparse with `lvlm-prune prune` first"
-            raise InputError("model.path", self.path, problem)
-
     def load_whole(self) -> None:
         """Bring the whole model into memory, pruned or not.
 
@@ -309,7 +299,7 @@ class LVLMModule(L.LightningModule):
         predicted = group["labels"][:, 1:]
         # Nobody asks for logits before the first answer token: behind an image they are the most.
         first = int((predicted != IGNORED).any(dim=0).nonzero()[0])
-        if self._takes_logits_to_keep:
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = predicted.shape[1] - first + 1
         logits = self.model(**inputs, use_cache=False).logits
         answers = predicted[:, first:] != IGNORED
@@ -394,10 +384,6 @@ class LVLMModule(L.LightningModule):
             raise InputError(
                 "resume", "true", "the training checkpoint has other trainable weights; repeat its options"
             )
-
-    @property
-    def _takes_logits_to_keep(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.compute_dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

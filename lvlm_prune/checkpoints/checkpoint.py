@@ -5,7 +5,6 @@ has the shape and the dtype of the dense one, so it is written over the same byt
 """
 
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from lvlm_prune.checkpoints.files import (
     SINGLE_NAME,
     files_within,
     is_another_copy,
+    opened_without_links,
     refuse_links_out,
     refuse_special_files,
     weights_name,
@@ -211,7 +211,7 @@ class CheckpointFolder:
                 f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        with open(self.path / place.shard, "r+b", buffering=0, opener=_without_links) as file:
+        with open(self.path / place.shard, "r+b", buffering=0, opener=opened_without_links) as file:
             file.seek(place.start)
             written = 0
             while written < len(content):
@@ -369,24 +369,6 @@ class CheckpointFolder:
         if end < size:
             raise self._error(f"{shard} is corrupt: {size} bytes, its header says {end}")
         yield from tensors
-
-
-def _without_links(path: str, flags: int) -> int:
-    """Open a file for writing that nobody else can have under another name.
-
-    Raises:
-        RunError: It is a symbolic link or has several hard links.
-    """
-    try:
-        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise RunError(f"{path} is a link; only files of the run's own are written") from None
-    if os.fstat(descriptor).st_nlink > 1:
-        os.close(descriptor)
-        raise RunError(f"{path} has another name (a hard link); only files of the run's own are written")
-    return descriptor
 
 
 def _place(shard: str, data_start: int, entry: dict[str, Any]) -> TensorInfo:

@@ -8,6 +8,7 @@ everything else                       copied as it is
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -115,6 +116,24 @@ def refuse_links_out(folder: Path, files: Collection[Path], option: str) -> None
         if not any(target.is_relative_to(place) for place in allowed):
             problem = f"{relative} is a link that leads out of the checkpoint, to {target}; put the file itself there"
             raise InputError(option, folder, problem)
+
+
+def opened_without_links(path: str, flags: int) -> int:
+    """Open a file for writing that nobody else can have under another name.
+
+    Raises:
+        RunError: It is a symbolic link or has several hard links.
+    """
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RunError(f"{path} is a link; only files of the run's own are written") from None
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise RunError(f"{path} has another name (a hard link); only files of the run's own are written")
+    return descriptor
 
 
 def _hub_folders(root: Path) -> list[Path]:

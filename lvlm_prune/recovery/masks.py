@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune.checkpoints.bits import bits_of
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.methods.patterns import Pattern, SemiStructured
 
 if TYPE_CHECKING:
@@ -43,11 +43,22 @@ def load_pruned(module: LVLMModule) -> None:
         return
     module.load_whole()
     pruned = pruned_linears(module.linears())
-    module.refuse_unpruned(pruned)
+    refuse_unpruned(module.path, pruned)
     module.pruned = pruned
     for linear in pruned.values():
         # Tools that multiply with a mask leave -0.0 behind.
         linear.weight.data.masked_fill_(linear.weight == 0, 0.0)
+
+
+def refuse_unpruned(path: str, pruned: Collection[str]) -> None:
+    """Refuse a model of which no Linear is pruned.
+
+    Raises:
+        InputError: The names of the pruned ones are none.
+    """
+    if not pruned:
+        problem = "no Linear of its decoder blocks is pruned; make it sparse with `lvlm-prune prune` first"
+        raise InputError("model.path", path, problem)
 
 
 def is_pruned(weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import RecoveryDataModule
 from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.errors import InputError
@@ -41,19 +42,19 @@ from lvlm_prune.output.provenance import provenance
 from lvlm_prune.output.summaries import summary
 from lvlm_prune.output.verification import refuse_other_findings
 from lvlm_prune.plugins import plugin_class
-from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned
+from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned, refuse_unpruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
 from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.report.card import write_adapter_card, write_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
+from lvlm_prune.runs.recover.embedded import DEMO_SPARSITY, prune_embedded, scored_beside_dense
 from lvlm_prune.runs.session import prepare_source, session
 from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import SparseLoRA
 
-DEMO_SPARSITY = 0.7
 
 # Folders of an unfinished run, inside its output.
 CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
@@ -171,33 +172,12 @@ class RecoveryRun(ABC):
         if earlier is not None:
             self.model.path = earlier["model"]["path"]
         elif self.trainer.is_global_zero:
-            self.model.path = str(self._prune_embedded())
+            self._refuse_unusable(CheckpointFolder(CHECKPOINT))
+            self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
+            self.model.path = str(prune_embedded(self.trainer, self.run))
         else:
             problem = "is pruned by one process only; prune it first and give the folder as --model.path"
             raise InputError("model.path", "demo", problem)
-
-    def _prune_embedded(self) -> Path:
-        from lvlm_prune.callbacks import BlockwisePruning
-        from lvlm_prune.data import CalibrationDataModule
-        from lvlm_prune.runs.prune.run import PruneRun
-
-        self._refuse_unusable(CheckpointFolder(_embedded()))
-        self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
-        model, data = LVLMModule("demo"), CalibrationDataModule()
-        pruning = BlockwisePruning(sparsity=DEMO_SPARSITY, name="ATV")
-        pruner = PruneRun(
-            self.trainer,
-            model,
-            data,
-            output="",
-            options=replace(self.run.options, resume=False),
-            callbacks=[pruning],
-            config=described_config(model, data, pruning=pruning),
-            hardware=self.run.hardware.alone(),
-        )
-        pruner()
-        assert pruner.run.folder is not None
-        return pruner.run.folder
 
     def _check(self, earlier: Manifest | None) -> None:
         """Check everything that can be checked without going through the data."""
@@ -244,7 +224,7 @@ class RecoveryRun(ABC):
         """
         linears = self.model.linears()
         self.pruned_names = [name for name in linears if is_pruned(self.weights.stored(f"{name}.weight"))]
-        self.model.refuse_unpruned(self.pruned_names)
+        refuse_unpruned(self.model.path, self.pruned_names)
         if self.lora is not None:
             self.lora.select(self.pruned_names)
 
@@ -368,21 +348,8 @@ class RecoveryRun(ABC):
         self.record["origin"] = origin
         if not (self.run.options.evaluate and origin == "demo"):
             return
-        from lvlm_prune.evaluation.builtin import BuiltinEngine
-        from lvlm_prune.evaluation.scores import Scores, retention
-
         assert self.model.folder is not None
-        earlier = self.base_record.get("evaluation", {})
-        folders = {"dense": _embedded(), "pruned": self.model.folder.path, "recovered": self.folder}
-        known = {"dense": earlier.get("dense"), "pruned": earlier.get("recovered", earlier.get("pruned"))}
-        scores = {
-            name: Scores.from_dict(saved) if (saved := known.get(name)) else BuiltinEngine().score(folder, title=name)
-            for name, folder in folders.items()
-        }
-        self.record["evaluation"] = {name: found.to_dict() for name, found in scores.items()}
-        self.record["evaluation"]["retention"] = {
-            name: retention(scores[name], scores["dense"]).to_dict() for name in ("pruned", "recovered")
-        }
+        self.record["evaluation"] = scored_beside_dense(self.model.folder.path, self.folder, self.base_record)
 
     def _finish(self) -> None:
         for name in WORK_FOLDERS:
@@ -404,12 +371,6 @@ class RecoveryRun(ABC):
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.run.options.quiet:
             print(text, flush=True)
-
-
-def _embedded() -> Path:
-    from lvlm_prune.demo import CHECKPOINT
-
-    return Path(CHECKPOINT)
 
 
 def _version(package: str) -> str:
