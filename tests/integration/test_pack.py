@@ -278,6 +278,22 @@ def test_prune_packs_what_it_writes(tmp_path: Path, capsys) -> None:
         assert (unpacked / name).read_bytes() == (plain / name).read_bytes()
 
 
+def test_recover_packs_what_it_writes(bases, recover, tmp_path: Path, capsys) -> None:
+    """The merged weights of the same recovery, packed where they are; what cannot be packed again is not recovered."""
+    base, (plain, packed, unpacked) = (
+        bases / "2:4-float32",
+        (tmp_path / name for name in ("plain", "packed", "unpacked")),
+    )
+    assert recover(base, plain) == 0
+    assert recover(base, packed, "--packed=true") == 0
+    assert "x smaller" in capsys.readouterr().out
+    assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
+    for name in ("config.json", *CheckpointFolder(plain).shards):
+        assert (unpacked / name).read_bytes() == (plain / name).read_bytes()
+    assert recover(packed, tmp_path / "again") == 2
+    assert "unpack it first" in capsys.readouterr().err
+
+
 def test_packing_in_place_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After any shard the folder can be loaded, whether its other shards are packed or not."""
     from lvlm_prune.module import LVLMModule
