@@ -22,7 +22,7 @@ from lvlm_prune.distributed.launching import is_first_process
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, one_line
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.plugins import built_from, load_installed_plugins
+from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_nulls
 from lvlm_prune.recipes import with_log_folder, with_recipe
 from lvlm_prune.trainer import LVLMTrainer
 
@@ -151,7 +151,7 @@ class LVLMCLI(LightningCLI):
             parser.add_lightning_class_args(SparseLoRA, "lora")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a configuration file that gives a plain value where options belong, and numbers without measure."""
+        """Refuse a plain value where options belong, immense numbers, and `null` where a plugin wants a value."""
         for key in self._parser(self.subcommand).groups or ():
             options = self.config[self.subcommand]
             if key not in options:
@@ -159,7 +159,9 @@ class LVLMCLI(LightningCLI):
             value = "null" if options[key] is None else options[key]
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
-        refuse_immense(self.config[self.subcommand].as_dict())
+        options = self.config[self.subcommand].as_dict()
+        refuse_immense(options)
+        refuse_nulls(options)
 
     def instantiate_classes(self) -> None:
         """Trainer, model and data, where the subcommand has any."""
@@ -168,8 +170,12 @@ class LVLMCLI(LightningCLI):
                 super().instantiate_classes()
 
     def _set_seed(self) -> None:
-        if self.subcommand not in _WITHOUT_TRAINER:
-            super()._set_seed()
+        if self.subcommand in _WITHOUT_TRAINER:
+            return
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError("seed_everything", seed, "must lie between 0 and 4294967295")
+        super()._set_seed()
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in _WITHOUT_TRAINER:

@@ -17,9 +17,11 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse.typing import _LazyInitBaseClass
 
@@ -152,13 +154,47 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
         made = {plugin_class(owner).__name__ for owner in _owners(error)}
         places = [
             (f"{path}.{argument}" if path else argument, values)
-            for path, name, values in _parts_of_config(config)
-            if name in made and argument in values
+            for path, class_path, values in _parts_of_config(config)
+            if class_path.rpartition(".")[2] in made and argument in values
         ]
         # Of several parts of one class it is the first one that was given this value.
         exact = [option for option, values in places if said.startswith(f"{values[argument]}: ")]
         option = next(iter([*exact, *(option for option, _ in places)]), argument)
         raise InputError(option, refused["value"], refused["problem"]) from None
+
+
+def refuse_nulls(config: Mapping[str, Any]) -> None:
+    """Refuse `null` for arguments of plugins whose annotations do not allow it; jsonargparse hands it on.
+
+    Args:
+        config: Nested plain data, plugins as `{"class_path": ..., "init_args": ...}`.
+
+    Raises:
+        InputError: One is null; names its option.
+
+    Example:
+        >>> scorer = {"class_path": "lvlm_prune.methods.scorers.RIAScorer", "init_args": {"exponent": None}}
+        >>> refuse_nulls({"pruning": {"scorer": scorer}})
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --pruning.scorer.exponent null: expected float
+    """
+    for path, class_path, arguments in _parts_of_config(config):
+        nulls = [name for name, value in arguments.items() if value is None]
+        if nulls:
+            module, _, name = class_path.rpartition(".")
+            expected = _annotations(getattr(import_module(module), name))
+            for argument in nulls:
+                hint = expected.get(argument, Any)
+                if hint not in (Any, object, NoneType) and NoneType not in get_args(hint):
+                    raise InputError(f"{path}.{argument}", "null", f"expected {getattr(hint, '__name__', hint)}")
+
+
+def _annotations(written: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(written.__init__)
+    except NameError:  # of types that its author imports for checkers only
+        return {}
 
 
 def _owners(error: BaseException) -> list[Any]:
@@ -192,12 +228,12 @@ def _parts(path: str, plugin: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parts_of_config(value: Any, path: str = "") -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Path, short name of the class and arguments of each plugin in a configuration."""
+    """Path, import path of the class and arguments of each plugin in a configuration."""
     if isinstance(value, Mapping):
         inner = value
         if isinstance(value.get("class_path"), str):
             inner = value.get("init_args") or {}
-            yield path, value["class_path"].rpartition(".")[2], inner
+            yield path, value["class_path"], inner
         for name, item in inner.items():
             yield from _parts_of_config(item, f"{path}.{name}" if path else str(name))
     elif isinstance(value, (list, tuple)):

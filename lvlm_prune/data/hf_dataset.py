@@ -57,6 +57,8 @@ class HFDatasetSource(CalibrationSource):
         if unknown:
             problem = f"no such role; there are {', '.join(_ROLES)}"
             raise ValueError(f"`columns` {unknown[0]}: {problem}")
+        if max_tokens < 1:
+            raise ValueError(f"`max_tokens` {max_tokens}: must be at least 1")
         self.path = path
         self.name = name
         self.split = split

@@ -81,6 +81,8 @@ class HarnessEngine(Engine):
         full_marks: dict[str, float],
     ) -> None:
         self.tasks, self.python, self.model, self.model_args = list(tasks), python, model, dict(model_args)
+        if limit is not None and limit < 1:
+            raise ValueError(f"`limit` {limit}: must be at least 1")
         self.limit, self.arguments = limit, list(arguments)
         self.metrics, self.full_marks = dict(metrics), dict(full_marks)
 

@@ -7,7 +7,8 @@ of its `config.json`, is no checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ def record_of(path: Path) -> FileRecord:
 def record_of_content(content: bytes) -> FileRecord:
     """The same of what is going to be written."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def digest_of_json(value: Any) -> str:
+    """SHA-256 of plain data as JSON; the same before it is written and when it is read again.
+
+    Example:
+        >>> digest_of_json({2: (1, 0.5), 10: None}) == digest_of_json({"10": None, "2": [1, 0.5]})
+        True
+    """
+    as_read = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def records_of(folder: Path, paths: Iterable[Path]) -> dict[str, FileRecord]:
+    """Path in a folder -> size and digest, of files and of what is in folders; cards may be written again."""
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [file for file in files if file.name != "README.md"]
+    return {file.relative_to(folder).as_posix(): record_of(file) for file in files if file.is_file()}
 
 
 def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.manifest import replacing
+
+# What a run goes on from; without one of them Lightning would begin that part anew, and say nothing.
+_PARTS: dict[str, type] = {
+    "state_dict": dict,
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -41,8 +54,11 @@ def refuse_unreadable(path: Path) -> None:
         InputError: It cannot be read, or lacks what a run goes on from.
     """
     try:
+        with ZipFile(path) as archive:
+            whole = archive.testzip() is None  # torch does not look at the checksums that it writes
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = isinstance(content["state_dict"], dict) and isinstance(content["global_step"], int)
+        whole = whole and all(isinstance(content.get(name), kind) for name, kind in _PARTS.items())
+        whole = whole and all(isinstance(weight, Tensor) for weight in content["state_dict"].values())
     except Exception:  # of pickle, zip archives and torch, about bytes of any kind
         whole = False
     if not whole:

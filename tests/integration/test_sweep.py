@@ -38,7 +38,7 @@ def records(folder: Path) -> dict[tuple, dict]:
     }
     assert len(found) + 1 == len({line["identity"] for line in lines})
     for line in found.values():
-        del line["seconds"], line["cost"]["seconds"]
+        del line["seconds"], line["cost"]["seconds"], line["digest"]
     return found
 
 

@@ -66,7 +66,7 @@ def fault(option: Option, text: str) -> str:
         named = f".{option.name} " in said or said.startswith(f"`{option.name}")
         return "" if named and "\n" not in said else f"says {said}"
     taken = [each for each in (value if option.many else [value]) if isinstance(each, (int, float))]
-    if not all(map(math.isfinite, taken)):
+    if not all(math.isfinite(number) and (number >= 0 or option.name == "seed") for number in taken):
         return "is taken"
     return f"is taken as {value}" if text in ("", "abc") and value not in (text, default) else ""
 

@@ -7,6 +7,7 @@ check ─► catch block-0 inputs ─► survey of the dense model ─► for ea
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from lvlm_prune.blocks.routing import routed
 from lvlm_prune.data import CalibrationDataModule, MixtureSource
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
+from lvlm_prune.errors import InputError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import PAGE_NAME, PROBE_RECORD
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PROBE_RECORD
+from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_changed
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import describe, mounted, plugin_class
 from lvlm_prune.report.page import write_page
@@ -95,6 +98,7 @@ class ProbeRun:
                 now = provenance(run.config, run.hardware, model, data)
                 earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder)
                 run.say(f"{self.folder} is complete already")
+                self._verify_again(earlier)
                 return earlier
             threads = suitable_threads(model.block_weights, run.hardware.devices)
             with self.trainer.watched_memory() as run.memory, threads:
@@ -214,6 +218,17 @@ class ProbeRun:
                 make_folder(self.folder)
                 self.run.record.write(self.folder, PROBE_RECORD)
 
+    def _verify_again(self, earlier: Manifest) -> None:
+        """Nothing is to be done, but exit status 0 is to say that the folder holds what was found.
+
+        Raises:
+            InputError: A file is missing, or is not the one that was written; names it.
+        """
+        refuse_changed(self.folder, earlier.get("files", {}))
+        if earlier.get("digest") != _digest(earlier):
+            raise InputError("output", self.folder, f"{PROBE_RECORD} is not the one that was written; write elsewhere")
+        self.run.say(f"verified: {1 + len(earlier['files'])} files are as they were written")
+
     def _finish(self) -> None:
         run, manifest = self.run, self.run.record
         manifest["seconds"] = time.perf_counter() - self.started
@@ -225,8 +240,16 @@ class ProbeRun:
             if table:
                 replace_durably(self.folder / "probe.md", table.encode())
             write_page(self.folder, *probe_page(manifest))
+            written = ("config.yaml", "probe.md", PAGE_NAME, FIGURE_FOLDER)
+            manifest["files"] = records_of(self.folder, [self.folder / name for name in written])
+        manifest["digest"] = _digest(manifest)
         self._note("complete")
         run.say(
             (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {PROBE_RECORD}) · "
             f"{manifest['seconds']:.0f} s"
         )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what a probe found, as its record holds it."""
+    return digest_of_json({name: record[name] for name in _FINDINGS if name in record})

@@ -20,7 +20,7 @@ from lvlm_prune.loop.catching import CaughtSamples, catch_batch
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
-from lvlm_prune.output.own_files import refuse_changed
+from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.recovery.masks import StoredMasks
 from lvlm_prune.runs.recover.run import BLOCKS, RecoveryRun
 from lvlm_prune.runs.session import ended
@@ -148,4 +148,5 @@ class BlockwiseRun(RecoveryRun):
             digests = {name: mask_digest(self.weights.stored(f"{name}.weight")) for name in adapted}
             config = self.lora.config(adapted)
             save_sparse_adapter(self.folder / "adapter", config, tensors, digests, self.lora.gradient, self.model.path)
+            self.record["files"] |= records_of(self.folder, [self.folder / "adapter"])
         release(self.folder)

@@ -20,6 +20,7 @@ from lvlm_prune.errors import InputError, ProcessLost
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
+from lvlm_prune.output.own_files import records_of
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.masks import load_pruned
@@ -199,6 +200,7 @@ class FittingRun(RecoveryRun):
                 self.lora.gradient,
                 self.model.path,
             )
+            self.record["files"] |= records_of(self.folder, [self.folder / "adapter"])
         release(self.folder)
 
 

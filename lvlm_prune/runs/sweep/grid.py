@@ -118,6 +118,8 @@ class Grid:
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
         if not seeds or len(set(seeds)) < len(seeds):
             raise InputError("seeds", seeds, "must be one or more different seeds")
+        if min(seeds) < 0:
+            raise InputError("seeds", min(seeds), "must not be negative")
         return cls(
             [recipes] if isinstance(recipes, str) else list(recipes),
             {name: values if isinstance(values, list) else [values] for name, values in grid.items()},

@@ -16,6 +16,7 @@ from typing import Any
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Retention, Scores, retention
 from lvlm_prune.output.manifest import sync_folder
+from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.runs.sweep.grid import Point
 
 
@@ -32,7 +33,7 @@ class Results:
         self.records: dict[str, dict[str, Any]] = {}
 
     def read(self) -> Results:
-        """Read what all processes finished so far. A line that was cut off by a crash is left out.
+        """Read what all processes finished so far. A line that was cut off by a crash, or changed, is left out.
 
         Raises:
             InputError: The folder holds something else.
@@ -43,10 +44,11 @@ class Results:
         if not files and self.folder.is_dir() and any(self.folder.iterdir()):
             raise InputError("output", self.folder, "exists, is not empty and holds no sweep; choose another folder")
         for file in files:
-            for line in file.read_text().splitlines():
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    self.records[record["identity"]] = record
+                    if record.pop("digest", None) in (None, digest_of_json(record)):  # version 0.1 wrote none
+                        self.records[record["identity"]] = record
                 except (ValueError, TypeError, KeyError):
                     continue
         return self
@@ -58,7 +60,7 @@ class Results:
         with self.path.open("ab+") as file:
             if file.tell() and _last_byte(file) != b"\n":
                 file.write(b"\n")
-            file.write((json.dumps(record) + "\n").encode())
+            file.write((json.dumps({**record, "digest": digest_of_json(record)}) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if new:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,7 @@ from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import FolderLock, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.own_files import FileRecord, records_of, refuse_changed
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
@@ -132,8 +134,19 @@ class SweepRun:
 
     # ---- the runs ----------------------------------------------------------------------------------------------------
     def _is_finished(self, point: Point) -> bool:
-        known = record_identity(point, self.key) in self.results.records
-        return known and not (self.keep and not self._checkpoint(point).is_dir())
+        record = self.results.records.get(record_identity(point, self.key))
+        return record is not None and not (self.keep and not self._is_kept(point, record))
+
+    def _is_kept(self, point: Point, record: Mapping[str, Any]) -> bool:
+        """Whether the checkpoint of a finished run is there; it is held against what was written.
+
+        Raises:
+            InputError: A file of it is missing or has changed; names it.
+        """
+        folder = self._checkpoint(point)
+        if folder.is_dir() and self.run.processes.is_main:
+            refuse_changed(folder, record.get("files", {}))
+        return folder.is_dir()
 
     def _checkpoint(self, point: Point) -> Path:
         """Where the run writes; without `keep` only until it is scored."""
@@ -205,8 +218,14 @@ class SweepRun:
             "scores": manifest["evaluation"]["pruned"],
             "retention": manifest["evaluation"]["retention"]["average"],
             **({} if budget is None else {"mean_visual_tokens": budget}),
+            **({"files": self._files(point, manifest)} if self.keep else {}),
             **_along_blocks(manifest),
         }
+
+    def _files(self, point: Point, manifest: Manifest) -> dict[str, FileRecord]:
+        """Size and digest of every file of a kept checkpoint; evaluations and pages may be written again."""
+        folder = self._checkpoint(point)
+        return manifest["files"] | records_of(folder, folder.glob("*.safetensors"))
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.run.processes.is_main:

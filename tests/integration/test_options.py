@@ -1,0 +1,162 @@
+"""Every number of every command, with what people type in its place: no traceback, and nothing is begun on bad ground.
+
+Commands run up to where their work would begin, so a value is either refused in one line or passes all checks.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from lvlm_prune.cli import main
+from lvlm_prune.cli_parser import LVLMCLI, LVLMParser
+from lvlm_prune.data.source import CalibrationSource
+from lvlm_prune.evaluation.engine import Engine
+from lvlm_prune.methods.allocation.base import Allocation
+from lvlm_prune.methods.pools.base import Pool
+from lvlm_prune.methods.scorers.base import Scorer
+from lvlm_prune.methods.solvers.base import Solver
+from lvlm_prune.runs.evaluate.run import EvaluationRun
+from lvlm_prune.runs.probe.run import ProbeRun
+from lvlm_prune.runs.prune.run import PruneRun
+from lvlm_prune.runs.recover.run import RecoveryRun
+from lvlm_prune.runs.reproduce.run import ReproductionRun
+from lvlm_prune.runs.sweep.run import SweepRun
+from tests.conftest import GOLDEN_ARGUMENTS
+from tests.options import VALUES, is_number, numbers_of, plugins
+
+MODEL_AND_DATA = [argument for argument in GOLDEN_ARGUMENTS if argument.startswith(("--model", "--data"))]
+COMMANDS = {
+    "prune": MODEL_AND_DATA,
+    "probe": MODEL_AND_DATA,
+    "recover": [],
+    "evaluate": [],
+    "sweep": [],
+    "reproduce": ["--table=atv/table_2", "--engine=BuiltinEngine"],
+}
+# What a plugin needs to be tried; files of texts are made by the test.
+REQUIRED = {
+    "TextSource": ["--{}.path=texts.txt"],
+    "HFDatasetSource": ["--{}.path=texts.jsonl"],
+    "LMEvalEngine": ["--{}.tasks=[task]"],
+}
+BASES = (CalibrationSource, Engine, Pool, Scorer, Allocation, Solver)
+# What `recover` alone makes use of; the other commands have Lightning's options too.
+TRAINS = tuple(
+    f"trainer.{name}"
+    for name in (
+        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "overfit_batches", "val_check_interval"),
+        *("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "accumulate_grad_batches"),
+        *("gradient_clip_val", "reload_dataloaders_every_n_epochs", "limit_train_batches", "limit_val_batches"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def up_to_the_work() -> Iterator[None]:
+    """Commands end where their work would begin; their parsers are made once."""
+    made: dict[str, tuple] = {}
+    really = LVLMCLI.setup_parser
+
+    def setup_parser(cli: LVLMCLI, *arguments) -> None:
+        verb = LVLMParser.command_line[0]
+        if verb not in made:
+            really(cli, *arguments)
+            made[verb] = (cli.parser, cli._subcommand_method_arguments, cli._subcommand_parsers)
+        cli.parser, cli._subcommand_method_arguments, cli._subcommand_parsers = made[verb]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LVLMCLI, "setup_parser", setup_parser)
+        patched.setattr(PruneRun, "_carry_out", lambda run, finished: None)
+        patched.setattr(ProbeRun, "_measure", lambda *arguments: None)
+        patched.setattr(RecoveryRun, "_recover", lambda run, earlier: None)
+        for run in (EvaluationRun, SweepRun, ReproductionRun):
+            patched.setattr(run, "__call__", lambda run: {})
+        yield
+
+
+def options_of(verb: str) -> Iterator[tuple[str, list[str]]]:
+    """Every option of a command that takes a number, and what has to be chosen for it to exist."""
+    parser = parser_of(verb)
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if is_number(hint) or is_number(hint, many=True):
+            yield action.dest, []
+        for base in BASES:
+            if not action.dest.endswith(".help") and (hint is base or base in get_args(hint)):
+                for plugin in plugins(base):
+                    needed = [f"--{action.dest}={plugin.__name__}", *REQUIRED.get(plugin.__name__, [])]
+                    for option in numbers_of(plugin):
+                        if not option.many:
+                            yield f"{action.dest}.{option.name}", [one.format(action.dest) for one in needed]
+
+
+def parser_of(verb: str) -> LVLMParser:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LVLMCLI, "parse_arguments", lambda cli, parser, arguments: stop(cli))
+        try:
+            main([verb, "--table=none"])
+        except Stopped as stopped:
+            return stopped.cli._subcommand_parsers[verb]
+    raise AssertionError
+
+
+class Stopped(Exception):
+    def __init__(self, cli: LVLMCLI) -> None:
+        self.cli = cli
+
+
+def stop(cli: LVLMCLI) -> None:
+    raise Stopped(cli)
+
+
+def fault(arguments: list[str], option: str, value: str, capsys) -> str:
+    """What is wrong with how a command takes a value; an empty text where nothing is."""
+    capsys.readouterr()
+    try:
+        status = main([*arguments, f"--{option}={value}"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    said = capsys.readouterr().err.strip()
+    if status == 0:
+        return "is taken" if value in ("", "abc", "nan") else ""
+    if status != 2 or len(said.splitlines()) != 1:
+        return f"status {status}, says {said}"
+    return "" if f"--{option} " in said or "has no package" in said else f"says {said}"
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("values", [("-1", "nan"), pytest.param(VALUES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_numbers_are_refused_in_one_line_or_pass_all_checks(
+    values, verb, up_to_the_work, bases, labelled, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # set by Lightning
+        monkeypatch.setenv(name, "0")
+    arguments = [verb, *COMMANDS[verb]]
+    if verb == "recover":
+        data = ["--data.source=TensorSource", f"--data.source.path={labelled}", "--data.validation_samples=2"]
+        arguments += [f"--model.path={bases / 'unstructured-float32'}", *data]
+    Path("texts.txt").write_text("Some words.\n\nSome more words.\n")
+    Path("texts.jsonl").write_text('{"text": "Some words."}\n')
+    faults = []
+    for option, needed in options_of(verb):
+        if "EmbeddedQuestions" in str(needed):
+            continue  # asks about the embedded model's world, and this is another model
+        if option.startswith("trainer.") and verb != "recover" and option in TRAINS:
+            continue
+        for value in values:
+            if said := fault([*arguments, *needed], option, value, capsys):
+                faults.append(f"{verb} {' '.join(needed)} --{option}={value}: {said}")
+    assert not faults, "\n".join(faults)
+    assert sorted(path.name for path in Path().iterdir()) == ["texts.jsonl", "texts.txt"]
+
+
+@pytest.mark.parametrize("verb", [*COMMANDS, "compare", "pack", "unpack"])
+@pytest.mark.parametrize("option", ["optimizer", "lr_scheduler"])
+def test_there_is_no_option_for_what_no_command_takes(option, verb, up_to_the_work, capsys):
+    """Lightning's command line has these two where it configures optimizers itself."""
+    assert main([verb, *COMMANDS.get(verb, []), f"--{option}=Adam"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --{option}")

@@ -1,0 +1,300 @@
+"""Promises of the commands beside `prune`: what exit status 0 means, and which mistakes are one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvlm_prune.cli import main
+from lvlm_prune.runs.recover.fitting import FittingRun
+from tests.conftest import GOLDEN_ARGUMENTS
+from tests.families import tiny_model
+from tests.hub_folders import write_captions, write_folder
+from tests.integration.test_trust import DAMAGES
+
+GOLDEN = [argument for argument in GOLDEN_ARGUMENTS[1:] if not argument.startswith("--report")]
+
+
+def one_line(capsys) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# ---- a complete folder -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def recovered(bases, labelled, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recovered") / "out"
+    assert main([*recovery(bases, labelled), f"--output={folder}"]) == 0
+    return folder
+
+
+def recovery(bases: Path, labelled: Path) -> list[str]:
+    data = ["--data.source=TensorSource", f"--data.source.path={labelled}", "--data.validation_samples=2"]
+    return ["recover", f"--model.path={bases / '2:4-float32'}", *data, "--trainer.accelerator=cpu", "--report=false"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("name", ["shard", "config.json", "adapter/adapter_model.safetensors"])
+def test_a_recovered_folder_is_verified_again(name, damage, recovered, bases, labelled, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(recovered, folder)
+    name = next(folder.glob("model*.safetensors")).name if name == "shard" else name
+    damage(folder / name, -2)
+    capsys.readouterr()
+    assert main([*recovery(bases, labelled), f"--output={folder}", "--resume=true"]) == 2
+    line = one_line(capsys)
+    assert name in line or "verification failed: tensor " in line
+
+
+def test_a_whole_recovered_folder_says_so(recovered, bases, labelled, capsys):
+    assert main([*recovery(bases, labelled), f"--output={recovered}", "--resume=true"]) == 0
+    assert "\nverified: " in capsys.readouterr().out
+
+
+PROBE = ["probe", *GOLDEN, "--data.num_samples=2", "--probing.sparsities=[0.5]", "--probing.pathways=[text]"]
+PROBE += ["--probing.pools=[text]", "--probing.map_tokens=0", "--probing.curve_samples=0"]
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("probed") / "out"
+    assert main([*PROBE, f"--output={folder}"]) == 0
+    return folder
+
+
+def another_number(path: Path, offset: int) -> None:
+    record = json.loads(path.read_text())
+    record["grid"][0]["sparsity"] = 0.6
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("name", ["probe.json", "report.html"])
+def test_a_finished_probe_is_held_against_what_was_written(name, damage, probed, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(probed, folder)
+    (another_number if name == "probe.json" and damage is DAMAGES["flipped bit"] else damage)(folder / name, -2)
+    capsys.readouterr()
+    assert main([*PROBE, f"--output={folder}", "--resume=true"]) == (0 if is_newline(name, damage) else 2)
+    if not is_newline(name, damage):
+        assert name in one_line(capsys)
+
+
+def is_newline(name: str, damage: Callable) -> bool:
+    """Whether all that is cut off is the end of the last line, behind which nothing is said."""
+    return name == "probe.json" and damage is DAMAGES["truncated"]
+
+
+def test_a_whole_probe_says_so(probed, capsys):
+    assert main([*PROBE, f"--output={probed}", "--resume=true"]) == 0
+    assert "\nverified: " in capsys.readouterr().out
+
+
+SWEEP = ["sweep", *GOLDEN, "--data.num_samples=2", "--engine=tests.engines.ShareLeft", "--keep=true"]
+SWEEP += ["--grid={pruning.sparsity: [0.5, 0.6]}"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("swept") / "out"
+    assert main([*SWEEP, f"--output={folder}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_checkpoints_that_a_sweep_keeps_are_held_against_what_was_written(name, damage, swept, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(swept, folder)
+    damage(sorted((folder / "checkpoints").iterdir())[1] / name, -2)
+    capsys.readouterr()
+    assert main([*SWEEP, f"--output={folder}"]) == 2
+    assert name in one_line(capsys)
+
+
+def test_a_line_of_a_sweep_that_was_changed_is_measured_again(swept, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(swept, folder)
+    dense, first, second = (folder / "sweep.jsonl").read_text().splitlines()
+    better = json.dumps(json.loads(first) | {"retention": 2.0})
+    (folder / "sweep.jsonl").write_text("\n".join([dense, better, second]) + "\n")
+    assert main([*SWEEP, f"--output={folder}"]) == 0
+    last = json.loads((folder / "sweep.jsonl").read_text().splitlines()[-1])
+    assert last["retention"] == json.loads(first)["retention"]
+
+
+# ---- recovery that goes on, or cannot --------------------------------------------------------------------------------
+@pytest.mark.parametrize("where", ["_fit", "_write"])
+def test_a_resumed_recovery_has_the_record_of_an_uninterrupted_one(
+    where, bases, labelled, tmp_path, monkeypatch, capsys
+):
+    """Interrupted before the first step, when the dense model was asked already, or behind the last one."""
+    arguments = [*recovery(bases, labelled), "--distillation.weight=0.5"]
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+
+    def interrupted(run: FittingRun) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FittingRun, where, interrupted)
+        assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 130
+    assert main([*arguments, f"--output={tmp_path / 'out'}", "--resume=true"]) == 0
+    whole, resumed = (without_seconds(tmp_path / name / "recovery.json") for name in ("whole", "out"))
+    assert resumed == whole
+    assert whole["training"]["train_loss"] is not None
+    assert whole["teacher"]["bytes"] > 0
+
+
+def without_seconds(path: Path) -> dict[str, Any]:
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            own = {"seconds", "evaluation_seconds", "output", "resume"}
+            return {name: cleaned(item) for name, item in value.items() if name not in own}
+        return value
+
+    return cleaned(json.loads(path.read_text()))
+
+
+SHAPES = ["flipped", "truncated", "text", "other keys", "other weights", "a list", "no loops"]
+
+
+@pytest.mark.parametrize("damage", SHAPES)
+def test_a_training_checkpoint_of_any_other_shape_is_refused(damage, bases, labelled, tmp_path, monkeypatch, capsys):
+    arguments, folder = [*recovery(bases, labelled), f"--output={tmp_path / 'out'}"], tmp_path / "out"
+
+    def interrupted(run: FittingRun) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FittingRun, "_write", interrupted)
+        assert main(arguments) == 130
+    last = folder / "checkpoints" / "last.ckpt"
+    spoil(last, damage)
+    capsys.readouterr()
+    assert main([*arguments, "--resume=true"]) == 2
+    assert "--resume true: " in one_line(capsys)
+
+
+def spoil(path: Path, damage: str) -> None:
+    if damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    else:
+        content = torch.load(path, weights_only=True)
+        if damage == "other keys":
+            content = {"model": content["state_dict"]}
+        elif damage == "other weights":
+            content["state_dict"] = {name: weight[:1] for name, weight in content["state_dict"].items()}
+        elif damage == "a list":
+            content = [content]
+        else:
+            del content["loops"]
+        torch.save(content, path)
+
+
+def test_a_diverging_recovery_stops_and_names_step_and_learning_rate(bases, labelled, tmp_path, capsys):
+    options = ["--optimization.learning_rate=1e30", "--optimization.schedule=constant", "--trainer.max_epochs=9"]
+    assert main([*recovery(bases, labelled), *options, f"--output={tmp_path / 'out'}"]) == 2
+    line = one_line(capsys)
+    assert "the loss is NaN or infinite at step " in line
+    assert "the learning rate is 1e+30" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+ROLES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    write_folder(folder, "llava")
+    return folder
+
+
+def asked(folder: Path, output: Path, change: Callable[[dict[str, Any]], object] = lambda row: None) -> list[str]:
+    """An evaluation of questions, the third of which is changed."""
+    output.parent.mkdir(exist_ok=True)
+    rows = json.loads(write_captions(output.parent / "data", 4).read_text())
+    change(rows[2])
+    (output.parent / "data" / "data.json").write_text(json.dumps(rows))
+    source = "--engine.benchmark.source"
+    local = ["--engine.benchmark=LocalBenchmark", f"{source}=LlavaJsonSource"]
+    local += [f"{source}.path={output.parent / 'data' / 'data.json'}"]
+    return ["evaluate", f"--model.path={folder}", *local, f"--output={output}"]
+
+
+def system_turn(row: dict[str, Any]) -> None:
+    row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
+
+
+def long_question(row: dict[str, Any]) -> None:
+    row["conversations"][0]["value"] += " why" * 600
+
+
+REFUSALS = {
+    "the template": (system_turn, "System role not supported"),
+    "the model's context": (long_question, "tokens, the model's context is "),
+}
+
+
+@pytest.mark.parametrize(("change", "problem"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_template_or_model_refuse_of_a_question_is_one_line(change, problem, hub_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(hub_folder, folder)
+    for name in folder.glob("chat_template*"):
+        written = json.loads(name.read_text())["chat_template"] if name.suffix == ".json" else name.read_text()
+        name.unlink()
+    (folder / "chat_template.jinja").write_text(ROLES + written)
+    arguments = asked(folder, tmp_path / "out", change)
+    assert main(arguments) == 2
+    line = one_line(capsys)
+    assert problem in line
+    assert "question" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", ["truncation", "padding"])
+def test_what_training_left_in_a_tokenizer_changes_no_answer(saved, hub_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(hub_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    kinds = {
+        "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 300}, "direction": "Right", "pad_to_multiple_of": None}
+        | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content | {saved: kinds[saved]}))
+    found = []
+    for number, model in enumerate((hub_folder, folder)):
+        output = tmp_path / str(number) / "out"
+        assert main(asked(model, output)) == 0
+        record = json.loads((output / "evaluation.json").read_text())
+        found.append((record["tasks"], record["perplexity"]))
+    assert found[0] == found[1]
+
+
+# ---- comparison ------------------------------------------------------------------------------------------------------
+def test_a_comparison_of_two_models_says_so_first(tmp_path, capsys):
+    for name, family in (("one", "llava"), ("other", "qwen2_vl")):
+        tiny_model(family).save_pretrained(tmp_path / f"dense-{name}")
+        magnitude = ["--pruning.scorer=MagnitudeScorer", "--report=false"]
+        output = f"--output={tmp_path / name}"
+        assert main(["prune", f"--model.path={tmp_path / f'dense-{name}'}", *magnitude, output]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "other"), f"--output={tmp_path / 'page'}"]) == 0
+    assert capsys.readouterr().out.startswith("warning: the folders come from different models")
+    assert (tmp_path / "page" / "compare.md").read_text().startswith("warning: ")
+    assert "the folders come from different models" in (tmp_path / "page" / "report.html").read_text()
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "one")]) == 0
+    assert "different models" not in capsys.readouterr().out
