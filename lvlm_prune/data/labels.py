@@ -3,6 +3,9 @@
     input_ids   <s> <user> <image> ... What color? <assistant>  red   </s>
     labels      -100 ...................................... -100  red   </s>
 
+A template may end before the answer with a space that the tokenizer joins with the first word of it, as byte-level BPE
+does (`" red"`): that token is the answer's.
+
 As in transformers, labels stand beside the tokens that they name (the model shifts them), and -100 counts nowhere.
 """
 
@@ -20,6 +23,10 @@ from lvlm_prune.data.processing import encode, render, tokenizer_of
 IGNORED = -100
 
 
+class AnswersNotLocated(ValueError):
+    """Which tokens are the answer cannot be told; what the model generates can still be compared with it."""
+
+
 def encode_with_labels(processor: Any, sample: Conversation | Document) -> Inputs:
     """Model inputs of a sample with `labels`, int64 of the shape of `input_ids`.
 
@@ -27,7 +34,8 @@ def encode_with_labels(processor: Any, sample: Conversation | Document) -> Input
 
     Raises:
         RunError: An image is missing or broken.
-        ValueError: The processor refuses the sample, or its answers cannot be located among the tokens.
+        AnswersNotLocated: The answers cannot be located among the tokens.
+        ValueError: The processor refuses the sample.
     """
     inputs = encode(processor, sample)
     if isinstance(sample, Document):
@@ -41,29 +49,47 @@ def _label_answers(processor: Any, sample: Conversation, input_ids: Tensor) -> T
     ids = input_ids[0].tolist()
     for number, message in enumerate(sample.messages):
         if message["role"] == "assistant":
-            start = _tokens_before(processor, sample, ids, whole, number, add_generation_prompt=True)
-            end = _tokens_before(processor, sample, ids, whole, number + 1, add_generation_prompt=False)
+            start = _tokens_before(processor, sample, ids, whole, number, is_start=True)
+            end = _tokens_before(processor, sample, ids, whole, number + 1, is_start=False)
             labels[:, start:end] = input_ids[:, start:end]
     return labels
 
 
-def _tokens_before(
-    processor: Any, sample: Conversation, ids: list[int], whole: str, turns: int, add_generation_prompt: bool
-) -> int:
-    """Number of tokens of the first `turns` turns.
+def _tokens_before(processor: Any, sample: Conversation, ids: list[int], whole: str, turns: int, is_start: bool) -> int:
+    """Number of tokens of the first `turns` turns, at whose end an answer starts, or ends.
 
-    Counted from the end where the text that follows tokenizes alone as it does in its place, which spares processing
-    the images once more; else from the beginning.
+    Counted from the end where the text that follows tokenizes alone as it does in its place; else by the places of the
+    tokens in the text; both spare processing the images once more, which counting from the beginning does not.
     """
     beginning = sample.messages[:turns]
-    text = render(processor, beginning, add_generation_prompt)
+    text = render(processor, beginning, add_generation_prompt=is_start)
     if not whole.startswith(text):
-        raise ValueError("the chat template renders the beginning of a conversation otherwise than the whole")
+        raise AnswersNotLocated("the chat template renders the beginning of a conversation otherwise than the whole")
     rest = whole[len(text) :]
     tail = tokenizer_of(processor)(rest, add_special_tokens=False)["input_ids"] if rest else []
     if list(tail) == ids[len(ids) - len(tail) :]:
         return len(ids) - len(tail)
-    head = encode(processor, sample.beginning(turns), add_generation_prompt)["input_ids"][0]
+    if (found := _by_places(processor, ids, whole, len(text), is_start)) is not None:
+        return found
+    head = encode(processor, sample.beginning(turns), is_start)["input_ids"][0]
     if head.tolist() != ids[: len(head)]:
-        raise ValueError("the answers cannot be located among the tokens")
+        raise AnswersNotLocated("the answers cannot be located among the tokens (they share one with what is around)")
     return len(head)
+
+
+def _by_places(processor: Any, ids: list[int], whole: str, place: int, is_start: bool) -> int | None:
+    """Number of tokens before a place of the text, one across it being the answer's; None where that cannot be told.
+
+    The tokens of the text differ from those of the sample where the processor made many of one placeholder.
+    """
+    try:
+        encoded = tokenizer_of(processor)(whole, add_special_tokens=False, return_offsets_mapping=True)
+    except NotImplementedError:  # a tokenizer in Python keeps no places
+        return None
+    plain, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
+    behind = (number for number, (start, end) in enumerate(spans) if (end if is_start else start + 1) > place)
+    count = next(behind, len(plain))
+    after = len(plain) - count
+    if plain[count:] == ids[len(ids) - after :]:
+        return len(ids) - after
+    return count if plain[:count] == ids[:count] else None

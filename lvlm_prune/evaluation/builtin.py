@@ -24,6 +24,7 @@ from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import lazy_default, own_instance
 
 if TYPE_CHECKING:
+    from lvlm_prune.evaluation.likelihood import AnswerLikelihood
     from lvlm_prune.module import LVLMModule
 
 __all__ = ["BuiltinEngine", "EmbeddedBenchmark", "LocalBenchmark"]
@@ -88,7 +89,8 @@ class BuiltinEngine(Engine):
         from lvlm_prune.evaluation.likelihood import AnswerLikelihood
         from lvlm_prune.recovery.dense import refuse_other_tokens
 
-        dense, more = None, {}
+        dense: Scores | None = None
+        more: dict[str, Any] = {}
         if baseline is not None and self.likelihood:
             try:
                 refuse_other_tokens(baseline, model)
@@ -101,18 +103,26 @@ class BuiltinEngine(Engine):
             if baseline is not None:
                 with self._loaded(baseline, device) as (module, processor):
                     dense = self._answer(module, processor, processes, "baseline")
-                    if self.likelihood:
+                    if self._finds_answers(likelihood, module, processor, more):
                         with Progress("Right answers, baseline", share, "answers", shown=processes.is_main) as progress:
                             more["baseline_perplexity"] = likelihood.dense(module, processor, progress.update)
             with self._loaded(model, device) as (module, processor):
                 scores = self._answer(module, processor, processes, "model")
-                if self.likelihood:
+                if self._finds_answers(likelihood, module, processor, more):
                     with Progress("Right answers, model", share, "answers", shown=processes.is_main) as progress:
                         found = likelihood.pruned(module, processor, progress.update, baseline is not None)
                     more["perplexity"], divergence = found
                     if baseline is not None:
                         more["kl"] = divergence
         return Measurement(scores, dense, more)
+
+    def _finds_answers(
+        self, likelihood: AnswerLikelihood, module: LVLMModule, processor: Any, more: dict[str, Any]
+    ) -> bool:
+        """Whether likelihoods are wanted, and the right answers found among the tokens; if not, `more` says why."""
+        if self.likelihood and "no_likelihood" not in more and (why := likelihood.why_not(module, processor)):
+            more["no_likelihood"] = why
+        return self.likelihood and "no_likelihood" not in more
 
     @contextmanager
     def _loaded(self, origin: LVLMModule, device: torch.device | str) -> Iterator[tuple[LVLMModule, Any]]:

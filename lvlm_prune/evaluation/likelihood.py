@@ -18,7 +18,7 @@ from torchmetrics.text import Perplexity
 
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import BucketedLoader
-from lvlm_prune.data.labels import IGNORED, encode_with_labels
+from lvlm_prune.data.labels import IGNORED, AnswersNotLocated, encode_with_labels
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.data.processing import pad_token_of, refusals
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
@@ -48,6 +48,21 @@ class AnswerLikelihood:
         self.questions, self.batch_size, self.processes = questions, batch_size, processes
         self.numbers = list(range(processes.rank, len(questions), processes.count))
         self._teacher = Teacher(folder, Distillation(1.0, temperature=1.0, top_k=top_k), self.numbers, {})
+
+    def why_not(self, module: LVLMModule, processor: Any) -> str:
+        """Why right answers cannot be found among the tokens of this model's template; empty where they can.
+
+        Looked at on the first question, which is the same on all processes.
+        """
+        try:
+            _encoded(processor, self.questions[0], ModelLimits.of(module.model))
+        except RunError as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, AnswersNotLocated):
+                    return str(cause)
+                cause = cause.__cause__
+        return ""
 
     @torch.no_grad()
     def dense(self, module: LVLMModule, processor: Any, progress: Callable[[int], object]) -> float | None:

@@ -89,6 +89,8 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
 
 
 def _likelihood(record: Mapping[str, Any]) -> list[str]:
+    if "no_likelihood" in record:
+        return [f"answers are compared as text only, without perplexity and KL: {record['no_likelihood']}"]
     if "perplexity" not in record:
         return []
     parts = [f"perplexity of the right answers {_small(record['perplexity'])}"]

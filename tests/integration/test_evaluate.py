@@ -178,6 +178,21 @@ def test_any_familys_folder(family, tmp_path):
     assert found["retention"] is None
 
 
+def test_answers_that_cannot_be_located_are_still_compared_as_text(tmp_path, capsys):
+    """Of a template that renders the beginning of a conversation otherwise than the whole."""
+    path, folder = write_captions(tmp_path / "data", 3), tmp_path / "dense"
+    write_folder(folder, "llava")
+    (template,) = folder.glob("chat_template.jinja")
+    template.write_text("{{ messages | length }}" + template.read_text())
+    arguments = [f"--model.path={folder}", f"--baseline={folder}", *local(path), f"--output={tmp_path / 'out'}"]
+    assert main(["evaluate", *arguments]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["tasks"][path.stem]["questions"] == 3
+    assert not {"perplexity", "kl"} & found.keys()
+    assert "renders the beginning of a conversation otherwise" in found["no_likelihood"]
+    assert "without perplexity and KL" in capsys.readouterr().out
+
+
 BAD_DATA = {
     "no answer": ({"conversations": [{"from": "human", "value": "Why?"}]}, "does not end with a turn"),
     "empty answer": (

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lvlm_prune.data import Conversation, Document
-from lvlm_prune.data.labels import IGNORED, encode_with_labels
+from lvlm_prune.data.labels import IGNORED, AnswersNotLocated, encode_with_labels
 from lvlm_prune.demo.datasets import QuestionConversations
 from lvlm_prune.demo.processing import build_processor, build_tokenizer
 
@@ -52,3 +54,44 @@ def test_an_image_between_two_answers(processor):
 def test_every_token_of_a_document(processor):
     inputs = encode_with_labels(processor, Document("The star is red."))
     assert torch.equal(inputs["labels"], inputs["input_ids"])
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def joining():
+    """Byte-level BPE that joins a space with what follows, under a template that ends in a space before the answer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("r", "e"), ("re", "d"), ("Ġ", "red"), ("n", "o"), ("Ġ", "no")]
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def test_a_token_across_the_end_of_the_prompt_is_the_answers(joining):
+    messages = [turn("user", "What color?"), turn("assistant", "red"), turn("user", "Red?"), turn("assistant", "no")]
+    inputs = encode_with_labels(joining, Conversation(messages))
+    labels = inputs["labels"][0]
+    parts = (labels != IGNORED).nonzero().flatten()
+    starts = [int(one) for one in parts if int(one) - 1 not in parts.tolist()]
+    answers = [joining.decode(inputs["input_ids"][0][one : one + 2]) for one in starts]
+    assert answers == [" red\n", " no\n"]
+    assert len(parts) == 4
+
+
+def test_a_template_that_renders_a_beginning_otherwise_says_so(joining):
+    joining.chat_template = "{{ messages | length }}" + TEMPLATE
+    messages = [turn("user", "What color?"), turn("assistant", "red")]
+    try:
+        with pytest.raises(AnswersNotLocated, match="renders the beginning"):
+            encode_with_labels(joining, Conversation(messages))
+    finally:
+        joining.chat_template = TEMPLATE
