@@ -118,7 +118,8 @@ def prune(
         >>> model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
         >>> samples = [{"input_ids": torch.arange(5, 25)[None]}, {"input_ids": torch.arange(40, 60)[None]}]
         >>> manifest = prune(model, samples, BlockwisePruning(sparsity=0.5))
-        >>> round(manifest["sparsity"]["achieved"], 3)
+        >>> sparsity = manifest["sparsity"]
+        >>> round(sparsity["achieved"], 3)
         0.5
         >>> bool((model.get_decoder().layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5)
         True
