@@ -28,6 +28,7 @@ from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
+from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
 from lvlm_prune.pruning.naming import folder_label, method_name
 from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
 from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, refuse_widths
@@ -206,6 +207,10 @@ class BlockwisePruning(PruneCallback):
             f"{_readable(weights)} weights · {self.name} · {share} {self.pattern}"
             + (f" · {trainer.run.record['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
+        if trainer.run.folder is not None and trainer.run.processes.is_main:
+            trainer.run.record["input_zeros"] = share = zeros_of_input(pl_module, self.shapes)
+            if share >= NOTICED_ZEROS:
+                trainer.run.say(zeros_line(share, self.mean_target()))
         if not self.wants_activations:
             return
         tokens = trainer.run.record["calibration"]["tokens"]

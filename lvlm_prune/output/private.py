@@ -54,12 +54,23 @@ def _cleaned(value: Any, key: str, section: str) -> Any:
     if key == "skipped" and isinstance(value, list):  # names of samples, and what was wrong with them
         return [LEFT_OUT] * len(value)
     if key == "warnings" and isinstance(value, list):
-        return [LEFT_OUT if re.search(r"[\\/]", str(item)) else item for item in value]
+        return [_without_names(str(item)) for item in value]
     if isinstance(value, list):
         return [_cleaned(item, key, section) for item in value]
     if isinstance(value, str) and _is_private(value, key):
         return _last_name(value) if section in _MODELS else LEFT_OUT
     return value
+
+
+def _without_names(warning: str) -> str:
+    """A warning without the sample, or whatever it names first.
+
+    Example:
+        >>> _without_names("2 samples could not be read (the first is patient-7: no such file)")
+        '2 samples could not be read'
+    """
+    text = re.sub(r" \(the first is .*", "", warning)
+    return LEFT_OUT if re.search(r"[\\/]", text) else text
 
 
 def _is_private(text: str, key: str) -> bool:

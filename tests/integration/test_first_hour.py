@@ -8,7 +8,7 @@ from safetensors import safe_open
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from tests.conftest import GOLDEN
-from tests.hub_folders import write_captions
+from tests.hub_folders import write_captions, write_folder
 
 MODEL = GOLDEN / "model"
 SMALL = ["--data.num_samples=2", "--held_back=0", "--trainer.accelerator=cpu"]
@@ -70,3 +70,30 @@ def test_a_method_that_is_not_for_towers_names_one_that_is(small, tmp_path, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert "--method wanda" in line
     assert main([*small, "--method=wanda", "--model.targets=[language, vision]", f"--output={tmp_path / 'out'}"]) == 0
+
+
+def test_an_input_that_was_pruned_before_is_noticed(small, tmp_path, capsys):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert main([*small, "--pruning.sparsity=0.5", f"--output={once}"]) == 0
+    assert "pruned before" not in capsys.readouterr().out
+    assert json.loads((once / "pruning.json").read_text())["input_zeros"] < 0.01
+    again = [f"--model.path={once}", "--pruning.sparsity=0.7", f"--output={twice}"]
+    assert main([*small, *again]) == 0
+    assert "about 50% of these weights are zero already, and count among the 70%" in capsys.readouterr().out
+    assert json.loads((twice / "pruning.json").read_text())["input_zeros"] == pytest.approx(0.5, abs=0.02)
+    one, other = CheckpointFolder(once), CheckpointFolder(twice)
+    assert all(((other.read(key) == 0) | (one.read(key) != 0)).all() for key in one)
+
+
+def test_a_small_calibration_set_is_said_to_be_one(tmp_path, capsys):
+    write_folder(tmp_path / "dense", "llava")
+    data = write_captions(tmp_path / "images", 4)
+    source = ["--data.source=LlavaJsonSource", f"--data.source.path={data}"]
+    options = [
+        f"--data.source.image_folder={data.parent}",
+        *SMALL[1:],
+        "--report=false",
+        f"--output={tmp_path / 'out'}",
+    ]
+    assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options]) == 0
+    assert "calibration: 4 samples, all that the source has; 128 would be taken of more" in capsys.readouterr().out

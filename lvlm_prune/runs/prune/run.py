@@ -211,9 +211,16 @@ class PruneRun:
             run.record["catch_seconds"] += clock.lap()
             if part is parts[0]:
                 self.raise_hook("on_prune_start")
+                self._say_of_few_samples()
             if self.participants.surveying():
                 stream.survey()
             stream.prune(part)
+
+    def _say_of_few_samples(self) -> None:
+        source, count = self.datamodule.source, len(self.datamodule.select())
+        default = source.default_num_samples
+        if self.participants.samples() and self.datamodule.num_samples is None and default and count < default:
+            self.run.say(f"calibration: {count} samples, all that the source has; {default} would be taken of more")
 
     def _measure(self) -> None:
         """What pruning cost, on samples that did not calibrate; one process is enough for a few."""

@@ -1,0 +1,55 @@
+"""Zeros that are in a checkpoint before it is pruned: one that was pruned before is noticed, and said to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.packed.selection import estimated_zeros
+
+if TYPE_CHECKING:
+    from lvlm_prune.module import LVLMModule
+
+NOTICED_ZEROS = 0.01
+"""Share of zeros from which on a checkpoint is said to have been pruned; trained weights have next to none."""
+
+
+def zeros_of_input(module: LVLMModule, shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Share of zeros, before anything is pruned, of the weights that are going to be; estimated from 64 KiB of each.
+
+    Args:
+        module: The opened model.
+        shapes: Full name of each matrix that is going to be pruned -> (C_out, C_in).
+    """
+    weights = module.weights(torch.device("cpu"))
+    if module.folder is None or not isinstance(weights, StreamedWeights):
+        return 0.0
+    experts = {
+        name: f"{name.removesuffix(matrix.name)}{matrix.parameter}" for name, matrix in module.expert_matrices().items()
+    }
+    parameters = (experts.get(name, f"{name}.weight") for name in shapes)
+    keys = {key for parameter in parameters if weights.has(parameter) for key in weights.keys_of(parameter)}
+    sizes = {key: prod(module.folder[key].shape) for key in keys}
+    zeros = sum(estimated_zeros(module.folder, key) * size for key, size in sorted(sizes.items()))
+    return zeros / max(sum(sizes.values()), 1)
+
+
+def zeros_line(share: float, target: float) -> str:
+    """What a user is told of it.
+
+    Args:
+        share: Of zeros in the input.
+        target: Of zeros that is asked for.
+
+    Example:
+        >>> print(zeros_line(0.5, 0.6))
+        the input was pruned before: about 50% of these weights are zero already, and count among the 60% asked for
+    """
+    told = f"the input was pruned before: about {share:.0%} of these weights are zero already"
+    if share >= target:
+        return f"{told}, no fewer than the {target:.0%} asked for: little or nothing will change"
+    return f"{told}, and count among the {target:.0%} asked for"
