@@ -208,9 +208,9 @@ class BlockwisePruning(PruneCallback):
             + (f" · {trainer.run.record['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
         if trainer.run.folder is not None and trainer.run.processes.is_main:
-            trainer.run.record["input_zeros"] = share = zeros_of_input(pl_module, self.shapes)
-            if share >= NOTICED_ZEROS:
-                trainer.run.say(zeros_line(share, self.mean_target()))
+            zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, self.shapes)
+            if zeros >= NOTICED_ZEROS:
+                trainer.run.say(zeros_line(zeros, self.mean_target()))
         if not self.wants_activations:
             return
         tokens = trainer.run.record["calibration"]["tokens"]
