@@ -114,6 +114,7 @@ def card_of(
         _loading(folder, made_by, packing),
         _zeros(packing, how),
         _private(made_by or packing),
+        "---\n\n*Below is the card of the dense model, as it was: its results are not those of this model.*",
         DENSE_CARD,
         body or "The dense model came without a card.",
     ]
@@ -171,7 +172,7 @@ def _origin(record: Mapping[str, Any], packing: Mapping[str, Any]) -> Mapping[st
 def _title(folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     name = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
     path = str(origin.get("path") or "")
-    model = name or ("the embedded model of lvlm-prune" if path == DEMO else Path(path).name) or folder.name
+    model = name or ("The embedded model of lvlm-prune" if path == DEMO else Path(path).name) or folder.name
     method = how.get("method", {}).get("init_args", {}).get("name")
     target = how.get("sparsity", {}).get("target")
     pruned = f", pruned to {target:.0%}" if target is not None else ", sparse"
@@ -310,6 +311,7 @@ def _loading(folder: Path, record: Mapping[str, Any], packing: Mapping[str, Any]
     lines += [
         f"from transformers import {loader}, AutoProcessor",
         "",
+        'THIS_MODEL = "."  # the name of this repository, or the folder that it was downloaded to',
         f'model = {loader}.from_pretrained(THIS_MODEL, dtype="auto"{trust})',
         f"processor = AutoProcessor.from_pretrained(THIS_MODEL{trust})",
     ]
@@ -337,7 +339,7 @@ def _zeros(packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:
         text = (
             "The zeros are stored like any other weight. Loaded as above, the model takes the disk, the memory and the "
             "time of the dense one. `lvlm-prune pack` stores it without its zeros: smaller on disk and in memory, and "
-            "faster in decoding."
+            "faster in decoding where its kernels are."
         )
         if ":" in str(how.get("pattern", "")):
             text += (
