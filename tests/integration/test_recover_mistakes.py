@@ -1,0 +1,143 @@
+"""What `recover` refuses, and how it ends when it is interrupted."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from lvlm_prune.callbacks import FrozenMasks
+from lvlm_prune.data import RecoveryDataModule
+from lvlm_prune.errors import InputError
+from lvlm_prune.recovery import load_sparse_adapter
+from tests.conftest import GOLDEN
+
+CALIBRATION = GOLDEN / "calib.safetensors"
+
+
+def load(folder: Path):
+    return AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_a_base_without_zeros(bases, recover, tmp_path, capsys):
+    assert recover(bases / "dense-float32", tmp_path / "out") == 2
+    assert "no Linear of its decoder blocks is pruned" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base(bases, recover, tmp_path):
+    assert recover(bases / "2:4-float32", tmp_path / "out") == 0
+    with pytest.raises(InputError, match="belongs to another base"):
+        load_sparse_adapter(load(bases / "unstructured-float32"), tmp_path / "out" / "adapter")
+    with pytest.raises(InputError, match="not an adapter"):
+        load_sparse_adapter(load(bases / "2:4-float32"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lora.rank=0"], "--lora.rank 0: must be at least 1"),
+        (["--lora.dropout=1"], "--lora.dropout 1.0"),
+        (["--lora.targets=*.nothing"], "--lora.targets *.nothing: matches no pruned Linear"),
+        (["--lora.gradient=rough"], "--lora.gradient rough"),
+        (["--method=full", "--lora.rank=4"], "--lora.rank 4: does nothing with --method full"),
+        (["--optimization.learning_rate=-1"], "--optimization.learning_rate -1.0: must be positive"),
+        (["--optimization.warmup=2"], "--optimization.warmup 2.0"),
+        (["--data.validation_samples=8"], "--data.validation_samples 8"),
+        (["--data.num_samples=9"], "--data.num_samples 9: the source holds only 8"),
+        (["--pruning.sparsity=0.5"], "--pruning.sparsity: unknown option"),
+        (["--resume=true"], "--output"),
+    ],
+)
+def test_bad_option(options, said, bases, refused, tmp_path):
+    refused(said, bases / "2:4-float32", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("no labels", "sample 3: has no answer tokens"),
+        ("all ignored", "sample 3: has no answer tokens"),
+        ("other shape", "sample 3: has labels of shape"),
+        ("too long", "sample 3: has 40000 tokens, the model's context is"),
+    ],
+)
+def test_bad_data(case, said, bases, refused, labelled, tmp_path):
+    samples = load_file(labelled)
+    if case == "no labels":
+        samples.pop("s3.labels")
+    elif case == "all ignored":
+        samples["s3.labels"][:] = -100
+    elif case == "other shape":
+        samples["s3.labels"] = samples["s3.labels"][..., 1:].contiguous()
+    else:
+        samples = {name: value for name, value in samples.items() if not name.startswith("s3.")}
+        samples["s3.input_ids"] = samples["s3.labels"] = torch.full((1, 40000), 7)
+        samples = {name: value.clone() for name, value in samples.items()}
+    save_file(samples, tmp_path / "bad.safetensors")
+    refused(said, bases / "2:4-float32", tmp_path / "out", data=tmp_path / "bad.safetensors")
+
+
+def test_the_input_is_never_written(bases, recover, tmp_path):
+    shutil.copytree(bases / "2:4-float32", tmp_path / "base")
+    before = {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
+    assert recover(tmp_path / "base", tmp_path / "out") == 0
+    assert before == {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(number, bases, recover, tmp_path, capsys, monkeypatch):
+    """Of itself Lightning ignores SIGTERM until an epoch is over."""
+    handlers = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenMasks, "on_train_start", lambda *_: signal.raise_signal(number))
+        assert recover(bases / "2:4-float32", tmp_path / "out") == 128 + number
+    assert signal.signal(signal.SIGINT, handlers[0]) is signal.default_int_handler  # Lightning leaves it ignored
+    assert signal.getsignal(signal.SIGTERM) is handlers[1]
+    assert capsys.readouterr().err.strip() == f"interrupted: go on with --resume true --output {tmp_path / 'out'}"
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true") == 0
+
+
+def test_resumed_with_other_data_is_refused(bases, labelled, recover, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data.safetensors"
+    shutil.copy(labelled, data)
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenMasks, "on_train_start", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert recover(bases / "2:4-float32", tmp_path / "out", data=data) == 143
+    samples = load_file(data)
+    samples["s3.pixel_values"][0, 0] += 1
+    save_file(samples, data)
+    capsys.readouterr()
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true", data=data) == 2
+    said = f"TensorSource: gives other samples now than in the unfinished run in {tmp_path / 'out'}"
+    assert capsys.readouterr().err == f"error: --data.source {said}\n"
+    shutil.copy(labelled, data)
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--resume=true", data=data) == 0
+
+
+def test_two_runs_do_not_write_one_folder(bases, recover, tmp_path, capsys, monkeypatch):
+    """A run that is believed dead, or one that came first while this one looked at the data."""
+    output, again = tmp_path / "out", []
+
+    def second_run(*_):
+        again.append(recover(bases / "2:4-float32", output, "--resume=true"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenMasks, "on_train_start", second_run)
+        assert recover(bases / "2:4-float32", output) == 0
+    assert again == [2]
+    assert capsys.readouterr().err == f"error: --output {output}: is being written by another run\n"
+    examine, content = RecoveryDataModule.examine, (output / "recovery.json").read_bytes()
+
+    def first_run(data):
+        shutil.move(tmp_path / "aside", output)
+        return examine(data)
+
+    shutil.move(output, tmp_path / "aside")
+    monkeypatch.setattr(RecoveryDataModule, "examine", first_run)
+    assert recover(bases / "2:4-float32", output) == 2
+    assert f"error: --output {output}: exists and is not empty" in capsys.readouterr().err
+    assert (output / "recovery.json").read_bytes() == content
