@@ -13,9 +13,10 @@ from typing import Any
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.errors import InputError, shortened
 
-# Modules that are built one by one. Each has a tensor of its own, or its part of one that is a stack of them.
-_COUNTS = re.compile(r"(layer|block|expert|head|stage|depth)s?\b|n_layer|n_head")
-_SIZES = re.compile(r"size|dim|channels|features|width|rank|embed|positions|length")
+# Modules that are built one by one: each has a tensor of its own, or its part of one that is a stack of them.
+_COUNTS = re.compile(r"(layer|block|expert|head|stage)s$|^depth$|^n (layer|head)$|experts? per")
+# Lengths of tensors.
+_SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|position embeddings|embeddings|length)s?$")
 # Not all counts are of modules that are there: Qwen2 names 80 layers with a window, however many layers it has.
 _MODULES_THAT_FIT = 1024
 # Tables of this many positions are small, and configurations of rotary models name more than they have.
@@ -33,8 +34,8 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
     most_elements = max(sum(math.prod(shape) for shape in shapes), _ALWAYS_FITS)
     for name, value in _numbers(folder.config):
         leaf = name.rpartition(".")[2].replace("_", " ")
-        limit = most_modules if _COUNTS.search(leaf) and not _SIZES.search(leaf) else most_elements
-        if abs(value) > limit:
+        is_count, is_size = _COUNTS.search(leaf), _SIZES.search(leaf)
+        if (is_count and abs(value) > most_modules) or (is_size and abs(value) > most_elements):
             problem = f"config.json says {name}: {shortened(value, 40)}, which does not fit the tensors on disk"
             raise InputError("model.path", folder.path, problem)
 

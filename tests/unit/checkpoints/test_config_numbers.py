@@ -5,11 +5,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
+from benchmarks.families.tiny_config import names
+from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.module import LVLMModule
 from tests.families import tiny_model
@@ -125,3 +129,10 @@ def test_a_window_behind_the_last_layer_is_legal(folders: Path, tmp_path: Path):
     config = json.loads((folders / "qwen2_vl" / "config.json").read_text())
     config["text_config"]["max_window_layers"] = 80
     assert opened(folders / "qwen2_vl", tmp_path / "copy", config) == ""
+
+
+def test_no_family_has_a_number_that_is_refused():
+    """Bases of rotary positions, clipping limits and the like are far larger than any tensor, and are no sizes."""
+    for name in names():
+        config = CONFIG_MAPPING[name.partition(":")[0]]().to_dict()
+        refuse_absurd_sizes(SimpleNamespace(path=Path(name), tensors={}, config=config))
