@@ -100,6 +100,7 @@ class BlockwisePruning(PruneCallback):
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
+        allocation = allocation.under(self.pattern)
         if isinstance(self.pattern, SemiStructured) and not allocation.uniform:
             raise InputError(
                 "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"

@@ -93,3 +93,25 @@ def invert_lower_(lower: Tensor) -> Tensor:
     corner = lower[second, first]
     torch.mm(right, corner @ left, out=corner).neg_()
     return lower
+
+
+def inner_products_of_lower_(lower: Tensor) -> Tensor:
+    r"""Turn a lower triangular matrix L into :math:`L^\top L`, for a sixth of a matrix product.
+
+    Args:
+        lower: Shape (n, n), float, zeros above the diagonal; overwritten.
+
+    Returns:
+        The same tensor, symmetric within rounding.
+
+    Example:
+        >>> inner_products_of_lower_(torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+        tensor([[5., 3.],
+                [3., 9.]])
+    """
+    for rows in stripes(len(lower)):
+        # Rows above the stripe are zero in its columns, and what was written to them is not looked at again.
+        products = lower[rows.start :, rows].T @ lower[rows.start :, : rows.stop]
+        lower[rows, : rows.stop] = products
+        lower[: rows.start, rows] = products[:, : rows.start].T
+    return lower

@@ -36,6 +36,8 @@ RECIPES = {
     "mllm_pruner": [],
     "alps": [],
     "alps_kl": ["--pruning.allocation.samples=3"],
+    "best": ["--pruning.allocation.samples=3", "--pruning.allocation.groups=kind"],
+    "fast": ["--pruning.pattern=2:4"],
     "magnitude": [],
 }
 FEWER_SAMPLES_THAN_PROCESSES = {"atv": "atv_one_sample", "sparsegpt": "sparsegpt_one_sample"}

@@ -1,5 +1,7 @@
 """The interface of an allocation."""
 
+from __future__ import annotations
+
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -46,6 +48,10 @@ class Allocation(Surveyor, ABC):
             pattern: Which weights may go together.
             sparsity: Target share of zeros over all Linears.
         """
+
+    def under(self, pattern: Pattern) -> Allocation:
+        """Not required: what deals out under a pattern; default: this allocation, whatever the pattern."""
+        return self
 
     @abstractmethod
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lvlm_prune.methods.allocation.base import Allocation, block_of
 from lvlm_prune.methods.allocation.ecoflap import in_attention, readable_seconds
-from lvlm_prune.methods.patterns import Pattern, Unstructured
+from lvlm_prune.methods.allocation.uniform import UniformAllocation
+from lvlm_prune.methods.patterns import Pattern, SemiStructured, Unstructured
 from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.methods.solvers import LinearProblem, Solver
 from lvlm_prune.methods.statistics import Statistic
@@ -51,6 +52,7 @@ class KLAllocation(Allocation):
 
     For B blocks with g groups each and l levels it costs about g l B (B + 1) / 2 block forwards and g l B losses per
     sample, which is printed before it starts. A checkpoint that streams from disk is read about B / 2 times more.
+    Under N:M every Linear has the same sparsity: nothing is measured and nothing dealt out.
 
     Args:
         samples: How many of the calibration samples to take, drawn from them; all if there are fewer.
@@ -96,6 +98,10 @@ class KLAllocation(Allocation):
         self._dense: dict[int, Tensor] = {}
         self._divergences: dict[str, list[float]] = {}
         self.use_method(self._solver, self._pattern, 0.5)
+
+    def under(self, pattern: Pattern) -> Allocation:
+        """See `Allocation.under`: uniform with N:M."""
+        return UniformAllocation() if isinstance(pattern, SemiStructured) else self
 
     def use_method(self, solver: Solver, pattern: Pattern, sparsity: float) -> None:
         """See `Allocation.use_method`: the survey prunes as the method will, around its target."""

@@ -44,21 +44,42 @@ def conjugate_gradients(
     """
     found = start.masked_fill(mask, 0.0)
     scale = target.masked_fill(mask, 0.0).square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
-    residual = (target - found @ gram).masked_fill_(mask, 0.0)
-    direction = residual.clone()
+    residual = target - found @ gram
+    energy = least_squares_(found, residual, gram, mask, iterations, scale * tolerance**2)
+    return found, (energy / scale).max().sqrt().item()
+
+
+def least_squares_(
+    found: Tensor, residual: Tensor, gram: Tensor, mask: Tensor, iterations: int, enough: Tensor | float = 0.0
+) -> Tensor:
+    """The iteration of `conjugate_gradients`, in place.
+
+    Args:
+        found: Where to start, zero where the mask is True; overwritten with the weights.
+        residual: The target less `found` times H, of the same shape; overwritten.
+        gram: H.
+        mask: True where pruned.
+        iterations: At most so many products with H.
+        enough: Squared norm of the residual of each row that is small enough, shape (C_out, 1).
+
+    Returns:
+        Squared norm of the residual of each row, shape (C_out, 1).
+    """
+    direction = residual.masked_fill_(mask, 0.0).clone()
     energy = residual.square().sum(dim=1, keepdim=True)
+    moved = torch.empty_like(residual)
     for _ in range(iterations):
-        if (energy / scale).max().sqrt() <= tolerance:
+        if (energy <= enough).all():
             break
-        moved = (direction @ gram).masked_fill_(mask, 0.0)
+        torch.mm(direction, gram, out=moved).masked_fill_(mask, 0.0)
         curvature = (direction * moved).sum(dim=1, keepdim=True)
         # A row that is solved, or whose channels are all dead, has no direction left.
         step = torch.where(curvature > 0, energy / curvature, 0.0)
-        found += step * direction
-        residual -= step * moved
+        found.addcmul_(step, direction)
+        residual.addcmul_(step, moved, value=-1)
         before, energy = energy, residual.square().sum(dim=1, keepdim=True)
-        direction = residual + torch.where(before > 0, energy / before, 0.0) * direction
-    return found, (energy / scale).max().sqrt().item()
+        direction.mul_(torch.where(before > 0, energy / before, 0.0)).add_(residual)
+    return energy
 
 
 class RefitSolver(Solver):

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lvlm_prune.methods.statistics import Gram
 
+# A least eigenvalue that float32 tells from zero in a matrix of any size, with a diagonal of ones.
+_CERTAINLY_REGULAR = 1e-4
+
 
 class UnitDiagonal:
     r"""The damped Gram matrix scaled to a diagonal of ones, and weights in the same units.
@@ -50,6 +53,8 @@ class UnitDiagonal:
         self.dead = diagonal == 0
         lengths = (diagonal + damping * mean).sqrt()
         self._lengths = torch.where(lengths > 0, lengths, 1.0)
+        # No eigenvalue is smaller than what is added on the diagonal.
+        self._least = (damping * mean / self._lengths.square().max()).item()
         self.gram = gram.scaled(1 / self._lengths)
         self.gram.diagonal().copy_(lengths > 0)
         self._lengths = self._lengths.float()
@@ -70,6 +75,8 @@ class UnitDiagonal:
         notes: dict[str, Any] = {}
         if bool(self.dead.any()):
             notes["dead_columns"] = int(self.dead.sum())
+        if self._least > _CERTAINLY_REGULAR:
+            return notes
         factor, failed = torch.linalg.cholesky_ex(self.gram[~self.dead][:, ~self.dead] if notes else self.gram)
         if failed or factor.diagonal().square().min() < torch.finfo(torch.float32).eps:
             notes["singular"] = True

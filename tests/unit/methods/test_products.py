@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lvlm_prune.methods.products import HELD_PRODUCTS, inner_products, invert_lower_, stripes
+from lvlm_prune.methods.products import (
+    HELD_PRODUCTS,
+    inner_products,
+    inner_products_of_lower_,
+    invert_lower_,
+    stripes,
+)
 
 SIZES = [1, 2, 127, 128, 129, 300, 1700]
 
@@ -36,3 +42,12 @@ def test_stripes_cover_all_rows_once_and_never_hold_too_much(count):
     found = list(stripes(count))
     assert [row for rows in found for row in range(rows.start, rows.stop)] == list(range(count))
     assert all((rows.stop - rows.start) * count <= HELD_PRODUCTS for rows in found)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 400])
+def test_products_of_a_triangular_matrix_with_itself(size):
+    lower = torch.randn(size, size, dtype=torch.float64).tril()
+    expected = lower.T @ lower
+    found = inner_products_of_lower_(lower)
+    assert found is lower
+    torch.testing.assert_close(found, expected)

@@ -7,7 +7,7 @@ import torch
 
 from lvlm_prune.methods.allocation import KLAllocation
 from lvlm_prune.methods.allocation.kl import LogCurve, least_sum
-from lvlm_prune.methods.patterns import Unstructured
+from lvlm_prune.methods.patterns import SemiStructured, Unstructured
 from lvlm_prune.methods.scorers import WandaScorer
 
 LEVELS = [0.45, 0.6, 0.7]
@@ -90,3 +90,11 @@ def test_levels_lie_around_the_target(sparsity):
 def test_options_that_make_no_sense_are_refused(option, value):
     with pytest.raises(ValueError, match=f"`{option}`"):
         KLAllocation(**{option: value})
+
+
+def test_with_n_of_m_nothing_is_measured_and_nothing_dealt_out():
+    allocation = KLAllocation()
+    assert allocation.under(Unstructured()) is allocation
+    dealt = allocation.under(SemiStructured(2, 4))
+    assert dealt.uniform
+    assert not dealt.wants_survey
