@@ -23,7 +23,7 @@ from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.data.limits import ModelLimits
-from lvlm_prune.errors import LVLMPruneError, first_line
+from lvlm_prune.errors import first_line
 from lvlm_prune.loop.block_loop import waiting_sample
 from lvlm_prune.loop.catching import catch_batch
 from lvlm_prune.module import LVLMModule
@@ -65,8 +65,10 @@ class SampleQuality:
             dense, targets = self._answers(weights)
             pruned, _ = self._answers(weights.at(written))
             return self._compared(weights, dense, pruned, targets)
-        except (LVLMPruneError, torch.OutOfMemoryError, ValueError, RuntimeError) as error:
-            # The checkpoint is whole without these numbers.
+        except Exception as error:  # of a model's own code too: the checkpoint is whole without these numbers
+            weights.release_block(0)
+            weights.release_non_block_weights()
+            weights.release_output_embedding()
             return {"not_measured": first_line(error)}
 
     @torch.no_grad()
