@@ -186,7 +186,7 @@ def test_broken_samples_are_left_out_on_request(processor, caplog, world_size):
 def test_a_broken_sample_is_named(processor):
     data = CalibrationDataModule(NumberedSource(broken=[4]), num_samples=20)
     data.setup()
-    with pytest.raises(RunError, match=r"^calibration sample 4: file-4.png: cannot be read as an image$"):
+    with pytest.raises(RunError, match=r"^calibration sample 4: file-4.png: cannot be read as an image \(--data.on_er"):
         list(data.calibration_batches(processor))
 
 
