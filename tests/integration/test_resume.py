@@ -14,7 +14,7 @@ from lvlm_prune.callbacks import PruneCallback, PruningReport
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.output import folder as output_folder
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
 
 KILLER = '''
 import os, signal
@@ -66,6 +66,21 @@ def test_killed_and_resumed_is_byte_identical(hook, block, run_cli, golden_argum
     resumed = run_cli(*arguments, "--resume=true")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_checkpoint(uninterrupted, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("recipe", ["fast", pytest.param("best", marks=pytest.mark.slow)])
+def test_recipes_that_solve_are_killed_and_resumed_to_the_same_bytes(recipe, run_cli, golden_arguments, tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    arguments = [*golden_arguments, f"--config={REPOSITORY / 'configs' / 'prune' / recipe}.yaml"]
+    if recipe == "best":
+        arguments += ["--pruning.allocation.samples=2", "--pruning.allocation.groups=kind"]
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    kill = ["killer.KillProcess", "on_block_calibrated", "2"]
+    options = [f"--trainer.callbacks{part}={value}" for part, value in zip(("", ".hook", ".block"), kill)]
+    assert run_cli(*arguments, *options, f"--output={tmp_path / 'killed'}").returncode == -9
+    assert not (tmp_path / "killed" / "config.json").exists()
+    assert main([*arguments, f"--output={tmp_path / 'killed'}", "--resume=true"]) == 0
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("call", [1, 28])

@@ -337,3 +337,17 @@ def test_kl_gives_more_where_the_answers_hang_on_it():
     lvlm_prune.prune(model, SOURCE, pruning)
     name = next(name for name in pruning.targets if "layers.2" in name and name.endswith("up_proj"))
     assert pruning.targets[name] == pytest.approx(0.75, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_kl_in_memory_and_streamed_give_the_same_weights(golden_arguments, tmp_path):
+    model, allocation = golden_model(), KLAllocation(samples=2, groups="kind")
+    pruning = BlockwisePruning(pool=MixedPool(), solver=ALPSSolver(schedule="paper"), allocation=allocation)
+    lvlm_prune.prune(model, SOURCE, pruning)
+    options = ["solver=ALPSSolver", "solver.schedule=paper", "pool=MixedPool"]
+    options += ["allocation=KLAllocation", "allocation.samples=2", "allocation.groups=kind"]
+    arguments = [f"--pruning.{option}" for option in options]
+    assert main([*golden_arguments, *arguments, f"--output={tmp_path / 'out'}"]) == 0
+    written = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, weight in written.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
