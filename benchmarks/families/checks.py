@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.families.tiny_config import tiny_model
+from benchmarks.families.tiny_config import mend_forward, tiny_model
 from benchmarks.families.verdicts import EXACT, OWN_FORWARD_FAILS
 from benchmarks.families.visual_inputs import REFUSALS, Inputs, image_samples, padded, text_samples
 from lvlm_prune.blocks import BlockRunner, find_decoder, find_expert_stacks
@@ -175,6 +175,7 @@ def _pruned_folder(name: str, samples: list[Inputs], experts: str) -> dict[str, 
         model.save_pretrained(dense, max_shard_size="300KB")
         save_file(tensors_of(samples), calibration)
         loaded, report = type(model).from_pretrained(dense, output_loading_info=True)
+        mend_forward(loaded)
         lost_by_transformers = bool(report["missing_keys"] or report["unexpected_keys"])
         if experts == "prune":
             compute_experts_one_by_one(loaded)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 EXACT = "exact"
 OWN_FORWARD_FAILS = "own forward fails"
+
+# What stands before the reason where the command line or a runner refuses a model.
+_REFUSED = re.compile(r"^.*?(InputError: |error: --model\.path \S+: )")
 
 # Families whose images are no part of the decoder's sequence: some blocks attend to them.
 _CROSS_ATTENTION = {"blip", "evolla", "idefics", "mllama"}
@@ -23,7 +27,10 @@ def verdict(name: str, found: dict[str, Any]) -> str:
     kinds |= {f"bfloat16, {kind}": text for kind, text in found["bfloat16"].items() if text != OWN_FORWARD_FAILS}
     wrong += [f"{kind}: {text}" for kind, text in kinds.items() if text != EXACT]
     wrong += [problem for part in ("folder", "experts") if part in found and (problem := _folder(part, found[part]))]
-    return "; ".join(wrong) or EXACT
+    reasons = {_REFUSED.sub("", text) for text in wrong}
+    if wrong and len(reasons) == 1 and all(_REFUSED.search(text) for text in wrong):
+        return f"refused: {reasons.pop()}"
+    return "; ".join(_REFUSED.sub("refused: ", text) for text in wrong) or EXACT
 
 
 def _folder(part: str, folder: dict[str, Any] | str) -> str | None:
