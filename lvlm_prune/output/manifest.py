@@ -141,12 +141,14 @@ def _is_manifest(content: Any, name: str) -> bool:
     """Whether what a run reads of an earlier one is of the kind that it expects."""
     if not isinstance(content, dict):
         return False
-    sections = ("config", "model", "calibration", "data", "linears", "files", "survey", "verified")
+    sections = ["config", "model", "calibration", "data", "linears", "files", "survey", "verified", "versions"]
+    sections += ["quality", "sparsity"] if name == PRUNING_RECORD else ["quality"]
     if not all(isinstance(content.get(name, {}), dict) for name in sections):
         return False
     blocks, linears = content.get("blocks", []), content.get("linears", {})
     return (
         isinstance(content.get("status", ""), str)
+        and isinstance(content.get("seconds", 0.0), (int, float))
         and isinstance(blocks, list)
         and all(isinstance(block, dict) and _is_count(block.get("index")) for block in blocks)
         and all(_is_linear(entry, measured=name == PRUNING_RECORD) for entry in linears.values())

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -232,3 +233,50 @@ def test_what_only_the_model_refuses_names_the_sample_and_can_be_skipped(tmp_pat
     assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}", "--data.on_error=skip"]) == 0
     calibration = json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]
     assert (calibration["num_samples"], len(calibration["skipped"])) == (7, 1)
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Every place in a record; of lists, of named Linears and of files only the first one."""
+    if isinstance(value, (dict, list)) and value:
+        keys = list(value) if isinstance(value, dict) else [0]
+        for key in keys[:1] if path in (("linears",), ("files",)) else keys:
+            yield (*path, key)
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("depth", [1, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrong", [None, "x"])
+@pytest.mark.parametrize("command", [pytest.param("resume", marks=pytest.mark.slow), "compare"])
+def test_a_record_of_another_shape_is_no_traceback(command, wrong, depth, finished, tmp_path, capsys):
+    """Of what was written by hand, or by another version: one line, or nothing that matters here."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    whole, faults = json.loads((folder / "pruning.json").read_text()), []
+    for path in (path for path in places(whole) if len(path) <= depth):
+        changed = json.loads(json.dumps(whole))
+        part = changed
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = wrong
+        shutil.rmtree(folder)
+        shutil.copytree(finished, folder)
+        (folder / "pruning.json").write_text(json.dumps(changed))
+        capsys.readouterr()
+        try:
+            status = (
+                main(["compare", str(folder), str(folder)]) if command == "compare" else resumed_as(finished, folder)
+            )
+        except Exception as error:
+            faults.append(f"{path}: {type(error).__name__}: {error}")
+            continue
+        lines = capsys.readouterr().err.splitlines()
+        if status not in (0, 2) or len(lines) != (status == 2):
+            faults.append(f"{path}: status {status}, {lines}")
+    assert not faults, "\n".join(faults)
+
+
+def resumed_as(finished: Path, folder: Path) -> int:
+    """A run that goes on in a copy of a folder."""
+    model = json.loads((finished / "pruning.json").read_text())["model"]["path"]
+    options = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", f"--model.path={model}"]
+    return main([*GOLDEN_ARGUMENTS, *options, f"--output={folder}", "--resume=true"])
