@@ -1,0 +1,62 @@
+"""Recipes on the golden model, and whether two runs of one gave the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
+
+# 7 samples divide neither by two nor by three.
+RECIPES = {
+    "wanda": [],
+    "atv": ["--pruning.record=true"],
+    "atv_attention": ["--pruning.record=true"],
+    "atv_diversity": [],
+    "amia": ["--pruning.record=true"],
+    "sparsegpt": [],
+    "das": [],
+    "tamp": [],
+    "owl": [],
+    "ecoflap": ["--pruning.allocation.samples=3"],
+    "mllm_pruner": [],
+    "alps": [],
+    "alps_kl": ["--pruning.allocation.samples=3"],
+    "best": ["--pruning.allocation.samples=3", "--pruning.allocation.groups=kind"],
+    "fast": ["--pruning.pattern=2:4"],
+    "magnitude": [],
+}
+
+
+def arguments_of(recipe: str, samples: int = 7) -> list[str]:
+    config = REPOSITORY / "configs" / "prune" / f"{recipe}.yaml"
+    return [*GOLDEN_ARGUMENTS, f"--config={config}", f"--data.num_samples={samples}", *RECIPES[recipe]]
+
+
+def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight == 0 for name, weight in load_file(folder / "model.safetensors").items()}
+
+
+def assert_same_result(expected: Path, found: Path) -> None:
+    manifests = [json.loads((folder / "pruning.json").read_text()) for folder in (expected, found)]
+    if manifests[0]["updates_weights"]:
+        zeros = [zeros_of(folder) for folder in (expected, found)]
+        assert all(torch.equal(zeros[0][name], zeros[1][name]) for name in zeros[0])
+        weights = [load_file(folder / "model.safetensors") for folder in (expected, found)]
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-7)
+    else:
+        assert (expected / "model.safetensors").read_bytes() == (found / "model.safetensors").read_bytes()
+    if (expected / "statistics.safetensors").exists():
+        recorded = [load_file(folder / "statistics.safetensors") for folder in (expected, found)]
+        assert recorded[0].keys() == recorded[1].keys()
+        assert all(torch.equal(recorded[0][name], recorded[1][name]) for name in recorded[0])
+    for name, entry in manifests[0]["linears"].items():
+        assert manifests[1]["linears"][name]["target"] == pytest.approx(entry["target"], abs=1e-9)
+    surveys = [manifest.get("survey", {}) for manifest in manifests]
+    assert surveys[0].get("block_forwards") == surveys[1].get("block_forwards")
+    assert surveys[0].get("pool") == pytest.approx(surveys[1].get("pool"))
+    if "calibration" in manifests[0]:
+        assert manifests[0]["calibration"].get("fingerprint") == manifests[1]["calibration"].get("fingerprint")
