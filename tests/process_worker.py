@@ -35,3 +35,5 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = str(job["port"])
         found = run(job["arguments"])
         Path(f"{job['name']}.{os.environ['RANK']}.json").write_text(json.dumps(found))
+    # As the program itself ends: threads of libraries can abort a process that lets go of everything in order.
+    os._exit(0)
