@@ -1,7 +1,6 @@
 """Runs from Python are recorded and go on as those of the command line."""
 
 import json
-import signal
 
 import pytest
 
@@ -22,8 +21,11 @@ def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypat
     def run(pruning: BlockwisePruning, **options):
         return lvlm_prune.prune(GOLDEN / "model", source, pruning, folder, **options)
 
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr(PruningReport, "on_block_end", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patched.setattr(PruningReport, "on_block_end", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(BlockwisePruning(sparsity=0.5, pool=MixedPool()))
     begun = json.loads((folder / "pruning.json").read_text())

@@ -44,6 +44,7 @@ inline std::set<Block*> freed_but_used;           // a copy that is not carried 
 inline size_t allocated[kMostDevices], peak[kMostDevices], reserved[kMostDevices];
 
 inline Block* block_at(const void* address) {
+  Lock lock(mutex);  // weights are fetched on a thread of their own: blocks come and go meanwhile
   auto found = blocks.find(const_cast<void*>(address));
   return found == blocks.end() ? nullptr : found->second;
 }
