@@ -209,7 +209,7 @@ class BlockwisePruning(PruneCallback):
             + (f" · {trainer.run.record['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
         if trainer.run.folder is not None and trainer.run.processes.is_main:
-            zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, self.shapes)
+            zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, trainer.run.weights, self.shapes)
             if zeros >= NOTICED_ZEROS:
                 trainer.run.say(zeros_line(zeros, self.mean_target()))
         if not self.wants_activations:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import LARGEST_COUNT, InputError, LVLMPruneError
+from lvlm_prune.errors import LARGEST_COUNT, InputError, LVLMPruneError, refuse_huge
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -126,10 +126,10 @@ def refuse_immense(value: Any, option: str = "") -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             refuse_immense(item, option)
-    elif isinstance(value, int) and abs(value) > LARGEST_COUNT:
-        raise InputError(
-            option, value, f"must be {f'at most {LARGEST_COUNT}' if value > 0 else f'at least {-LARGEST_COUNT}'}"
-        )
+    elif isinstance(value, int):
+        refuse_huge(option, value)
+        if value < -LARGEST_COUNT:
+            raise InputError(option, value, f"must be at least {-LARGEST_COUNT}")
 
 
 def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:

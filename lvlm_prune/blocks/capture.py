@@ -243,7 +243,7 @@ def record(
             recording.decoder_keywords["inputs_embeds"] = embeddings.clone()
 
     def stop(*_: Any) -> None:
-        # For a batch that skips the last block. What comes after the decoder (lm_head) may be on the meta device.
+        # What comes after the decoder (lm_head) may be on the meta device.
         raise StopForward
 
     handles = [

@@ -52,6 +52,10 @@ class ExpertMatrix:
         path, _, leaf = self.parameter.rpartition(".")
         return f"{path}.{self.index}.{leaf}".removeprefix(".")
 
+    def parameter_of(self, name: str) -> str:
+        """Path in the model of the stack's parameter, where the matrix' own path there is `name`."""
+        return f"{name.removesuffix(self.name)}{self.parameter}"
+
     @property
     def weight(self) -> Tensor:
         """The matrix, a view of shape (out, in)."""

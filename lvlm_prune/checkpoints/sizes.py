@@ -16,7 +16,7 @@ from lvlm_prune.errors import InputError, shortened
 # Modules that are built one by one: each has a tensor of its own, or its part of one that is a stack of them.
 _COUNTS = re.compile(r"(layer|block|expert|head|stage)s$|^depth$|^n (layer|head)$|experts? per")
 # Lengths of tensors.
-_SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|position embeddings|embeddings|length)s?$")
+_SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|embeddings|length)s?$")
 # Not all counts are of modules that are there: Qwen2 names 80 layers with a window, however many layers it has.
 _MODULES_THAT_FIT = 1024
 # Tables of this many positions are small, and configurations of rotary models name more than they have.

@@ -128,9 +128,7 @@ def _planned(
     module: LVLMModule, weights: StreamedWeights, targets: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
 ) -> Iterator[PlannedLinear]:
     assert module.folder is not None
-    experts = {
-        name: f"{name.removesuffix(matrix.name)}{matrix.parameter}" for name, matrix in module.expert_matrices().items()
-    }
+    experts = {name: matrix.parameter_of(name) for name, matrix in module.expert_matrices().items()}
     stacks: dict[str, list[float]] = {}
     for name, target in targets.items():
         if name in experts:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.errors import InputError
+from lvlm_prune.output.names import MODEL_CARD
 
 FileRecord = dict[str, Any]
 """`bytes` and `sha256` of a file."""
@@ -46,7 +47,7 @@ def digest_of_json(value: Any) -> str:
 def records_of(folder: Path, paths: Iterable[Path]) -> dict[str, FileRecord]:
     """Path in a folder -> size and digest, of files and of what is in folders; cards may be written again."""
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [file for file in files if file.name != "README.md"]
+    files = [file for file in files if file.name != MODEL_CARD]
     return {file.relative_to(folder).as_posix(): record_of(file) for file in files if file.is_file()}
 
 

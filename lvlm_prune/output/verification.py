@@ -66,7 +66,7 @@ def verify_checkpoint(
     digests: dict[str, str] = {}
     stacks: dict[str, list[str]] = {}
     for name, matrix in experts.items():
-        stacks.setdefault(f"{name.removesuffix(matrix.name)}{matrix.parameter}", []).append(name)
+        stacks.setdefault(matrix.parameter_of(name), []).append(name)
     stacks = {parameter: names for parameter, names in stacks.items() if not expectations.keys().isdisjoint(names)}
     linears = {f"{name}.weight": name for name in expectations if name not in experts}
     touched = {key for parameter in (*linears, *stacks) for key in weights.keys_of(parameter)}

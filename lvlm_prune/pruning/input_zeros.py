@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-
-from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.blocks import StreamedWeights, Weights
 from lvlm_prune.packed.selection import estimated_zeros
 
 if TYPE_CHECKING:
@@ -18,19 +16,17 @@ NOTICED_ZEROS = 0.01
 """Share of zeros from which on a checkpoint is said to have been pruned; trained weights have next to none."""
 
 
-def zeros_of_input(module: LVLMModule, shapes: Mapping[str, tuple[int, int]]) -> float:
+def zeros_of_input(module: LVLMModule, weights: Weights, shapes: Mapping[str, tuple[int, int]]) -> float:
     """Share of zeros, before anything is pruned, of the weights that are going to be; estimated from 64 KiB of each.
 
     Args:
         module: The opened model.
+        weights: Its weights.
         shapes: Full name of each matrix that is going to be pruned -> (C_out, C_in).
     """
-    weights = module.weights(torch.device("cpu"))
     if module.folder is None or not isinstance(weights, StreamedWeights):
         return 0.0
-    experts = {
-        name: f"{name.removesuffix(matrix.name)}{matrix.parameter}" for name, matrix in module.expert_matrices().items()
-    }
+    experts = {name: matrix.parameter_of(name) for name, matrix in module.expert_matrices().items()}
     parameters = (experts.get(name, f"{name}.weight") for name in shapes)
     keys = {key for parameter in parameters if weights.has(parameter) for key in weights.keys_of(parameter)}
     sizes = {key: prod(module.folder[key].shape) for key in keys}

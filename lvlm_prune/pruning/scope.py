@@ -90,8 +90,7 @@ def _printed_names(
     if not isinstance(weights, StreamedWeights):
         return found
     for name, matrix in matrices.items():
-        prefix = name.removesuffix(matrix.name) if isinstance(matrix, ExpertMatrix) else ""
-        parameter = f"{prefix}{matrix.parameter}" if isinstance(matrix, ExpertMatrix) else f"{name}.weight"
+        parameter = matrix.parameter_of(name) if isinstance(matrix, ExpertMatrix) else f"{name}.weight"
         keys = weights.keys_of(parameter) if weights.has(parameter) else []
         found[name] = (*found[name], parameter, *keys, *(key.removesuffix(".weight") for key in keys))
     return found

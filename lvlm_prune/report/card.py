@@ -97,18 +97,19 @@ def card_of(
         body = body.split(DENSE_CARD, 1)[1].strip()
     how = pruned_how(made_by)
     origin = _origin(made_by, packing)
+    base = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
     tags = [_PROJECT, "pruned", "sparse", *(["packed"] if packing else [])]
     head = merged_metadata(
         metadata,
-        hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None,
+        base,
         "finetune",  # the hub's word for changed weights; it has none for pruned ones
         _PROJECT if packing else "transformers",
         tags,
         keeps_base=is_ours,
     )
     parts = [
-        f"# {_title(folder, made_by, how, origin)}",
-        _introduction(made_by, origin, packing),
+        f"# {_title(folder, made_by, how, base, origin)}",
+        _introduction(made_by, base, packing),
         markdown_table(["", ""], list(_facts(made_by, how, packing))),
         _scores(folder, made_by),
         _loading(folder, made_by, packing),
@@ -154,11 +155,8 @@ def _record_in(folder: Path) -> Mapping[str, Any]:
 
 
 def _complete(folder: Path, name: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) and record.get("status") == "complete" else {}
+    record = _json(folder / name)
+    return record if record.get("status") == "complete" else {}
 
 
 def _origin(record: Mapping[str, Any], packing: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -169,10 +167,11 @@ def _origin(record: Mapping[str, Any], packing: Mapping[str, Any]) -> Mapping[st
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-def _title(folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
-    name = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
+def _title(
+    folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], base: str | None, origin: Mapping[str, Any]
+) -> str:
     path = str(origin.get("path") or "")
-    model = name or ("The embedded model of lvlm-prune" if path == DEMO else Path(path).name) or folder.name
+    model = base or ("The embedded model of lvlm-prune" if path == DEMO else Path(path).name) or folder.name
     method = how.get("method", {}).get("init_args", {}).get("name")
     target = how.get("sparsity", {}).get("target")
     pruned = f", pruned to {target:.0%}" if target is not None else ", sparse"
@@ -180,9 +179,8 @@ def _title(folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], orig
     return model + pruned + (f" by {method}" if method else "") + recovered
 
 
-def _introduction(record: Mapping[str, Any], origin: Mapping[str, Any], packing: Mapping[str, Any]) -> str:
-    name = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
-    made_from = f"[{name}](https://huggingface.co/{name})" if name else "the dense model whose card follows below"
+def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[str, Any]) -> str:
+    made_from = f"[{base}](https://huggingface.co/{base})" if base else "the dense model whose card follows below"
     text = f"Weights of {made_from} were set to zero after its training, by {_link()}"
     if "training" in record:
         text += "; those that remain were then trained to give back accuracy"

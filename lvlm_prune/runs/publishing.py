@@ -35,6 +35,7 @@ from lvlm_prune.output.private import without_private
 from lvlm_prune.report.card import refresh_card
 from lvlm_prune.report.refreshing import refresh_page
 
+_NOT_LOGGED_IN = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _RECORDS = (PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD, EVALUATION_RECORD)
 _ADAPTER_CONFIG = Path("adapter") / "adapter_config.json"
@@ -157,12 +158,11 @@ def _asked(repository: str, question: Any) -> Any:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise InputError("push", repository, "HF_HUB_OFFLINE is set, so nothing can be uploaded")
     if huggingface_hub.get_token() is None:
-        problem = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
-        raise InputError("push", repository, problem)
+        raise InputError("push", repository, _NOT_LOGGED_IN)
     try:
         return question(huggingface_hub.HfApi())
     except LocalTokenNotFoundError:
-        problem = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
+        problem = _NOT_LOGGED_IN
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         refused = "the hub refuses the token; run `hf auth login` with one that may write there"

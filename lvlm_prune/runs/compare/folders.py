@@ -115,7 +115,7 @@ class ComparedFolder:
         matrix = self._experts.get(name)
         if matrix is None:
             return self._weights.stored(f"{name}.weight") != 0
-        return matrix.of(self._weights.stored(f"{name.removesuffix(matrix.name)}{matrix.parameter}")) != 0
+        return matrix.of(self._weights.stored(matrix.parameter_of(name))) != 0
 
     @cached_property
     def _in_tower(self) -> set[int]:
