@@ -22,8 +22,6 @@ def test_the_bytes_are_those_of_the_cpu(recipe, on_device, tmp_path):
         different = [name for name in expected.tensors if found.tensors.get(name) != expected.tensors[name]]
         assert not different, place
         assert found.tensors.keys() == expected.tensors.keys()
-        if found.races:  # a missing order is missing every time; seen once in a hundred runs, it was the detector's own
-            found = on_device(runs.prune, recipe, "cuda", place, tmp_path / "out")
         assert not found.races, place
 
 
