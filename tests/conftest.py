@@ -61,3 +61,9 @@ def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 def golden_arguments() -> list[str]:
     """Model and calibration set of the reference numbers, on the command line."""
     return list(GOLDEN_ARGUMENTS)
+
+
+@pytest.fixture
+def keep_packed(monkeypatch: pytest.MonkeyPatch):
+    """Small packed matrices stay packed in memory, also where a dense product is faster."""
+    monkeypatch.setenv("LVLM_PRUNE_KERNELS", "avx512")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lvlm_prune.packed.kernels import packed_linear
@@ -48,18 +50,34 @@ class PackedLinear(nn.Linear):
         return linear.train(self.training)
 
 
-def unpack_modules(model: nn.Module) -> None:
-    """Replace every packed weight of a model by a dense parameter of the same dtype, in place, one at a time."""
+def unpack_modules(model: nn.Module, chosen: Callable[[PackedWeight], bool] = lambda weight: True) -> list[str]:
+    """Replace packed weights of a model by dense parameters of the same dtype, in place, one at a time.
+
+    Args:
+        model: With packed weights.
+        chosen: Which of them; all by default.
+
+    Returns:
+        Names of the parameters that are dense now.
+    """
+    unpacked = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear) and chosen(module.packed):
             _set_child(model, name, module.dense())
+            unpacked.append(f"{name}.weight")
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedWeight):
-            path, _, leaf = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
+        if (
+            isinstance(module, PackedWeight)
+            and not isinstance(model.get_submodule(path), PackedLinear)
+            and chosen(module)
+        ):
             dense = module.dense()
             parent = model.get_submodule(path)
             delattr(parent, leaf)
             parent.register_parameter(leaf, nn.Parameter(dense))
+            unpacked.append(name)
+    return unpacked
 
 
 def _set_child(model: nn.Module, name: str, child: nn.Module) -> None:

@@ -9,6 +9,7 @@ again: one stack at a time.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.errors import InputError, LVLMPruneError
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import COMPANIONS
-from lvlm_prune.packed.kernels import PackedMatrix, pack_rows
-from lvlm_prune.packed.linear import PackedLinear
+from lvlm_prune.packed.kernels import PackedMatrix, is_faster_packed, kernel_report, pack_rows
+from lvlm_prune.packed.linear import PackedLinear, unpack_modules
 from lvlm_prune.packed.weight import PackedWeight
+
+log = logging.getLogger(__name__)
 
 _FAILED = "the packed checkpoint cannot be loaded: {}"
 
@@ -74,6 +77,7 @@ class PackedLoading:
 
     Attributes:
         targets: Every packed weight of the model.
+        unpacked: Names of those that are dense in memory, because they are multiplied faster so.
 
     Raises:
         ValueError: The folder is broken, or the model is another one than it was packed for.
@@ -89,6 +93,7 @@ class PackedLoading:
         if names != set(self.folder.shards):
             raise ValueError(_FAILED.format(f"{', '.join(sorted(names))} is not what its index names"))
         self.targets: list[PackedTarget] = []
+        self.unpacked: list[str] = []
 
     @property
     def converted(self) -> list[WeightSource]:
@@ -126,9 +131,17 @@ class PackedLoading:
             dense = source.load(self.model, self.folder, "cpu", targets[0].weight.dtype)
             for target in targets:
                 target.weight.fill(_pack(dense.pop(target.name), device))
-        if any(target.weight.ndim == 3 for target in self.targets):
+        self._unpack_slow()
+        if any(weight.ndim == 3 for weight in self.model.modules() if isinstance(weight, PackedWeight)):
             # One expert after the other unpacks only those that a token is sent to; the other ways need all at once.
             self.model.set_experts_implementation("eager")
+
+    def _unpack_slow(self) -> None:
+        """Make dense again what is multiplied faster so; what is saved is packed as before."""
+        self.unpacked = unpack_modules(self.model, lambda weight: not is_faster_packed(weight.matrices[0]))
+        if self.unpacked:
+            count = f"{len(self.unpacked)} of {len(self.targets)} packed weights are dense in memory"
+            log.warning(f"{count}: they are multiplied faster so on this machine ({kernel_report()})")
 
     def _place(self, name: str, source: WeightSource, nbytes: int, dtypes: dict[str, torch.dtype]) -> PackedWeight:
         path, _, leaf = name.rpartition(".")

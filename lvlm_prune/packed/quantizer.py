@@ -87,8 +87,9 @@ class PackedQuantizer(HfQuantizer):
         from lvlm_prune.packed.saving import state_dict_to_save
 
         form: Format = getattr(self.quantization_config, "format", "bitmask")
-        sources = [] if self.loading is None else self.loading.converted
-        return state_dict_to_save(model, form, sources), {}
+        if self.loading is None:
+            return state_dict_to_save(model, form, []), {}
+        return state_dict_to_save(model, form, self.loading.converted, self.loading.unpacked), {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Unpacked weights have the dtype that they are packed in, whatever `dtype` says."""

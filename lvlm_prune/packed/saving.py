@@ -13,7 +13,9 @@ from lvlm_prune.packed.format import Format, encode
 from lvlm_prune.packed.weight import PackedWeight
 
 
-def state_dict_to_save(model: Any, form: Format, converted: Sequence[WeightSource]) -> dict[str, Tensor]:
+def state_dict_to_save(
+    model: Any, form: Format, converted: Sequence[WeightSource], unpacked: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The state dict of a model, its packed weights in the form on disk.
 
     Weights that are used in another form than they are stored in go back to that form first, one source at a time;
@@ -23,6 +25,7 @@ def state_dict_to_save(model: Any, form: Format, converted: Sequence[WeightSourc
         model: With packed weights, all on real devices.
         form: What is written.
         converted: Sources of the weights that were converted when the model was loaded.
+        unpacked: Names of weights that are packed on disk but dense in memory.
     """
     weights = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     hidden = {name + end for name in weights for end in ("", "_mask", "_shape")}
@@ -31,6 +34,8 @@ def state_dict_to_save(model: Any, form: Format, converted: Sequence[WeightSourc
     for name, weight in weights.items():
         if name not in of_sources:
             state |= _entries(name, weight.dense(), form)
+    for name in set(unpacked) & state.keys() - of_sources:
+        state |= _entries(name, state[name], form)
     for source in converted:
         assert source.converter is not None
         dense = {name: weights[name].dense() if name in weights else state.pop(name) for name in source.shapes}

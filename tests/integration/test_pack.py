@@ -23,6 +23,8 @@ from lvlm_prune.packed.linear import PackedLinear
 from tests.conftest import GOLDEN_ARGUMENTS
 from tests.hub_folders import write_folder
 
+pytestmark = pytest.mark.usefixtures("keep_packed")
+
 
 def make_sparse(folder: Path, sparsity: float = 0.6) -> None:
     """Zero the smallest weights in each row of every Linear of the blocks of a checkpoint, in its files."""

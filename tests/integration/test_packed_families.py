@@ -18,6 +18,8 @@ from lvlm_prune.packed.shards import pack_shard, unpack_shard
 from lvlm_prune.packed.weight import PackedWeight
 from tests.families import FAMILIES, tiny_model
 
+pytestmark = pytest.mark.usefixtures("keep_packed")
+
 SLOW = pytest.mark.slow
 INDEX = "model.safetensors.index.json"
 # The rest of the twenty takes a minute.

@@ -13,6 +13,8 @@ from lvlm_prune.packed.linear import PackedLinear
 from lvlm_prune.packed.weight import PackedWeight
 from tests.integration.test_packed_families import pack, write_sparse
 
+pytestmark = pytest.mark.usefixtures("keep_packed")
+
 IDS = torch.arange(5, 17)[None]
 
 
@@ -138,3 +140,24 @@ def test_a_model_that_is_in_memory_is_not_pruned_packed(folders) -> None:
     with pytest.raises(InputError, match="is packed"):
         lvlm_prune.prune(model, [{"input_ids": IDS}])
     assert any(isinstance(module, PackedWeight) for module in model.modules())
+
+
+@pytest.mark.parametrize("kernels", ["C++", "torch"])
+def test_what_is_slower_packed_is_dense_in_memory_and_packed_on_disk(
+    folders, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse, packed = folders
+    load(packed).save_pretrained(tmp_path / "kept")
+    monkeypatch.delenv("LVLM_PRUNE_KERNELS")
+    if kernels == "torch":
+        monkeypatch.setattr("lvlm_prune.packed.kernels.cpu.usable", lambda tensor: False)
+    else:
+        monkeypatch.setattr("lvlm_prune.packed.kernels.speed._measure", lambda matrix: False)
+        monkeypatch.setattr("lvlm_prune.packed.kernels.speed._measured", {})
+    model = load(packed)
+    assert not any(isinstance(module, PackedLinear | PackedWeight) for module in model.modules())
+    assert "packed weights are dense in memory" in caplog.text
+    assert torch.equal(logits(model), logits(load(sparse)))
+    model.save_pretrained(tmp_path / "unpacked")
+    contents = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "unpacked")]
+    assert contents[0] == contents[1]

@@ -2,6 +2,7 @@
 
 matrix = PackedMatrix.from_bitmask(values, mask, (rows, columns))    checks, and lays out for this machine
 y = packed_linear(x, matrix, bias)                                   an operator of torch
+is_faster_packed(matrix)                                             measured on this machine
 kernel_report()                                                      which kernels this machine has
 """
 
@@ -11,7 +12,8 @@ from lvlm_prune.packed.kernels.matrix import PackedMatrix
 from lvlm_prune.packed.kernels.native import check_with
 from lvlm_prune.packed.kernels.report import kernel_report
 from lvlm_prune.packed.kernels.self_check import agrees
+from lvlm_prune.packed.kernels.speed import is_faster_packed
 
 check_with(agrees)
 
-__all__ = ["PackedMatrix", "kernel_report", "pack_rows", "packed_linear", "unpack_rows"]
+__all__ = ["PackedMatrix", "is_faster_packed", "kernel_report", "pack_rows", "packed_linear", "unpack_rows"]

@@ -76,7 +76,7 @@ def _linear(x: Tensor, values: Tensor, mask: Tensor, start: Tensor | None, bias:
         y = gpu.linear(flat, values, mask, start, bias, rows)
     elif start is None or start.ndim == 2:
         y = _product(flat, unpack(values, mask, start, rows, x.shape[-1]), bias)
-    elif len(flat) <= PACKED_TOKENS[level()]:
+    elif len(flat) <= PACKED_TOKENS[max(level(), Level.PLAIN)]:
         y = cpu.linear(flat, values, mask, start, bias, rows)
     else:
         y = _by_pieces(flat, values, mask, start, bias, rows)

@@ -23,7 +23,9 @@ VERSION = 1
 """Of the interface; a library of another version is not used."""
 
 FORCE = "LVLM_PRUNE_KERNELS"
-"""Environment variable that names the instruction set to use at most: torch, plain, avx2 or avx512."""
+"""Environment variable that names the instruction set to use at most: torch, plain, avx2 or avx512.
+
+Whoever sets it also keeps every weight packed in memory, see `speed`."""
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the library numbers dtypes."""
@@ -63,6 +65,11 @@ def level() -> Level:
     if _checked is not None:
         return _checked
     return min(_best(), _from_environment() if _forced is None else _forced)
+
+
+def is_forced() -> bool:
+    """Whether somebody named the instruction set: they want packed products, also where dense ones are faster."""
+    return _forced is not None or bool(os.environ.get(FORCE))
 
 
 @contextmanager

@@ -1,0 +1,71 @@
+"""Whether a packed matrix is multiplied faster than the dense one, on this machine."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lvlm_prune.packed.kernels.linear import packed_linear
+from lvlm_prune.packed.kernels.matrix import PackedMatrix
+from lvlm_prune.packed.kernels.native import is_forced, level
+
+ROUNDS = 7
+"""How often each product is timed; the fastest counts, so that other programs on the machine do not."""
+
+SECONDS = 2e-4
+"""Time of one round, at least: shorter ones are lost in the clock."""
+
+MARGIN = 1.05
+"""The dense product must be faster by this much: what is packed takes less memory."""
+
+_measured: dict[tuple, bool] = {}
+
+
+def is_faster_packed(matrix: PackedMatrix) -> bool:
+    """Whether one token is multiplied at least as fast by a packed matrix as by the dense one of the same dtype.
+
+    It is measured once in a process for each shape, dtype, tenth of zeros and number of threads, which takes about as
+    long as twenty products. A matrix in the device-neutral form is unpacked for every product, which is never faster;
+    on a GPU nothing is measured. Where `LVLM_PRUNE_KERNELS` asks for an instruction set, packed is what is wanted.
+
+    Args:
+        matrix: On the device where it will be used.
+    """
+    if is_forced():
+        return True
+    if matrix.start is None:
+        return False
+    if matrix.device.type != "cpu":
+        return True
+    zeros = round(10 * (1 - matrix.n_kept / (matrix.rows * matrix.columns)))
+    key = (matrix.rows, matrix.columns, matrix.dtype, zeros, level(), torch.get_num_threads())
+    if key not in _measured:
+        _measured[key] = _measure(matrix)
+    return _measured[key]
+
+
+@torch.inference_mode()
+def _measure(matrix: PackedMatrix) -> bool:
+    dense, x = matrix.to_dense(), torch.ones(1, matrix.columns, dtype=matrix.dtype)
+    products = (functools.partial(packed_linear, x, matrix), functools.partial(linear, x, dense))
+    repeats = [_repeats(product) for product in products]
+    fastest = [float("inf"), float("inf")]
+    for _ in range(ROUNDS):
+        for index, (product, times) in enumerate(zip(products, repeats)):
+            fastest[index] = min(fastest[index], _seconds(product, times) / times)
+    return fastest[0] <= MARGIN * fastest[1]
+
+
+def _repeats(product: Callable[[], Tensor]) -> int:
+    product()
+    return max(1, round(SECONDS / max(_seconds(product, 1), 1e-7)))
+
+
+def _seconds(product: Callable[[], Tensor], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        product()
+    return time.perf_counter() - begin
