@@ -1,18 +1,20 @@
 """The report: one self-contained page about a run, from the manifest alone."""
 
+import time
 from typing import TYPE_CHECKING
 
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.checkpoints.hub import DEMO
+from lvlm_prune.memory.measuring import peak_memory
 from lvlm_prune.output.folder import writing
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD
+from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
 from lvlm_prune.report.card import refresh_card
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-    from lvlm_prune.run import RunTrainer
+    from lvlm_prune.run import Run, RunTrainer
 
 
 class PruningReport(PruneCallback):
@@ -40,7 +42,8 @@ class PruningReport(PruneCallback):
         if folder is None or not trainer.run.processes.is_main:
             return
         with writing(folder):
-            trainer.run.record["size_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            weights = (path for path in folder.glob("*.safetensors") if path.name != STATISTICS_NAME)
+            trainer.run.record["size_bytes"] = sum(path.stat().st_size for path in weights)
             trainer.run.record.write(folder)
             refresh_card(folder)
             if trainer.run.options.report:
@@ -48,12 +51,21 @@ class PruningReport(PruneCallback):
                 from lvlm_prune.report.page import write_page
                 from lvlm_prune.report.pruning import pruning_page
 
-                write_page(folder, *pruning_page(trainer.run.record, folder))
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        seconds = trainer.run.record["seconds"]
+                write_page(folder, *pruning_page(trainer.run.record, folder, lambda: self._take_stock(trainer.run)))
+            else:
+                self._take_stock(trainer.run)
+            trainer.run.record.write(folder)
+        size, seconds = trainer.run.record["size_bytes"], trainer.run.record["seconds"]
         if "quality" in trainer.run.record:
             trainer.run.say(quality_line(trainer.run.record["quality"]))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
-        trainer.run.say(f"wrote {folder} ({size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
+        trainer.run.say(f"wrote {folder} (weights {size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
         if trainer.owns_process and pl_module.path != DEMO:
             trainer.run.say(next_commands(folder, pl_module.path))
+
+    @staticmethod
+    def _take_stock(run: "Run") -> None:
+        """Note what the whole command took; a run that only looked again keeps what is noted."""
+        if not run.was_complete:
+            run.record["seconds"] = time.perf_counter() - run.began
+            run.record["peak_memory_bytes"] = peak_memory(run.hardware.device)

@@ -26,6 +26,7 @@ from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
 from lvlm_prune import __version__
+from lvlm_prune.clock import command
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.threads import wait_asleep
 
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done and verified, 2 something the user can mend. Exceptions of plugins and bugs are raised.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with command():
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"lvlm-prune {__version__}")
         return 0

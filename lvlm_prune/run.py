@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lvlm_prune.blocks import Weights
+from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.distributed.hardware import Hardware, checked_accelerator
 from lvlm_prune.distributed.processes import Processes
@@ -67,6 +68,8 @@ class Run:
         processes: All processes of the run; a single one until they are started.
         samples: The calibration samples of this process; none before they are caught.
         recorded: Tensors that callbacks want written to `statistics.safetensors`, by name.
+        began: What `time.perf_counter` said when the command began, or the call from Python.
+        was_complete: Whether an earlier run had finished the folder already.
 
     Attributes:
         weights: Brings the weights of blocks into memory, and releases them; set before `on_prune_start`.
@@ -82,6 +85,8 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     samples: CaughtSamples = field(default_factory=CaughtSamples)
     recorded: dict[str, Tensor] = field(default_factory=dict)
+    began: float = field(default_factory=command_began)
+    was_complete: bool = False
     weights: Weights = field(init=False)
     memory: RunMemory = field(init=False)
 

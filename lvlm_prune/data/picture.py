@@ -4,8 +4,11 @@
     pixel_values (patches, C * t * p * p) and       patches in windows of merge x merge, one token per window
     image_grid_thw (1, 3)                           (Qwen2-VL and later, GLM-4V)
 
-Everything is read off the inputs and the configuration. Tiles with row ends between them, several images or videos have
-no such grid; their tokens are not drawn.
+    pixel_values (1, tiles, 3, H, W) and            the first tile is the whole image, one token per patch; those of the
+    image_sizes (1, 2), more than g * g tokens      others have row ends between them (LLaVA-NeXT, LLaVA-OneVision)
+
+Everything is read off the inputs and the configuration. Several images or videos have no such grid: their tokens are
+not drawn, nor are those of tiles.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class Picture:
     Args:
         sample: Number of the sample in the whole calibration set.
         image: The picture, at most 512 pixels wide and high.
-        grid: Rows and columns of its visual tokens, which cover it evenly in reading order.
+        grid: Rows and columns of its (first) visual tokens, which cover it evenly in reading order.
     """
 
     sample: int
@@ -55,11 +58,29 @@ def picture_of(inputs: Mapping[str, Tensor], row: int, sample: int, visual_token
         if pixels.ndim != 2 or len(sizes) != rows:
             return None
         return _from_patches(pixels, sizes.tolist(), row, sample, visual_tokens, getattr(config, "vision_config", None))
+    if "image_sizes" in inputs:
+        return _whole_image(inputs, row, sample, visual_tokens, config)
     side = math.isqrt(visual_tokens)
     one_square_each = pixels.ndim == 4 and len(pixels) == rows and pixels.shape[2] == pixels.shape[3]
-    if side * side != visual_tokens or not one_square_each or "image_sizes" in inputs:
+    if side * side != visual_tokens or not one_square_each:
         return None
     return Picture(sample, _to_image(pixels[row]), (side, side))
+
+
+def _whole_image(
+    inputs: Mapping[str, Tensor], row: int, sample: int, visual_tokens: int, config: Any
+) -> Picture | None:
+    """The first tile of an image of any resolution, where each sample has exactly one image."""
+    pixels, ids = inputs["pixel_values"], inputs["input_ids"]
+    tower = getattr(config, "vision_config", None)
+    size, patch = getattr(tower, "image_size", 0), getattr(tower, "patch_size", 0)
+    token = getattr(config, "image_token_id", None)
+    if not patch or token is None or pixels.ndim != 5 or len(inputs["image_sizes"]) != len(ids):
+        return None
+    side = size // patch
+    if not (ids == token).any(dim=1).all() or pixels.shape[-1] != size or visual_tokens < side * side:
+        return None
+    return Picture(sample, _to_image(pixels[row, 0]), (side, side))
 
 
 def _from_patches(

@@ -7,8 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lvlm_prune.output.markdown import short_digest
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.page import PageFigure, Table, render_page, show
+from lvlm_prune.report.sparsity import table_by_kind
 
 # Pairs of folders that get a figure of their own; of more, those with the first folder.
 _MOST_PAIRS = 6
@@ -20,13 +22,17 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
     pairs = [number for number, pair in enumerate(record["overlap"]) if pair["mean"] is not None]
     if len(pairs) > _MOST_PAIRS:
         pairs = [number for number in pairs if record["overlap"][number]["first"] == 0]
-    plates = [_sparsity(record, names), *(_overlap(record, names, number) for number in pairs)]
+    kinds = [of for number in pairs for of in record["overlap"][number]["kinds"].values()]
+    shares = [share for of in kinds for share in of.values()]
+    span = (min(shares, default=0.0), max(shares, default=1.0))
+    plates = [_sparsity(record, names), *(_overlap(record, names, number, span) for number in pairs)]
+    settings = [[key, *map(short_digest, values)] for key, values in record["settings"].items()]
     text = render_page(
         "comparison.html.j2",
         " · ".join(names),
         warning=record["warning"],
         folders=_folders(record),
-        settings=Table(["setting", *names], [[key, *values] for key, values in record["settings"].items()]),
+        settings=Table(["setting", *names], settings),
         scores=_scores(record, names),
         means=_means(record, names),
         plates=plates,
@@ -89,20 +95,13 @@ def _sparsity(record: Mapping[str, Any], names: list[str]) -> PageFigure:
     )
 
 
-def _overlap(record: Mapping[str, Any], names: list[str], number: int) -> PageFigure:
+def _overlap(record: Mapping[str, Any], names: list[str], number: int, span: tuple[float, float]) -> PageFigure:
     pair = record["overlap"][number]
     values = {kind: {int(block): value for block, value in of.items()} for kind, of in pair["kinds"].items()}
-    blocks = sorted({block for of in values.values() for block in of})
-    rows = [
-        [block]
-        + [
-            show(record, "overlap", number, "kinds", kind, str(block), unit="share") if block in of else "–"
-            for kind, of in values.items()
-        ]
-        for block in blocks
-    ]
     caption = Markup(
-        "Overlap (intersection over union) of the weights that {} and {} kept. One: the same weights."
+        "Overlap (intersection over union) of the weights that {} and {} kept. One: the same weights. All pairs have "
+        "one colour scale."
     ).format(names[pair["first"]], names[pair["second"]])
-    drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1)
-    return PageFigure(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, Table(["block", *values], rows))
+    drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1, span=span)
+    table = table_by_kind(record, "overlap", number, "kinds")
+    return PageFigure(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, table)

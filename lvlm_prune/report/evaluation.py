@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.evaluation.record import read_record
-from lvlm_prune.report.page import Table, show
+from lvlm_prune.report.page import PageFigure, Table, show
+from lvlm_prune.report.retention import retained_figure
 
 _KEY = "evaluated"
 _MORE = {"baseline_perplexity": "perplexity, baseline", "perplexity": "perplexity", "kl": "KL per answer token"}
@@ -46,3 +47,12 @@ def evaluated_table(run: Mapping[str, Any]) -> Table | None:
     cells = [show(run, _KEY, key, unit="percent") if found[key] is not None else "–" for key in keys]
     rows.append(["average", "", *cells])
     return Table(["task", "metric", "dense", "score", "retained"], rows)
+
+
+def evaluated_figure(run: Mapping[str, Any]) -> PageFigure | None:
+    """Retention of every task of the evaluation; None without one, or without a dense model."""
+    found = run.get(_KEY)
+    if found is None:
+        return None
+    retained = {name: task["retention"] for name, task in found["tasks"].items()}
+    return retained_figure("retention-evaluated", {"evaluated": retained})

@@ -8,19 +8,21 @@ Every number on a page knows where it comes from, so a page can be held against 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
-from lvlm_prune.report.figures.style import inline_svg, save_png, theme_css
+from lvlm_prune.report.figures.style import inline_svg, png_bytes, theme_css
 
 _UNITS = {
     "count": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
@@ -63,6 +65,15 @@ class PageFigure:
         plain = self.caption.striptags() if isinstance(self.caption, Markup) else self.caption
         return inline_svg(self.drawing, plain)
 
+    @cached_property
+    def png(self) -> bytes:
+        """The drawing as a file of its own."""
+        return png_bytes(self.drawing)
+
+    def draw(self) -> None:
+        """Draw it both ways now; later it costs nothing."""
+        self.svg, self.png  # noqa: B018
+
 
 def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     """A number of a record for a page, which tells where it stands in the record.
@@ -85,6 +96,21 @@ def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     return Markup(f'<data value="{value!r}" data-path="{where}" data-unit="{unit}">{text}</data>')
 
 
+def model_name(record: Mapping[str, Any]) -> str:
+    """What a model is called on a page: the last part of its path, or its name on the hub where it lies in a cache.
+
+    Args:
+        record: A record of a run, with the entry `model`.
+
+    Example:
+        >>> model_name({"model": {"path": "/home/me/my-llava"}}), model_name({"model": {"path": "llava-hf/next"}})
+        ('my-llava', 'next')
+    """
+    model = record["model"]
+    cached = hub_name("", model.get("folder") or "")
+    return cached or PurePath(model["path"]).name or "model"
+
+
 def render_page(template: str, title: str, **values: Any) -> str:
     """A page as HTML.
 
@@ -100,7 +126,29 @@ def render_page(template: str, title: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(title=title, theme_css=Markup(theme_css()), **values)
+    return _with_contents(
+        environment.get_template(template).render(title=title, theme_css=Markup(theme_css()), **values)
+    )
+
+
+def _with_contents(page: str) -> str:
+    """A page whose sections have anchors, and a list of them below its heading; as it is where there are two or fewer.
+
+    Example:
+        >>> print(_with_contents("<h1>A run</h1><h2>What</h2><h2>When</h2><h2>Why, then</h2>").replace("<h2", "\\n<h2"))
+        <h1>A run</h1>
+        <nav ...><a href="#what">What</a> <a href="#when">When</a> <a href="#why-then">Why, then</a></nav>
+        <h2 id="what">What</h2>
+        <h2 id="when">When</h2>
+        <h2 id="why-then">Why, then</h2>
+    """
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    if len(titles) <= 2:
+        return page
+    anchors = {title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for title in titles}
+    page = re.sub(r"<h2>(.*?)</h2>", lambda found: f'<h2 id="{anchors[found[1]]}">{found[1]}</h2>', page)
+    links = " ".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
+    return page.replace("</h1>", f'</h1>\n<nav aria-label="Contents">{links}</nav>', 1)
 
 
 def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:
@@ -109,5 +157,5 @@ def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[s
     if drawn:
         (folder / FIGURE_FOLDER).mkdir(exist_ok=True)
     for plate in drawn:
-        save_png(plate.drawing, folder / FIGURE_FOLDER / f"{plate.name}.png")
+        (folder / FIGURE_FOLDER / f"{plate.name}.png").write_bytes(plate.png)
     replace_durably(folder / PAGE_NAME, page.encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -12,7 +11,8 @@ from markupsafe import Markup
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.figures.probe import contribution_curves, token_map
-from lvlm_prune.report.page import PageFigure, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
+from lvlm_prune.report.sparsity import table_by_kind
 
 _TERMS = {"text": "within text", "visual": "within visual", "between": "between the modalities"}
 
@@ -26,7 +26,7 @@ def probe_page(record: Mapping[str, Any]) -> tuple[str, dict[str, PageFigure]]:
         if plate is not None
     }
     facts = {
-        "model": Path(run["model"]["path"]).name,
+        "model": model_name(run),
         "Linears": show(run, "summary", "num_linears", unit="count"),
         "calibration samples": show(run, "calibration", "num_samples", unit="count"),
         "time": show(run, "seconds", unit="seconds"),
@@ -35,7 +35,7 @@ def probe_page(record: Mapping[str, Any]) -> tuple[str, dict[str, PageFigure]]:
         facts[f"{modality} tokens"] = show(run, "calibration", "tokens", modality, unit="count")
     if "dense" in run:
         facts["dense accuracy"] = show(run, "dense", "average", unit="percent")
-    title = f"{run['model']['path']}: modality probe"
+    title = f"{model_name(run)}: modality probe"
     text = render_page("probe.html.j2", title, run=run, plates=plates, facts=facts, grids=_grids(run), show=show)
     return text, plates
 
@@ -124,7 +124,7 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
             "Overlap (intersection over union) of the weights that go at {} by text tokens alone and by visual tokens "
             "alone, in the dense model. One: both modalities give up the same weights."
         ).format(show(run, "summary", "sparsities", sparsity, unit="percent"))
-        table = _by_kind(run, "summary", "iou", sparsity)
+        table = table_by_kind(run, "summary", "iou", sparsity)
         plates.append(
             PageFigure(
                 f"mask-overlap-{100 * float(sparsity):g}",
@@ -134,18 +134,6 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
             )
         )
     return plates
-
-
-def _by_kind(run: dict[str, Any], *path: str) -> Table:
-    values: Any = run
-    for key in path:
-        values = values[key]
-    blocks = sorted({block for of in values.values() for block in of})
-    rows = [
-        [block, *(show(run, *path, kind, block, unit="share") if block in values[kind] else "–" for kind in values)]
-        for block in blocks
-    ]
-    return Table(["block", *values], rows)
 
 
 def _map(run: dict[str, Any]) -> PageFigure | None:
@@ -178,7 +166,9 @@ def _diversity(run: dict[str, Any]) -> list[PageFigure]:
             "tokens, dense model."
         )
         drawing = heat_map(values, f"diversity {_TERMS[term]}", least_span=0.1)
-        plates.append(PageFigure(f"diversity-{term}", drawing, caption, _by_kind(run, "summary", "diversity", term)))
+        plates.append(
+            PageFigure(f"diversity-{term}", drawing, caption, table_by_kind(run, "summary", "diversity", term))
+        )
     return plates
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from safetensors import safe_open
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
-from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
+from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.report.page import PageFigure, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
+from lvlm_prune.report.retention import retained_figure
+from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, table_by_kind
 
 _WORST = 10
+_TILE = " Drawn is the whole image at low resolution; its tiles at high resolution have tokens of their own."
 _PHASES = {
     "read": "reading weights",
     "gather": "gathering statistics",
@@ -29,17 +32,25 @@ _PHASES = {
 }
 
 
-def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, dict[str, PageFigure]]:
+def pruning_page(
+    manifest: Manifest, folder: Path | None = None, drawn: Callable[[], None] | None = None
+) -> tuple[str, dict[str, PageFigure]]:
     """The page as HTML, and the figures on it.
 
     Args:
         manifest: What the run did; every number on the page stands there, or in `summarise` of it.
         folder: The folder that the run wrote, where the picture of one calibration sample is, and perhaps what
             `evaluate` found of the checkpoint.
+        drawn: Called when the figures are drawn, which takes longest; what it notes in the manifest is on the page.
     """
     run = with_evaluation(dict(manifest) | {"summary": summarise(manifest)}, folder)
     plates = {plate.name: plate for plate in _plates(run, folder) if plate is not None}
-    title = f"{manifest['model']['path']}: {manifest['method']['init_args']['name']}"
+    if drawn is not None:
+        for plate in plates.values():
+            plate.draw()
+        drawn()
+        run |= manifest
+    title = f"{model_name(manifest)}: {manifest['method']['init_args']['name']}"
     text = render_page(
         "pruning.html.j2",
         title,
@@ -53,6 +64,7 @@ def pruning_page(manifest: Manifest, folder: Path | None = None) -> tuple[str, d
         experts=_experts(run),
         worst_experts=_linears(run, run["summary"]["worst_experts"]),
         show=show,
+        uniform=is_uniform(run["summary"]["sparsity"]),
         left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
     )
     return text, plates
@@ -63,10 +75,11 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `sparsity` and `error`: kind of Linear (last part of its name, after `vision` in a vision tower) -> block ->
-        share of zeros, and mean relative reconstruction error; `visual_tokens`: block -> mean per sample; `pool`:
+        share of zeros, and mean relative reconstruction error; `sparsity_range`: the lowest and the highest share of
+        zeros; `visual_tokens`: block -> mean per sample; `pool`:
         modality -> block -> share of the pool's tokens; `seconds`: phase -> seconds; `worst`, `worst_experts`: names of
         the Linears, and of the experts' matrices, of largest error; `experts`: matrix of all routed experts of a block
-        -> means over them; `peak_memory_bytes`; `num_linears`, `num_blocks`, `num_vision_blocks`, `num_weights`.
+        -> means over them; `num_linears`, `num_blocks`, `num_vision_blocks`, `num_weights`.
     """
     zeros: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
@@ -88,11 +101,15 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
         took = sum(block["seconds"].get(phase, 0.0) for block in blocks)
         if took or phase != "solve":  # most scorers update nothing
             seconds[name] = took
-    seconds["starting and writing"] = max(manifest["seconds"] - sum(seconds.values()), 0.0)
+    seconds["starting and writing"] = max(
+        manifest.get("work_seconds", manifest["seconds"]) - sum(seconds.values()), 0.0
+    )
     modalities = list(dict.fromkeys(name for block in blocks for name in block.get("pool", {})))
     ranked = sorted(manifest["linears"].items(), key=lambda item: -item[1].get("error", 0.0))
+    sparsity = {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros}
     return {
-        "sparsity": {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros},
+        "sparsity": sparsity,
+        "sparsity_range": sparsity_range(sparsity),
         "error": {kind: {block: sum(v) / len(v) for block, v in of.items()} for kind, of in errors.items()},
         "visual_tokens": {
             block["index"]: sum(block["visual_tokens"]) / len(block["visual_tokens"])
@@ -111,7 +128,6 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "worst": [name for name, entry in ranked if "error" in entry and _experts_of(name) is None][:_WORST],
         "worst_experts": [name for name, entry in ranked if "error" in entry and _experts_of(name)][:_WORST],
         "experts": _summarise_experts(manifest["linears"]),
-        "peak_memory_bytes": max((block["peak_memory_bytes"] for block in blocks), default=0),
         "num_linears": len(manifest["linears"]),
         "num_blocks": len(blocks),
         "num_vision_blocks": len(in_tower),
@@ -147,7 +163,7 @@ def _summarise_experts(linears: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "model": Path(run["model"]["path"]).name,
+        "model": model_name(run),
         "method": run["method"]["init_args"]["name"],
         "sparsity": show(run, "sparsity", "achieved", unit="percent"),
         "pattern": run.get("pattern", run["method"]["init_args"]["pattern"]),
@@ -160,7 +176,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     if "size_bytes" in run:
         facts["checkpoint"] = show(run, "size_bytes", unit="megabytes")
     facts["time"] = show(run, "seconds", unit="seconds")
-    facts["peak memory"] = show(run, "summary", "peak_memory_bytes", unit="megabytes")
+    if "peak_memory_bytes" in run:
+        facts["peak memory"] = show(run, "peak_memory_bytes", unit="megabytes")
     facts["weights considered"] = show(run, "summary", "num_weights", unit="count")
     if "num_samples" in run["calibration"]:
         facts["calibration samples"] = show(run, "calibration", "num_samples", unit="count")
@@ -218,7 +235,9 @@ def _experts(run: Mapping[str, Any]) -> Table:
 
 def _plates(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]:
     return [
-        _sparsity(run),
+        _retained(run),
+        evaluated_figure(run),
+        sparsity_figure(run, "Sparsity of each kind of Linear in each block."),
         _saliency(run),
         _pool(run),
         _score_distribution(run),
@@ -228,12 +247,10 @@ def _plates(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]
     ]
 
 
-def _sparsity(run: dict[str, Any]) -> PageFigure:
-    values = run["summary"]["sparsity"]
-    percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
-    drawing = heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10)
-    caption = "Sparsity of each kind of Linear in each block."
-    return PageFigure("sparsity", drawing, caption, _by_kind(run, "sparsity", "percent"))
+def _retained(run: Mapping[str, Any]) -> PageFigure | None:
+    if "evaluation" not in run:
+        return None
+    return retained_figure("retention", {"pruned": run["evaluation"]["retention"]["tasks"]})
 
 
 def _error(run: dict[str, Any]) -> PageFigure | None:
@@ -249,18 +266,7 @@ def _error(run: dict[str, Any]) -> PageFigure | None:
         f"‖(W − W′) X‖ / ‖W X‖, {how}. Of large Linears evenly spaced rows are taken."
     )
     drawing = heat_map(run["summary"]["error"], "relative reconstruction error", least_span=0.1)
-    return PageFigure("reconstruction-error", drawing, caption, _by_kind(run, "error", "share"))
-
-
-def _by_kind(run: dict[str, Any], what: str, unit: str) -> Table:
-    values = run["summary"][what]
-    blocks = sorted({block for of in values.values() for block in of})
-    rows = [
-        [block]
-        + [show(run, "summary", what, kind, block, unit=unit) if block in values[kind] else "–" for kind in values]
-        for block in blocks
-    ]
-    return Table(["block", *values], rows)
+    return PageFigure("reconstruction-error", drawing, caption, table_by_kind(run, "summary", "error"))
 
 
 def _saliency(run: dict[str, Any]) -> PageFigure | None:
@@ -351,11 +357,13 @@ def _picture(run: dict[str, Any], folder: Path | None) -> PageFigure | None:
         return None
     rows, columns = run["picture"]["grid"]
     packed = _example_weights(run, folder)
-    if not packed or any(len(weights) != rows * columns for weights in packed.values()):
+    on_grid = {block: weights[: rows * columns] for block, weights in packed.items()}
+    if not on_grid or any(len(weights) != rows * columns for weights in on_grid.values()):
         return None
-    caption = (Markup("Visual tokens of calibration sample {} that calibrate a block; all others are faded.")).format(
-        show(run, "picture", "sample", unit="count")
+    caption = Markup("Visual tokens of calibration sample {} that calibrate a block; all others are faded.{}").format(
+        show(run, "picture", "sample", unit="count"),
+        _TILE if any(len(weights) > rows * columns for weights in packed.values()) else "",
     )
     with Image.open(path) as picture:
-        drawing = tokens_on_picture(picture, (rows, columns), packed)
+        drawing = tokens_on_picture(picture, (rows, columns), on_grid)
     return PageFigure("tokens", drawing, caption)

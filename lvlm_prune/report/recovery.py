@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.report.evaluation import evaluated_facts, evaluated_table, with_evaluation
-from lvlm_prune.report.figures.blocks import curves, heat_map
+from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
+from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
-from lvlm_prune.report.page import PageFigure, Table, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
+from lvlm_prune.report.retention import retained_figure
+from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
 
@@ -23,8 +25,15 @@ def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tupl
         folder: The folder that the run wrote, where perhaps is what `evaluate` found of the checkpoint.
     """
     run = with_evaluation(dict(record) | {"summary": summarise(record)}, folder)
-    plates = {plate.name: plate for plate in (_losses(run), _errors(run), _sparsity(run)) if plate is not None}
-    title = f"{run['model']['path']}: recovered by {_METHODS[run['method']]}"
+    drawn = (
+        _retained(run),
+        evaluated_figure(run),
+        _losses(run),
+        _errors(run),
+        sparsity_figure(run, "Sparsity of each kind of Linear in each block, that of the base."),
+    )
+    plates = {plate.name: plate for plate in drawn if plate is not None}
+    title = f"{model_name(run)}: recovered by {_METHODS[run['method']]}"
     text = render_page(
         "recovery.html.j2",
         title,
@@ -35,6 +44,7 @@ def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tupl
         evaluated=evaluated_table(run),
         linears=_linears(run),
         show=show,
+        uniform=is_uniform(run["summary"]["sparsity"]),
     )
     return text, plates
 
@@ -43,7 +53,8 @@ def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
     """Means of a record's numbers that the page shows.
 
     Returns:
-        `sparsity`: kind of Linear (last part of its name) -> number of the block -> share of zeros; `num_linears`.
+        `sparsity`: kind of Linear (last part of its name) -> number of the block -> share of zeros;
+        `sparsity_range`: the lowest and the highest share; `num_linears`.
     """
     zeros: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
@@ -52,15 +63,17 @@ def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
         kind = name.rpartition(".")[2]
         zeros[kind][block] += entry["zeros"]
         sizes[kind][block] += entry["shape"][0] * entry["shape"][1]
+    sparsity = {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros}
     return {
-        "sparsity": {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros},
+        "sparsity": sparsity,
+        "sparsity_range": sparsity_range(sparsity),
         "num_linears": len(record["linears"]),
     }
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "base": Path(run["model"]["path"]).name,
+        "base": model_name(run),
         "method": _METHODS[run["method"]],
         "sparsity": show(run, "verified", "sparsity", unit="percent"),
         "pattern": run["pattern"],
@@ -139,22 +152,11 @@ def _errors(run: Mapping[str, Any]) -> PageFigure | None:
     return PageFigure("errors", curves({"relative error": lines}), caption, Table(["block", *keys], rows))
 
 
-def _sparsity(run: Mapping[str, Any]) -> PageFigure:
-    values = run["summary"]["sparsity"]
-    percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
-    blocks = sorted({block for of in values.values() for block in of})
-    rows = [
-        [block]
-        + [
-            show(run, "summary", "sparsity", kind, block, unit="percent") if block in of else "–"
-            for kind, of in values.items()
-        ]
-        for block in blocks
-    ]
-    caption = "Sparsity of each kind of Linear in each block, that of the base."
-    return PageFigure(
-        "sparsity", heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10), caption, Table(["block", *values], rows)
-    )
+def _retained(run: Mapping[str, Any]) -> PageFigure | None:
+    if "evaluation" not in run:
+        return None
+    found = run["evaluation"]["retention"]
+    return retained_figure("retention", {which: found[which]["tasks"] for which in ("pruned", "recovered")})
 
 
 def _linears(run: Mapping[str, Any]) -> Table:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
+from lvlm_prune.report.comparison import comparison_page
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 from tests.pages import Page, refuse_other_numbers
 
@@ -79,9 +80,20 @@ def test_page_and_table_show_the_record(record, folders):
     refuse_other_numbers(page, record)
     assert page.figures == ["sparsity", "overlap-0-1", "overlap-0-2", "overlap-1-2"]
     assert {path.stem for path in (folders / "out" / "report").glob("*.png")} == set(page.figures)
+    text = (folders / "out" / "report.html").read_text()
     table = (folders / "out" / "compare.md").read_text()
+    for digest in record["settings"]["fingerprint of the data"]:
+        assert all(digest[:12] in one and digest not in one for one in (text, table)), "a digest would stretch a table"
     assert f"wanda and das: {record['overlap'][0]['mean']:.3f} over" in table
     assert "| pruning.sparsity | 0.5 | 0.6 | 0.5 |" in table
+
+
+def test_maps_of_all_pairs_have_one_colour_scale(record):
+    _, figures = comparison_page(record)
+    maps = [figure.drawing.axes[0].collections[0] for figure in figures if figure.name.startswith("overlap")]
+    assert len(maps) == 3
+    assert len({(one.norm.vmin, one.norm.vmax) for one in maps}) == 1
+    assert len({one.get_array().min() for one in maps}) > 1
 
 
 def test_a_folder_and_itself_are_the_same(folders, capsys):

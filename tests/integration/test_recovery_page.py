@@ -8,7 +8,7 @@ from lvlm_prune.report.recovery import summarise
 from tests.pages import Page, refuse_other_numbers
 
 
-@pytest.mark.parametrize(("method", "figures"), [("lora", ["losses", "sparsity"]), ("full", ["losses", "sparsity"])])
+@pytest.mark.parametrize(("method", "figures"), [("lora", ["losses"]), ("full", ["losses"])])
 def test_every_number_is_the_records(method, figures, bases, recover, tmp_path):
     output = tmp_path / "out"
     options = [f"--method={method}", "--trainer.max_epochs=3", "--report=true"]

@@ -25,6 +25,7 @@ def heat_map(
     number_format: str = "{:.2f}",
     least_span: float = 0.0,
     x_label: str = "block",
+    span: tuple[float, float] | None = None,
 ) -> Figure:
     """One row per kind of Linear, one column per block; missing values stay empty.
 
@@ -34,10 +35,11 @@ def heat_map(
         number_format: How values are written into the cells, where there is room for it.
         least_span: Least width of the colour scale, so that differences that do not matter look alike.
         x_label: What the columns are.
+        span: Ends of the colour scale, where several maps are to share one; default: those of the values.
     """
     kinds, blocks = list(values), sorted({block for row in values.values() for block in row})
     grid = np.array([[values[kind].get(block, np.nan) for block in blocks] for kind in kinds], dtype=float)
-    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    low, high = span or (float(np.nanmin(grid)), float(np.nanmax(grid)))
     missing = max(least_span, 1e-6) - (high - low)
     if missing > 0:
         low, high = low - missing / 2, high + missing / 2

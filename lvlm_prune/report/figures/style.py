@@ -113,9 +113,16 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
 
 def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a figure as PNG on white, the same bytes for the same figure."""
+    path.write_bytes(png_bytes(figure, dpi))
+
+
+def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
+    """A figure as PNG on white, the same bytes for the same figure."""
+    drawn = io.BytesIO()
     with house_style():
         _arrange(figure)
-        figure.savefig(path, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(drawn, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return drawn.getvalue()
 
 
 def inline_svg(figure: Figure, description: str) -> Markup:

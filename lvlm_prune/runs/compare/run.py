@@ -11,7 +11,7 @@ from typing import Any
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
-from lvlm_prune.output.markdown import markdown_table
+from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
@@ -113,7 +113,7 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     ]
     parts = [record["warning"]] if record["warning"] else []
     parts.append(markdown_table(["", *names], rows))
-    settings = [[key, *(value.replace("|", "\\|") for value in values)] for key, values in record["settings"].items()]
+    settings = [[key, *map(short_digest, values)] for key, values in record["settings"].items()]
     parts.append(markdown_table(["setting", *names], settings) if settings else "All settings are the same.")
     blocks = sorted({int(block) for of in record["sparsity"] for block in of["all"]})
     rows = [[str(block), *(_percent(of["all"].get(str(block))) for of in record["sparsity"])] for block in blocks]

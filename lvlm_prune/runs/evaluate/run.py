@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.clock import command_began
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
@@ -44,7 +45,7 @@ class EvaluationRun:
     def __init__(self, trainer: RunTrainer, model: LVLMModule, baseline: str, engine: Engine, output: str) -> None:
         self.trainer, self.model, self.engine = trainer, model, engine
         self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
-        self.started = time.perf_counter()
+        self.started = command_began()
         if "vision" in model.targets:
             raise InputError("model.targets", "vision", "does nothing here; the whole checkpoint is scored")
         model.open(open_checkpoint)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
+from lvlm_prune.clock import command_began
 from lvlm_prune.errors import InputError
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
@@ -52,7 +53,7 @@ class Packing(ABC):
 
     def __init__(self, model: LVLMModule, folder: Path, form: Format, quiet: bool) -> None:
         assert model.folder is not None
-        self.started = time.perf_counter()
+        self.started = command_began()
         self.model, self.source, self.folder = model, model.folder, folder
         self.form, self.quiet = form, quiet
         self.packable = find_packable(model.model, model.runner.decoder, self.source)

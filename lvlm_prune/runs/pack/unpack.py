@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.checkpoints.hub import resolve
+from lvlm_prune.clock import command_began
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
@@ -41,7 +42,7 @@ class UnpackRun:
     """See `LVLMTrainer.unpack` for the arguments."""
 
     def __init__(self, model: LVLMModule, output: str, resume: bool, quiet: bool = False) -> None:
-        self.started = time.perf_counter()
+        self.started = command_began()
         self.quiet = quiet
         path = resolve(model.path, None if model.revision == "main" else model.revision)
         self.packed = PackedFolder.open(path)

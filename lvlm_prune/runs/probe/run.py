@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks.routing import routed
+from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule, MixtureSource
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
@@ -67,7 +68,7 @@ class ProbeRun:
         self.evaluates = evaluate and model.path == "demo"
         config = trainer.config or described_config(model, datamodule, probing=self.probe)
         self.run = Run(RunOptions(resume, evaluate), config, Hardware.of(trainer), [self.probe], folder=self.folder)
-        self.started = time.perf_counter()
+        self.started = command_began()
 
     def __call__(self) -> Manifest:
         """Probe, or go on with what an interrupted probe left.

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints.hub import DEMO
+from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.distributed.hardware import Hardware
@@ -67,9 +68,9 @@ class PruneRun:
         hardware: Hardware | None = None,
         shared: SharedCalibration | None = None,
     ) -> None:
-        self.started = time.perf_counter()
         self.trainer, self.model, self.datamodule = trainer, model, datamodule
         self.output, self.shared = output, shared
+        began = command_began() if shared is None else time.perf_counter()
         given = trainer.callbacks if callbacks is None else callbacks
         self.callbacks = with_defaults(given, trainer.progress_bar_callback)
         self.participants = Participants(self.callbacks)
@@ -81,7 +82,7 @@ class PruneRun:
             if shared is None
             else SharedLaunch(hardware, self.callbacks, shared.launch)
         )
-        self.run = Run(options, config, hardware, self.callbacks, processes=self.launch.processes)
+        self.run = Run(options, config, hardware, self.callbacks, processes=self.launch.processes, began=began)
 
     def __call__(self) -> Manifest:
         """Prune, or go on with what an interrupted run left; or only say what would be done."""
@@ -189,8 +190,9 @@ class PruneRun:
             run.folder = run.processes.on_main(lambda: run.folder)
             self._prune()
             self._measure()
-            run.record["seconds"] = time.perf_counter() - self.started
+            run.record["seconds"] = run.record["work_seconds"] = time.perf_counter() - run.began
         else:
+            run.was_complete = True
             run.record = finished
             run.say(f"{run.folder} is complete already")
         self.raise_hook("on_prune_end")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.clock import command_began
 from lvlm_prune.data import RecoveryDataModule
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.demo import CHECKPOINT
@@ -95,7 +96,7 @@ class RecoveryRun(ABC):
     ) -> None:
         self.trainer, self.model, self.datamodule, self.recovery = trainer, model, datamodule, recovery
         self.resume = options.resume
-        self.started = time.perf_counter()
+        self.started = command_began()
         hardware = Hardware.of(trainer)
         refuse_mismatch(hardware)
         model.objective = self.objective = RecoveryObjective(recovery.optimization)

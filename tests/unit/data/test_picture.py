@@ -48,6 +48,21 @@ def test_patches_in_windows_are_put_together_as_the_processor_took_them_apart():
     np.testing.assert_array_equal(np.asarray(found.image), as_bytes(image))
 
 
+def test_the_first_tile_of_a_large_image_is_the_whole_image():
+    """LLaVA-NeXT: tokens of the whole image come first, then those of tiles, with row ends between them."""
+    config = SimpleNamespace(image_token_id=7, vision_config=SimpleNamespace(image_size=16, patch_size=4))
+    tiles = torch.cat([PIXELS[None], torch.randn(4, 3, 16, 16)])[None]
+    ids = torch.tensor([[1, 2, *[7] * 36, 3]])
+    inputs = {"input_ids": ids, "pixel_values": tiles, "image_sizes": torch.tensor([[32, 32]])}
+    found = picture_of(inputs, 0, 3, 36, config)
+    assert (found.sample, found.grid) == (3, (4, 4))
+    np.testing.assert_array_equal(np.asarray(found.image), as_bytes(PIXELS))
+    twice = {"pixel_values": tiles.expand(2, -1, -1, -1, -1), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
+    assert picture_of(inputs | twice, 0, 3, 72, config) is None, "two images of one sample"
+    one_without = torch.cat([ids, torch.ones_like(ids)])
+    assert picture_of(inputs | twice | {"input_ids": one_without}, 0, 3, 72, config) is None
+
+
 @pytest.mark.parametrize(
     ("inputs", "tokens"),
     [
