@@ -3,6 +3,7 @@
     python benchmarks/retention.py --json benchmarks/retention.json --markdown
     python benchmarks/retention.py --cost --json benchmarks/retention.json --markdown     # time and forwards too
     python benchmarks/retention.py --json benchmarks/retention.json --recipes wanda atv --figure retention.png
+    python benchmarks/retention.py --model demo-outliers --json OUT --markdown
 
 Accuracy comes from `lvlm-prune sweep`, one recipe at a time, blocks in float32. Cost is that of surveying, gathering,
 scoring, solving and propagating at 50% (or the recipe's N:M), in processor time, each recipe right after a run of Wanda
@@ -23,9 +24,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lvlm_prune import load_pruning, prune
-from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.checkpoints import CheckpointFolder, resolve
 from lvlm_prune.data import CalibrationDataModule, EmbeddedSource
-from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.demo import DEMO, NAMES
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
@@ -44,7 +45,7 @@ def run_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Every recipe at every target that it allows (N:M recipes at their own) and seed, what is finished left out."""
     engine = BuiltinEngine(EmbeddedBenchmark(options.images, options.text))
     if "dense" not in results:
-        results["dense"] = engine.score(CHECKPOINT).to_dict()
+        results["dense"] = engine.score(resolve(options.model)).to_dict()
     for recipe in options.recipes:
         for target in targets_of(recipe, options.targets):
             value: str | float = target if ":" in target else float(target)
@@ -57,7 +58,7 @@ def run_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
                 accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
             finished = trainer.sweep(
-                LVLMModule("demo", dtype="float32"),
+                LVLMModule(options.model, dtype="float32"),
                 CalibrationDataModule(EmbeddedSource()),
                 recipes=str(RECIPES / f"{recipe}.yaml"),
                 grid={PATTERN if ":" in target else SPARSITY: value},
@@ -104,11 +105,12 @@ def seeds_of(recipe: str, count: int) -> list[int]:
 
 def measure_cost(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Time and forwards of each recipe beside Wanda's, what is known left out."""
-    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    folder = resolve(options.model)
+    processor = AutoProcessor.from_pretrained(folder)
     Stopwatch.clock = staticmethod(time.process_time)
 
     def cost(recipe: str) -> dict[str, float]:
-        model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
         data = CalibrationDataModule(EmbeddedSource())
         manifest = prune(model, data, load_pruning(RECIPES / f"{recipe}.yaml"), processor=processor)
         found = manifest.cost()
@@ -181,6 +183,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/retention.json"), help="results, kept up to date")
+    parser.add_argument("--model", choices=NAMES, default=DEMO, help="the embedded model, or with outlier channels")
     parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.6", "0.7", "2:4"], help="sparsities and patterns")
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
@@ -194,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = {
-        "model": CheckpointFolder(CHECKPOINT).fingerprint(),
+        "model": CheckpointFolder(resolve(options.model)).fingerprint(),
         "benchmark": {"num_images": options.images, "num_text": options.text},
     }
     results = json.loads(options.json.read_text()) if options.json.is_file() else setting | {"runs": {}}

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lvlm_prune.callbacks.base import PruneCallback
+from lvlm_prune.demo import NAMES
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, retention
@@ -44,7 +45,7 @@ class RetentionEvaluation(PruneCallback):
 
 
 class EmbeddedEvaluation(RetentionEvaluation):
-    """Scores the embedded model (`model.path: demo`) on the embedded benchmark.
+    """Scores the embedded model (`model.path: demo` or `demo-outliers`) on the embedded benchmark.
 
     Other models are not scored: the benchmark asks about the embedded model's own world.
     """
@@ -54,7 +55,7 @@ class EmbeddedEvaluation(RetentionEvaluation):
 
     def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Score the embedded model, unless the user does not want it."""
-        if trainer.run.options.evaluate and pl_module.path == "demo":
+        if trainer.run.options.evaluate and pl_module.path in NAMES:
             super().on_prune_end(trainer, pl_module)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
-from lvlm_prune.checkpoints.hub import DEMO
+from lvlm_prune.demo import NAMES
 from lvlm_prune.memory.measuring import peak_memory
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
@@ -60,7 +60,7 @@ class PruningReport(PruneCallback):
             trainer.run.say(quality_line(trainer.run.record["quality"]))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
         trainer.run.say(f"wrote {folder} (weights {size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
-        if trainer.owns_process and pl_module.path != DEMO:
+        if trainer.owns_process and pl_module.path not in NAMES:
             trainer.run.say(next_commands(folder, pl_module.path))
 
     @staticmethod

@@ -63,7 +63,8 @@ class LVLMModule(L.LightningModule):
     """A large vision-language model in a Hugging Face checkpoint folder, one decoder block in memory at a time.
 
     Args:
-        path: Local checkpoint folder, hub id, or `demo` for the embedded model. Weights in safetensors only.
+        path: Local checkpoint folder, hub id, `demo` for the embedded model, or `demo-outliers` for the same function
+            with the outlier channels of real weights. Weights in safetensors only.
         dtype: Precision in which blocks run; `auto` takes the checkpoint's own. Weights are written as they are stored.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run modelling code that comes with the checkpoint.

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
+from lvlm_prune.demo import NAMES, checkpoint
 from lvlm_prune.errors import InputError, first_line
-
-DEMO = "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Everything a checkpoint is made of, but no pickles and no second copy of the weights in another format.
@@ -17,17 +16,19 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     """The checkpoint folder that `path` stands for.
 
     Args:
-        path: A folder, the id of a model on the Hugging Face hub (`owner/name`, downloaded once and cached), or `demo`.
+        path: A folder, the id of a model on the Hugging Face hub (`owner/name`, downloaded once and cached), or a name
+            of the embedded model: `demo`, or `demo-outliers`, which is made once and cached.
         revision: Branch, tag or commit of a hub model.
 
     Raises:
         InputError: There is no such folder and no such model, or the hub cannot be reached.
     """
     text = str(path)
-    if text == DEMO:
-        from lvlm_prune.demo import CHECKPOINT
-
-        return Path(CHECKPOINT)
+    if text in NAMES:
+        try:
+            return checkpoint(text)
+        except OSError as error:
+            raise InputError("model.path", text, f"cannot be made in the cache of HF_HOME: {error}") from None
     folder = Path(text).expanduser()
     # An empty path would stand for the current folder.
     if text and folder.exists():

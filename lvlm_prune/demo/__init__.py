@@ -13,6 +13,30 @@ from pathlib import Path
 # Where the files themselves are: some installations put links to them beside the modules.
 CHECKPOINT: Path = (Path(__file__).parent / "checkpoint" / "config.json").resolve().parent
 
+DEMO = "demo"
+OUTLIERS = "demo-outliers"
+#: Names of the embedded model: as it was trained, and rescaled to the outlier channels of real weights.
+NAMES = (DEMO, OUTLIERS)
+
+
+def checkpoint(name: str) -> Path:
+    """Folder of the embedded model by its name.
+
+    Args:
+        name: One of `NAMES`. What `demo-outliers` stands for is made on first use, in the cache of Hugging Face
+            (`HF_HOME`); it takes 9 MB.
+
+    Raises:
+        OSError: It cannot be written there.
+    """
+    if name == DEMO:
+        return CHECKPOINT
+    from huggingface_hub import constants
+
+    from lvlm_prune.demo.outliers import cached
+
+    return cached(CHECKPOINT, Path(constants.HF_HOME) / "lvlm-prune")
+
 
 def is_embedded(folder: Path) -> bool:
     """Whether a checkpoint folder is the embedded model's, or was made from it: it has the embedded tokenizer."""
@@ -20,4 +44,4 @@ def is_embedded(folder: Path) -> bool:
     return (folder / name).is_file() and (folder / name).read_bytes() == (CHECKPOINT / name).read_bytes()
 
 
-__all__ = ["CHECKPOINT", "is_embedded"]
+__all__ = ["CHECKPOINT", "DEMO", "NAMES", "OUTLIERS", "checkpoint", "is_embedded"]

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lvlm_prune.checkpoints.hub import DEMO, hub_name
+from lvlm_prune.checkpoints.hub import hub_name
+from lvlm_prune.demo import NAMES
 
 LEFT_OUT = "(left out)"
 """What stands in a record in place of something private."""
@@ -74,7 +75,7 @@ def _without_names(warning: str) -> str:
 
 
 def _is_private(text: str, key: str) -> bool:
-    if not text or text == DEMO or "\n" in text:
+    if not text or text in NAMES or "\n" in text:
         return False
     if _PATH.match(text):
         return True

@@ -14,6 +14,7 @@ from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
+from lvlm_prune.demo import NAMES
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 
@@ -55,7 +56,7 @@ def _recorded(record: Mapping[str, Any]) -> str:
     """The dense checkpoint by the record of a pruned or of a recovered one; empty where it does not say."""
     named = record.get("dense") or {}
     folder = named.get("folder")
-    moved = named.get("path") == "demo" or not folder or not Path(folder).is_dir()
+    moved = named.get("path") in NAMES or not folder or not Path(folder).is_dir()
     return str((named.get("path") or "") if moved else folder)
 
 

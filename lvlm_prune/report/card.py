@@ -17,7 +17,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from lvlm_prune.checkpoints.hub import DEMO, hub_name
+from lvlm_prune.checkpoints.hub import hub_name
+from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
 from lvlm_prune.output.base_record import pruned_how
 from lvlm_prune.output.manifest import Manifest, replace_durably
@@ -32,6 +33,10 @@ DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
 
 _PROJECT = "lvlm-prune"
 _TEXT_ONLY = "ForCausalLM"
+_EMBEDDED = {
+    DEMO: "The embedded model of lvlm-prune",
+    OUTLIERS: "The embedded model of lvlm-prune with outlier channels",
+}
 _RECOVERIES = {
     "lora": "sparse LoRA adapters, merged into the weights",
     "full": "fine-tuning of the weights that are not zero",
@@ -171,7 +176,7 @@ def _title(
     folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], base: str | None, origin: Mapping[str, Any]
 ) -> str:
     path = str(origin.get("path") or "")
-    model = base or ("The embedded model of lvlm-prune" if path == DEMO else Path(path).name) or folder.name
+    model = base or _EMBEDDED.get(path) or Path(path).name or folder.name
     method = how.get("method", {}).get("init_args", {}).get("name")
     target = how.get("sparsity", {}).get("target")
     pruned = f", pruned to {target:.0%}" if target is not None else ", sparse"

@@ -59,3 +59,21 @@ def test_which_tokens_calibrate_decides_what_is_retained(questions, processor):
         averages[pool.__name__, sparsity] = score(model, processor, questions).average
     assert averages["TextOnlyPool", 0.6] > averages["MixedPool", 0.6] > averages["VisualOnlyPool", 0.6]
     assert averages["TextOnlyPool", 0.6] > averages["TextOnlyPool", 0.7]
+
+
+def test_with_outlier_channels_it_is_scored_as_itself(tmp_path, monkeypatch, capsys):
+    """`demo-outliers` gives the dense model's answers, and other weights are pruned."""
+    small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=10, num_text=20))
+    monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    records = {}
+    for name in ("demo", "demo-outliers"):
+        output = tmp_path / name
+        arguments = [f"--model.path={name}", "--data.num_samples=8", "--report=false", f"--output={output}"]
+        assert main(["prune", "--method=magnitude", "--pruning.sparsity=0.5", *arguments]) == 0
+        assert f"{name} · 6 blocks" in capsys.readouterr().out
+        records[name] = json.loads((output / "pruning.json").read_text())
+    dense = [record["evaluation"]["dense"]["tasks"] for record in records.values()]
+    assert dense[0] == dense[1]
+    pruned = [record["evaluation"]["pruned"]["tasks"] for record in records.values()]
+    assert pruned[0] != pruned[1]

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from lvlm_prune.blocks.routing import routed
 from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule, MixtureSource
+from lvlm_prune.demo import NAMES
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
@@ -65,7 +66,7 @@ class ProbeRun:
         given = next((callback for callback in trainer.callbacks if isinstance(callback, ModalityProbe)), None)
         self.probe: ModalityProbe = given or ModalityProbe()
         self.folder, self.resume = choose_folder(output, f"{model.label}-probe", resume), resume
-        self.evaluates = evaluate and model.path == "demo"
+        self.evaluates = evaluate and model.path in NAMES
         config = trainer.config or described_config(model, datamodule, probing=self.probe)
         self.run = Run(RunOptions(resume, evaluate), config, Hardware.of(trainer), [self.probe], folder=self.folder)
         self.started = command_began()

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.blocks import StreamedWeights
-from lvlm_prune.checkpoints.hub import DEMO
 from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.demo import NAMES
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch, SharedLaunch
 from lvlm_prune.errors import InputError
@@ -228,7 +228,7 @@ class PruneRun:
         """What pruning cost, on samples that did not calibrate; one process is enough for a few."""
         run, model = self.run, self.model
         wanted = run.options.evaluate and run.options.held_back and self.participants.samples()
-        if not wanted or run.folder is None or model.folder is None or model.path == DEMO:
+        if not wanted or run.folder is None or model.folder is None or model.path in NAMES:
             return
         run.samples = CaughtSamples()
         run.memory.forget()

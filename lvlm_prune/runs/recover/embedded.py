@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.checkpoints import resolve
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.run import Run, RunTrainer, described_config
 
@@ -15,13 +15,13 @@ from lvlm_prune.run import Run, RunTrainer, described_config
 DEMO_SPARSITY = 0.7
 
 
-def prune_embedded(trainer: RunTrainer, run: Run) -> Path:
-    """Prune the embedded model by ATV into a folder beside the run's own; the folder."""
+def prune_embedded(trainer: RunTrainer, run: Run, name: str) -> Path:
+    """Prune the embedded model of this name by ATV into a folder beside the run's own; the folder."""
     from lvlm_prune.callbacks import BlockwisePruning
     from lvlm_prune.data import CalibrationDataModule
     from lvlm_prune.runs.prune.run import PruneRun
 
-    model, data = LVLMModule("demo"), CalibrationDataModule()
+    model, data = LVLMModule(name), CalibrationDataModule()
     pruning = BlockwisePruning(sparsity=DEMO_SPARSITY, name="ATV")
     pruner = PruneRun(
         trainer,
@@ -38,10 +38,11 @@ def prune_embedded(trainer: RunTrainer, run: Run) -> Path:
     return pruner.run.folder
 
 
-def scored_beside_dense(pruned: Path, recovered: Path, base_record: Mapping[str, Any]) -> dict[str, Any]:
+def scored_beside_dense(name: str, pruned: Path, recovered: Path, base_record: Mapping[str, Any]) -> dict[str, Any]:
     """Scores of the embedded model dense, pruned and recovered, and what the latter two retain.
 
     Args:
+        name: Of the dense model.
         pruned: Folder of the pruned model.
         recovered: Folder of the recovered one.
         base_record: What is recorded of the pruned one; scores in it are not made again.
@@ -50,7 +51,7 @@ def scored_beside_dense(pruned: Path, recovered: Path, base_record: Mapping[str,
     from lvlm_prune.evaluation.scores import Scores, retention
 
     earlier = base_record.get("evaluation", {})
-    folders = {"dense": CHECKPOINT, "pruned": pruned, "recovered": recovered}
+    folders = {"dense": resolve(name), "pruned": pruned, "recovered": recovered}
     known = {"dense": earlier.get("dense"), "pruned": earlier.get("recovered", earlier.get("pruned"))}
     scores = {
         name: Scores.from_dict(saved) if (saved := known.get(name)) else BuiltinEngine().score(folder, title=name)

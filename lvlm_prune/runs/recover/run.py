@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.blocks import StreamedWeights
-from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.checkpoints import CheckpointFolder, resolve
 from lvlm_prune.clock import command_began
 from lvlm_prune.data import RecoveryDataModule
 from lvlm_prune.data.limits import ModelLimits
-from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.demo import NAMES
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.errors import InputError
@@ -163,22 +163,22 @@ class RecoveryRun(ABC):
     def _output_folder(self, output: str) -> Path:
         if not output and self.trainer.world_size > 1:
             raise InputError("output", "''", "several processes write into one folder: name it")
-        label = "demo-atv-70" if self.model.path == "demo" else self.model.label
+        label = self.model.label + "-atv-70" * (self.model.path in NAMES)
         return choose_folder(output, f"{label}-recovered", self.resume)
 
     def _find_base(self, earlier: Manifest | None) -> None:
         """The pruned checkpoint; the embedded model is dense, so it is pruned first."""
-        if self.model.path != "demo":
+        if self.model.path not in NAMES:
             return
         if earlier is not None:
             self.model.path = earlier["model"]["path"]
         elif self.trainer.is_global_zero:
-            self._refuse_unusable(CheckpointFolder(CHECKPOINT))
+            self._refuse_unusable(CheckpointFolder(resolve(self.model.path)))
             self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
-            self.model.path = str(prune_embedded(self.trainer, self.run))
+            self.model.path = str(prune_embedded(self.trainer, self.run, self.model.path))
         else:
             problem = "is pruned by one process only; prune it first and give the folder as --model.path"
-            raise InputError("model.path", "demo", problem)
+            raise InputError("model.path", self.model.path, problem)
 
     def _check(self, earlier: Manifest | None) -> None:
         """Check everything that can be checked without going through the data."""
@@ -347,10 +347,10 @@ class RecoveryRun(ABC):
         """The embedded model dense, pruned and recovered, on the embedded benchmark; other models are not scored."""
         origin = self.base_record.get("origin") or self.base_record.get("model", {}).get("path")
         self.record["origin"] = origin
-        if not (self.run.options.evaluate and origin == "demo"):
+        if not (self.run.options.evaluate and origin in NAMES):
             return
         assert self.model.folder is not None
-        self.record["evaluation"] = scored_beside_dense(self.model.folder.path, self.folder, self.base_record)
+        self.record["evaluation"] = scored_beside_dense(origin, self.model.folder.path, self.folder, self.base_record)
 
     def _finish(self) -> None:
         for name in WORK_FOLDERS:
