@@ -113,8 +113,10 @@ def sampled_peak(process: subprocess.Popen, interval: float = 0.005) -> int:
     return peak
 
 
-def write_inputs(gigabytes: float, blocks: int, samples: int, folder: Path, vocabulary: int = 32000) -> dict[str, Any]:
-    """Write a checkpoint and calibration samples of about 270 tokens; sizes of the decoder, tokens, bytes by tensor.
+def write_inputs(
+    gigabytes: float, blocks: int, samples: int, folder: Path, vocabulary: int = 32000, visual: int = 200
+) -> dict[str, Any]:
+    """Write a checkpoint and calibration samples; sizes of the decoder, tokens, bytes by tensor.
 
     Args:
         gigabytes: Size of the decoder's blocks, 10^9 bytes.
@@ -122,6 +124,7 @@ def write_inputs(gigabytes: float, blocks: int, samples: int, folder: Path, voca
         samples: Number of calibration samples.
         folder: An empty folder.
         vocabulary: Size of the vocabulary.
+        visual: About as many image tokens has a sample, beside 60 text tokens.
 
     Raises:
         RuntimeError: There is no room on the disk for it and what `measure` writes.
@@ -132,7 +135,7 @@ def write_inputs(gigabytes: float, blocks: int, samples: int, folder: Path, voca
         raise RuntimeError(f"{folder} has {free / 1e9:.1f} GB free, {2.5 * (gigabytes + 0.3):.1f} are needed")
     (folder / "dense").mkdir()
     tensors = write_checkpoint(folder / "dense", random_config(sizes))
-    inputs = random_samples(samples, 200, 60, vocabulary, torch.float32, "cpu")
+    inputs = random_samples(samples, visual, 60, vocabulary, torch.float32, "cpu")
     save_file(
         {f"s{j}.{name}": value for j, sample in enumerate(inputs) for name, value in sample.items()},
         folder / "calibration.safetensors",

@@ -90,6 +90,7 @@ def prune(
     targets: Sequence[Target] = ("language",),
     resume: bool = False,
     quiet: bool | None = None,
+    report: bool = True,
 ) -> Manifest:
     """Prune a model in memory in place, or a checkpoint folder into another one.
 
@@ -104,6 +105,7 @@ def prune(
         targets: What is pruned: the `language` decoder, the `vision` tower, or both.
         resume: Go on with the unfinished run in `output`, which had the same method, model and data.
         quiet: Print nothing; default: unless there is a trainer of your own.
+        report: Write a page with figures into `output`, which takes seconds.
 
     Returns:
         The manifest: what was done, to what, with what result.
@@ -148,7 +150,7 @@ def prune(
                 enable_model_summary=False,
                 callbacks=[pruning or BlockwisePruning(), *callbacks],
             )
-    options = RunOptions(resume=resume, evaluate=False, quiet=quiet)
+    options = RunOptions(resume=resume, evaluate=False, report=report, quiet=quiet)
     return PruneRun(trainer, module, data, "" if in_memory else str(output), options)()
 
 

@@ -6,13 +6,12 @@ They are so in a process whose environment names a file, `BUSY`, which they writ
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from lvlm_prune.callbacks import PruneCallback
 from lvlm_prune.methods.scorers import WandaScorer
+from tests import warm
 from tests.conftest import REPOSITORY
 
 
@@ -52,12 +51,7 @@ class BusyScorer(WandaScorer):
         return super().prune(weight, statistic, sparsity, pattern)
 
 
-def heed_interruptions() -> None:
-    """A test session in the background ignores Ctrl-C, and what it starts would too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def interrupt(run: subprocess.Popen, number: int = signal.SIGINT) -> tuple[float, str]:
+def interrupt(run: warm.Command, number: int = signal.SIGINT) -> tuple[float, str]:
     """Press Ctrl-C, or send SIGTERM to the first process alone; seconds until the run is gone, and what it said."""
     before = time.monotonic()
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
@@ -75,16 +69,7 @@ def interrupted_while_busy(folder: Path, *arguments: str) -> tuple[float, int, s
     """Run a command until it is busy, then press Ctrl-C; seconds until it ended, exit status, what it said."""
     begun = folder / "busy"
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.Popen(
-        [sys.executable, "-m", "lvlm_prune.cli", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "BUSY": str(begun), "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heed_interruptions,
-    )
+    run = warm.start(*arguments, cwd=folder, BUSY=str(begun), PYTHONPATH=path)
     try:
         while not begun.exists():
             assert run.poll() is None, run.communicate()[1]

@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import warm
+
 GOLDEN = Path(__file__).parent / "golden" / "qwen2_vl"
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN_ARGUMENTS = [
@@ -16,9 +19,12 @@ GOLDEN_ARGUMENTS = [
     f"--model.path={GOLDEN / 'model'}",
     "--data.source=TensorSource",
     f"--data.source.path={GOLDEN / 'calib.safetensors'}",
-    # Figures take seconds; tests of the report ask for it.
+    # Figures take seconds, and holding the model against the dense one a third of the time: who tests them asks for it.
     "--report=false",
+    "--evaluate=false",
 ]
+GOLDEN_MODEL = GOLDEN_ARGUMENTS[1:4]
+"""The model and its calibration set, for other verbs."""
 
 
 # Sums come out in another order with another number of threads; what tests compare byte by byte is made with one.
@@ -27,10 +33,42 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`, deal tests out in long rows, so that what the tests of a file share is made once or twice."""
-    from xdist.scheduler import WorkStealingScheduling
+    """With `-n`, one process runs all tests of a file, so that what they share is made once.
 
-    return WorkStealingScheduling(config, log)
+    The order stays as it is: integration tests take longest, and come first.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Keep a process as it is before the first test, of which commands are forks."""
+    _make_options_once()
+    if session.items and sys.platform == "linux":
+        warm.template = warm.Template()
+
+
+def _make_options_once() -> None:
+    """The options of a command are made from the signatures of its classes, which takes half of a command's time.
+
+    In this process that is done once for each command. Commands in processes of their own make theirs.
+    """
+    from lvlm_prune.cli_parser import LVLMCLI
+
+    made: dict[tuple[str, ...], dict[str, object]] = {}
+    setup_parser = LVLMCLI.setup_parser
+
+    def remembered(cli: LVLMCLI, *arguments, **options) -> None:
+        verbs = tuple(cli.subcommands())
+        if verbs not in made:
+            setup_parser(cli, *arguments, **options)
+            made[verbs] = dict(vars(cli))
+        vars(cli).update(made[verbs])
+
+    LVLMCLI.setup_parser = remembered
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +85,8 @@ def _no_leaks():
 
 @pytest.fixture
 def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run `lvlm-prune` as a user does, in a process of its own, in an empty working directory."""
-
-    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 600, **environment: str):
-        command = [sys.executable, "-m", "lvlm_prune.cli", *map(str, arguments)]
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
-
-    return run
+    """Run `lvlm-prune` as a user does, in a process of its own, in an empty working directory; see `tests.warm.run`."""
+    return functools.partial(warm.run, cwd=tmp_path)
 
 
 @pytest.fixture

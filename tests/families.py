@@ -6,6 +6,8 @@
 A model has four blocks and a vision tower (or an audio tower) of two or three; building one takes a tenth of a second.
 """
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +139,12 @@ _TYPE_MASKS = {
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of the family, in eval mode and without gradients; the same weights at every call."""
+    return copy.deepcopy(_model(family)).to(dtype)
+
+
+@functools.cache
+def _model(family: str) -> PreTrainedModel:
+    """The one of which all are copies: to draw its weights takes longer than most tests with it."""
     config = FAMILIES[family].config()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -145,7 +153,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
             # Gates and norm gains that start at zero would hide what lies behind them.
             if parameter.numel() and not parameter.any():
                 parameter.normal_(std=0.1)
-    return model.to(dtype)
+    return model
 
 
 def make_inputs(

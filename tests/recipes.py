@@ -11,8 +11,8 @@ from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 
 # 7 samples divide neither by two nor by three.
 RECIPES = {
-    "wanda": [],
-    "atv": ["--pruning.record=true"],
+    "wanda": ["--evaluate=true"],
+    "atv": ["--pruning.record=true", "--evaluate=true"],
     "atv_attention": ["--pruning.record=true"],
     "atv_diversity": [],
     "amia": ["--pruning.record=true"],

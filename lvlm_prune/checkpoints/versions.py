@@ -56,6 +56,9 @@ def cache_argument(output: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(model: PreTrainedModel) -> None:
     """Finish a model that was built with its parameters on the meta device: buffers and ties as after loading."""
     if VERSION_5:
+        for parameter in model.parameters():
+            # Random numbers for tensors that hold none are drawn in Python, milliseconds each.
+            parameter._is_hf_initialized = True
         model.initialize_weights()
     else:
         model.tie_weights()

@@ -11,6 +11,7 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
+from lvlm_prune.run import RunOptions
 from tests.conftest import GOLDEN, REPOSITORY
 
 CALIBRATION = GOLDEN / "calib.safetensors"
@@ -27,7 +28,8 @@ def bases(tmp_path_factory):
         for pattern in ("unstructured", "2:4"):
             pruning = BlockwisePruning(pattern=pattern, exclude="*.k_proj")
             output = folder / f"{pattern}-{name}"
-            lvlm_prune.prune(folder / f"dense-{name}", TensorSource(str(CALIBRATION)), pruning, output)
+            source = TensorSource(str(CALIBRATION))
+            lvlm_prune.prune(folder / f"dense-{name}", source, pruning, output, report=False)
     return folder
 
 
@@ -66,6 +68,13 @@ def refused(recover, labelled, capsys):
         assert not output.exists()
 
     return check
+
+
+@pytest.fixture
+def no_pages(monkeypatch) -> None:
+    """Runs of a sweep that are kept have a page each, which takes longer than the run."""
+    without = lambda **options: RunOptions(**options | {"report": False})  # noqa: E731
+    monkeypatch.setattr("lvlm_prune.runs.sweep.run.RunOptions", without)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ def folders(tmp_path_factory):
     }
     for name, (recipe, *options) in runs.items():
         config = f"--config={REPOSITORY / 'configs' / 'prune' / f'{recipe}.yaml'}"
-        assert main([GOLDEN_ARGUMENTS[0], config, *GOLDEN_ARGUMENTS[1:], *options, f"--output={folder / name}"]) == 0
+        arguments = [*GOLDEN_ARGUMENTS[1:], "--evaluate=true", *options, f"--output={folder / name}"]
+        assert main([GOLDEN_ARGUMENTS[0], config, *arguments]) == 0
     return folder
 
 

@@ -33,7 +33,8 @@ def test_a_run_shows_retention_and_leaves_a_model_that_answers(tmp_path, monkeyp
     small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=30, num_text=60))
     monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
     output = tmp_path / "pruned"
-    assert main(["prune", "--pruning.sparsity=0.5", "--data.num_samples=24", f"--output={output}"]) == 0
+    options = ["--pruning.sparsity=0.5", "--data.num_samples=24", "--model.dtype=float32"]
+    assert main(["prune", *options, f"--output={output}"]) == 0
     shown = capsys.readouterr().out
     assert "dense   pruned   retained" in shown
     manifest = json.loads((output / "pruning.json").read_text())
@@ -54,7 +55,7 @@ def test_which_tokens_calibrate_decides_what_is_retained(questions, processor):
     averages = {}
     for pool, sparsity in [(TextOnlyPool, 0.6), (MixedPool, 0.6), (VisualOnlyPool, 0.6), (TextOnlyPool, 0.7)]:
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
-        data = CalibrationDataModule(EmbeddedSource(), num_samples=48)
+        data = CalibrationDataModule(EmbeddedSource(), num_samples=24, batch_size=8)
         prune(model, data, BlockwisePruning(sparsity=sparsity, pool=pool()), processor=processor)
         averages[pool.__name__, sparsity] = score(model, processor, questions).average
     assert averages["TextOnlyPool", 0.6] > averages["MixedPool", 0.6] > averages["VisualOnlyPool", 0.6]

@@ -50,7 +50,7 @@ def test_masks_are_those_of_the_full_forward(family: str, tmp_path):
     assert different <= max(4, 1e-4 * sum(mask.numel() for mask in expected.values()))
     assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.02)
 
-    streamed = prune(tmp_path / "dense", batches, method(), tmp_path / "pruned")
+    streamed = prune(tmp_path / "dense", batches, method(), tmp_path / "pruned", report=False)
     assert streamed["verified"]["sparsity"] == pytest.approx(manifest["sparsity"]["achieved"])
     reloaded = compute_experts_one_by_one(type(model).from_pretrained(tmp_path / "pruned"))
     wrong = sum(int((reloaded.state_dict()[name] != weight).sum()) for name, weight in model.state_dict().items())
@@ -114,7 +114,7 @@ def test_an_expert_that_saw_too_few_tokens_can_stay_dense(tmp_path):
     model = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "dense")
     options = method(min_expert_tokens=10**6, rare_experts="keep")
-    manifest = prune(tmp_path / "dense", calibration(model), options, tmp_path / "pruned")
+    manifest = prune(tmp_path / "dense", calibration(model), options, tmp_path / "pruned", report=False)
     kept = [name for name, entry in manifest["linears"].items() if ".experts." in name]
     assert all(manifest["linears"][name]["achieved"] == 0 for name in kept)
     assert "left dense" in manifest["warnings"][0]
@@ -133,7 +133,7 @@ def test_other_scorers_and_patterns(family: str, options: dict, tmp_path):
     """The written checkpoint is verified against the promise of each, transposed stacks included."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "dense")
-    manifest = prune(tmp_path / "dense", calibration(model), method(**options), tmp_path / "pruned")
+    manifest = prune(tmp_path / "dense", calibration(model), method(**options), tmp_path / "pruned", report=False)
     experts = [entry for name, entry in manifest["linears"].items() if ".experts." in name]
     assert experts
     assert all(entry["achieved"] == pytest.approx(0.5, abs=0.03) for entry in experts)
@@ -143,7 +143,7 @@ def test_other_scorers_and_patterns(family: str, options: dict, tmp_path):
 def test_recovery_trains_the_linears_and_leaves_pruned_experts_as_they_are(recovery: str, tmp_path):
     model = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "dense")
-    prune(tmp_path / "dense", calibration(model), method(), tmp_path / "pruned")
+    prune(tmp_path / "dense", calibration(model), method(), tmp_path / "pruned", report=False)
     labelled = [sample | {"labels": sample["input_ids"].clone()} for sample in text_samples(3)]
     save_file(tensors_of(labelled), tmp_path / "labelled.safetensors")
     source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'labelled.safetensors'}"]

@@ -33,7 +33,7 @@ def captions(tmp_path_factory) -> Path:
 def prune(folder: Path, captions: Path, output: Path, *options: str) -> int:
     source = ["--data.source=LlavaJsonSource", f"--data.source.path={captions}"]
     arguments = ["prune", f"--model.path={folder}", "--pruning.sparsity=0.5", *source, f"--output={output}"]
-    return main([*arguments, *options])
+    return main([*arguments, "--report=false", *options])
 
 
 def reload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -100,7 +100,7 @@ def test_padding_by_the_processor_changes_no_statistic(family: str, captions: Pa
     write_folder(tmp_path / "dense", family)
     found = []
     for size in (1, 4):
-        options = [f"--data.batch_size={size}", "--pruning.record=true", "--pruning.pool=MixedPool", "--report=false"]
+        options = [f"--data.batch_size={size}", "--pruning.record=true", "--pruning.pool=MixedPool"]
         assert prune(tmp_path / "dense", captions, tmp_path / str(size), *options) == 0
         found.append(load_file(tmp_path / str(size) / "statistics.safetensors"))
     one, four = found
@@ -117,7 +117,7 @@ def test_broken_and_missing_images_are_left_out_counted_and_named(tmp_path: Path
     (captions.parent / "5.png").unlink()
     assert prune(tmp_path / "dense", captions, tmp_path / "out") == 2
     assert f"image file {captions.parent / '5.png'} of sample noise-5 is missing" in capsys.readouterr().err
-    assert prune(tmp_path / "dense", captions, tmp_path / "out", "--data.on_error=skip") == 0
+    assert prune(tmp_path / "dense", captions, tmp_path / "out", "--data.on_error=skip", "--report=true") == 0
     said = "2 of 8 calibration samples could not be read and were left out (the first is noise-2: "
     assert f"warning: {said}{captions.parent / '2.png'}: cannot be read as an image (" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from lvlm_prune.cli import main
 from tests.busy import about_a_second, interrupted_while_busy
-from tests.conftest import GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN_ARGUMENTS, GOLDEN_MODEL
 
-GOLDEN = [argument for argument in GOLDEN_ARGUMENTS[1:] if not argument.startswith("--report")]
 BUSY = "--trainer.callbacks=tests.busy.BusyCallback"
 
 
@@ -47,8 +46,8 @@ def test_recover(bases, labelled, tmp_path):
 def test_sweep(tmp_path):
     """In the second run."""
     output = tmp_path / "out"
-    arguments = ["sweep", *GOLDEN, "--data.num_samples=2", "--engine=tests.engines.ShareLeft", f"--output={output}"]
-    arguments += ["--grid={pruning.sparsity: [0.5, 0.6]}", BUSY, "--trainer.callbacks.block=7"]
+    arguments = ["sweep", *GOLDEN_MODEL, "--data.num_samples=2", "--engine=tests.engines.ShareLeft"]
+    arguments += [f"--output={output}", "--grid={pruning.sparsity: [0.5, 0.6]}", BUSY, "--trainer.callbacks.block=7"]
     interrupt_and_go_on(tmp_path, arguments, "the same command goes on behind the last finished run")
     lines = [json.loads(line) for line in (output / "sweep.jsonl").read_text().splitlines()]
     assert [line["options"] for line in lines[1:]] == [{"pruning.sparsity": 0.5}, {"pruning.sparsity": 0.6}]
@@ -58,9 +57,9 @@ def test_sweep(tmp_path):
 def test_probe(tmp_path):
     """In the second cell: the survey makes two masks for each of 24 Linears, a cell one."""
     output = tmp_path / "out"
-    arguments = ["probe", *GOLDEN, "--data.num_samples=2", "--probing.sparsities=[0.5]", "--probing.pathways=[text]"]
-    arguments += ["--probing.pools=[text,mixed]", "--probing.map_tokens=0", "--probing.curve_samples=0"]
+    arguments = ["probe", *GOLDEN_MODEL, "--data.num_samples=2", "--probing.sparsities=[0.5]"]
+    arguments += ["--probing.pathways=[text]", "--probing.pools=[text,mixed]", "--probing.map_tokens=0"]
     arguments += ["--probing.scorer=tests.busy.BusyScorer", f"--probing.scorer.weight={2 * 24 + 24 + 5}"]
-    arguments += [f"--output={output}"]
+    arguments += ["--probing.curve_samples=0", f"--output={output}"]
     interrupt_and_go_on(tmp_path, arguments, resume(output), "--resume=true")
     assert json.loads((output / "probe.json").read_text())["status"] == "complete"

@@ -1,10 +1,7 @@
 """Killed by the system at any moment, with one process and with two: what is left goes on to the same bytes."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import psutil
 import pytest
 
 from lvlm_prune.cli import main
+from tests import warm
 from tests.conftest import GOLDEN_ARGUMENTS
 
 pytestmark = pytest.mark.slow
@@ -40,14 +38,7 @@ class KillInWrite(PruneCallback):
 '''
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lvlm_prune.cli", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=folder, env=environment, **streams)
-
-
-def wait_for(path: Path, run: subprocess.Popen) -> None:
+def wait_for(path: Path, run: warm.Command) -> None:
     while not path.exists() and run.poll() is None:
         time.sleep(0.001)
 
@@ -73,7 +64,7 @@ def whole(tmp_path_factory) -> Path:
 def seconds(request, tmp_path_factory) -> tuple[list[str], float]:
     """Options for one process or two, and how long such a run has an output folder before it is done."""
     folder, devices = tmp_path_factory.mktemp("seconds"), TWO if request.param == 2 else []
-    run = start(folder, *ARGUMENTS, *devices, f"--output={folder / 'out'}")
+    run = warm.start(*ARGUMENTS, *devices, f"--output={folder / 'out'}", cwd=folder)
     wait_for(folder / "out", run)
     begun = time.monotonic()
     assert run.wait(600) == 0
@@ -88,7 +79,7 @@ def test_killed_at_a_random_moment(seed, seconds, whole, tmp_path):
     devices, duration = seconds
     chance = random.Random(seed)
     output = tmp_path / "out"
-    run = start(tmp_path, *ARGUMENTS, *devices, f"--output={output}")
+    run = warm.start(*ARGUMENTS, *devices, f"--output={output}", cwd=tmp_path)
     wait_for(output, run)
     time.sleep(chance.random() * duration)
     try:
@@ -107,7 +98,7 @@ def test_killed_in_the_middle_of_a_write(seed, whole, tmp_path):
     (tmp_path / "killer.py").write_text(KILLER)
     number = random.Random(seed).randint(1, 28)
     kill = ["--trainer.callbacks=killer.KillInWrite", f"--trainer.callbacks.number={number}"]
-    run = start(tmp_path, *ARGUMENTS, *kill, f"--output={tmp_path / 'out'}")
+    run = warm.start(*ARGUMENTS, *kill, f"--output={tmp_path / 'out'}", cwd=tmp_path)
     assert run.wait(600) == -signal.SIGKILL
     assert not (tmp_path / "out" / "config.json").exists()
     assert_goes_on(tmp_path / "out", whole)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lvlm_prune.cli import main
-from tests.busy import about_a_second, heed_interruptions, interrupt
+from tests import warm
+from tests.busy import about_a_second, interrupt
 from tests.recipes import arguments_of, assert_same_result
 
 
@@ -48,19 +49,9 @@ class Sleeper(PruneCallback):
 '''
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str) -> warm.Command:
     (folder / "sleeper.py").write_text(SLEEPER)
-    command = [sys.executable, "-m", "lvlm_prune.cli", *arguments, "--trainer.callbacks=sleeper.Sleeper"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heed_interruptions,
-    )
+    return warm.start(*arguments, "--trainer.callbacks=sleeper.Sleeper", cwd=folder)
 
 
 def wait_until_busy(folder: Path, count: int) -> list[int]:
@@ -161,17 +152,7 @@ def test_one_command_starts_the_others_and_outlives_none_of_them(tmp_path, run_c
 # ---- other launchers ------------------------------------------------------------------------------------------------
 def run_all(folder: Path, environments: list[dict[str, str]], *arguments: str) -> list[tuple[int, str, str]]:
     """Run the same command several times side by side; status, output and errors of each."""
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lvlm_prune.cli", *arguments],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments
-    ]
+    runs = [warm.start(*arguments, cwd=folder, **environment) for environment in environments]
     said = [run.communicate(timeout=600) for run in runs]
     return [(run.returncode, *texts) for run, texts in zip(runs, said)]
 

@@ -55,19 +55,8 @@ TRAINS = tuple(
 
 @pytest.fixture(scope="module")
 def up_to_the_work() -> Iterator[None]:
-    """Commands end where their work would begin; their parsers are made once."""
-    made: dict[str, tuple] = {}
-    really = LVLMCLI.setup_parser
-
-    def setup_parser(cli: LVLMCLI, *arguments) -> None:
-        verb = LVLMParser.command_line[0]
-        if verb not in made:
-            really(cli, *arguments)
-            made[verb] = (cli.parser, cli._subcommand_method_arguments, cli._subcommand_parsers)
-        cli.parser, cli._subcommand_method_arguments, cli._subcommand_parsers = made[verb]
-
+    """Commands end where their work would begin."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(LVLMCLI, "setup_parser", setup_parser)
         patched.setattr(PruneRun, "_carry_out", lambda run, finished: None)
         patched.setattr(ProbeRun, "_measure", lambda *arguments: None)
         patched.setattr(RecoveryRun, "_recover", lambda run, earlier: None)

@@ -1,12 +1,10 @@
 """Several processes do what one does, and end together.
 
-One spawn per number of processes, with all methods and all failures in it: starting Python takes longer than pruning.
+They start once per number of processes, for all methods and all failures.
 """
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
+from tests import warm
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
 from tests.recipes import RECIPES, arguments_of, assert_same_result
 
@@ -108,14 +107,11 @@ def run_workers(folder: Path, count: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.process_worker", "jobs.json"],
-            cwd=folder,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        warm.start(
+            "jobs.json", cwd=folder, module="tests.process_worker", RANK=str(rank), LOCAL_RANK=str(rank), **shared
         )
         for rank in range(count)
     ]

@@ -15,6 +15,7 @@ from tests.conftest import GOLDEN
 from tests.integration.test_hub_folders import write_captions, write_folder
 
 CALIBRATION = str(GOLDEN / "calib.safetensors")
+MEASURED = ["--evaluate=true", "--trainer.accelerator=cpu"]
 
 
 def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float]:
@@ -40,7 +41,7 @@ def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float]:
 
 @pytest.fixture
 def small(golden_arguments, tmp_path) -> list[str]:
-    return [*golden_arguments, "--data.num_samples=3", "--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}"]
+    return [*golden_arguments, *MEASURED, "--data.num_samples=3", f"--output={tmp_path / 'out'}"]
 
 
 def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys):
@@ -71,7 +72,7 @@ def test_it_can_be_left_out_and_changes_no_weight(small, tmp_path):
 
 
 def test_a_source_without_other_samples_measures_on_those_that_calibrated(golden_arguments, tmp_path, capsys):
-    assert main([*golden_arguments, "--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}"]) == 0
+    assert main([*golden_arguments, *MEASURED, f"--output={tmp_path / 'out'}"]) == 0
     assert not json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]["held_back"]
     assert "of the calibration set (there are no others)" in capsys.readouterr().out
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen2VLForConditionalGeneration
 
 from lvlm_prune.callbacks import PruneCallback, PruningReport
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.output import folder as output_folder
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
+from tests.families import FAMILIES, Sample, make_inputs
 
 KILLER = '''
 import os, signal
@@ -189,11 +190,18 @@ def crashes(monkeypatch, tmp_path):
 
 
 def test_a_crash_at_every_write_is_visibly_unfinished_and_goes_on(crashes, tmp_path):
-    """Files are compared only where they differ between crashes: one sample, one model, every write."""
-    arguments = [*GOLDEN_ARGUMENTS, "--data.num_samples=1", "--pruning.record=true"]
+    """Files are compared only where they differ between crashes: one sample, a model of two blocks, every write."""
+    config = FAMILIES["qwen2_vl"].config()
+    config.text_config.num_hidden_layers, config.text_config.layer_types = 2, config.text_config.layer_types[:2]
+    model = Qwen2VLForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "dense")
+    sample = make_inputs("qwen2_vl", model, [Sample(3, 0, 5)])
+    save_file({f"s0.{name}": value for name, value in sample.items()}, tmp_path / "samples.safetensors")
+    arguments = ["prune", f"--model.path={tmp_path / 'dense'}", "--data.source=TensorSource", "--report=false"]
+    arguments += [f"--data.source.path={tmp_path / 'samples.safetensors'}", "--pruning.record=true"]
     whole = tmp_path / "whole"
     pictures = crashes(arguments, whole)
-    assert len(pictures) > 50
+    assert len(pictures) > 2 * 7 + 20  # every Linear, and what is written beside the weights
     for picture in pictures:
         if (picture / "config.json").exists():
             assert (picture / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -314,6 +322,8 @@ def test_resume_with_other_calibration_data_or_another_checkpoint_is_refused(
         "--data.source=TensorSource",
         f"--data.source.path={tmp_path / 'calib.safetensors'}",
         f"--output={tmp_path / 'out'}",
+        "--report=false",
+        "--evaluate=false",
     ]
     with monkeypatch.context() as patched:
         patched.setattr(PruneCallback, "on_propagation_batch_end", lambda *_, **__: 1 / 0)
@@ -342,7 +352,7 @@ def begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(GOLDEN / "model", "model")
     shutil.copy(GOLDEN / "calib.safetensors", "calib.safetensors")
-    arguments = ["prune", "--data.source=TensorSource", "--pruning.record=true", "--report=false"]
+    arguments = ["prune", "--data.source=TensorSource", "--pruning.record=true", "--report=false", "--evaluate=false"]
     here = ["--model.path=model", "--data.source.path=calib.safetensors", "--output=out"]
     with monkeypatch.context() as patched:
         patched.setattr(PruningReport, "on_block_end", lambda *_, **__: signal.raise_signal(signal.SIGTERM))

@@ -95,7 +95,7 @@ def test_two_processes_give_the_bytes_of_one(sets, run_cli, tmp_path):
     mixture = {"sources": parts, "ratios": list(SIZES), "weights": list(ALPHAS)}
     data = {"num_samples": 7, "source": {"class_path": "lvlm_prune.data.MixtureSource", "init_args": mixture}}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"model": {"path": str(GOLDEN / "model")}, "data": data}))
+    config.write_text(yaml.safe_dump({"model": {"path": str(GOLDEN / "model")}, "data": data, "report": False}))
     assert main(["prune", f"--config={config}", f"--output={tmp_path / 'one'}"]) == 0
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     finished = run_cli("prune", f"--config={config}", *devices, f"--output={tmp_path / 'two'}")

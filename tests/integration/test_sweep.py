@@ -13,11 +13,11 @@ from lvlm_prune.cli import main
 from lvlm_prune.loop import catching
 from lvlm_prune.output.folder import FolderLock
 from lvlm_prune.runs.prune.run import PruneRun
-from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
+from tests.conftest import GOLDEN_MODEL, REPOSITORY
 
 RECIPES = REPOSITORY / "configs" / "prune"
-GOLDEN = [argument for argument in GOLDEN_ARGUMENTS[1:] if not argument.startswith("--report")]
-BASE = ["sweep", *GOLDEN, "--data.num_samples=3", "--engine=tests.engines.ShareLeft"]
+BASE = ["sweep", *GOLDEN_MODEL, "--data.num_samples=3", "--engine=tests.engines.ShareLeft"]
+QUICK = ["--report=false", "--evaluate=false"]
 
 
 def recipes(*names: str) -> str:
@@ -63,7 +63,7 @@ def count(monkeypatch):
     return counts
 
 
-def test_runs_share_catching_and_survey_and_equal_single_runs(tmp_path, count):
+def test_runs_share_catching_and_survey_and_equal_single_runs(tmp_path, count, no_pages):
     out = tmp_path / "sweep"
     sparsities = grid(pruning__sparsity=[0.5, 0.6])
     assert main([*BASE, recipes("atv", "das"), sparsities, "--seeds=[0, 1]", "--keep=true", f"--output={out}"]) == 0
@@ -73,12 +73,12 @@ def test_runs_share_catching_and_survey_and_equal_single_runs(tmp_path, count):
     for folder in folders:
         recipe, sparsity, seed, _ = re.fullmatch(r"(\w+?)_sparsity-([\d.]+)_seed-(\d)-(\w+)", folder.name).groups()
         if seed == "1":
-            arguments = [f"--pruning.sparsity={sparsity}", "--data.seed=1", "--data.num_samples=3"]
+            arguments = [f"--pruning.sparsity={sparsity}", "--data.seed=1", "--data.num_samples=3", *QUICK]
             config, single = f"--config={RECIPES / f'{recipe}.yaml'}", tmp_path / folder.name
-            assert main(["prune", config, *GOLDEN, *arguments, f"--output={single}"]) == 0
+            assert main(["prune", config, *GOLDEN_MODEL, *arguments, f"--output={single}"]) == 0
             for name in ("model.safetensors", "config.json"):
                 assert (folder / name).read_bytes() == (single / name).read_bytes(), folder.name
-    assert main(["prune", f"--config={folders[0] / 'config.yaml'}", f"--output={tmp_path / 'again'}"]) == 0
+    assert main(["prune", f"--config={folders[0] / 'config.yaml'}", *QUICK, f"--output={tmp_path / 'again'}"]) == 0
     again = tmp_path / "again" / "model.safetensors"
     assert again.read_bytes() == (folders[0] / "model.safetensors").read_bytes()
 

@@ -36,7 +36,7 @@ def llama(tmp_path):
 def test_a_llama_from_its_folder(llama, pool, scorer, tmp_path):
     _, folder, samples = llama
     arguments = [f"--model.path={folder}", "--data.source=TensorSource", f"--data.source.path={samples}"]
-    method = [f"--pruning.pool={pool}", f"--pruning.scorer={scorer}", "--data.batch_size=2"]
+    method = [f"--pruning.pool={pool}", f"--pruning.scorer={scorer}", "--data.batch_size=2", "--report=false"]
     assert main(["prune", *arguments, *method, f"--output={tmp_path / 'out'}"]) == 0
     dense, pruned = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     for name, value in pruned.items():

@@ -23,7 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def finished(tmp_path_factory) -> Path:
     """A complete output whose remaining weights were updated, with statistics."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    arguments = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", f"--output={folder}"]
+    arguments = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", "--evaluate=true", f"--output={folder}"]
     assert main([*GOLDEN_ARGUMENTS, *arguments]) == 0
     return folder
 
@@ -278,5 +278,5 @@ def test_a_record_of_another_shape_is_no_traceback(command, wrong, depth, finish
 def resumed_as(finished: Path, folder: Path) -> int:
     """A run that goes on in a copy of a folder."""
     model = json.loads((finished / "pruning.json").read_text())["model"]["path"]
-    options = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", f"--model.path={model}"]
+    options = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", "--evaluate=true", f"--model.path={model}"]
     return main([*GOLDEN_ARGUMENTS, *options, f"--output={folder}", "--resume=true"])

@@ -11,12 +11,10 @@ import torch
 
 from lvlm_prune.cli import main
 from lvlm_prune.runs.recover.fitting import FittingRun
-from tests.conftest import GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN_MODEL
 from tests.families import tiny_model
 from tests.hub_folders import write_captions, write_folder
 from tests.integration.test_trust import DAMAGES
-
-GOLDEN = [argument for argument in GOLDEN_ARGUMENTS[1:] if not argument.startswith("--report")]
 
 
 def one_line(capsys) -> str:
@@ -56,7 +54,7 @@ def test_a_whole_recovered_folder_says_so(recovered, bases, labelled, capsys):
     assert "\nverified: " in capsys.readouterr().out
 
 
-PROBE = ["probe", *GOLDEN, "--data.num_samples=2", "--probing.sparsities=[0.5]", "--probing.pathways=[text]"]
+PROBE = ["probe", *GOLDEN_MODEL, "--data.num_samples=2", "--probing.sparsities=[0.5]", "--probing.pathways=[text]"]
 PROBE += ["--probing.pools=[text]", "--probing.map_tokens=0", "--probing.curve_samples=0"]
 
 
@@ -95,7 +93,7 @@ def test_a_whole_probe_says_so(probed, capsys):
     assert "\nverified: " in capsys.readouterr().out
 
 
-SWEEP = ["sweep", *GOLDEN, "--data.num_samples=2", "--engine=tests.engines.ShareLeft", "--keep=true"]
+SWEEP = ["sweep", *GOLDEN_MODEL, "--data.num_samples=2", "--engine=tests.engines.ShareLeft", "--keep=true"]
 SWEEP += ["--grid={pruning.sparsity: [0.5, 0.6]}"]
 
 

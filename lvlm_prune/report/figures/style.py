@@ -156,7 +156,8 @@ def _arrange(figure: Figure) -> None:
     """Lay the figure out once; drawing it as SVG and as PNG would do it anew, which takes half of the time."""
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        # Not "none", which leaves an engine that does nothing, for which every drawing is prepared by another one.
+        figure.set_layout_engine(None)
 
 
 def theme_css() -> str:

@@ -17,8 +17,9 @@ CONFIG = Path(__file__).parents[3] / "configs" / "demo" / "train.yaml"
 @pytest.fixture
 def shortened(tmp_path, monkeypatch):
     config = yaml.safe_load(CONFIG.read_text())
-    config["output"] = str(tmp_path / "checkpoint")
+    config["output"], config["threads"] = str(tmp_path / "checkpoint"), 1
     config["model"] |= {"tower_steps": 2, "warmup_steps": 2}
+    config["model"] |= {"hidden_size": 48, "intermediate_size": 96, "blocks": 2, "tower_blocks": 1, "heads": 2}
     config["data"] |= {"image_rows": 2, "text_rows": 1, "validation_batches": 1, "workers": 0}
     config["trainer"] |= {"max_steps": 4, "val_check_interval": 4, "default_root_dir": str(tmp_path), "callbacks": []}
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)

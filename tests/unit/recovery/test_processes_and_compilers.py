@@ -1,15 +1,17 @@
 """Sparse LoRA under what trains and compiles models: the gradients are those of one process, uncompiled."""
 
 import shutil
+import sys
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from lvlm_prune.recovery import sparse_lora_config
+from tests import warm
+from tests.conftest import REPOSITORY
 
 
 def adapted() -> nn.Module:
@@ -42,7 +44,10 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    both = [warm.start(rank, tmp_path, module=__name__, cwd=REPOSITORY) for rank in range(2)]
+    for process in both:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
     expected = gradients(adapted(), batch())
     assert len(expected) == 4
     for rank in range(2):
@@ -64,3 +69,7 @@ def test_a_compiled_model_has_the_same_gradients(backend, monkeypatch):
     torch.testing.assert_close(
         gradients(torch.compile(adapted(), backend=backend), batch()), gradients(adapted(), batch())
     )
+
+
+if __name__ == "__main__":
+    one_of_two(int(sys.argv[1]), sys.argv[2])

@@ -21,7 +21,8 @@ FIGURES = ["saliency", "pool", "scores", "reconstruction-error", "seconds", "tok
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
-    arguments = [*GOLDEN_ARGUMENTS, "--report=true", "--pruning.record=true", "--pruning.sparsity=0.6"]
+    arguments = [*GOLDEN_ARGUMENTS, "--report=true", "--evaluate=true"]
+    arguments += ["--pruning.record=true", "--pruning.sparsity=0.6"]
     assert main([*arguments, f"--output={folder}"]) == 0
     return folder
 
