@@ -34,7 +34,7 @@ def recipe_file(name: str) -> Path:
     """
     file = CONFIGS / "prune" / f"{name}.yaml"
     if not file.is_file():
-        close = get_close_matches(name, recipe_names(), n=1)
+        close = get_close_matches(name, [*recipe_names(), AUTO], n=1)
         meant = f"; is {close[0]} meant?" if close else ""
         raise InputError("method", name, f"no such recipe{meant} (`lvlm-prune methods` lists them)")
     return file
@@ -80,6 +80,10 @@ def with_log_folder(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:end], _LOG_FOLDER, given.get("--output") or "runs", *arguments[end:]]
 
 
+AUTO = "auto"
+"""In the place of a recipe's name: the one that gets sparsest of those that keep what `--keep` asks for."""
+
+
 def with_recipe(arguments: Sequence[str]) -> list[str]:
     """A command line in which `prune --method atv` is written out as the recipe's file; what follows it overrides it.
 
@@ -95,7 +99,8 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     for argument in rest:
         if argument == "--method" or argument.startswith("--method="):
             name = next(rest, "") if argument == "--method" else argument.removeprefix("--method=")
-            written[1:1] = ["--config", str(recipe_file(name))]
+            search = ["--keep_recipes", "[fast]"] if name == AUTO else []
+            written[1:1] = ["--config", str(recipe_file("best" if name == AUTO else name)), *search]
         else:
             written.append(argument)
     return written

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.errors import refuse_negative
+from lvlm_prune.errors import InputError, refuse_negative
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.module import LVLMModule
@@ -39,6 +39,9 @@ class LVLMTrainer(RunTrainer):
         plan: bool = False,
         packed: bool = False,
         held_back: int = 8,
+        keep: float = 0.0,
+        keep_minutes: float = 0.0,
+        keep_recipes: list[str] = [],  # noqa: B006
         push: str = "",
         publishable: bool = False,
     ) -> Manifest:
@@ -55,6 +58,12 @@ class LVLMTrainer(RunTrainer):
             plan: Only say what would be pruned and what memory and disk that needs; write nothing.
             held_back: Samples that do not calibrate, on which perplexity and KL against the dense model are measured at
                 the end; 0 for none.
+            keep: Find the highest sparsity at which this share is kept, and prune to that: the share of text tokens, on
+                samples that do not calibrate, at which the most likely next token is the dense model's. Every try is
+                a whole run; 0 prunes to the sparsity that is given.
+            keep_minutes: With `keep`: begin no try that would end later than this; 0 for no bound.
+            keep_recipes: With `keep`: recipes to try before the method itself, cheapest first; the one that gets
+                sparsest is taken. `--method auto` is `--method best --keep_recipes '[fast]'`.
             packed: Pack the sparse checkpoint where it is, once it is written; as `pack` does.
             push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
                 the upload.
@@ -67,6 +76,7 @@ class LVLMTrainer(RunTrainer):
         from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
         from lvlm_prune.runs.prune.run import PruneRun
         from lvlm_prune.runs.publishing import Publication
+        from lvlm_prune.runs.search.run import SearchRun
 
         publish = Publication("" if plan else push, publishable)
         if resumes_packing(output, packed, resume):
@@ -76,7 +86,13 @@ class LVLMTrainer(RunTrainer):
             return Manifest.read(Path(output))
         refuse_negative("held_back", held_back)
         options = RunOptions(resume, evaluate, report, plan, held_back=held_back)
-        run = PruneRun(self, model, datamodule, output, options)
+        run: PruneRun | SearchRun
+        if keep:
+            run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
+        elif keep_recipes or keep_minutes:
+            raise InputError("keep", keep, "must be given: the share to keep, for example 0.97")
+        else:
+            run = PruneRun(self, model, datamodule, output, options)
         manifest = run()
         if packed and not plan:
             pack_output(run.run, model)

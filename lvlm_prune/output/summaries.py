@@ -59,18 +59,21 @@ def quality_line(quality: Mapping[str, Any]) -> str:
 
     Example:
         >>> print(quality_line({"samples": 8, "tokens": 900, "held_back": True, "dense_perplexity": 5.0,
-        ...                     "perplexity": 6.25, "kl": 0.21}))
+        ...                     "perplexity": 6.25, "kl": 0.21, "agreement": 0.91}))
         on 8 samples held back from calibration (900 text tokens): perplexity 5 → 6.25, KL(dense ‖ pruned) 0.21 nats
-        per token
+        per token, the dense model's most likely token at 91.0%
     """
     if "not_measured" in quality:
         return f"perplexity and KL not measured: {quality['not_measured']}"
     which = "held back from calibration" if quality["held_back"] else "of the calibration set (there are no others)"
     before, after, apart = (_written(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
-    return (
+    line = (
         f"on {quality['samples']} samples {which} ({quality['tokens']} text tokens): "
         f"perplexity {before} → {after}, KL(dense ‖ pruned) {apart} nats per token"
     )
+    if "agreement" in quality:
+        line += f", the dense model's most likely token at {quality['agreement']:.1%}"
+    return line
 
 
 def _written(value: float | None) -> str:

@@ -188,7 +188,10 @@ def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What pruning cost on a few samples; empty where nothing was measured."""
     names = {"dense_perplexity": "perplexity, dense", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
     found = run.get("quality", {})
-    return {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
+    facts = {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
+    if "agreement" in found:
+        facts["the dense model's most likely token"] = show(run, "quality", "agreement", unit="percent")
+    return facts
 
 
 def _scores(run: Mapping[str, Any]) -> Table | None:

@@ -33,7 +33,7 @@ _LOGITS_BYTES = 2**24
 
 
 class SampleQuality:
-    """Measures a sparse checkpoint against the dense one that it was made from.
+    """Measures sparse checkpoints against the dense one that they were made from, which runs once.
 
     Args:
         model: The dense model, opened from a folder.
@@ -47,6 +47,7 @@ class SampleQuality:
     ) -> None:
         self._model, self._device = model, device
         self._samples, self.is_held_back = datamodule.held_back(count)
+        self._dense: tuple[Mapping[int, Tensor], Mapping[int, Tensor]] | None = None
 
     def __call__(self, written: CheckpointFolder) -> dict[str, Any]:
         """Measure.
@@ -57,12 +58,14 @@ class SampleQuality:
         Returns:
             `samples` and text `tokens` that were predicted; whether the samples were `held_back` from calibration;
             `perplexity` and `dense_perplexity` of these tokens, null where infinite; `kl`: mean KL(dense ‖ pruned) per
-            token in nats. Where it cannot be measured only `not_measured`, the reason.
+            token in nats; `agreement`: share of the tokens at which the most likely one is the dense model's. Where it
+            cannot be measured only `not_measured`, the reason.
         """
         weights = self._model.weights(torch.device(self._device))
         assert isinstance(weights, StreamedWeights)
         try:
-            dense, targets = self._answers(weights)
+            self._dense = self._dense or self._answers(weights)
+            dense, targets = self._dense
             pruned, _ = self._answers(weights.at(written))
             return self._compared(weights, dense, pruned, targets)
         except Exception as error:  # of a model's own code too: the checkpoint is whole without these numbers
@@ -96,7 +99,7 @@ class SampleQuality:
         targets: Mapping[int, Tensor],
     ) -> dict[str, Any]:
         weights.load_output_embedding()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         for number, following in targets.items():
             vocabulary = self._logits(dense[number][:1]).shape[-1] if len(following) else 1
             size = max(_LOGITS_BYTES // (4 * vocabulary), 1)
@@ -107,12 +110,13 @@ class SampleQuality:
                 apart = kl_div(
                     found.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="sum", log_target=True
                 )
-                sums += torch.stack([*losses, apart]).double().cpu()
+                same = (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum()
+                sums += torch.stack([*losses, apart, same]).double().cpu()
         weights.release_output_embedding()
         count = sum(map(len, targets.values()))
         if not count:
             return {"not_measured": "the samples have no text tokens to predict"}
-        before, after, apart = (sums / count).tolist()
+        before, after, apart, same = (sums / count).tolist()
         return {
             "samples": len(targets),
             "tokens": count,
@@ -120,6 +124,7 @@ class SampleQuality:
             "dense_perplexity": _perplexity(before),
             "perplexity": _perplexity(after),
             "kl": apart if math.isfinite(apart) else None,
+            "agreement": same,
         }
 
     def _logits(self, hidden: Tensor) -> Tensor:

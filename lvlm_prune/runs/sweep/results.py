@@ -26,10 +26,11 @@ class Results:
     Args:
         folder: The sweep's output folder.
         file_name: Where this process appends.
+        kind: What the runs belong to; files of results are named after it.
     """
 
-    def __init__(self, folder: Path, file_name: str = "sweep.jsonl") -> None:
-        self.folder, self.path = folder, folder / file_name
+    def __init__(self, folder: Path, file_name: str = "sweep.jsonl", kind: str = "sweep") -> None:
+        self.folder, self.path, self.kind = folder, folder / file_name, kind
         self.records: dict[str, dict[str, Any]] = {}
 
     def read(self) -> Results:
@@ -40,9 +41,11 @@ class Results:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError("output", self.folder, "is a file")
-        files = sorted(self.folder.glob("sweep*.jsonl")) if self.folder.is_dir() else []
+        files = sorted(self.folder.glob(f"{self.kind}*.jsonl")) if self.folder.is_dir() else []
         if not files and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError("output", self.folder, "exists, is not empty and holds no sweep; choose another folder")
+            raise InputError(
+                "output", self.folder, f"exists, is not empty and holds no {self.kind}; choose another folder"
+            )
         for file in files:
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:

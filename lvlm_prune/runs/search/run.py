@@ -1,0 +1,278 @@
+"""`prune --keep`: the highest sparsity at which a model keeps a given share, found by tries; then the run with it.
+
+dense model's answers on held-back samples ─┐
+for each recipe, cheapest first:            │
+    sparsity ─► prune ─► agreement with ────┘ ─► enough? ─► a higher sparsity, or a lower one
+best recipe and sparsity ─► prune, verify, score, report, as without `--keep`
+
+Samples are caught, and the dense model is surveyed, once for all tries. A try is written beside the output folder, and
+removed when it is measured; what came out is kept, so that the same command goes on behind the last try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.distributed.hardware import Hardware
+from lvlm_prune.distributed.launching import Launch
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.folder import FolderLock, choose_folder, refuse_unusable, writing
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.names import PRUNING_RECORD
+from lvlm_prune.plugins import describe
+from lvlm_prune.recipes import recipe_file
+from lvlm_prune.run import Run, RunOptions, RunTrainer
+from lvlm_prune.runs.prune.quality import SampleQuality
+from lvlm_prune.runs.prune.run import PruneRun
+from lvlm_prune.runs.prune.sharing import SharedCalibration
+from lvlm_prune.runs.search.levels import LEVELS, Bracket, best_of, sparsity_of
+from lvlm_prune.runs.session import join, prepare_source, session
+from lvlm_prune.runs.sweep.grid import SPARSITY, Point, points_of
+from lvlm_prune.runs.sweep.results import Results
+from lvlm_prune.threads import suitable_threads
+
+HELD_BACK = 64
+"""Samples that a try is measured on, where there are as many: a percent must not be a single token."""
+
+# What a recipe decides; other options of `pruning` are the user's for every recipe.
+_OF_RECIPE = {"name", "sparsity", "pattern", "pool", "scorer", "solver", "allocation"}
+
+
+class SearchRun:
+    """See `LVLMTrainer.prune`.
+
+    Args:
+        trainer: Its loggers and progress bar.
+        model: The model to prune.
+        datamodule: The calibration set.
+        output: Folder to write; empty for one of its own.
+        options: What the user asked of the last run.
+        keep: Share of the held-back tokens at which the most likely one must stay the dense model's.
+        minutes: No try is begun that is expected to end later than this; 0 for no bound.
+        recipes: Names of recipes that are tried before the configured method, cheapest first.
+
+    Raises:
+        InputError: One of these cannot be used.
+    """
+
+    def __init__(
+        self,
+        trainer: RunTrainer,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        output: str,
+        options: RunOptions,
+        keep: float,
+        minutes: float,
+        recipes: Sequence[str],
+    ) -> None:
+        if not 0 < keep <= 1:
+            raise InputError("keep", keep, "must be a share: above 0, at most 1")
+        if not 0 <= minutes < float("inf"):
+            raise InputError("keep_minutes", minutes, "must be 0 (no bound) or more")
+        self.trainer, self.model, self.datamodule, self.options = trainer, model, datamodule, options
+        self.keep, self.minutes = keep, minutes
+        self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
+        self.started = time.monotonic()
+        model.open()
+        if model.folder is None:
+            raise InputError("keep", keep, "needs a checkpoint folder; a model in memory is pruned in place")
+        self.pruning = self._pruning()
+        self.candidates = self._candidates(recipes)
+        name = f"{model.label}-keep{100 * keep:g}"
+        self.folder = choose_folder(output, name, options.resume)
+        refuse_unusable(self.folder, model.folder, PRUNING_RECORD, options.resume)
+        self.results = Results(
+            self.folder.with_name(f"{self.folder.name}.search"), "search.jsonl", kind="search"
+        ).read()
+
+    def __call__(self) -> Manifest:
+        """Search, then prune with what was found; or only say what would be done."""
+        if self.options.plan:
+            self.run.say(f"up to {len(self.candidates) * LEVELS.bit_length()} tries like this one, and the run itself:")
+            return self._final(self._point(*next(iter(self.candidates.items())), level=None), {})()
+        launch = Launch(self.run.hardware, [])
+        with session(self.trainer, self.run, launch, way_on=lambda: "the same command goes on behind the last try"):
+            join(self.run, launch)
+            shared = SharedCalibration(launch)
+            known = self.run.processes.on_main(self._found_before)
+            found = known or self._search(launch, shared)
+            self.run.say(f"{found['recipe']} at {found['sparsity']:.1%} keeps {found['agreement']:.1%}")
+            point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
+            final = self._final(point, found, shared)
+            manifest = final()
+            self.run = final.run
+            self.run.processes.on_main(lambda: shutil.rmtree(self.results.folder, ignore_errors=True))
+        return manifest
+
+    # ---- before the first try ----------------------------------------------------------------------------------------
+    def _pruning(self) -> dict[str, Any]:
+        """Options of the configured method, as plain data.
+
+        Raises:
+            InputError: No callback prunes, or its pattern gives the sparsity.
+        """
+        callback = next((one for one in self.trainer.callbacks if isinstance(one, BlockwisePruning)), None)
+        if callback is None:
+            raise InputError("keep", self.keep, "needs a pruning method")
+        pruning = dict((self.trainer.config or {}).get("pruning") or describe(callback)["init_args"])
+        if pruning.get("pattern", "unstructured") != "unstructured":
+            raise InputError("pruning.pattern", pruning["pattern"], "gives the sparsity that --keep is to find")
+        return pruning
+
+    def _candidates(self, recipes: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Name -> options of a method, in the order in which they are tried."""
+        common = {name: value for name, value in self.pruning.items() if name not in _OF_RECIPE}
+        found = {}
+        for name in recipes:
+            try:
+                content = yaml.safe_load(recipe_file(name).read_text())["pruning"]
+            except InputError as error:
+                raise InputError("keep_recipes", name, error.problem) from None
+            found[name] = {**content, **common}
+        return found | {str(self.pruning.get("name") or "configured"): self.pruning}
+
+    def _point(self, recipe: str, pruning: Mapping[str, Any], level: int | None) -> Point:
+        options = {} if level is None else {SPARSITY: sparsity_of(level)}
+        data = (self.trainer.config or {}).get("data") or describe(self.datamodule)["init_args"]
+        return points_of(recipe, pruning, options, data, [self.datamodule.seed])[0]
+
+    # ---- the tries ---------------------------------------------------------------------------------------------------
+    def _found_before(self) -> dict[str, Any] | None:
+        """What an earlier command found, whose last run was interrupted."""
+        if not self.options.resume or not (self.folder / PRUNING_RECORD).is_file():
+            return None
+        found = Manifest.read(self.folder).get("search")
+        if not isinstance(found, dict) or found.get("recipe") not in self.candidates or found.get("keep") != self.keep:
+            problem = f"{self.folder} was not begun with this search"
+            raise InputError("keep", self.keep, f"{problem}; repeat the command that began it, or write elsewhere")
+        return found
+
+    def _search(self, launch: Launch, shared: SharedCalibration) -> dict[str, Any]:
+        """The sparsest try that keeps enough.
+
+        Raises:
+            RunError: There is none.
+        """
+        quality = SampleQuality(
+            self.model, self.datamodule, max(HELD_BACK, self.options.held_back), launch.fabric.device
+        )
+        prepare_source(self.model, self.datamodule.source)
+        self.datamodule.setup("prune")
+        brackets: dict[str, Bracket] = {}
+        tries: list[dict[str, Any]] = []
+        seconds = 0.0
+        for recipe in self.candidates:
+            brackets[recipe] = bracket = Bracket(low=max((one.low for one in brackets.values()), default=0))
+            while (level := bracket.next()) and not self._is_late(seconds):
+                record = self._try(recipe, level, quality, shared)
+                seconds = record["seconds"]
+                tries.append(record)
+                bracket.note(level, record["agreement"] >= self.keep)
+        best = best_of(brackets)
+        if best is None:
+            closest = max(tries, key=lambda one: one["agreement"])
+            said = f"{closest['recipe']} at {closest['sparsity']:.1%} keeps {closest['agreement']:.1%}"
+            raise RunError(f"--keep {self.keep}: no try keeps as much; {said}")
+        chosen = next(one for one in tries if (one["recipe"], one["level"]) == best)
+        return {"keep": self.keep, **chosen, "tries": tries}
+
+    def _is_late(self, seconds: float) -> bool:
+        """Whether another try as long as the last one, and the run itself, would end too late."""
+        elapsed = self.run.processes.on_main(lambda: time.monotonic() - self.started)
+        if not self.minutes or not seconds or elapsed + 2 * seconds <= 60 * self.minutes:
+            return False
+        self.run.say(f"no further try: it would end later than --keep_minutes {self.minutes:g}")
+        return True
+
+    def _try(self, recipe: str, level: int, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:
+        point = self._point(recipe, self.candidates[recipe], level)
+        identity = self._identity(point)
+        processes = self.run.processes
+        record = processes.on_main(lambda: self.results.records.get(identity))
+        if record is None:
+            record = self._measured(point, quality, shared)
+            record |= {"identity": identity, "recipe": recipe, "level": level, "sparsity": sparsity_of(level)}
+            if processes.is_main:
+                with writing(self.results.folder):
+                    self.results.add(record)
+        kept = (
+            f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {record['kl'] or float('inf'):.3g}"
+        )
+        self.run.say(f"try: {recipe} at {record['sparsity']:.1%}: {kept} · {record['seconds']:.0f} s")
+        return {name: value for name, value in record.items() if name not in ("identity", "digest")}
+
+    def _measured(self, point: Point, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:
+        """Prune, measure, and remove what was written."""
+        began, processes, folder = time.monotonic(), self.run.processes, self.results.folder / "try"
+        processes.on_main(lambda: self._clear(folder))
+        pruning, data = point.instantiate()
+        options = RunOptions(evaluate=False, report=False, quiet=True)
+        callbacks = [pruning, *self._others()]
+        PruneRun(self.trainer, self.model, data, str(folder), options, callbacks, self._config(point), shared=shared)()
+        with suitable_threads(self.model.block_weights, self.run.hardware.devices):
+            assert self.model.folder is not None
+            written = self.model.folder.at(folder)
+            found = processes.on_main(lambda: quality(written))
+        processes.on_main(lambda: self._clear(folder))
+        if "not_measured" in found:
+            raise RunError(f"--keep {self.keep}: tries cannot be measured: {found['not_measured']}")
+        return {**found, "seconds": time.monotonic() - began}
+
+    def _clear(self, folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            lock = FolderLock(folder)
+            shutil.rmtree(folder)
+            lock.release()
+
+    def _identity(self, point: Point) -> str:
+        """What a try depends on: its configuration, the model, and what it is measured on."""
+        assert self.model.folder is not None
+        common = [
+            self.model.folder.fingerprint(),
+            str(self.model.compute_dtype),
+            max(HELD_BACK, self.options.held_back),
+        ]
+        return hashlib.sha256(json.dumps([point.identity, *common]).encode()).hexdigest()[:32]
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+    def _final(self, point: Point, found: Mapping[str, Any], shared: SharedCalibration | None = None) -> PruneRun:
+        pruning, data = point.instantiate()
+        callbacks = [pruning, *self._others(), _SearchRecord(found)]
+        return PruneRun(
+            *(self.trainer, self.model, data, str(self.folder), self.options, callbacks, self._config(point)),
+            shared=shared,
+        )
+
+    def _others(self) -> list[Callback]:
+        return [callback for callback in self.trainer.callbacks if not isinstance(callback, BlockwisePruning)]
+
+    def _config(self, point: Point) -> dict[str, Any]:
+        """What repeats a run without a search."""
+        config = {name: value for name, value in self.run.config.items() if name in ("trainer", "model")}
+        return {**config, **point.config}
+
+
+class _SearchRecord(Callback):
+    """Keeps in the manifest what was tried."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self._found = dict(found)
+
+    def on_prune_start(self, trainer: RunTrainer, pl_module: LVLMModule) -> None:
+        """Note it before anything is written."""
+        if self._found:
+            trainer.run.record["search"] = self._found

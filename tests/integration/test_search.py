@@ -1,0 +1,149 @@
+"""`prune --keep`: the sparsest model that keeps a given share."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lvlm_prune.cli import main
+from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.recipes import with_recipe
+from lvlm_prune.runs.prune.quality import SampleQuality
+from lvlm_prune.runs.search.levels import LEVELS, Bracket, best_of, sparsity_of
+from tests.conftest import GOLDEN_ARGUMENTS
+
+
+def tried(bracket: Bracket, most: int) -> list[int]:
+    levels = []
+    while level := bracket.next():
+        bracket.note(level, level <= most)
+        levels.append(level)
+    return levels
+
+
+@pytest.mark.parametrize("most", range(LEVELS + 1))
+def test_the_last_level_that_keeps_enough_is_found(most: int) -> None:
+    bracket = Bracket()
+    assert len(tried(bracket, most)) <= LEVELS.bit_length()
+    assert bracket.low == most
+    for known in range(1, most + 1):
+        better = Bracket(low=known)
+        assert all(level > known for level in tried(better, most))
+        assert better.low == most
+
+
+def test_the_sparsest_recipe_wins_and_the_cheaper_one_of_two_equals() -> None:
+    assert best_of({"fast": Bracket(low=3), "best": Bracket(low=5)}) == ("best", 5)
+    assert best_of({"fast": Bracket(low=5), "best": Bracket(low=5)}) == ("fast", 5)
+    assert best_of({"fast": Bracket()}) is None
+
+
+@pytest.fixture
+def fake_quality(monkeypatch: pytest.MonkeyPatch):
+    """Agreement by sparsity alone, so that a test knows what is to be found; the list has every sparsity measured."""
+    measured: list[float] = []
+
+    def quality(self, written) -> dict:
+        manifest = Manifest.read(written.path)
+        sparsity, bonus = (
+            manifest["sparsity"]["target"],
+            0.1 if manifest["method"]["init_args"]["name"] == "Wanda" else 0,
+        )
+        measured.append(sparsity)
+        return {"agreement": min(1.0, 1.2 - sparsity + bonus), "kl": sparsity, "samples": 1, "tokens": 9}
+
+    monkeypatch.setattr(SampleQuality, "__call__", quality)
+    return measured
+
+
+def arguments(output: Path, *more: str, method: str = "wanda") -> list[str]:
+    return [*with_recipe([GOLDEN_ARGUMENTS[0], "--method", method]), *GOLDEN_ARGUMENTS[1:], f"--output={output}", *more]
+
+
+def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(tmp_path / "out", "--keep=0.6", "--held_back=4")) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    found = record["search"]
+    assert found["agreement"] >= 0.6
+    above = [one for one in found["tries"] if one["level"] == found["level"] + 1]
+    assert found["level"] == LEVELS or above[0]["agreement"] < 0.6
+    assert record["sparsity"]["target"] == pytest.approx(found["sparsity"])
+    assert record["verified"]
+    assert f"at {found['sparsity']:.1%} keeps {found['agreement']:.1%}" in capsys.readouterr().out
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["pruning"]["sparsity"] == found["sparsity"]
+    assert "keep" not in config
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_search_goes_on_behind_the_last_try(tmp_path: Path, fake_quality, monkeypatch) -> None:
+    assert main(arguments(tmp_path / "whole", "--keep=0.745", "--held_back=0")) == 0
+    whole = list(fake_quality)
+    fake_quality.clear()
+    quality = SampleQuality.__call__
+
+    def interrupted(self, written) -> dict:
+        if len(fake_quality) == 2:
+            raise KeyboardInterrupt
+        return quality(self, written)
+
+    monkeypatch.setattr(SampleQuality, "__call__", interrupted)
+    assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0")) == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(SampleQuality, "__call__", quality)
+    assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0")) == 0
+    assert fake_quality == whole
+    records = [json.loads((tmp_path / name / "pruning.json").read_text())["search"] for name in ("whole", "out")]
+    assert records[0]["level"] == records[1]["level"]
+    assert records[1]["sparsity"] == 0.55  # 1.3 - 0.55 is 0.75, 1.3 - 0.575 too little
+
+
+def test_the_recipe_that_gets_sparsest_is_taken(tmp_path: Path, fake_quality) -> None:
+    assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0", "--keep_recipes=[magnitude]")) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert record["search"]["recipe"] == record["method"]["init_args"]["name"] == "Wanda"
+    of = {
+        name: [one["sparsity"] for one in record["search"]["tries"] if one["recipe"] == name]
+        for name in ("magnitude", "Wanda")
+    }
+    assert min(of["Wanda"]) > 0.45  # what the weaker one keeps is not tried again
+    assert 0.45 in of["magnitude"]
+
+
+def test_no_try_begins_that_would_end_too_late(tmp_path: Path, fake_quality, capsys) -> None:
+    assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0", "--keep_minutes=1e-6")) == 0
+    assert fake_quality == [sparsity_of((LEVELS + 1) // 2)]
+    assert "no further try" in capsys.readouterr().out
+
+
+def test_a_plan_says_how_many_runs_it_takes(tmp_path: Path, capsys) -> None:
+    assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0", "--plan=true")) == 0
+    assert f"up to {LEVELS.bit_length()} tries" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--keep=1.5"], "--keep 1.5"),
+        (["--keep=nan"], "--keep nan"),
+        (["--keep=-1"], "--keep -1"),
+        (["--keep=0.9", "--keep_minutes=-1"], "--keep_minutes -1"),
+        (["--keep=0.9", "--keep_recipes=[wandaa]"], "--keep_recipes wandaa"),
+        (["--keep_recipes=[fast]"], "--keep 0"),
+        (["--keep=0.9", "--pruning.pattern=2:4"], "--pruning.pattern 2:4"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path: Path, capsys, given: list[str], named: str) -> None:
+    assert main(arguments(tmp_path / "out", *given)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {named}"), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_share_that_nothing_keeps_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(SampleQuality, "__call__", lambda self, written: {"agreement": 0.5, "kl": 1.0})
+    assert main(arguments(tmp_path / "out", "--keep=0.9")) == 2
+    assert "no try keeps as much" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
