@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtestloop(session):
     """Keep a process as it is before the first test, of which commands are forks."""
     _make_options_once()
+    gc.freeze()  # millions of objects of libraries, none of which is ever garbage
     if session.items and sys.platform == "linux":
         warm.template = warm.Template()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 
-# 7 samples divide neither by two nor by three.
+# 5 samples divide neither by two nor by three.
 RECIPES = {
     "wanda": ["--evaluate=true"],
     "atv": ["--pruning.record=true", "--evaluate=true"],
@@ -20,17 +20,17 @@ RECIPES = {
     "das": [],
     "tamp": [],
     "owl": [],
-    "ecoflap": ["--pruning.allocation.samples=3"],
+    "ecoflap": ["--pruning.allocation.samples=2"],
     "mllm_pruner": [],
     "alps": [],
-    "alps_kl": ["--pruning.allocation.samples=3"],
-    "best": ["--pruning.allocation.samples=3", "--pruning.allocation.groups=kind"],
+    "alps_kl": ["--pruning.allocation.samples=2"],
+    "best": ["--pruning.allocation.samples=2", "--pruning.allocation.groups=kind"],
     "fast": ["--pruning.pattern=2:4"],
     "magnitude": [],
 }
 
 
-def arguments_of(recipe: str, samples: int = 7) -> list[str]:
+def arguments_of(recipe: str, samples: int = 5) -> list[str]:
     config = REPOSITORY / "configs" / "prune" / f"{recipe}.yaml"
     return [*GOLDEN_ARGUMENTS, f"--config={config}", f"--data.num_samples={samples}", *RECIPES[recipe]]
 

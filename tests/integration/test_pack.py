@@ -112,7 +112,7 @@ def test_a_packed_model_answers_as_the_sparse_one(sparse: Path, packed: Path) ->
     from lvlm_prune.evaluation.answers import answer
     from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
-    questions = EmbeddedBenchmark().questions[::40]
+    questions = EmbeddedBenchmark().questions[::100]
     processor = load_processor(sparse)
     answers = []
     for folder in (sparse, packed):

@@ -84,7 +84,7 @@ ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocat
 def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
     allocation, golden_arguments, tmp_path, monkeypatch, capsys
 ):
-    arguments = [*golden_arguments, f"--pruning.allocation={allocation}"]
+    arguments = [*golden_arguments, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
     if allocation in ("ECoFLaPAllocation", "KLAllocation"):
         arguments.append("--pruning.allocation.samples=2")
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0

@@ -43,13 +43,17 @@ def generate_alone(model, processor, question):
     return processor.decode(tokens, skip_special_tokens=True).strip()
 
 
+@pytest.fixture(scope="module")
+def answered_alone(untrained, questions):
+    return [generate_alone(*untrained, question) for question in questions]
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_answers_are_those_of_generate_on_each_question_alone(untrained, questions, batch_size):
+def test_answers_are_those_of_generate_on_each_question_alone(untrained, questions, answered_alone, batch_size):
     model, processor = untrained
     answers = answer(model, processor, questions, batch_size=batch_size)
     assert len(set(answers)) > 3, "the answers are too much alike to tell anything"
-    for question, given in zip(questions, answers):
-        alone = generate_alone(model, processor, question)
+    for question, given, alone in zip(questions, answers, answered_alone):
         assert given
         assert alone.startswith(given), question  # the scorer stops a little behind the length of the right answer
 
