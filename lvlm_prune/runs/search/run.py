@@ -208,9 +208,8 @@ class SearchRun:
             if processes.is_main:
                 with writing(self.results.folder):
                     self.results.add(record)
-        kept = (
-            f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {record['kl'] or float('inf'):.3g}"
-        )
+        apart = float("inf") if record["kl"] is None else record["kl"]
+        kept = f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {apart:.3g}"
         self.run.say(f"try: {recipe} at {record['sparsity']:.1%}: {kept} · {record['seconds']:.0f} s")
         return {name: value for name, value in record.items() if name not in ("identity", "digest")}
 
