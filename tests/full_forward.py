@@ -91,7 +91,7 @@ def compute_experts_one_by_one(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def prune_by_full_forwards(
-    model: nn.Module, batches: list[dict[str, Tensor]], experts: bool = False
+    model: nn.Module, batches: list[dict[str, Tensor]], experts: bool = False, calibrate_on: str = "pruned"
 ) -> dict[str, Tensor]:
     """Wanda at 50%: a whole forward of the model for each block and sample.
 
@@ -99,6 +99,7 @@ def prune_by_full_forwards(
         model: The model; with `experts` one that computes them one by one.
         batches: The samples.
         experts: Prune the matrices of routed experts too.
+        calibrate_on: `dense`: every block is as it was again before the next one is looked at.
 
     Returns:
         Full name of each Linear that was called -> where its weight is zero afterwards; of each expert matrix likewise,
@@ -107,6 +108,7 @@ def prune_by_full_forwards(
     decoder, masks = find_decoder(model), {}
     for path, block in zip(decoder.names, decoder.layers):
         norms: dict[str, Tensor] = {}
+        before = {name: value.clone() for name, value in block.state_dict().items()}
 
         linears = {
             name: linear
@@ -140,6 +142,8 @@ def prune_by_full_forwards(
             lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
             linear.weight.data.scatter_(1, lowest, 0.0)
             masks[f"{path}.{name}"] = linear.weight == 0
+        if calibrate_on == "dense":
+            block.load_state_dict(before)
     return masks
 
 

@@ -3,6 +3,8 @@
     for each block:   load weights ─► forward all samples ─► hooks ─► forward again ─► hooks ─► release weights
                                       gather statistics      prune    propagate       write
 
+    in one pass:      load weights ─► forward all samples ─► hooks ─► release weights       (inputs of the dense model)
+
     survey before:    load weights ─► forward all samples ─► hooks ─► release weights       (dense, nothing changes)
 
 The loop knows nothing about pruning; callbacks do everything else.
@@ -87,6 +89,8 @@ class BlockLoop:
         agree: Called after each pass with the exception that it raised, or None; fails on every process if one did.
         placement: Where the samples wait for their turn.
         device: Where the blocks run.
+        one_pass: Samples go on with what they were gathered from: each block sees the dense model's inputs, and runs
+            once for each batch instead of twice.
     """
 
     def __init__(
@@ -100,8 +104,9 @@ class BlockLoop:
         agree: Callable[[BaseException | None], None],
         placement: Placement | None = None,
         device: torch.device | str = "cpu",
+        one_pass: bool = False,
     ) -> None:
-        self.device = device
+        self.device, self.one_pass = device, one_pass
         self.part, self.runner, self.weights = part, part.runner, weights
         self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
         self.placement = placement or Placement()
@@ -124,7 +129,7 @@ class BlockLoop:
 
         Args:
             done: Places of blocks that an earlier run finished; samples only pass through them, and no hook is raised.
-            load_done: Loads the finished weights of the block in such a place.
+            load_done: Loads the weights of the block in such a place: the finished ones, or in one pass the dense ones.
         """
         last_open = max((place for place in range(len(self.runner)) if place not in set(done)), default=-1)
         for place in range(last_open + 1):
@@ -156,7 +161,7 @@ class BlockLoop:
             self._together(self.raise_hook, "on_survey_block_changes", **start)
             if place + 1 < len(self.runner):
                 self.weights.prefetch_block(place + 1)
-            self._together(self._survey_block, block)
+            self._together(self._gather, block, "on_survey_batch_end", moves_on=True)
             self.raise_hook("on_survey_block_end", block=block)
             self.weights.release_block(place)
         return self.runner.forwards - before
@@ -178,8 +183,9 @@ class BlockLoop:
         block = self._block(place)
         seconds["read"] = clock.lap()
         self.raise_hook("on_block_start", block=block)
-        if self.gathers():
-            self._together(self._gather, block)
+        gathers = self.gathers()
+        if gathers:
+            self._together(self._gather, block, moves_on=self.one_pass)
         give_back_freed()
         seconds["gather"] = clock.lap()
         self.raise_hook("on_block_calibrated", block=block)
@@ -188,7 +194,7 @@ class BlockLoop:
         # Not earlier: what scoring takes beside the block is gone by now.
         if following is not None:
             self.weights.prefetch_block(following)
-        if not is_last:
+        if not is_last and not (gathers and self.one_pass):
             self._together(self._propagate, block)
         seconds["propagate"] = clock.lap()
         block.forwards = self.runner.forwards - forwards
@@ -205,22 +211,19 @@ class BlockLoop:
             error = problem
         self.agree(error)
 
-    def _gather(self, block: Block, hook: str = "on_calibration_batch_end") -> None:
+    def _gather(self, block: Block, hook: str = "on_calibration_batch_end", moves_on: bool = False) -> None:
+        """Run all batches through the block; with `moves_on` they are at the next one afterwards."""
         totals = []
         called = [batch for batch in self.batches if self.runner.calls(block.place, batch)]
+        forward = self.runner.advance if moves_on else self.runner.run
         for batch, here in self.placement.stream(called, block.place):
-            hidden_out = self._observe(block, batch, here, self.runner.run, hook)
+            hidden_out = self._observe(block, batch, here, forward, hook)
             totals.append((batch, hidden_out.float().sum()))
-        self._refuse_faults(totals, f"in the output of block {block.name}", lambda batch: self._origin(block, batch))
 
-    def _survey_block(self, block: Block) -> None:
-        totals = []
-        called = [batch for batch in self.batches if self.runner.calls(block.place, batch)]
-        for batch, here in self.placement.stream(called, block.place):
-            hidden_out = self._observe(block, batch, here, self.runner.advance, "on_survey_batch_end")
-            totals.append((batch, hidden_out.float().sum()))
-        # The batches have moved on, and cannot run once more.
-        self._refuse_faults(totals, f"in the output of block {block.name}", lambda _: _broken_weight(block))
+        def origin(batch: CaughtBatch) -> str:
+            return _broken_weight(block) if moves_on else self._origin(block, batch)
+
+        self._refuse_faults(totals, f"in the output of block {block.name}", origin)
 
     def _observe(
         self,

@@ -77,6 +77,10 @@ class Participants:
         """Whether calibration samples are needed at all."""
         return self.gathers() or bool(self.surveying())
 
+    def one_pass(self) -> bool:
+        """Whether samples go on from the dense blocks, as they are before they are pruned."""
+        return self.pruning is not None and self.pruning.calibrate_on == "dense"
+
     def needs(self) -> frozenset[str]:
         """What is to be recorded of a forward, of `lvlm_prune.methods.tokens.NEEDS`."""
         return self._together("needs")

@@ -17,7 +17,7 @@ from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.loop.catching import CaughtSamples
 
 # Of the options of `BlockwisePruning`: what is done with a survey, and plugins, which count where they want one.
-_NOT_SURVEYED = {"sparsity", "pattern", "pool", "scorer", "solver", "allocation", "record", "name"}
+_NOT_SURVEYED = {"sparsity", "pattern", "pool", "scorer", "solver", "allocation", "record", "name", "calibrate_on"}
 _OF_METHOD = {"sparsity", "pattern", "pool", "scorer", "solver"}
 
 

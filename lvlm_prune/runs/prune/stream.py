@@ -129,7 +129,8 @@ class CalibrationStream:
         rows = self._run.samples.rows if self._participants.gathers() else []
         done = [index - part.first for index in self._run.record.finished_blocks() if index in part.numbers]
         loop = self._loop(part, weights, rows, self._participants.needs, self._participants.gathers)
-        loop.run(done, load_done=lambda place: weights.load_block(place, self._written()))
+        written = None if loop.one_pass else self._written()
+        loop.run(done, load_done=lambda place: weights.load_block(place, written))
 
     def _loop(
         self,
@@ -149,6 +150,7 @@ class CalibrationStream:
             agree=self._run.processes.agree,
             placement=self._run.memory.placement,
             device=self._device,
+            one_pass=self._participants.one_pass(),
         )
 
     def _weights_of(self, part: Part) -> Weights:
