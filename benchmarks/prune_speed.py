@@ -1,6 +1,7 @@
 """How close pruning comes to the two forward passes that it cannot avoid.
 
     python benchmarks/prune_speed.py --json benchmarks/prune_speed.json
+    python benchmarks/prune_speed.py --recipes wanda wanda:dense atv atv:dense --json OUT    # one pass beside two
     python benchmarks/prune_speed.py --preset 7b --device cuda --samples 128 --dtype bfloat16 --json OUT
 
 The floor is two bare forwards of all samples through all blocks, in the same process. A method's time is survey +
@@ -33,6 +34,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from lvlm_prune import load_pruning, prune
 from lvlm_prune.api import InputsSource
 from lvlm_prune.blocks import BlockRunner
+from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.memory.measuring import Stopwatch, anonymous_memory
 from lvlm_prune.module import LVLMModule
@@ -119,9 +121,15 @@ def floor_seconds(model: nn.Module, samples: list[dict]) -> float:
     return clock.lap()
 
 
+def method_of(recipe: str) -> BlockwisePruning:
+    """The method of a recipe; of `atv:dense`, calibrated on the dense model's inputs."""
+    name, _, calibrate_on = recipe.partition(":")
+    return load_pruning(RECIPES / f"{name}.yaml", calibrate_on=calibrate_on or "pruned")
+
+
 def in_memory(model: nn.Module, dense: dict[str, Tensor], samples: list[dict], recipe: str) -> Manifest:
     """One run of a recipe; the model is dense again afterwards."""
-    manifest = prune(model, samples, load_pruning(RECIPES / f"{recipe}.yaml"))
+    manifest = prune(model, samples, method_of(recipe))
     model.load_state_dict(dense)
     return manifest
 
@@ -135,7 +143,7 @@ def from_disk(folder: Path, samples: list[dict], recipe: str, device: str) -> di
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[load_pruning(RECIPES / f"{recipe}.yaml")],
+        callbacks=[method_of(recipe)],
     )
     data = CalibrationDataModule(InputsSource(samples))
     if device == "cuda":
