@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -290,8 +290,8 @@ class LVLMModule(L.LightningModule):
             for index in range(len(self.runner)):
                 self.runner.block(index).__dict__.pop("forward", None)
 
-    def answer_logits(self, group: Inputs) -> tuple[Tensor, Tensor]:
-        """What the model says where answer tokens follow, in a group of samples that can be stacked.
+    def answer_logits(self, group: Inputs, cache: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+        """What the model says where answer tokens follow, in a group that can be stacked, behind what a cache holds.
 
         Returns:
             Logits, float32 of shape (answer tokens, vocabulary), sample by sample; the tokens, int64.
@@ -302,7 +302,7 @@ class LVLMModule(L.LightningModule):
         first = int((predicted != IGNORED).any(dim=0).nonzero()[0])
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = predicted.shape[1] - first + 1
-        logits = self.model(**inputs, use_cache=False).logits
+        logits = self.model(**inputs, **(cache or {}), use_cache=bool(cache)).logits
         answers = predicted[:, first:] != IGNORED
         return logits[:, -(predicted.shape[1] - first + 1) : -1][answers].float(), predicted[:, first:][answers]
 

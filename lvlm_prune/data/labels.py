@@ -43,6 +43,37 @@ def encode_with_labels(processor: Any, sample: Conversation | Document) -> Input
     return inputs | {"labels": _label_answers(processor, sample, inputs["input_ids"])}
 
 
+def label_last_answer(processor: Any, sample: Conversation, input_ids: Tensor) -> Tensor:
+    """Labels of the last turn of the assistant, its end token included, and of no earlier one.
+
+    Args:
+        processor: Of the model.
+        sample: The conversation.
+        input_ids: Its tokens, shape (1, T).
+
+    Returns:
+        int64 of shape (1, T), `IGNORED` where no answer is.
+
+    Raises:
+        AnswersNotLocated: The answers cannot be located among the tokens.
+    """
+    return only_last(_label_answers(processor, sample, input_ids))
+
+
+def only_last(labels: Tensor) -> Tensor:
+    """Labels (1, T) of all answers without those before the last one.
+
+    Example:
+        >>> only_last(torch.tensor([[-100, 5, 6, -100, 7, 2]])).tolist()
+        [[-100, -100, -100, -100, 7, 2]]
+    """
+    ignored = labels[0] == IGNORED
+    starts = (ignored[:-1] & ~ignored[1:]).nonzero()
+    if len(starts):
+        labels[0, : starts[-1] + 1] = IGNORED
+    return labels
+
+
 def _label_answers(processor: Any, sample: Conversation, input_ids: Tensor) -> Tensor:
     labels = torch.full_like(input_ids, IGNORED)
     whole = render(processor, sample.messages)

@@ -7,7 +7,7 @@ pruned model ─► perplexity; divergence from what lies there                 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,21 @@ from torchmetrics.text import Perplexity
 
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import BucketedLoader
-from lvlm_prune.data.labels import IGNORED, AnswersNotLocated, encode_with_labels
+from lvlm_prune.data.labels import AnswersNotLocated, encode_with_labels, only_last
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.data.processing import pad_token_of, refusals
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError, shortened
 from lvlm_prune.evaluation.scores import Question
+from lvlm_prune.evaluation.shared_images import Answer, SharedImages
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.recovery.dense import each_answer
 from lvlm_prune.recovery.distillation import Distillation, Teacher
 
 
 class AnswerLikelihood:
-    """Asks models about the tokens of right answers, each sample on one process.
+    """Asks models about the tokens of right answers, each sample on one process, all about one image on the same.
 
     Args:
         questions: With their answers.
@@ -46,7 +47,7 @@ class AnswerLikelihood:
         self, questions: Sequence[Question], batch_size: int, top_k: int, folder: Path, processes: Processes
     ) -> None:
         self.questions, self.batch_size, self.processes = questions, batch_size, processes
-        self.numbers = list(range(processes.rank, len(questions), processes.count))
+        self.numbers = _dealt(questions, processes)
         self._teacher = Teacher(folder, Distillation(1.0, temperature=1.0, top_k=top_k), self.numbers, {})
 
     def why_not(self, module: LVLMModule, processor: Any) -> str:
@@ -67,11 +68,11 @@ class AnswerLikelihood:
     @torch.no_grad()
     def dense(self, module: LVLMModule, processor: Any, progress: Callable[[int], object]) -> float | None:
         """Perplexity of the dense model, a whole model in memory; keeps what it says."""
-        perplexity = self._metric(Perplexity, module.device)
+        perplexity, answers = self._metric(Perplexity, module.device), self._answers(module, processor)
 
         def logits_of(numbers: Sequence[int]) -> dict[int, Tensor]:
             found = {}
-            for number, logits, tokens in each_answer(module, self._batches(module, processor, numbers), module.device):
+            for number, logits, tokens in answers(numbers, self.batch_size):
                 perplexity.update(logits[None], tokens[None])
                 found[number] = logits
             return found
@@ -86,9 +87,7 @@ class AnswerLikelihood:
         """Perplexity, and with `compare` the mean divergence KL(dense ‖ pruned) per answer token in nats, else None."""
         perplexity = self._metric(Perplexity, module.device)
         divergence, count = (self._metric(SumMetric, module.device, nan_strategy="disable") for _ in range(2))
-        for number, logits, answer in each_answer(
-            module, self._batches(module, processor, self.numbers), module.device
-        ):
+        for number, logits, answer in self._answers(module, processor)(self.numbers, self.batch_size):
             perplexity.update(logits[None], answer[None])
             if compare:
                 divergence.update(self._teacher.divergence(logits, [number]))
@@ -108,15 +107,32 @@ class AnswerLikelihood:
         value = metric.compute().item()
         return value if math.isfinite(value) else None
 
-    def _batches(self, module: LVLMModule, processor: Any, numbers: Sequence[int]) -> BucketedLoader:
+    def _answers(self, module: LVLMModule, processor: Any) -> SharedImages:
         limits = ModelLimits.of(module.model)
-
-        def encode(number: int) -> Inputs:
-            inputs = _encoded(processor, self.questions[number], limits)
-            return inputs | {SAMPLE_NUMBER: torch.tensor([number])}
-
         padding = limits.padding(pad_token_of(processor))
-        return BucketedLoader(numbers, encode, self.batch_size, seed=None, pad_token_id=padding)
+
+        def encoded(number: int) -> Inputs:
+            return _encoded(processor, self.questions[number], limits)
+
+        def numbered(number: int) -> Inputs:
+            return encoded(number) | {SAMPLE_NUMBER: torch.tensor([number])}
+
+        def plain(numbers: Sequence[int]) -> Iterator[Answer]:
+            batches = BucketedLoader(numbers, numbered, self.batch_size, seed=None, pad_token_id=padding)
+            return each_answer(module, batches, module.device)
+
+        return SharedImages(module, processor, self.questions, encoded, plain)
+
+
+def _dealt(questions: Sequence[Question], processes: Processes) -> list[int]:
+    """Numbers of the questions of this process, those about the same image one after the other, on one process."""
+    by_image: dict[Hashable, list[int]] = {}
+    for number, question in enumerate(questions):
+        by_image.setdefault(question.image_keys or number, []).append(number)
+    dealt = list(by_image.values())
+    if len(dealt) < processes.count:
+        dealt = [[number] for numbers in dealt for number in numbers]
+    return [number for numbers in dealt[processes.rank :: processes.count] for number in numbers]
 
 
 def _encoded(processor: Any, question: Question, limits: ModelLimits) -> Inputs:
@@ -131,8 +147,4 @@ def _encoded(processor: Any, question: Question, limits: ModelLimits) -> Inputs:
         limits.refuse(inputs)
     except RunError as error:
         raise RunError(f"the question '{shortened(question.question)}' of task {question.task}: {error}") from error
-    ignored = inputs["labels"][0] == IGNORED
-    starts = (ignored[:-1] & ~ignored[1:]).nonzero()
-    if len(starts):
-        inputs["labels"][0, : starts[-1] + 1] = IGNORED
-    return inputs
+    return inputs | {"labels": only_last(inputs["labels"])}

@@ -19,7 +19,7 @@ from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, eval
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
 from lvlm_prune.report.retention import retained_figure
-from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, table_by_kind
+from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
 
 _WORST = 10
 _TILE = " Drawn is the whole image at low resolution; its tiles at high resolution have tokens of their own."
@@ -65,6 +65,7 @@ def pruning_page(
         worst_experts=_linears(run, run["summary"]["worst_experts"]),
         show=show,
         uniform=is_uniform(run["summary"]["sparsity"]),
+        span=sparsity_span(run),
         left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
     )
     return text, plates

@@ -12,7 +12,7 @@ from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
 from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
 from lvlm_prune.report.retention import retained_figure
-from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range
+from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
 
@@ -45,6 +45,7 @@ def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tupl
         linears=_linears(run),
         show=show,
         uniform=is_uniform(run["summary"]["sparsity"]),
+        span=sparsity_span(run),
     )
     return text, plates
 

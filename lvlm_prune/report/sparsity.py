@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from lvlm_prune.report.figures.blocks import heat_map
 from lvlm_prune.report.page import PageFigure, Table, show
 
@@ -35,6 +37,12 @@ def is_uniform(sparsity: Mapping[str, Mapping[int, float]]) -> bool:
     """
     found = sparsity_range(sparsity)
     return found["highest"] - found["lowest"] < _SAME
+
+
+def sparsity_span(run: Mapping[str, Any]) -> Markup:
+    """`summary` / `sparsity_range` of a run for a sentence: two numbers, or one where they look the same."""
+    low, high = (show(run, "summary", "sparsity_range", end, unit="percent") for end in ("lowest", "highest"))
+    return high if low.striptags() == high.striptags() else Markup("{} to {}").format(low, high)
 
 
 def sparsity_figure(run: dict[str, Any], caption: str) -> PageFigure | None:

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
 from lvlm_prune.report.comparison import comparison_page
+from lvlm_prune.runs.compare.folders import ComparedFolder
+from lvlm_prune.runs.compare.run import different
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 from tests.pages import Page, refuse_other_numbers
 
@@ -44,6 +46,16 @@ def test_settings_that_differ_and_no_others(record):
     assert settings["pruning.allocation"] == ["UniformAllocation", "DASAllocation", "UniformAllocation"]
     assert not {"output", "data.source.path", "fingerprint of the input", "versions.torch"} & settings.keys()
     assert all(len(set(values)) > 1 for values in settings.values())
+    assert not any(key.startswith("pruning.allocation.") for key in settings), "options of a class the other has not"
+
+
+def test_a_class_without_options_is_named():
+    settings = [{"pool": "MixedPool"}, {"pool": "AsymmetricPool", "pool.alpha": "1.0"}, {"pool": "AsymmetricPool"}]
+    assert different(settings) == {"pool": ["MixedPool", "AsymmetricPool", "AsymmetricPool"]}
+    folder = ComparedFolder.__new__(ComparedFolder)
+    pool = {"class_path": "lvlm_prune.methods.pools.MixedPool", "init_args": {}}
+    folder.record, folder.verb = {"config": {"pruning": {"pool": pool}}}, "prune"
+    assert folder.settings["pruning.pool"] == "MixedPool"
 
 
 def test_overlap_and_sparsity_are_those_of_the_weights(record, folders):

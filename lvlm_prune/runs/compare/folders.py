@@ -63,7 +63,8 @@ class ComparedFolder:
         found |= {"command": self.verb, "fingerprint of the data": data.get("fingerprint")}
         found["fingerprint of the input"] = record.get("model", {}).get("fingerprint")
         found |= {f"versions.{name}": version for name, version in record.get("versions", {}).items()}
-        return {_option(key): _text(key, value) for key, value in found.items()}
+        # Of a class without options that is all: the class itself has its own entry.
+        return {_option(key): _text(key, value) for key, value in found.items() if not key.endswith(".init_args")}
 
     @property
     def scores(self) -> dict[str, Any] | None:

@@ -62,18 +62,35 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
             {"name": name, "path": str(folder.path), "command": folder.verb, "sparsity": folder.mean_sparsity} | scores
         )
     origins = {folder.origin for folder in folders} - {None}
-    settings = [folder.settings for folder in folders]
-    keys = list(dict.fromkeys(key for one in settings for key in one))
-    values = {key: [one.get(key, "–") for one in settings] for key in keys}
     return {
         "warning": _OTHER_MODELS if len(origins) > 1 else "",
         "folders": described,
-        "settings": {key: of for key, of in values.items() if len(set(of)) > 1},
+        "settings": different([folder.settings for folder in folders]),
         "sparsity": [_with_text_keys(folder.sparsity()) for folder in folders],
         "overlap": [
             {"first": first, "second": second} | overlap(folders[first], folders[second])
             for first, second in combinations(range(len(folders)), 2)
         ],
+    }
+
+
+def different(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Options whose values differ, with the value in each folder, `–` where it has none.
+
+    Options of a class that other folders do not have are left out: that the class is another one says it.
+
+    Example:
+        >>> different([{"pool": "A", "pool.alpha": "1", "seed": "0"}, {"pool": "B", "seed": "0"}])
+        {'pool': ['A', 'B']}
+    """
+    keys = list(dict.fromkeys(key for one in settings for key in one))
+    values = {key: [one.get(key, "–") for one in settings] for key in keys}
+    found = {key: of for key, of in values.items() if len(set(of)) > 1}
+    return {
+        key: of
+        for key, of in found.items()
+        if len({one[key] for one in settings if key in one}) > 1
+        or not any(key.startswith(f"{other}.") for other in found)
     }
 
 

@@ -16,6 +16,7 @@ from lvlm_prune.report.figures.style import (
     save_png,
     theme_css,
 )
+from lvlm_prune.report.figures.training import loss_curves
 
 
 @house_style()
@@ -60,3 +61,10 @@ def test_figures_of_one_page_do_not_share_names():
 @pytest.mark.parametrize(("colour", "ink"), [("white", "black"), ("#00224e", "white"), ("#fee838", "black")])
 def test_text_on_a_colour_can_be_read(colour, ink):
     assert ink_on(colour) == ink
+
+
+def test_no_loss_is_cut_at_the_edge_of_its_figure():
+    figure = loss_curves({"train_loss": [(1, 4.9), (2, 4.7)], "validation_loss": [(2, 5.2)]})
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert high > 5.2 * 1.03
