@@ -119,9 +119,13 @@ class BuiltinEngine(Engine):
     def _finds_answers(
         self, likelihood: AnswerLikelihood, module: LVLMModule, processor: Any, more: dict[str, Any]
     ) -> bool:
-        """Whether likelihoods are wanted, and the right answers found among the tokens; if not, `more` says why."""
-        if self.likelihood and "no_likelihood" not in more and (why := likelihood.why_not(module, processor)):
-            more["no_likelihood"] = why
+        """Whether likelihoods are wanted, and right answers found among the tokens; `more` says why some are not."""
+        if self.likelihood and "no_likelihood" not in more and (missing := likelihood.leave_out(module, processor)):
+            cause, without = next(iter(missing.values())), len(missing) + more.get("likelihood_without", 0)
+            if without == len(self.benchmark.questions):
+                more["no_likelihood"] = cause
+            else:
+                more |= {"likelihood_without": without, "likelihood_cause": cause}
         return self.likelihood and "no_likelihood" not in more
 
     @contextmanager

@@ -18,9 +18,9 @@ from torchmetrics.text import Perplexity
 
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import BucketedLoader
-from lvlm_prune.data.labels import AnswersNotLocated, encode_with_labels, only_last
+from lvlm_prune.data.labels import AnswersNotLocated, encode_with_labels, label_last_answer, only_last
 from lvlm_prune.data.limits import ModelLimits
-from lvlm_prune.data.processing import pad_token_of, refusals
+from lvlm_prune.data.processing import pad_token_of, refusals, render, tokenizer_of
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError, shortened
@@ -47,23 +47,20 @@ class AnswerLikelihood:
         self, questions: Sequence[Question], batch_size: int, top_k: int, folder: Path, processes: Processes
     ) -> None:
         self.questions, self.batch_size, self.processes = questions, batch_size, processes
+        self.folder, self.top_k = folder, top_k
         self.numbers = _dealt(questions, processes)
-        self._teacher = Teacher(folder, Distillation(1.0, temperature=1.0, top_k=top_k), self.numbers, {})
 
-    def why_not(self, module: LVLMModule, processor: Any) -> str:
-        """Why right answers cannot be found among the tokens of this model's template; empty where they can.
+    def leave_out(self, module: LVLMModule, processor: Any) -> dict[int, str]:
+        """Leave out questions whose right answers cannot be found among the tokens of this model's template.
 
-        Looked at on the first question, which is the same on all processes.
+        Returns:
+            Number of each of them, of all processes, and why.
         """
-        try:
-            _encoded(processor, self.questions[0], ModelLimits.of(module.model))
-        except RunError as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, AnswersNotLocated):
-                    return str(cause)
-                cause = cause.__cause__
-        return ""
+        limits = ModelLimits.of(module.model)
+        own = {number: _why_not(processor, self.questions[number], limits) for number in self.numbers}
+        own = {number: cause for number, cause in own.items() if cause}
+        self.numbers = [number for number in self.numbers if number not in own]
+        return dict(sorted(item for part in self.processes.gather(own) for item in part.items()))
 
     @torch.no_grad()
     def dense(self, module: LVLMModule, processor: Any, progress: Callable[[int], object]) -> float | None:
@@ -77,6 +74,8 @@ class AnswerLikelihood:
                 found[number] = logits
             return found
 
+        options = Distillation(1.0, temperature=1.0, top_k=self.top_k)
+        self._teacher = Teacher(self.folder, options, self.numbers, {})
         self._teacher.write(logits_of, progress)
         return self._computed(perplexity)
 
@@ -133,6 +132,27 @@ def _dealt(questions: Sequence[Question], processes: Processes) -> list[int]:
     if len(dealt) < processes.count:
         dealt = [[number] for numbers in dealt for number in numbers]
     return [number for numbers in dealt[processes.rank :: processes.count] for number in numbers]
+
+
+def _why_not(processor: Any, question: Question, limits: ModelLimits) -> str:
+    """Why the right answer cannot be found among the tokens; empty where it can, or something else is wrong.
+
+    The text alone tells it, and needs no image; where that finds nothing the processor's own tokens decide.
+    """
+    try:
+        sample = question.answered
+        ids = tokenizer_of(processor)(render(processor, sample.messages), add_special_tokens=False)["input_ids"]
+        label_last_answer(processor, sample, torch.tensor([ids]))
+    except (RunError, ValueError):
+        try:
+            _encoded(processor, question, limits)
+        except RunError as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, AnswersNotLocated):
+                    return str(cause)
+                cause = cause.__cause__
+    return ""
 
 
 def _encoded(processor: Any, question: Question, limits: ModelLimits) -> Inputs:

@@ -98,7 +98,10 @@ def _likelihood(record: Mapping[str, Any]) -> list[str]:
         parts.append(f"baseline {_small(record['baseline_perplexity'])}")
     if "kl" in record:
         parts.append(f"KL(baseline ‖ model) {_small(record['kl'])} nats per token")
-    return [" · ".join(parts)]
+    lines = [" · ".join(parts)]
+    if (without := record.get("likelihood_without")) is not None:
+        lines.append(f"without {without} questions, where the right answer is not found: {record['likelihood_cause']}")
+    return lines
 
 
 def _number(value: float | None, scale: float) -> str:

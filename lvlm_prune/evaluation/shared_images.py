@@ -155,7 +155,7 @@ class SharedImages:
         """
         others = inputs.keys() - {"input_ids", "attention_mask", "labels"}
         first = inputs["input_ids"][0]
-        places = (first == self.image_token).nonzero().flatten().tolist()
+        places = [place for place, token in enumerate(first.tolist()) if token == self.image_token]
         if not others <= _OF_THE_IMAGE or not places or places[-1] - places[0] + 1 != len(places):
             return None
         rows = []

@@ -80,6 +80,10 @@ def _written(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.4g}"
 
 
+PRIVATE_LINE = "private: records and page name local paths and may show a calibration image; --push leaves them out"
+"""What is to be known before a folder is published by hand."""
+
+
 def next_commands(folder: Path, dense: str) -> str:
     """What can be done with a sparse checkpoint, a command in each line.
 

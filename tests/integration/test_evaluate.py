@@ -178,6 +178,22 @@ def test_any_familys_folder(family, tmp_path):
     assert found["retention"] is None
 
 
+def test_likelihoods_leave_out_the_questions_whose_answers_cannot_be_located(tmp_path, capsys):
+    """A template that renders some conversations otherwise as a whole, which the first question does not show."""
+    path, folder = write_captions(tmp_path / "data", 4), tmp_path / "dense"
+    write_folder(folder, "llava")
+    (template,) = folder.glob("chat_template.jinja")
+    some = "{% if 'Please say. Please' in messages[0]['content'][-1]['text'] %}{{ messages | length }}{% endif %}"
+    template.write_text(some + template.read_text())
+    arguments = [f"--model.path={folder}", f"--baseline={folder}", *local(path), f"--output={tmp_path / 'out'}"]
+    assert main(["evaluate", *arguments]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["tasks"][path.stem]["questions"] == 4
+    assert found["likelihood_without"] == 1
+    assert found["perplexity"] == found["baseline_perplexity"]
+    assert "without 1 questions, where the right answer is not found: the chat template" in capsys.readouterr().out
+
+
 def test_answers_that_cannot_be_located_are_still_compared_as_text(tmp_path, capsys):
     """Of a template that renders the beginning of a conversation otherwise than the whole."""
     path, folder = write_captions(tmp_path / "data", 3), tmp_path / "dense"
