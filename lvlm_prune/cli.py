@@ -2,6 +2,7 @@
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
 lvlm-prune methods
+lvlm-prune completion bash
 lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
 lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
 lvlm-prune compare FOLDER FOLDER --output DIR
@@ -15,6 +16,7 @@ lvlm-prune reproduce atv/table_2 --output DIR
 import atexit
 import errno
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -29,6 +31,8 @@ from lvlm_prune import __version__
 from lvlm_prune.clock import command
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.threads import wait_asleep
+
+_SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 def silence_libraries() -> None:
@@ -75,6 +79,12 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(recipes_table())
         return 0
+    if arguments[:1] == ["completion"]:
+        if problem := _completion_problem(arguments[1:]):
+            print(f"error: completion {' '.join(arguments[1:]) or chr(39) * 2}: {problem}", file=sys.stderr)
+            return 2
+        os.environ["JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT"] = "true"
+        arguments = [f"--print_completion=shtab-{arguments[1]}"]
     if arguments == ["reproduce"]:
         from lvlm_prune.runs.reproduce.listing import listing
 
@@ -90,6 +100,15 @@ def _dispatch(arguments: list[str]) -> int:
     finally:
         gc.enable()
     return run(arguments)
+
+
+def _completion_problem(arguments: Sequence[str]) -> str:
+    """What is wrong with a request for a completion script; empty where nothing is."""
+    if len(arguments) != 1 or arguments[0] not in _SHELLS:
+        return f"name one shell of {', '.join(_SHELLS)}"
+    if importlib.util.find_spec("shtab") is None:
+        return "needs shtab, which is not installed: pip install 'lvlm-prune[completion]'"
+    return ""
 
 
 def console() -> NoReturn:

@@ -23,6 +23,7 @@ _COLUMN = 34
 _TRAINER = "trainer"
 _ALONE = {
     "methods": "List the recipes that `prune --method NAME` takes.",
+    "completion": "Print a script that completes commands and options: `completion bash`, `zsh`, `tcsh` or `fish`.",
     "kernels": "Say which kernels for packed weights this machine has.",
 }
 

@@ -27,8 +27,40 @@ def test_what_needs_no_library_loads_none(argument):
 def test_every_command_is_listed_with_what_it_does(capsys):
     assert main(["--help"]) == 0
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()[4:] if line}
-    assert {*VERBS, "methods", "kernels"} <= said.keys()
+    assert {*VERBS, "methods", "kernels", "completion"} <= said.keys()
     assert all(said[verb].endswith(".") and len(said[verb]) > 20 for verb in VERBS)
+
+
+@pytest.mark.parametrize("shell", [[], ["ksh"], ["bash", "zsh"]])
+def test_completion_is_for_one_shell(shell, capsys):
+    assert main(["completion", *shell]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: completion ")
+    assert line.endswith("name one shell of bash, zsh, tcsh, fish")
+
+
+def test_completion_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == (
+        "error: completion bash: needs shtab, which is not installed: pip install 'lvlm-prune[completion]'\n"
+    )
+
+
+@pytest.mark.slow
+def test_the_shell_completes_commands_options_and_classes(tmp_path):
+    pytest.importorskip("shtab")
+    command = [sys.executable, "-m", "lvlm_prune", "completion", "bash"]
+    script = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert script.returncode == 0, script.stderr
+    (tmp_path / "script").write_text(script.stdout)
+    asked = (
+        "source script; COMP_WORDS=(lvlm-prune prune --pruning.spar); COMP_CWORD=2; "
+        "_shtab_lvlm_prune; echo ${COMPREPLY[@]}"
+    )
+    found = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["--pruning.sparsity"], found.stderr
 
 
 def shown(capsys, *arguments: str) -> list[str]:
