@@ -56,7 +56,7 @@ def test_the_shell_completes_commands_options_and_classes(tmp_path):
     assert script.returncode == 0, script.stderr
     (tmp_path / "script").write_text(script.stdout)
     asked = (
-        "source script; COMP_WORDS=(lvlm-prune prune --pruning.spar); COMP_CWORD=2; "
+        "source ./script; COMP_WORDS=(lvlm-prune prune --pruning.spar); COMP_CWORD=2; "
         "_shtab_lvlm_prune; echo ${COMPREPLY[@]}"
     )
     found = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=60)
