@@ -51,14 +51,17 @@ def route(linear: nn.Linear, pruned: Tensor, taken: Callable[[], Tensor], name: 
         RunError: At a call: the Linear does not see the tokens of the batch one by one.
     """
 
+    weight = [pruned]
+
     def choose(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         inputs = arguments[0]
+        weight[0] = weight[0].to(inputs.device)  # a model may be moved after its Linears were given a second pathway
         takes = taken().to(inputs.device)
         if takes.numel() != inputs.shape[:-1].numel():
             raise RunError(f"{name} does not see the tokens of the decoder one by one, so none can be routed")
         if not takes.any():
             return output
-        second = apply_linear(inputs, pruned, linear.bias)
+        second = apply_linear(inputs, weight[0], linear.bias)
         return torch.where(takes.reshape(inputs.shape[:-1])[..., None], second, output)
 
     return linear.register_forward_hook(choose)

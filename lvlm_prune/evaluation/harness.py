@@ -26,6 +26,7 @@ from lvlm_prune.data.processing import takes_images
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine, Measurement
+from lvlm_prune.evaluation.pathways import PATHWAY_FILE
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.packed.folder import packing_of
 
@@ -50,6 +51,8 @@ _PAPER_METRICS = {
     "pope": "pope_f1_score",
 }
 _PAPER_FULL_MARKS = {"mmbench_en_dev": 100.0, "mme": 2800.0}
+
+_PATHWAYS = "lvlm_prune.evaluation.pathways"
 
 # What launchers tell a process about its fellows; a child that read it would wait for them.
 _OF_LAUNCHERS = (
@@ -158,7 +161,7 @@ class HarnessEngine(Engine):
             )
             raise InputError("model.path", folder, problem)
         share = self.tasks[processes.rank :: processes.count]
-        mine = self._run(share, self._arguments(folder, device, loading)) if share else None
+        mine = self._run(share, self._arguments(folder, device, loading), folder) if share else None
         found = [part for part in processes.gather(mine) if part is not None]
         known = {name: part for part in found for name in part.tasks}
         names = [name for task in self.tasks for name in score_names(task, self.metrics.get(task, ""))]
@@ -170,13 +173,14 @@ class HarnessEngine(Engine):
             {task: mark for task, mark in self.full_marks.items() if mark != 1},
         )
 
-    def _run(self, tasks: Sequence[str], arguments: Sequence[str]) -> Scores:
+    def _run(self, tasks: Sequence[str], arguments: Sequence[str], folder: Path) -> Scores:
         """Run the child on some tasks and read its results.
 
         Raises:
             RunError: It failed, or has no score for a task.
         """
-        command = [self._interpreter, "-m", self.package, *arguments, "--tasks", ",".join(tasks)]
+        through = [_PATHWAYS, str(folder)] if (folder / PATHWAY_FILE).is_file() else []
+        command = [self._interpreter, "-m", *through, self.package, *arguments, "--tasks", ",".join(tasks)]
         foreign = ("TORCHELASTIC_", "_LVLM_PRUNE_")
         environment = {
             name: value
@@ -184,6 +188,8 @@ class HarnessEngine(Engine):
             if name not in _OF_LAUNCHERS and not name.startswith(foreign)
         }
         with TemporaryDirectory(prefix=f"{self.package}-") as scratch:
+            if through:
+                environment["PYTHONPATH"] = _with_own_package(Path(scratch) / "own", environment.get("PYTHONPATH", ""))
             log = Path(scratch) / "log"
             with log.open("wb") as said:
                 child = subprocess.run(
@@ -294,6 +300,13 @@ class LMMSEvalEngine(HarnessEngine):
 
     def _arguments(self, folder: Path, device: torch.device, loading: Mapping[str, str]) -> list[str]:
         return self._common(self.model, folder, device, loading)
+
+
+def _with_own_package(folder: Path, known: str) -> str:
+    """A search path on which another interpreter finds this package, and nothing that is installed beside it."""
+    folder.mkdir()
+    (folder / "lvlm_prune").symlink_to(Path(__file__).resolve().parents[1])
+    return os.pathsep.join(filter(None, [str(folder), known]))
 
 
 def read_results(

@@ -5,15 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+import lvlm_prune
 from lvlm_prune.cli import main
-from lvlm_prune.runs.reproduce.published import published_table
+from lvlm_prune.runs.reproduce.published import PAPERS, published_table
 from lvlm_prune.runs.reproduce.tables import calibration_sets, load_table, table_names
 from tests.conftest import GOLDEN_ARGUMENTS
 
 MODEL = next(argument for argument in GOLDEN_ARGUMENTS if argument.startswith("--model.path="))
 SAMPLES = next(argument for argument in GOLDEN_ARGUMENTS if "calib.safetensors" in argument).partition("=")[2]
 TINY = {"source": {"class_path": "lvlm_prune.data.TensorSource", "init_args": {"path": SAMPLES}}, "num_samples": 3}
+PUBLISHED = Path(lvlm_prune.__file__).parent / "runs" / "reproduce" / "published"
 OTHER_LINES = [argument for argument in GOLDEN_ARGUMENTS if argument.startswith("--trainer")]
 
 
@@ -116,6 +119,10 @@ BAD = {
         ["--calibration nothing", "sharegpt4v"],
     ),
     "tasks without engine": (["reproduce", "atv/table_3", MODEL, "--tasks={MMB: mine}"], ["--tasks", "--engine"]),
+    "parts of the probe": (
+        ["reproduce", "atv/table_1", MODEL, "--engine=tests.engines.ShareLeft", "--part=1/2"],
+        ["--part 1/2", "in one piece"],
+    ),
     "column": (
         ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={GQA: q_proj}"],
         ["--tasks GQA", "MMB"],
@@ -137,6 +144,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, expected, tmp_pat
     assert not out.exists()
 
 
+def test_every_published_table_is_in_the_list():
+    """By its number; some stand in two tables of benchmarks, and Table 9 of MLLM-Pruner is a column of its Table 8."""
+    for paper, content in ((name, yaml.safe_load((PUBLISHED / f"{name}.yaml").read_text())) for name in PAPERS):
+        printed = {"_".join(name.split("_")[:2]) for name in content if name.startswith(("table_", "figure_"))}
+        known = {name.partition("/")[2] for name in table_names() if name.startswith(f"{paper}/")}
+        assert printed - {"figure_6"} == known, paper
+
+
 def test_without_a_table_all_are_listed_with_what_they_take(capsys):
     assert main(["reproduce"]) == 0
     listed = capsys.readouterr().out
@@ -147,7 +162,7 @@ def test_without_a_table_all_are_listed_with_what_they_take(capsys):
 
 
 def test_every_row_of_a_published_table_is_reproduced():
-    """But for rows of the dense model, and the probe's, which has a command of its own."""
+    """But for rows of the dense model."""
     for name in table_names():
         for part in load_table(name).parts:
             assert set(part.published.rows) <= {row.labels for row in part.rows}, name

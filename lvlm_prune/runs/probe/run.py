@@ -11,12 +11,8 @@ from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric import Fabric
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils.logging import disable_progress_bar
 
-from lvlm_prune.blocks.routing import routed
 from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule, MixtureSource
 from lvlm_prune.demo import NAMES
@@ -42,14 +38,20 @@ from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe
-    from lvlm_prune.evaluation.scores import Scores
+    from lvlm_prune.evaluation.engine import Engine
+    from lvlm_prune.runs.probe.scoring import CellScoring
 
 # What a resumed probe takes from the record that an interrupted one left.
 _FINDINGS = ("survey", "blocks", "linears", "map", "contributions", "dense", "grid")
 
 
 class ProbeRun:
-    """See `LVLMTrainer.probe` for the arguments."""
+    """See `LVLMTrainer.probe` for the arguments.
+
+    Args:
+        probe: What to look at; default: the trainer's callback.
+        engine: What scores the cells instead of the embedded benchmark; with it any model is scored.
+    """
 
     def __init__(
         self,
@@ -59,14 +61,18 @@ class ProbeRun:
         output: str,
         resume: bool,
         evaluate: bool,
+        probe: ModalityProbe | None = None,
+        engine: Engine | None = None,
     ) -> None:
         from lvlm_prune.callbacks import ModalityProbe
 
         self.trainer, self.model, self.datamodule = trainer, model, datamodule
-        given = next((callback for callback in trainer.callbacks if isinstance(callback, ModalityProbe)), None)
+        given = probe or next((callback for callback in trainer.callbacks if isinstance(callback, ModalityProbe)), None)
         self.probe: ModalityProbe = given or ModalityProbe()
         self.folder, self.resume = choose_folder(output, f"{model.label}-probe", resume), resume
-        self.evaluates = evaluate and model.path in NAMES
+        self.evaluates = evaluate and (engine is not None or model.path in NAMES)
+        self.engine = engine
+        self.scoring: CellScoring | None = None
         config = trainer.config or described_config(model, datamodule, probing=self.probe)
         self.run = Run(RunOptions(resume, evaluate), config, Hardware.of(trainer), [self.probe], folder=self.folder)
         self.started = command_began()
@@ -176,11 +182,11 @@ class ProbeRun:
             "pool": cell.pool_name,
             "sparsity": cell.sparsity,
         }
-        if self.evaluates and run.processes.is_main:
-            from lvlm_prune.evaluation.scores import retention
+        scores = None if self.scoring is None else self.scoring.cell(cell)
+        if scores is not None:
+            from lvlm_prune.evaluation.scores import Scores, retention
 
-            scores = self._score(cell)
-            kept = retention(scores, self._dense_scores)
+            kept = retention(scores, Scores.from_dict(run.record["dense"]))
             result |= {"scores": scores.to_dict(), "retention": kept.to_dict()}
         retained = f" · {100 * result['retention']['average']:.1f}% retained" if "retention" in result else ""
         run.say(
@@ -191,26 +197,21 @@ class ProbeRun:
         return result
 
     def _score_dense(self) -> None:
-        if not (self.evaluates and self.run.processes.is_main):
+        if not self.evaluates:
             return
-        from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
-        from lvlm_prune.evaluation.scores import Scores
+        from lvlm_prune.runs.probe.scoring import EmbeddedScoring, EngineScoring
 
         assert self.model.folder is not None
-        disable_progress_bar()
-        self._whole = AutoModelForImageTextToText.from_pretrained(self.model.folder.path, dtype=torch.float32).eval()
-        self._processor = AutoProcessor.from_pretrained(self.model.folder.path)
-        self._questions = EmbeddedBenchmark(self.probe.images, self.probe.texts).questions
-        known = self.run.record.get("dense")
-        self._dense_scores = self._score() if known is None else Scores.from_dict(known)
-        self.run.record["dense"] = self._dense_scores.to_dict()
-
-    def _score(self, cell: PathwayPruning | None = None) -> Scores:
-        """The embedded model on its benchmark, one pathway pruned."""
-        from lvlm_prune.evaluation.answers import score
-
-        with routed(self._whole, {} if cell is None else cell.pruned, "text" if cell is None else cell.pathway):
-            return score(self._whole, self._processor, self._questions)
+        dense, probe = self.model.folder.path, self.probe
+        self.scoring = (
+            EmbeddedScoring(self.run, dense, probe.images, probe.texts)
+            if self.engine is None
+            else EngineScoring(self.run, dense, self.folder / "unfinished", self.engine)
+        )
+        if "dense" not in self.run.record:
+            scores = self.scoring.dense()
+            if scores is not None:
+                self.run.record["dense"] = scores.to_dict()
 
     def _note(self, status: str) -> None:
         """Write down what is known; from here on the folder can be resumed."""

@@ -132,7 +132,7 @@ def _row(
 ) -> RowOutcome:
     printed = part.published.rows.get(row.labels, PublishedRow({}))
     cells = {name: _cell(printed.values.get(name), [found.get(name) for found in values]) for name in columns}
-    if runs:
+    if runs and not set(_COSTS).isdisjoint(columns):
         costs = _costs(runs, averages, *reference)
         cells |= {name: Cell(printed.values.get(name), costs[name]) for name in columns if name in _COSTS}
     first = runs[0].record if runs else {}

@@ -16,12 +16,14 @@ import yaml
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
+from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.recipes import recipe_file
 from lvlm_prune.runs.reproduce.harness import Harness
 from lvlm_prune.runs.reproduce.outcome import PartOutcome, part_outcome
 from lvlm_prune.runs.reproduce.page import write_table_page
+from lvlm_prune.runs.reproduce.pathways import probe_rows
 from lvlm_prune.runs.reproduce.tables import Part, Table, calibration_sets
 from lvlm_prune.runs.reproduce.text import csv_text, markdown_text
 from lvlm_prune.runs.sweep.grid import SPARSITY, Point, by_data, points_of
@@ -133,6 +135,10 @@ class ReproductionRun:
         for entry in table.parts:
             if entry.model.missing and not model.path:
                 raise InputError("model.path", entry.model.path, entry.model.missing)
+        if table.probe and (part or keep):
+            option, value = ("part", part) if part else ("keep", keep)
+            problem = f"{table.name} is the probe's, which is run in one piece and leaves no checkpoints"
+            raise InputError(option, value, problem)
         if tasks and engine is None:
             raise InputError("tasks", tasks, "names tasks of --engine, which is not given")
         known = {benchmark.name for entry in table.parts for benchmark in entry.benchmarks}
@@ -168,15 +174,22 @@ class ReproductionRun:
             attn_implementation=given.attn_implementation,
         )
         engine, names = self._engine(entry)
-        sweep = SweepRun(
-            self.trainer, module, points, engine, str(self.folder / folder_name(entry)), self.part, self.keep, ""
-        )
+        folder = self.folder / folder_name(entry)
+        if self.table.probe:
+            rows, dense = probe_rows(self.trainer, module, entry, points.rows[0], engine, folder)
+            self._refuse_absent(names, dense)
+            return part_outcome(entry, module.path, names, rows, dense)
+        sweep = SweepRun(self.trainer, module, points, engine, str(folder), self.part, self.keep, "")
         runs: dict[str, FinishedRun] = {run.point.identity: run for run in sweep()}
-        if absent := sorted(set(names.values()) - set(sweep.dense.tasks)):
-            scored = ", ".join(sweep.dense.tasks)
-            raise InputError("tasks", absent[0], f"is not scored by the engine, which scores {scored}")
+        self._refuse_absent(names, sweep.dense)
         rows = [[runs[point.identity] for point in row if point.identity in runs] for row in points.rows]
         return part_outcome(entry, module.path, names, rows, sweep.dense)
+
+    @staticmethod
+    def _refuse_absent(names: Mapping[str, str], dense: Scores) -> None:
+        if absent := sorted(set(names.values()) - set(dense.tasks)):
+            scored = ", ".join(dense.tasks)
+            raise InputError("tasks", absent[0], f"is not scored by the engine, which scores {scored}")
 
     def _engine(self, entry: Part) -> tuple[Engine, dict[str, str]]:
         """What scores the checkpoints of one model, and benchmark -> name under which it is scored."""

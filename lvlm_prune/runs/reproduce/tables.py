@@ -20,6 +20,8 @@ from lvlm_prune.recipes import CONFIGS
 from lvlm_prune.runs.reproduce.published import Labels, PublishedTable, Values, published_table
 
 FOLDER = CONFIGS / "reproduce"
+# The probe scores weights as Wanda does.
+_PROBED = "wanda"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Row:
 
     Args:
         labels: As published.
-        recipe: Name of a file in `configs/prune`.
+        recipe: Name of a file in `configs/prune`; in a table of the probe only its calibration set is used.
         options: Dotted names of options under `pruning` -> values that take the place of the recipe's.
         calibration: Name of a calibration set.
     """
@@ -118,6 +120,7 @@ class Table:
         parts: One for each model.
         axis: What the rows run along, where they do.
         cost: Whether seconds are part of the table.
+        probe: Whether the rows are pathways that the modality probe prunes.
     """
 
     name: str
@@ -125,6 +128,7 @@ class Table:
     parts: Sequence[Part]
     axis: str = ""
     cost: bool = field(default=False)
+    probe: bool = False
 
 
 def table_names() -> list[str]:
@@ -149,7 +153,7 @@ def load_table(name: str) -> Table:
     parts = [_part(content | entry) for entry in content["models"]]
     published = [part.published for part in parts]
     cost = any("seconds" in table.columns for table in published)
-    return Table(name, content["title"], parts, content.get("axis", ""), cost)
+    return Table(name, content["title"], parts, content.get("axis", ""), cost, content.get("probe", False))
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -174,7 +178,7 @@ def _part(entry: Mapping[str, Any]) -> Part:
     rows = [
         Row(
             tuple(row["row"]),
-            row["recipe"],
+            row.get("recipe", _PROBED),
             entry.get("options", {}) | row.get("options", {}),
             row.get("calibration") or entry["calibration"],
         )
