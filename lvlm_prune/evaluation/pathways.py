@@ -64,7 +64,7 @@ def routed_when_loaded(folder: Path) -> Iterator[None]:
                 stack.enter_context(routed(model, pruned, pathway))
             return loaded
 
-        PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+        PreTrainedModel.from_pretrained = classmethod(from_pretrained)
         try:
             yield
         finally:
