@@ -48,6 +48,8 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtestloop(session):
     """Keep a process as it is before the first test, of which commands are forks."""
     _make_options_once()
+    _read_entry_points_once()
+    os.fsync = lambda descriptor: None  # no test has a power cut, and each run would wait for the disk forty times
     gc.freeze()  # millions of objects of libraries, none of which is ever garbage
     if session.items and sys.platform == "linux":
         warm.template = warm.Template()
@@ -71,6 +73,21 @@ def _make_options_once() -> None:
         vars(cli).update(made[verbs])
 
     LVLMCLI.setup_parser = remembered
+
+
+def _read_entry_points_once() -> None:
+    """For each list of folders in which packages are looked for."""
+    from lvlm_prune import plugins
+
+    read, really = {}, plugins.entry_points
+
+    def remembered(group: str):
+        key = (group, *sys.path)
+        if key not in read:
+            read[key] = really(group=group)
+        return read[key]
+
+    plugins.entry_points = remembered
 
 
 @pytest.fixture(autouse=True)

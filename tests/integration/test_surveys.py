@@ -123,7 +123,13 @@ def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, m
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "make", [DASAllocation, OWLAllocation, lambda: ECoFLaPAllocation(samples=2), lambda: KLAllocation(samples=2)]
+    "make",
+    [
+        DASAllocation,
+        OWLAllocation,
+        lambda: ECoFLaPAllocation(samples=2),
+        lambda: KLAllocation(samples=2, levels=[0.3, 0.7]),
+    ],
 )
 def test_every_family_can_be_surveyed(make, family):
     """A sample with an image and one of text alone, in decoders that skip blocks, add features or share experts."""
