@@ -1,7 +1,7 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,20 @@ _MOST_VALUES = 100_000
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
 
+Plugins = Mapping[str, Collection[str]]
+
+
 class OptionError(LVLMPruneError):
     """The command line or a configuration file cannot be understood."""
 
 
-def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), known: Collection[str] = ()) -> str:
+def explain(
+    message: str,
+    arguments: Sequence[str] = (),
+    folder: Path = Path(),
+    known: Collection[str] = (),
+    plugins: Plugins | None = None,
+) -> str:
     """One line out of jsonargparse's message.
 
     Args:
@@ -29,6 +38,7 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
         arguments: The command line; gives options of plugins, which are reported without their place, their full name.
         folder: Where the command was given. jsonargparse reads a configuration file in the file's own folder.
         known: Options that there are, `--pruning.sparsity` and so on; what comes close to one is said to be meant so.
+        plugins: Name of each class that can be an option's value -> its own options; likewise.
 
     Example:
         >>> explain('Parser key "prune.pruning.record":\\n  Expected a <class \\'bool\\'>. Got value: maybe')
@@ -37,14 +47,18 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
         '--pruning.pool.beta: unknown option'
         >>> explain("unrecognized arguments: --sparsity 0.6", known=["--pruning.sparsity", "--pruning.pattern"])
         '--sparsity: unknown option; is --pruning.sparsity meant?'
+        >>> explain("Option 'alhpa' is not accepted", ["--pruning.pool.alhpa", "2"], plugins={"MixedPool": ["alpha"]})
+        '--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?'
     """
+    plugins = plugins or {}
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
         verbs = f"{', '.join(VERBS[:-1])} or {VERBS[-1]}"
         if not arguments or arguments[0].startswith("-"):
             return f"a command is missing: {verbs}"
-        return f"{arguments[0]}: no such command, expected {verbs}"
+        close = get_close_matches(arguments[0], VERBS, n=1)
+        return f"{arguments[0]}: no such command, expected {verbs}" + "".join(f"; is {verb} meant?" for verb in close)
     key, rest = _split_key(text)
     if broken := re.match(r"Problems parsing config: (.*)", rest):
         path = next((path for path in _config_files(arguments) if not _is_yaml(folder / path)), "")
@@ -59,9 +73,11 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
         key = f"{key}.{inner_key}" if inner_key else key
     option = _full_name(key, arguments)
     if value := re.search(r"Expected a dot import path string: (\S+)", rest):
-        return (
-            f"{option} {value[1]}: no such class (a short class name, or the import path of a class of the right kind)"
-        )
+        close = get_close_matches(value[1].rpartition(".")[2], plugins, n=1, cutoff=0.8)
+        way_out = "(a short class name, or the import path of a class of the right kind)"
+        return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
+    if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):
+        return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments), known, plugins)
     if missing := re.search(r"Problem with given class_path '([^']*)': (.*)", rest):
         return f"{option} {missing[1]}: {missing[2]}"
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
@@ -72,10 +88,10 @@ def explain(message: str, arguments: Sequence[str] = (), folder: Path = Path(), 
     if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
         return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
-        return _unknown(option, known)
+        return _unknown(option, known, plugins)
     if unknown := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: (\S+)", rest):
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
-        return _unknown(_full_name(name, arguments), known)
+        return _unknown(_full_name(name, arguments), known, plugins)
     return f"{option}: {rest}" if key else rest
 
 
@@ -175,11 +191,15 @@ def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
     return count
 
 
-def _unknown(option: str, known: Collection[str]) -> str:
+def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
     meant = [candidate for candidate in known if candidate.endswith(f".{option.removeprefix('--')}")]
     if not meant:
         place, dot, name = option.rpartition(".") if "." in option else ("", "--", option.removeprefix("--"))
         beside = [candidate.removeprefix(place + dot) for candidate in known if candidate.startswith(place + dot)]
+        if (
+            place.count(".") or place == "--engine"
+        ):  # inside a class: options of any class, since this one may be the wrong one
+            beside += [name for names in plugins.values() for name in names]
         meant = [f"{place}{dot}{close}" for close in get_close_matches(name, beside, n=1, cutoff=0.75)]
     return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")
 

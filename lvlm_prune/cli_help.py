@@ -145,7 +145,7 @@ def _classes(hint: Any) -> list[str]:
     for kind in (hint, *get_args(hint)):
         if not (isinstance(kind, type) and inspect.isabstract(kind) and kind.__module__.startswith("lvlm_prune.")):
             continue
-        for one in _below(kind):
+        for one in classes_below(kind):
             # Of Python alone is what takes samples from memory.
             ours = one.__module__.startswith("lvlm_prune.") and one.__module__ != "lvlm_prune.api"
             if ours and not getattr(one, "__abstractmethods__", ()) and not one.__name__.startswith(("_", "Lazy")):
@@ -153,10 +153,11 @@ def _classes(hint: Any) -> list[str]:
     return sorted(names)
 
 
-def _below(kind: Any) -> Iterator[Any]:
+def classes_below(kind: Any) -> Iterator[Any]:
+    """Every subclass of a class that is loaded, and theirs."""
     for one in kind.__subclasses__():
         yield one
-        yield from _below(one)
+        yield from classes_below(one)
 
 
 def _first_sentence(text: str) -> str:

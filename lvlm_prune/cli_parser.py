@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -15,12 +16,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.cli_errors import VERBS, OptionError, explain, refuse_devices, refuse_immense, refuse_unreadable
-from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help
-from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
+from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, classes_below, command_help
+from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.launching import is_first_process
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, one_line
+from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
+from lvlm_prune.evaluation.scores import Benchmark
+from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_nulls
 from lvlm_prune.recipes import with_log_folder, with_recipe
@@ -55,6 +59,13 @@ _OF_TRAINING = {
 _ENGINES = (LMEvalEngine, LMMSEvalEngine)
 
 
+def _plugins() -> dict[str, list[str]]:
+    """Name of each class that can be the value of an option -> options of its own."""
+    kinds = (Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver)
+    classes = [one for kind in kinds for one in classes_below(kind) if one.__module__.startswith("lvlm_prune.")]
+    return {one.__name__: list(inspect.signature(one).parameters) for one in classes if not inspect.isabstract(one)}
+
+
 class LVLMParser(LightningArgumentParser):
     """A parser whose errors are one line."""
 
@@ -73,7 +84,7 @@ class LVLMParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
-        raise OptionError(explain(message, self.command_line, self.folder, known)) from None
+        raise OptionError(explain(message, self.command_line, self.folder, known, _plugins())) from None
 
 
 class LVLMCLI(LightningCLI):

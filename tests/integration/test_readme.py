@@ -44,5 +44,18 @@ def test_every_link_leads_somewhere():
             assert (page.parent / target).exists(), (page.name, target)
 
 
+def test_the_commands_of_the_readme_run_in_the_container():
+    """Pruning as its entry point, tests by the comment at its head; torch and a compiler are there for both."""
+    container = (REPOSITORY / "Dockerfile").read_text()
+    commands = [line.partition("&& ")[2] for block in code_blocks("bash") for line in block.splitlines()]
+    pruning, tests = (next(line for line in commands if start in line) for start in ("lvlm-prune prune", "pytest"))
+    assert f"lvlm-prune {pruning.removeprefix('lvlm-prune ')}\n" in container
+    assert 'ENTRYPOINT ["lvlm-prune"]' in container
+    assert f"--entrypoint python lvlm-prune {tests.removeprefix('python ')}\n" in container
+    bounds = next(line for line in (REPOSITORY / "pyproject.toml").read_text().splitlines() if '"torch>=' in line)
+    assert bounds.strip().rstrip(",") in container
+    assert "g++" in container
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200

@@ -4,6 +4,7 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli import main
 from lvlm_prune.cli_errors import explain
 
 
@@ -25,3 +26,25 @@ def test_one_line(argument, line):
     with pytest.raises(ArgumentError) as raised:
         parser.parse_args([argument])
     assert explain(str(raised.value.message), [argument]).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("prun", "prun: no such command, expected {} is prune meant?"),
+        ("prune --pruning.scorer WandScorer", "--pruning.scorer WandScorer: no such class; is WandaScorer meant?"),
+        ("prune --pruning.pool.alhpa 2", "--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?"),
+        ("prune --pruning.pool.saliency DriftSalency", "{}DriftSalency: no such class; is DriftSaliency meant?"),
+        ("prune --pruning.pool.saliency.scal 2", "--pruning.pool.saliency.scal: unknown option{}"),
+        ("prune --data.source LlavaJsonSorce", "{}; is LlavaJsonSource meant?"),
+        ("prune --trainer.acelerator cpu", "{}; is --trainer.accelerator meant?"),
+        ("evaluate --engine BuiltinEngin", "{}; is BuiltinEngine meant?"),
+        ("evaluate --engine.benchmrk LocalBenchmark", "{}; is --engine.benchmark meant?"),
+    ],
+)
+def test_what_is_misspelt_is_told_how_it_is_meant(arguments, meant, capsys):
+    assert main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    start, end = meant.split("{}") if "{}" in meant else (meant, "")
+    assert line.startswith(f"error: {start}")
+    assert line.endswith(end)
