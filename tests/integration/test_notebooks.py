@@ -31,8 +31,14 @@ def test_a_notebook_runs_and_prints_what_it_shows(notebook, tmp_path, monkeypatc
 
 def test_both_notebooks_are_there_and_on_the_site():
     assert [path.stem for path in NOTEBOOKS] == ["quick_start", "write_your_own_criterion"]
-    site = (DOCS.parent / "mkdocs.yml").read_text()
-    assert all(f"notebooks/{path.name}" in site for path in NOTEBOOKS)
+    assert "notebooks/index.md" in (DOCS.parent / "mkdocs.yml").read_text()
+    page = (DOCS / "notebooks" / "index.md").read_text()
+    for path in NOTEBOOKS:
+        assert f"({path.name})" in page
+        for cell in cells(path):
+            shown = "".join(cell["source"]).strip() + "\n"
+            assert shown in page, "the page shows the notebook's own cells"
+            assert printed(cell).strip() in page
 
 
 def test_the_criterion_is_the_one_of_its_page():

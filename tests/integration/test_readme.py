@@ -34,7 +34,9 @@ def test_every_recipe_is_in_the_table_of_methods():
 
 def test_every_file_that_is_named_exists():
     for page, text in PAGES.items():
-        for name in re.findall(r"(?:configs|benchmarks|callbacks|lvlm_prune)/[\w/.-]+\.(?:yaml|py|md|json)", text):
+        for name in re.findall(
+            r"(?<![\w/])(?:configs|benchmarks|callbacks|lvlm_prune)/[\w/.-]+\.(?:yaml|py|md|json)", text
+        ):
             assert (REPOSITORY / name).is_file(), (page.name, name)
 
 
