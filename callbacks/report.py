@@ -7,6 +7,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.demo import NAMES
 from lvlm_prune.memory.measuring import peak_memory
+from lvlm_prune.methods.solvers import ALPSSolver
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import PRIVATE_LINE, next_commands, quality_line
@@ -60,6 +61,9 @@ class PruningReport(PruneCallback):
             trainer.run.say(quality_line(trainer.run.record["quality"]))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
         trainer.run.say(f"wrote {folder} (weights {size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
+        pruning = trainer.run.find(BlockwisePruning)
+        if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver, ALPSSolver):
+            trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")
         if trainer.owns_process and pl_module.path not in NAMES:
             trainer.run.say(next_commands(folder, pl_module.path))
             if not trainer.run.config.get("publishable"):
