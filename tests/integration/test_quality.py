@@ -18,9 +18,9 @@ CALIBRATION = str(GOLDEN / "calib.safetensors")
 MEASURED = ["--evaluate=true", "--trainer.accelerator=cpu"]
 
 
-def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float]:
-    """Perplexity dense and pruned, and KL, at every text token of golden samples; by whole models."""
-    source, sums, count = TensorSource(CALIBRATION), torch.zeros(3, dtype=torch.float64), 0
+def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float, float]:
+    """Perplexity dense and pruned, KL, and the share of equal most likely tokens, at every text token of golden samples; by whole models."""
+    source, sums, count = TensorSource(CALIBRATION), torch.zeros(4, dtype=torch.float64), 0
     source.setup()
     models = [AutoModelForImageTextToText.from_pretrained(path).eval() for path in (GOLDEN / "model", folder)]
     special = [models[0].config.image_token_id, models[0].config.video_token_id]
@@ -34,9 +34,10 @@ def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float]:
         sums[0] += cross_entropy(dense, following, reduction="sum")
         sums[1] += cross_entropy(pruned, following, reduction="sum")
         sums[2] += kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
+        sums[3] += (pruned.argmax(-1) == dense.argmax(-1)).sum()
         count += len(at)
-    before, after, apart = (sums / count).tolist()
-    return math.exp(before), math.exp(after), apart
+    before, after, apart, same = (sums / count).tolist()
+    return math.exp(before), math.exp(after), apart, same
 
 
 @pytest.fixture
@@ -51,10 +52,11 @@ def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys):
     others, held_back = data.held_back(2)
     assert held_back
     assert not set(others.select()) & set(data.select())
-    before, after, apart = measured(tmp_path / "out", others.select())
+    before, after, apart, same = measured(tmp_path / "out", others.select())
     assert found["dense_perplexity"] == pytest.approx(before, rel=1e-4)
     assert found["perplexity"] == pytest.approx(after, rel=1e-4)
     assert found["kl"] == pytest.approx(apart, rel=1e-3)
+    assert found["agreement"] == pytest.approx(same, abs=1.5 / found["tokens"])  # a tie may fall either way
     assert found["samples"] == 2
     said = capsys.readouterr().out
     assert "on 2 samples held back from calibration" in said
