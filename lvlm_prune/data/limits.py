@@ -73,7 +73,7 @@ class ModelLimits:
         if self.vocabulary is None:
             return
         # Families whose placeholder is no word of the vocabulary replace it before they look it up.
-        known = torch.tensor(sorted(self.placeholders), dtype=ids.dtype)
+        known = torch.tensor(sorted(self.placeholders), dtype=ids.dtype, device=ids.device)
         outside = ids[((ids < 0) | (ids >= self.vocabulary)) & ~torch.isin(ids, known)]
         if len(outside):
             problem = f"has the token id {int(outside[0])}, the model's vocabulary ends at {self.vocabulary - 1}"

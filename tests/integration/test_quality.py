@@ -19,7 +19,7 @@ MEASURED = ["--evaluate=true", "--trainer.accelerator=cpu"]
 
 
 def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float, float]:
-    """Perplexity dense and pruned, KL, and the share of equal most likely tokens, at every text token of golden samples; by whole models."""
+    """Perplexity dense and pruned, KL, share of equal most likely tokens: at every text token of golden samples."""
     source, sums, count = TensorSource(CALIBRATION), torch.zeros(4, dtype=torch.float64), 0
     source.setup()
     models = [AutoModelForImageTextToText.from_pretrained(path).eval() for path in (GOLDEN / "model", folder)]
