@@ -134,7 +134,7 @@ print(said, sampler.peak - sampler.start)
 """
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(256, 3072), (6144, 2048)])
+@pytest.mark.parametrize(("rows", "columns"), [(256, 2048), (6144, 1024)])
 def test_sparsegpt_takes_what_it_says(rows, columns):
     """Of a wide layer the factorisation takes most, gigabytes in a large model; of a tall one the weight."""
     command = [sys.executable, "-c", _SPARSEGPT, str(rows), str(columns)]
