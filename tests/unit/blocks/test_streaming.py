@@ -231,7 +231,7 @@ NEEDED = {
     "projector": "multi_modal_projector.linear_1.weight",
     "norm behind the blocks": "norm.weight",
     "patch embedding": "patch_embedding.weight",
-    "half of a block of the tower": "vision_tower.encoder.layers.0.mlp.fc1.bias",
+    "half of a block of the tower": "encoder.layers.0.mlp.fc1.bias",
 }
 
 
