@@ -213,7 +213,7 @@ class SweepRun:
             "model": {name: manifest["model"][name] for name in ("path", "fingerprint")},
             "calibration": manifest["calibration"].get("fingerprint"),
             "sparsity": manifest["sparsity"],
-            "seconds": manifest["work_seconds"],
+            "seconds": manifest.get("work_seconds", manifest["seconds"]),
             "cost": manifest.cost(),
             "scores": manifest["evaluation"]["pruned"],
             "retention": manifest["evaluation"]["retention"]["average"],
