@@ -72,7 +72,7 @@ def command_help(parser: Any, verb: str, trainer: bool) -> str:
     if verb == "prune":
         lines += ["", _line("--method NAME", "Recipe to start from; `lvlm-prune methods` lists them.")]
     for group, options in own:
-        title = "Every command" if group.title in ("options", "positional arguments") else group.title
+        title = {"options": "Every command", "positional arguments": "Arguments"}.get(group.title, group.title)
         lines += ["", *textwrap.wrap(f"{title}:", _WIDTH), *_lines(options)]
     plugins = [name.removesuffix(".help") for name in parser._option_string_actions if name.endswith(".help")]
     own_plugins = [name for name in plugins if not name.startswith(f"--{_TRAINER}.")]
