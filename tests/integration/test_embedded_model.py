@@ -21,7 +21,7 @@ from lvlm_prune.methods.pools import MixedPool, TextOnlyPool, VisualOnlyPool
 
 @pytest.fixture(scope="module")
 def questions():
-    return EmbeddedBenchmark(num_images=30, num_text=60).questions
+    return EmbeddedBenchmark(num_images=12, num_text=36).questions
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def processor():
 
 
 def test_a_run_shows_retention_and_leaves_a_model_that_answers(tmp_path, monkeypatch, capsys, questions, processor):
-    small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=30, num_text=60))
+    small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=12, num_text=36))
     monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
     output = tmp_path / "pruned"
     options = ["--pruning.sparsity=0.5", "--data.num_samples=24", "--model.dtype=float32"]
