@@ -76,11 +76,14 @@ def refuse_negative(option: str, value: int) -> None:
 def one_line(value: Any) -> str:
     r"""Text on one line that every terminal and file takes, whatever a file name or a record had in it.
 
+    What is not printed, escape sequences of terminals above all, is spelled out.
+
     Example:
-        >>> one_line("a\nb\udcff")
-        'a b\\udcff'
+        >>> one_line("a\nb\udcff\x1b[31m")
+        'a b\\udcff\\x1b[31m'
     """
-    return " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = " ".join(str(value).split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def shortened(value: Any, longest: int = 80) -> str:

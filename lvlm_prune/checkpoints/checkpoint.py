@@ -26,6 +26,7 @@ from lvlm_prune.checkpoints.files import (
     opened_without_links,
     refuse_links_out,
     refuse_special_files,
+    refuse_undecodable,
     weights_name,
 )
 from lvlm_prune.errors import InputError, RunError
@@ -116,6 +117,7 @@ class CheckpointFolder:
         self._option = option
         if not self.path.is_dir():
             raise self._error("is a file, not a folder" if self.path.exists() else "no such folder")
+        refuse_undecodable(self.path, option)
         refuse_special_files(self.path, option)
         self.config: dict[str, Any] = self._read_json("config.json")
         self._refuse_adapter()

@@ -34,6 +34,18 @@ _OTHER_FORMATS = (
 _OTHER_FOLDERS = ("original", "onnx", "checkpoint-*", "global_step*")
 
 
+def refuse_undecodable(path: Path, option: str) -> None:
+    """Refuse a folder whose name, which may be any bytes, is no text: safetensors and YAML take text.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(option, path, "is not valid UTF-8, which safetensors wants of a path") from None
+
+
 def weights_name(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Name of the file that says where the weights are, by transformers' precedence; None where there is none.
 

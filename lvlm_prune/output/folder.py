@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lvlm_prune.checkpoints import CheckpointFolder
-from lvlm_prune.checkpoints.files import files_within
+from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
 from lvlm_prune.output.own_files import HELD_BACK, FileRecord, record_of
@@ -34,9 +34,10 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
         resume: Whether an unfinished run goes on, which only the user can point at.
 
     Raises:
-        InputError: An unfinished run is to go on, and nobody says where.
+        InputError: An unfinished run is to go on, and nobody says where; or the name of the folder is not UTF-8.
     """
     if output:
+        refuse_undecodable(Path(output), "output")
         return Path(output)
     if resume:
         raise InputError("resume", "true", "needs --output, the folder of the unfinished run")

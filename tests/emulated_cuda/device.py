@@ -14,9 +14,6 @@ import torch
 from tests.emulated_cuda import collectives
 from tests.emulated_cuda.building import load as extension
 
-TOTAL_BYTES = int(float(os.environ.get("EMULATED_CUDA_GB", 24)) * 2**30)
-# What a process with a context takes of a device before it holds anything.
-_CONTEXT_BYTES = min(300 * 2**20, TOTAL_BYTES // 10)
 _CUDA = 1  # c10::DeviceType
 
 
@@ -113,9 +110,17 @@ def exchange_device(index: int) -> int:
     return before
 
 
+def total_bytes() -> int:
+    """What a device holds; a process is told before its first call, and after this module was imported."""
+    return int(float(os.environ.get("EMULATED_CUDA_GB", 24)) * 2**30)
+
+
 def mem_get_info(device: Any = None) -> tuple[int, int]:
     """Free and total bytes, as the driver sees them: what torch holds in its cache counts as used."""
-    return max(TOTAL_BYTES - extension().reserved_bytes(_index(device)) - _CONTEXT_BYTES, 0), TOTAL_BYTES
+    total = total_bytes()
+    # A process with a context takes some of a device before it holds anything.
+    context = min(300 * 2**20, total // 10)
+    return max(total - extension().reserved_bytes(_index(device)) - context, 0), total
 
 
 def empty_cache() -> None:
@@ -126,7 +131,7 @@ def empty_cache() -> None:
 
 def _properties(device: Any = None) -> types.SimpleNamespace:
     return types.SimpleNamespace(
-        name="NVIDIA Emulated", major=8, minor=0, total_memory=TOTAL_BYTES, multi_processor_count=100, uuid="0"
+        name="NVIDIA Emulated", major=8, minor=0, total_memory=total_bytes(), multi_processor_count=100, uuid="0"
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
@@ -129,6 +130,7 @@ class ReproductionRun:
         self.part, self.keep, self.engine = part, keep, engine
         self.harness, self.tasks = harness, dict(tasks)
         self.folder = Path(output or f"runs/{table.name.replace('/', '-')}")
+        refuse_undecodable(self.folder, "output")
         if trainer.world_size > 1 and len(table.parts) > 1:
             problem = f"{table.name} has {len(table.parts)} models, each of which starts its own processes; run parts"
             raise InputError("trainer.devices", trainer.num_devices, f"{problem} of it with --part on one device each")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.callbacks import RetentionEvaluation
+from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
@@ -73,6 +74,7 @@ class SweepRun:
         self.points = grid.points()
         self.mine = share(self.points, part) if part else self.points
         self.folder = Path(output or f"runs/{model.label}-sweep")
+        refuse_undecodable(self.folder, "output")
         name = f"sweep-{part.replace('/', 'of')}.jsonl" if part else "sweep.jsonl"
         self.results = Results(self.folder, name).read()
         self.key = self._key()
