@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, GOLDEN_MODEL
 
 CALIBRATION = GOLDEN / "calib.safetensors"
 
@@ -117,9 +117,9 @@ PROBE_OPTIONS = {
 
 
 @pytest.mark.parametrize("case", PROBE_OPTIONS)
-def test_bad_option_of_a_probe(case, refused, golden_arguments):
+def test_bad_option_of_a_probe(case, refused):
     arguments, said = PROBE_OPTIONS[case]
-    assert said in refused("probe", *golden_arguments[1:-1], *arguments)
+    assert said in refused("probe", *GOLDEN_MODEL, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_a_survey_names_the_broken_weight_too(golden_arguments, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "a command is missing: prune, "), (["prun"], "prun: no such command, expected prune, ")],
+    [([], "a command is missing: prune, "), (["xyzzy"], "xyzzy: no such command, expected prune, ")],
 )
 def test_without_a_command_the_commands_are_named(arguments, said, capsys):
     assert main(arguments) == 2
