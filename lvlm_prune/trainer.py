@@ -85,12 +85,14 @@ class LVLMTrainer(RunTrainer):
                 publish(Path(output))
             return Manifest.read(Path(output))
         refuse_negative("held_back", held_back)
+        if not 0 <= keep_minutes < float("inf"):
+            raise InputError("keep_minutes", keep_minutes, "must be 0 (no bound) or more")
         options = RunOptions(resume, evaluate, report, plan, held_back=held_back)
         run: PruneRun | SearchRun
         if keep:
             run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
         elif keep_recipes or keep_minutes:
-            raise InputError("keep", keep, "must be given: the share to keep, for example 0.97")
+            raise InputError("keep", keep, "must be given: the share to keep, for example 0.99")
         else:
             run = PruneRun(self, model, datamodule, output, options)
         manifest = run()

@@ -80,8 +80,6 @@ class SearchRun:
     ) -> None:
         if not 0 < keep <= 1:
             raise InputError("keep", keep, "must be a share: above 0, at most 1")
-        if not 0 <= minutes < float("inf"):
-            raise InputError("keep_minutes", minutes, "must be 0 (no bound) or more")
         self.trainer, self.model, self.datamodule, self.options = trainer, model, datamodule, options
         self.keep, self.minutes = keep, minutes
         self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
