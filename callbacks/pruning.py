@@ -64,7 +64,7 @@ class BlockwisePruning(PruneCallback):
             with it instead, `rare_experts` says, and the manifest and a warning name it.
         rare_experts: `magnitude` prunes such an expert by the size of its weights, `keep` leaves it dense.
         calibrate_on: `pruned`: each block is calibrated on what the pruned blocks before it give; `dense`: on what the
-            dense model gives, which takes one forward of each sample and block instead of two, and keeps a little less.
+            dense model gives, which takes one forward of each sample and block instead of two.
         record: Also write `statistics.safetensors`: channel norms, saliencies and selected tokens.
         name: Name of the method in what is printed; default: named after the composition.
 
