@@ -196,9 +196,8 @@ def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
     if not meant:
         place, dot, name = option.rpartition(".") if "." in option else ("", "--", option.removeprefix("--"))
         beside = [candidate.removeprefix(place + dot) for candidate in known if candidate.startswith(place + dot)]
-        if (
-            place.count(".") or place == "--engine"
-        ):  # inside a class: options of any class, since this one may be the wrong one
+        # Inside a class: options of any class, since this one may be the wrong one.
+        if place.count(".") or place == "--engine":
             beside += [name for names in plugins.values() for name in names]
         meant = [f"{place}{dot}{close}" for close in get_close_matches(name, beside, n=1, cutoff=0.75)]
     return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")

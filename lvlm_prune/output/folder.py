@@ -198,6 +198,18 @@ class FolderLock:
             self._descriptor = None
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what an interrupted run left in a folder, if it is there, but not what another process is writing.
+
+    Raises:
+        InputError: Another run is writing it.
+    """
+    if folder.is_dir():
+        lock = FolderLock(folder)
+        shutil.rmtree(folder)
+        lock.release()
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.yaml`, which repeats the run."""
     replace_durably(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())

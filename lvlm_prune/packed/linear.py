@@ -61,22 +61,17 @@ def unpack_modules(model: nn.Module, chosen: Callable[[PackedWeight], bool] = la
         Names of the parameters that are dense now.
     """
     unpacked = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear) and chosen(module.packed):
-            _set_child(model, name, module.dense())
-            unpacked.append(f"{name}.weight")
-    for name, module in list(model.named_modules()):
+    for name, weight in list(model.named_modules()):
+        if not isinstance(weight, PackedWeight) or not chosen(weight):
+            continue
         path, _, leaf = name.rpartition(".")
-        if (
-            isinstance(module, PackedWeight)
-            and not isinstance(model.get_submodule(path), PackedLinear)
-            and chosen(module)
-        ):
-            dense = module.dense()
-            parent = model.get_submodule(path)
+        parent = model.get_submodule(path)
+        if isinstance(parent, PackedLinear):
+            _set_child(model, path, parent.dense())
+        else:
             delattr(parent, leaf)
-            parent.register_parameter(leaf, nn.Parameter(dense))
-            unpacked.append(name)
+            parent.register_parameter(leaf, nn.Parameter(weight.dense()))
+        unpacked.append(name)
     return unpacked
 
 

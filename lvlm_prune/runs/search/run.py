@@ -28,12 +28,13 @@ from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import FolderLock, choose_folder, refuse_unusable, writing
+from lvlm_prune.output.folder import choose_folder, refuse_unusable, remove_unfinished, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.plugins import describe
 from lvlm_prune.recipes import recipe_file
 from lvlm_prune.run import Run, RunOptions, RunTrainer
+from lvlm_prune.runs.prune.participants import Participants
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
@@ -81,7 +82,7 @@ class SearchRun:
         if not 0 < keep <= 1:
             raise InputError("keep", keep, "must be a share: above 0, at most 1")
         self.trainer, self.model, self.datamodule, self.options = trainer, model, datamodule, options
-        self.keep, self.minutes = keep, minutes
+        self.keep, self.minutes, self.count = keep, minutes, max(HELD_BACK, options.held_back)
         self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
         self.started = time.monotonic()
         model.open()
@@ -122,7 +123,7 @@ class SearchRun:
         Raises:
             InputError: No callback prunes, or its pattern gives the sparsity.
         """
-        callback = next((one for one in self.trainer.callbacks if isinstance(one, BlockwisePruning)), None)
+        callback = Participants(self.trainer.callbacks).pruning
         if callback is None:
             raise InputError("keep", self.keep, "needs a pruning method")
         pruning = dict((self.trainer.config or {}).get("pruning") or describe(callback)["init_args"])
@@ -164,9 +165,7 @@ class SearchRun:
         Raises:
             RunError: There is none.
         """
-        quality = SampleQuality(
-            self.model, self.datamodule, max(HELD_BACK, self.options.held_back), launch.fabric.device
-        )
+        quality = SampleQuality(self.model, self.datamodule, self.count, launch.fabric.device)
         prepare_source(self.model, self.datamodule.source)
         self.datamodule.setup("prune")
         brackets: dict[str, Bracket] = {}
@@ -214,53 +213,38 @@ class SearchRun:
     def _measured(self, point: Point, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:
         """Prune, measure, and remove what was written."""
         began, processes, folder = time.monotonic(), self.run.processes, self.results.folder / "try"
-        processes.on_main(lambda: self._clear(folder))
-        pruning, data = point.instantiate()
+        processes.on_main(lambda: remove_unfinished(folder))
         options = RunOptions(evaluate=False, report=False, quiet=True)
-        callbacks = [pruning, *self._others()]
-        PruneRun(self.trainer, self.model, data, str(folder), options, callbacks, self._config(point), shared=shared)()
+        self._pruning_run(point, folder, options, shared=shared)()
         with suitable_threads(self.model.block_weights, self.run.hardware.devices):
             assert self.model.folder is not None
             written = self.model.folder.at(folder)
             found = processes.on_main(lambda: quality(written))
-        processes.on_main(lambda: self._clear(folder))
+        processes.on_main(lambda: remove_unfinished(folder))
         if "not_measured" in found:
             raise RunError(f"--keep {self.keep}: tries cannot be measured: {found['not_measured']}")
         return {**found, "seconds": time.monotonic() - began}
 
-    def _clear(self, folder: Path) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir():
-            lock = FolderLock(folder)
-            shutil.rmtree(folder)
-            lock.release()
-
     def _identity(self, point: Point) -> str:
         """What a try depends on: its configuration, the model, and what it is measured on."""
         assert self.model.folder is not None
-        common = [
-            self.model.folder.fingerprint(),
-            str(self.model.compute_dtype),
-            max(HELD_BACK, self.options.held_back),
-        ]
+        common = [self.model.folder.fingerprint(), str(self.model.compute_dtype), self.count]
         return hashlib.sha256(json.dumps([point.identity, *common]).encode()).hexdigest()[:32]
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def _final(self, point: Point, found: Mapping[str, Any], shared: SharedCalibration | None = None) -> PruneRun:
+        return self._pruning_run(point, self.folder, self.options, _SearchRecord(found), shared=shared)
+
+    def _pruning_run(
+        self, point: Point, folder: Path, options: RunOptions, *more: Callback, shared: SharedCalibration | None
+    ) -> PruneRun:
         pruning, data = point.instantiate()
-        callbacks = [pruning, *self._others(), _SearchRecord(found)]
-        return PruneRun(
-            *(self.trainer, self.model, data, str(self.folder), self.options, callbacks, self._config(point)),
-            shared=shared,
-        )
+        callbacks = [pruning, *self._others(), *more]
+        config = point.run_config(self.run.config)
+        return PruneRun(self.trainer, self.model, data, str(folder), options, callbacks, config, shared=shared)
 
     def _others(self) -> list[Callback]:
         return [callback for callback in self.trainer.callbacks if not isinstance(callback, BlockwisePruning)]
-
-    def _config(self, point: Point) -> dict[str, Any]:
-        """What repeats a run without a search."""
-        config = {name: value for name, value in self.run.config.items() if name in ("trainer", "model")}
-        return {**config, **point.config}
 
 
 class _SearchRecord(Callback):

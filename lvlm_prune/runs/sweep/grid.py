@@ -55,6 +55,14 @@ class Point:
         made = _instantiate(self.config)
         return made.pruning, made.data
 
+    def run_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What repeats this one run with `lvlm-prune prune --config`.
+
+        Args:
+            config: Of the command that does it among others, whose trainer and model it shares.
+        """
+        return {name: value for name, value in config.items() if name in ("trainer", "model")} | dict(self.config)
+
     @cached_property
     def data_key(self) -> str:
         """Equal for points that run on the same calibration set."""

@@ -24,7 +24,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import FolderLock, write_config, writing
+from lvlm_prune.output.folder import remove_unfinished, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.own_files import FileRecord, records_of, refuse_changed
 from lvlm_prune.plugins import describe, mounted
@@ -167,12 +167,11 @@ class SweepRun:
     def _prune(self, point: Point, dense: Scores, shared: SharedCalibration) -> dict[str, Any]:
         processes, folder = self.run.processes, self._checkpoint(point)
         pruning, data = point.instantiate()
-        processes.on_main(lambda: self._clear(folder))
+        processes.on_main(lambda: remove_unfinished(folder))
         options = RunOptions(evaluate=False, report=self.keep, quiet=True)
         callbacks = [pruning, RetentionEvaluation(self.engine, dense), *self.trainer.callbacks]
-        single = PruneRun(
-            self.trainer, self.model, data, str(folder), options, callbacks, self._config(point), shared=shared
-        )
+        config = point.run_config(self.run.config)
+        single = PruneRun(self.trainer, self.model, data, str(folder), options, callbacks, config, shared=shared)
         try:
             manifest = single()
         except RunError as error:
@@ -186,23 +185,10 @@ class SweepRun:
         return record
 
     @staticmethod
-    def _clear(folder: Path) -> None:
-        """Remove what an interrupted run left, but not what another process is writing."""
-        if folder.is_dir():
-            lock = FolderLock(folder)
-            shutil.rmtree(folder)
-            lock.release()
-
-    @staticmethod
     def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
         with suppress(OSError):  # another process may be at work there
             folder.parent.rmdir()
-
-    def _config(self, point: Point) -> dict[str, Any]:
-        """What repeats this one run with `lvlm-prune prune --config`."""
-        config = {name: value for name, value in self.run.config.items() if name in ("trainer", "model")}
-        return {**config, **point.config}
 
     def _record(self, point: Point, manifest: Manifest) -> dict[str, Any]:
         budget = manifest.get("mean_visual_tokens")
