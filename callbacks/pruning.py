@@ -217,7 +217,9 @@ class BlockwisePruning(PruneCallback):
         if trainer.run.folder is not None and trainer.run.processes.is_main:
             zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, trainer.run.weights, self.shapes)
             if zeros >= NOTICED_ZEROS:
-                trainer.run.say(zeros_line(zeros, self.mean_target()))
+                option = "" if not hasattr(self.chosen_solver, "keep_zeros") else f"{self._solver_path}.keep_zeros"
+                kept = self.chosen_solver.keeps_zeros()
+                trainer.run.say(zeros_line(zeros, self.mean_target(), kept, option))
         if not self.wants_activations:
             return
         tokens = trainer.run.record["calibration"]["tokens"]
@@ -294,6 +296,11 @@ class BlockwisePruning(PruneCallback):
             num_samples = trainer.run.record["calibration"]["num_samples"]
             trainer.run.recorded.update(calibration.recorded(trainer.run.processes, num_samples))
         self._calibration = None
+
+    @property
+    def _solver_path(self) -> str:
+        """The option that the solver, or the scorer that brings its own, is given by."""
+        return f"{self.section}.{'scorer' if self.solver is None else 'solver'}"
 
     def solver_of(self, entry: Mapping[str, Any]) -> Solver:
         """What pruned a matrix, given its entry in the manifest."""

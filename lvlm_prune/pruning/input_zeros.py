@@ -34,18 +34,24 @@ def zeros_of_input(module: LVLMModule, weights: Weights, shapes: Mapping[str, tu
     return zeros / max(sum(sizes.values()), 1)
 
 
-def zeros_line(share: float, target: float) -> str:
+def zeros_line(share: float, target: float, kept: bool = True, option: str = "") -> str:
     """What a user is told of it.
 
     Args:
         share: Of zeros in the input.
         target: Of zeros that is asked for.
+        kept: Whether those zeros stay zeros, see `Solver.keeps_zeros`.
+        option: What would keep them; empty where there is no such option.
 
     Example:
         >>> print(zeros_line(0.5, 0.6))
         the input was pruned before: about 50% of these weights are zero already, and count among the 60% asked for
+        >>> print(zeros_line(0.5, 0.6, kept=False, option="pruning.scorer.keep_zeros").partition("already, ")[2])
+        but may get values again (--pruning.scorer.keep_zeros true keeps them zero)
     """
     told = f"the input was pruned before: about {share:.0%} of these weights are zero already"
+    if not kept:
+        return f"{told}, but may get values again" + (f" (--{option} true keeps them zero)" if option else "")
     if share >= target:
         return f"{told}, no fewer than the {target:.0%} asked for: little or nothing will change"
     return f"{told}, and count among the {target:.0%} asked for"

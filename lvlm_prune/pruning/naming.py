@@ -17,11 +17,13 @@ def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solv
     Example:
         >>> from lvlm_prune.methods.allocation import UniformAllocation
         >>> from lvlm_prune.methods.pools import MixedPool
-        >>> from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver
+        >>> from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseSwapsSolver
         >>> method_name(MixedPool(), WandaScorer(), UniformAllocation())
         'mixed Wanda'
         >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), RefitSolver())
         'mixed Wanda + Refit'
+        >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), RefitSolver(SparseSwapsSolver()))
+        'mixed Wanda + SparseSwaps + Refit'
         >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), ALPSSolver())
         'mixed ALPS'
     """
@@ -35,13 +37,17 @@ def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solv
         and solver is None
     ):
         return "ATV"
-    named = scorer if solver is None or solver.continues else solver
+    needs_tokens = (scorer if solver is None else solver).statistic is not None
+    later: list[str] = []
+    while solver is not None and solver.continues:
+        later.insert(0, "+ " + plugin_class(solver).__name__.removesuffix("Solver"))
+        solver = getattr(solver, "start", None)
+    named: Scorer | Solver = scorer if solver is None else solver
     words = [plugin_class(named).__name__.removesuffix("Scorer").removesuffix("Solver")]
-    if (scorer if solver is None else solver).statistic is not None:
+    if needs_tokens:
         pool_name = plugin_class(pool).__name__.removesuffix("Pool")
         words.insert(0, re.sub(r"(?<=[a-z])(?=[A-Z])", "-", pool_name).lower())
-    if solver is not None and solver.continues:
-        words.append("+ " + plugin_class(solver).__name__.removesuffix("Solver"))
+    words += later
     if not allocation.uniform:
         words.append("+ " + plugin_class(allocation).__name__.removesuffix("Allocation"))
     return " ".join(words)

@@ -85,6 +85,22 @@ def test_an_input_that_was_pruned_before_is_noticed(small, tmp_path, capsys):
     assert all(((other.read(key) == 0) | (one.read(key) != 0)).all() for key in one)
 
 
+def test_zeros_of_the_input_are_kept_by_an_option_of_a_method_that_would_fill_them(small, tmp_path, capsys):
+    once = tmp_path / "once"
+    assert main([*small, "--pruning.sparsity=0.45", f"--output={once}"]) == 0
+    one, filled = CheckpointFolder(once), {}
+    for keep, told in (
+        ("false", "--pruning.scorer.keep_zeros true keeps them zero"),
+        ("true", "count among the 60%"),
+    ):
+        again = [f"--model.path={once}", "--method=sparsegpt", f"--pruning.scorer.keep_zeros={keep}"]
+        assert main([*small, *again, "--pruning.sparsity=0.6", f"--output={tmp_path / keep}"]) == 0
+        assert told in capsys.readouterr().out
+        other = CheckpointFolder(tmp_path / keep)
+        filled[keep] = any(((other.read(key) != 0) & (one.read(key) == 0)).any() for key in one)
+    assert filled == {"false": True, "true": False}
+
+
 def test_a_small_calibration_set_is_said_to_be_one(tmp_path, capsys):
     write_folder(tmp_path / "dense", "llava")
     data = write_captions(tmp_path / "images", 4)

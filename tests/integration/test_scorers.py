@@ -13,7 +13,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.methods.pools import MixedPool, Pool
 from lvlm_prune.methods.scorers import RIAScorer, SparseGPTScorer, WandaScorer
-from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseGPTSolver
+from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseGPTSolver, SparseSwapsSolver
 from lvlm_prune.methods.tokens import Selection, Tokens
 from tests.conftest import GOLDEN
 
@@ -149,11 +149,11 @@ def error_of(pruning):
 
 def test_each_solver_stays_nearer_to_the_dense_model_than_the_one_before():
     options = {"pool": MixedPool(), "sparsity": 0.6}
-    wanda, refit, alps = (
+    wanda, swaps, refit, alps = (
         error_of(BlockwisePruning(**options, scorer=WandaScorer(), solver=solver))
-        for solver in (None, RefitSolver(), ALPSSolver())
+        for solver in (None, SparseSwapsSolver(), RefitSolver(), ALPSSolver())
     )
-    assert alps < refit < wanda
+    assert alps < refit < swaps < wanda
 
 
 def test_a_solver_named_beside_its_scorer_gives_the_scorers_bytes():
@@ -184,7 +184,7 @@ def test_solved_weights_are_written_and_verified(solver, pattern, golden_argumen
             assert set(zeros.unflatten(1, (-1, 4)).sum(dim=2).flatten().tolist()) == {2}
 
 
-@pytest.mark.parametrize("solver", [ALPSSolver(), RefitSolver()])
+@pytest.mark.parametrize("solver", [ALPSSolver(), RefitSolver(), SparseSwapsSolver()])
 def test_solvers_in_memory_and_streamed_give_the_same_weights(solver, golden_arguments, tmp_path):
     model = golden_model()
     lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool(), solver=solver))

@@ -28,6 +28,7 @@ class SparseGPTScorer(Scorer):
             does not depend on it.
         damping: Share of the mean diagonal of H that is added to its diagonal. Where that leaves H singular, ten times
             as much is tried, and so on; the manifest says what was needed, and for which Linears.
+        keep_zeros: Weights that are zero already stay zero: what was pruned before is not brought back.
 
     Raises:
         ValueError: `block_size` is not positive; `damping` is negative or not finite.
@@ -47,14 +48,15 @@ class SparseGPTScorer(Scorer):
     statistic = Gram
     updates_weights = True
 
-    def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
+    def __init__(self, block_size: int = 128, damping: float = 0.01, keep_zeros: bool = False) -> None:
         if block_size < 1:
             raise ValueError(f"`block_size` {block_size}: must be 1 or larger")
         if not (math.isfinite(damping) and damping >= 0):
             raise ValueError(f"`damping` {damping}: must be a finite number, 0 or larger")
         self.block_size = block_size
         self.damping = damping
-        self._solver = SparseGPTSolver(block_size, damping)
+        self.keep_zeros = keep_zeros
+        self._solver = SparseGPTSolver(block_size, damping, keep_zeros)
 
     def solver(self) -> Solver:
         """`SparseGPTSolver` with the same options."""

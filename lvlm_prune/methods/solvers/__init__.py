@@ -4,5 +4,6 @@ from lvlm_prune.methods.solvers.alps import ALPSSolver
 from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver
 from lvlm_prune.methods.solvers.refit import RefitSolver
 from lvlm_prune.methods.solvers.sparsegpt import SparseGPTSolver
+from lvlm_prune.methods.solvers.swaps import SparseSwapsSolver
 
-__all__ = ["ALPSSolver", "LinearProblem", "RefitSolver", "Solution", "Solver", "SparseGPTSolver"]
+__all__ = ["ALPSSolver", "LinearProblem", "RefitSolver", "Solution", "Solver", "SparseGPTSolver", "SparseSwapsSolver"]

@@ -65,6 +65,7 @@ class ALPSSolver(Solver):
         iterations: At most so many. Default: 8 with the fast schedule, 300 with the published one.
         schedule: `fast` or `paper`.
         damping: Share of the mean diagonal of H that is added to its diagonal.
+        keep_zeros: Weights that are zero already stay zero: what was pruned before is not brought back.
 
     Raises:
         ValueError: A value is out of range.
@@ -80,13 +81,24 @@ class ALPSSolver(Solver):
                 [0.0000, 4.1883]])
     """
 
-    def __init__(self, iterations: int | None = None, schedule: Schedule = "fast", damping: float = 0.01) -> None:
+    def __init__(
+        self,
+        iterations: int | None = None,
+        schedule: Schedule = "fast",
+        damping: float = 0.01,
+        keep_zeros: bool = False,
+    ) -> None:
         if iterations is not None and iterations < 1:
             raise ValueError(f"`iterations` {iterations}: must be at least 1")
         if schedule not in ("fast", "paper"):
             raise ValueError(f"`schedule` {schedule}: must be `fast` or `paper`")
         self.iterations, self.schedule = iterations, schedule
         self.damping = checked_damping(damping)
+        self.keep_zeros = keep_zeros
+
+    def keeps_zeros(self) -> bool:
+        """As asked for."""
+        return self.keep_zeros
 
     @property
     def _most(self) -> int:
@@ -103,7 +115,8 @@ class ALPSSolver(Solver):
         if problem.sparsity == 0:
             return dense(problem)
         scaled = UnitDiagonal(problem.gram, self.damping)
-        splitting = _Splitting(scaled.weight(problem.weight), scaled.gram, problem)
+        zeros = problem.zeros if self.keep_zeros else None
+        splitting = _Splitting(scaled.weight(problem.weight), scaled.gram, problem, zeros)
         count = splitting.run_fast(self._most) if self.schedule == "fast" else splitting.run(self._most)
         values, mask = splitting.refit(self._refit), splitting.mask
         notes = scaled.notes() | ({"iterations": count} if self.schedule == "paper" else {})
@@ -111,7 +124,7 @@ class ALPSSolver(Solver):
 
     def quick(self) -> Solver:
         """Six iterations."""
-        return ALPSSolver(6, "fast", self.damping)
+        return ALPSSolver(6, "fast", self.damping, self.keep_zeros)
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """H and an inverse in float32, five and a half matrices of the weight's size, two for some rows only."""
@@ -150,10 +163,11 @@ class _Splitting:
         weight: W in scaled units, float32 of shape (C_out, C_in).
         gram: H, float32 of shape (C_in, C_in).
         problem: Pattern and sparsity.
+        zeros: What is in every mask, bool of the weight's shape; None for nothing.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, problem: LinearProblem) -> None:
-        self._weight, self._gram, self._problem = weight, gram, problem
+    def __init__(self, weight: Tensor, gram: Tensor, problem: LinearProblem, zeros: Tensor | None) -> None:
+        self._weight, self._gram, self._problem, self._zeros = weight, gram, problem, zeros
         count = _rows_at_once(weight.shape[1])
         self._rows = [slice(start, start + count) for start in range(0, len(weight), count)]
         self._pulled = torch.empty_like(weight[self._rows[0]])
@@ -162,7 +176,12 @@ class _Splitting:
         self._project()
 
     def _project(self) -> None:
-        self.mask = self._problem.pattern.mask(self._both.abs(), self._problem.sparsity, "layer")
+        size = self._both.abs()
+        if self._zeros is not None:
+            size.masked_fill_(self._zeros, -1.0)
+        self.mask = self._problem.pattern.mask(size, self._problem.sparsity, "layer")
+        if self._zeros is not None:
+            self.mask |= self._zeros
         self._sign.fill_(1.0).masked_fill_(self.mask, -1.0)
 
     def run(self, most: int) -> int:

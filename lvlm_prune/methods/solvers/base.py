@@ -52,6 +52,11 @@ class LinearProblem:
         return self.name.rpartition(".")[2]
 
     @property
+    def zeros(self) -> Tensor:
+        """Weights that are zero before anything is pruned, bool of the weight's shape."""
+        return self.weight == 0
+
+    @property
     def gram(self) -> Gram:
         """The statistic of a solver that asks for `Gram`."""
         assert isinstance(self.statistic, Gram)
@@ -131,6 +136,10 @@ class Solver(ABC):
             solver: What prunes where no solver is named: the scorer's own.
         """
         return self
+
+    def keeps_zeros(self) -> bool:
+        """Not required: whether weights that are zero before are zero afterwards; default: where none is updated."""
+        return not self.updates_weights
 
     def quick(self) -> Solver:
         """Not required: a cheaper solver of the same kind, with which a survey tries many sparsities; default: self."""

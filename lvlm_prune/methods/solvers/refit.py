@@ -98,6 +98,7 @@ class RefitSolver(Solver):
         iterations: At most so many products with H.
         tolerance: Residual of each row, relative to its target, that is small enough; a Linear where it is not reached
             is named in the manifest (`residual`): its Gram matrix is nearly singular.
+        keep_zeros: Weights that are zero already stay zero: what was pruned before is not brought back.
 
     Raises:
         ValueError: A number is out of range.
@@ -122,6 +123,7 @@ class RefitSolver(Solver):
         damping: float = 0.01,
         iterations: int = 200,
         tolerance: float = 1e-5,
+        keep_zeros: bool = False,
     ) -> None:
         if iterations < 1:
             raise ValueError(f"`iterations` {iterations}: must be at least 1")
@@ -129,10 +131,18 @@ class RefitSolver(Solver):
             raise ValueError(f"`tolerance` {tolerance}: must lie between 0 and 1")
         self.start, self.damping = start, checked_damping(damping)
         self.iterations, self.tolerance = iterations, tolerance
+        self.keep_zeros = keep_zeros
+
+    def keeps_zeros(self) -> bool:
+        """As asked for."""
+        return self.keep_zeros
 
     def starting_from(self, solver: Solver) -> Solver:
         """See `Solver.starting_from`."""
-        return self if self.start is not None else RefitSolver(solver, self.damping, self.iterations, self.tolerance)
+        start = solver if self.start is None else self.start.starting_from(solver)
+        if start is self.start:
+            return self
+        return RefitSolver(start, self.damping, self.iterations, self.tolerance, self.keep_zeros)
 
     @property
     def _first(self) -> Solver:
@@ -145,19 +155,21 @@ class RefitSolver(Solver):
         if problem.sparsity == 0:
             return dense(problem)
         begun = self._first.solve(problem)
+        mask = begun.mask | problem.zeros if self.keep_zeros else begun.mask
         scaled = UnitDiagonal(problem.gram, self.damping)
         weight = scaled.weight(problem.weight)
         values, residual = conjugate_gradients(
-            weight @ scaled.gram, scaled.gram, begun.mask, scaled.weight(begun.weight), self.iterations, self.tolerance
+            weight @ scaled.gram, scaled.gram, mask, scaled.weight(begun.weight), self.iterations, self.tolerance
         )
         notes: dict[str, Any] = {**begun.notes, **scaled.notes()}
         if residual > self.tolerance:
             notes["residual"] = residual
-        return Solution(sparse_weight(scaled.unscaled(values), begun.mask, problem.weight), begun.mask, notes)
+        return Solution(sparse_weight(scaled.unscaled(values), mask, problem.weight), mask, notes)
 
     def quick(self) -> Solver:
         """A tenth of the iterations."""
-        return RefitSolver(self.start, self.damping, max(self.iterations // 10, 1), self.tolerance)
+        fewer = max(self.iterations // 10, 1)
+        return RefitSolver(self.start, self.damping, fewer, self.tolerance, self.keep_zeros)
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """Seven matrices of the weight's size in float32, and H; or what the first solver takes."""

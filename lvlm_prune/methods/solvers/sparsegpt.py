@@ -36,6 +36,7 @@ class SparseGPTSolver(Solver):
             does not depend on it.
         damping: Share of the mean diagonal of H that is added to its diagonal. Where that leaves H singular, ten times
             as much is tried, and so on; the manifest says what was needed, and for which Linears.
+        keep_zeros: Weights that are zero already stay zero: what was pruned before is not brought back.
 
     Raises:
         ValueError: `block_size` is not positive; `damping` is negative or not finite.
@@ -51,11 +52,16 @@ class SparseGPTSolver(Solver):
                 [0.0000, 6.8238]])
     """
 
-    def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
+    def __init__(self, block_size: int = 128, damping: float = 0.01, keep_zeros: bool = False) -> None:
         if block_size < 1:
             raise ValueError(f"`block_size` {block_size}: must be 1 or larger")
         self.block_size = block_size
         self.damping = checked_damping(damping)
+        self.keep_zeros = keep_zeros
+
+    def keeps_zeros(self) -> bool:
+        """As asked for."""
+        return self.keep_zeros
 
     def score(self, problem: LinearProblem, rows: slice) -> Tensor:
         """Importance before any weight is updated, float32 of shape (rows, C_in)."""
@@ -70,9 +76,11 @@ class SparseGPTSolver(Solver):
         factor = problem.gram.inverse_factor(self.damping)
         updated = weight.float().masked_fill(factor.dead, 0.0)
         mask = torch.zeros_like(updated, dtype=torch.bool)
+        zeros = problem.zeros if self.keep_zeros else None
         for columns in self._column_blocks(weight.shape[1], pattern):
             within = factor.upper[columns, columns]
-            values, gone = _prune_columns(updated[:, columns], within, problem.sparsity, pattern)
+            forced = None if zeros is None else zeros[:, columns]
+            values, gone = _prune_columns(updated[:, columns], within, problem.sparsity, pattern, forced)
             error = values * gone / within.diagonal()
             updated[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
             updated[:, columns], mask[:, columns] = values, gone
@@ -136,7 +144,9 @@ def obs_score(weight: Tensor, upper: Tensor) -> Tensor:
     return (weight / upper.diagonal()).square()
 
 
-def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def _prune_columns(
+    weight: Tensor, upper: Tensor, sparsity: float, pattern: Pattern, zeros: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Values of one block of columns, each as it was when its turn came, and which of them go.
 
     Args:
@@ -144,6 +154,7 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
         upper: The block's part of U, float32 of shape (block size, block size).
         sparsity: Share of the block's weights that go.
         pattern: Over the whole block, or over every M consecutive columns once they are up to date.
+        zeros: Which of them go in any case, and count among those that do; None for none.
     """
     # Transposed, a column is contiguous. Its error goes at once to the few columns that come next, and together with
     # theirs to the rest of the block: rank-1 updates of the whole block would be all memory traffic.
@@ -152,7 +163,7 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
     if isinstance(pattern, SemiStructured):
         gone = torch.zeros_like(columns)
     else:
-        score = obs_score(weight, upper)
+        score = _before_all(obs_score(weight, upper), zeros)
         gone = (score <= kth_lowest(score.reshape(1, -1), int(score.numel() * sparsity) + 1)).float().T.contiguous()
     few = _NEXT_COLUMNS
     if isinstance(pattern, SemiStructured):
@@ -162,7 +173,16 @@ def _prune_columns(weight: Tensor, upper: Tensor, sparsity: float, pattern: Patt
         for index in range(start, end):
             if isinstance(pattern, SemiStructured) and index % pattern.group_size == 0:
                 group = slice(index, index + pattern.group_size)
-                gone[group] = pattern.mask(obs_score(columns[group].T, upper[group, group]), sparsity).T
+                forced = None if zeros is None else zeros[:, group]
+                score = _before_all(obs_score(columns[group].T, upper[group, group]), forced)
+                gone[group] = pattern.mask(score, sparsity).T
+                if forced is not None:
+                    gone[group] = gone[group].masked_fill(forced.T, 1.0)
             columns[index + 1 : end].addr_(spread[index, index + 1 : end], columns[index] * gone[index], alpha=-1)
         columns[end:] -= spread[start:end, end:].T @ (columns[start:end] * gone[start:end])
     return columns.T, gone.T.bool()
+
+
+def _before_all(score: Tensor, zeros: Tensor | None) -> Tensor:
+    """The scores, with the lowest one for what goes in any case."""
+    return score if zeros is None else score.masked_fill(zeros, -1.0)

@@ -26,7 +26,7 @@ from lvlm_prune.methods.pools import (
 )
 from lvlm_prune.methods.saliency import AttentionSaliency, DiversitySaliency, DriftSaliency, RandomSaliency
 from lvlm_prune.methods.scorers import MagnitudeScorer, MaskSolver, RIAScorer, SparseGPTScorer, WandaScorer
-from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, Solver, SparseGPTSolver
+from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, Solver, SparseGPTSolver, SparseSwapsSolver
 from lvlm_prune.methods.statistics import ChannelNorm, Gram
 from lvlm_prune.methods.testing import PluginFault, check_plugin
 
@@ -64,6 +64,12 @@ PLUGINS = [
     ALPSSolver(schedule="paper"),
     RefitSolver(),
     RefitSolver(SparseGPTSolver()),
+    SparseGPTSolver(keep_zeros=True),
+    ALPSSolver(keep_zeros=True),
+    RefitSolver(keep_zeros=True),
+    SparseSwapsSolver(),
+    SparseSwapsSolver(rounds=2, candidates=1),
+    RefitSolver(SparseSwapsSolver()),
     ChannelNorm,
     Gram,
     UniformAllocation(),
