@@ -10,7 +10,7 @@ from lvlm_prune.memory.measuring import peak_memory
 from lvlm_prune.methods.solvers import ALPSSolver
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
-from lvlm_prune.output.summaries import PRIVATE_LINE, next_commands, quality_line
+from lvlm_prune.output.summaries import next_commands, quality_line
 from lvlm_prune.report.card import refresh_card
 
 if TYPE_CHECKING:
@@ -66,8 +66,6 @@ class PruningReport(PruneCallback):
             trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")
         if trainer.owns_process and pl_module.path not in NAMES:
             trainer.run.say(next_commands(folder, pl_module.path))
-            if not trainer.run.config.get("publishable"):
-                trainer.run.say(PRIVATE_LINE)
 
     @staticmethod
     def _take_stock(run: "Run") -> None:

@@ -43,7 +43,7 @@ class LVLMTrainer(RunTrainer):
         keep_minutes: float = 0.0,
         keep_recipes: list[str] = [],  # noqa: B006
         push: str = "",
-        publishable: bool = False,
+        publishable: bool | None = None,
     ) -> Manifest:
         """Prune a checkpoint block by block and write a sparse one.
 
@@ -67,8 +67,8 @@ class LVLMTrainer(RunTrainer):
             packed: Pack the sparse checkpoint where it is, once it is written; as `pack` does.
             push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
                 the upload.
-            publishable: Leave what is private out of the folder itself: local paths, ids of samples, and the picture
-                of one.
+            publishable: Keep what is private out of the folder, beside it in `OUTPUT.private`: local paths, ids of
+                samples, and the picture of one. Default: unless model and data are the embedded ones.
 
         Returns:
             The manifest; empty after a plan.
@@ -117,7 +117,7 @@ class LVLMTrainer(RunTrainer):
         reconstruction: Reconstruction = Reconstruction(),  # noqa: B008
         packed: bool = False,
         push: str = "",
-        publishable: bool = False,
+        publishable: bool | None = None,
     ) -> Manifest:
         """Train a pruned checkpoint to give back accuracy; every pruned weight stays zero.
 
@@ -138,8 +138,8 @@ class LVLMTrainer(RunTrainer):
             packed: Pack the recovered checkpoint where it is, once it is written; as `pack` does.
             push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
                 the upload.
-            publishable: Leave what is private out of the folder itself: local paths, ids of samples, and the picture
-                of one.
+            publishable: Keep what is private out of the folder, beside it in `OUTPUT.private`: local paths, ids of
+                samples, and the picture of one. Default: unless model and data are the embedded ones.
 
         Returns:
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
@@ -322,7 +322,7 @@ class LVLMTrainer(RunTrainer):
         format: Literal["bitmask", "coded"] = "bitmask",
         resume: bool = False,
         push: str = "",
-        publishable: bool = False,
+        publishable: bool | None = None,
     ) -> dict[str, Any]:
         """Store a sparse checkpoint without its zeros: smaller on disk and in memory, the same weights bit by bit.
 
@@ -335,8 +335,8 @@ class LVLMTrainer(RunTrainer):
             resume: Go on with the unfinished run in `output`.
             push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
                 the upload.
-            publishable: Leave what is private out of the folder itself: local paths, ids of samples, and the picture
-                of one.
+            publishable: Keep what is private out of the folder, beside it in `OUTPUT.private`: local paths, ids of
+                samples, and the picture of one. Default: unless model and data are the embedded ones.
 
         Returns:
             What was packed, and how small it became; also `packing.json` in the output folder.

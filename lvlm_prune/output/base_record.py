@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.private import is_left_out, private_folder
 
 
 def record_of(base: Path) -> dict[str, Any]:
@@ -16,15 +17,22 @@ def record_of(base: Path) -> dict[str, Any]:
     `dense` says from which checkpoint the base was pruned.
     """
     for name in (RECOVERY_RECORD, PRUNING_RECORD):
-        if (base / name).is_file():
-            try:
-                record = dict(json.loads((base / name).read_text()))
-            except ValueError:
-                continue
+        record = _read(base / name)
+        if record:
+            if is_left_out(record):  # where the dense model is stands beside the folder
+                record = _read(private_folder(base) / name) or record
             if name == PRUNING_RECORD:
                 record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
             return record
     return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:

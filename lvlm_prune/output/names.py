@@ -12,6 +12,9 @@ PAGE_NAME = "report.html"
 FIGURE_FOLDER = "report"
 PICTURE_NAME = "calibration-image.png"
 
+PRIVATE_SUFFIX = ".private"
+"""Of the folder beside an output, in which records and page are whole."""
+
 STATISTICS_NAME = "statistics.safetensors"
 EXAMPLE = "example"
 """With a block's number: key there of how much each visual token of one sample counts, uint8 in steps of 1/255."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import NAMES
+from lvlm_prune.output.names import PRIVATE_SUFFIX
 
 LEFT_OUT = "(left out)"
 """What stands in a record in place of something private."""
@@ -26,6 +27,17 @@ _PATH = re.compile(r"^(~|\.{1,2})?/|^[A-Za-z]:[\\/]|^\\\\|^~")
 _MODELS = ("model", "dense", "baseline")
 
 
+def private_folder(folder: Path) -> Path:
+    """Where the private part of an output folder lies: beside it.
+
+    Example:
+        >>> private_folder(Path("runs/sparse")).as_posix()
+        'runs/sparse.private'
+    """
+    folder = folder.absolute()
+    return folder.with_name(folder.name + PRIVATE_SUFFIX)
+
+
 def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record, or a configuration, without paths of this machine, ids of samples and which sample was drawn.
 
@@ -37,6 +49,18 @@ def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {name: value for name, value in record.items() if name != "picture"}
     return {**{name: _cleaned(value, name, "") for name, value in kept.items()}, PRIVATE: LEFT_OUT}
+
+
+def names_only_embedded(record: Mapping[str, Any]) -> bool:
+    """Whether a run had the embedded model and embedded data only, so that there is nothing private about it.
+
+    Args:
+        record: Of a run that pruned or recovered.
+    """
+    model, data = record.get("model") or {}, (record.get("config") or {}).get("data") or {}
+    sources = [value["class_path"] for value in data.values() if isinstance(value, Mapping) and "class_path" in value]
+    embedded = all(str(source).startswith("lvlm_prune.data.Embedded") for source in sources)
+    return embedded and bool({model.get("path"), record.get("origin")} & set(NAMES))
 
 
 def is_left_out(record: Mapping[str, Any]) -> bool:

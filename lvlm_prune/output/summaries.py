@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import RECOVERY_RECORD
+from lvlm_prune.output.names import PRIVATE_SUFFIX, RECOVERY_RECORD
 
 
 def summary(record: Manifest, folder: Path) -> str:
@@ -80,8 +80,15 @@ def _written(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.4g}"
 
 
-PRIVATE_LINE = "private: records and page name local paths and may show a calibration image; --push leaves them out"
-"""What is to be known before a folder is published by hand."""
+def private_line(folder: Path) -> str:
+    """Where the private part of a folder is.
+
+    Example:
+        >>> print(private_line(Path("out")))
+        out names no local path and no sample; the records that do, and the page with one, are in out.private
+    """
+    beside = f"{folder}{PRIVATE_SUFFIX}"
+    return f"{folder} names no local path and no sample; the records that do, and the page with one, are in {beside}"
 
 
 def next_commands(folder: Path, dense: str) -> str:

@@ -1,7 +1,8 @@
 """Publishing a finished folder: what is private is left out, and the rest goes to the hub.
 
---publishable true   the folder itself is written without private data
---push owner/name    a copy without private data goes to the hub; the folder stays as it is
+                      what is private lies beside the folder, in FOLDER.private
+--publishable false   the folder itself holds it
+--push owner/name     a copy without private data goes to the hub
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lvlm_prune.checkpoints.files import files_within
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.distributed.launching import is_first_process
 from lvlm_prune.errors import InputError, RunError, first_line
+from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import (
     EVALUATION_RECORD,
@@ -31,7 +33,8 @@ from lvlm_prune.output.names import (
     PRUNING_RECORD,
     RECOVERY_RECORD,
 )
-from lvlm_prune.output.private import without_private
+from lvlm_prune.output.private import is_left_out, names_only_embedded, private_folder, without_private
+from lvlm_prune.output.summaries import private_line
 from lvlm_prune.report.card import refresh_card
 from lvlm_prune.report.refreshing import refresh_page
 
@@ -46,14 +49,14 @@ class Publication:
 
     Args:
         push: Repository on the hub, `owner/name`; empty: nothing is uploaded.
-        publishable: Whether the folder itself is to hold nothing private.
+        publishable: Whether the folder itself is to hold nothing private; None: unless nothing about it is.
 
     Raises:
         InputError: There is no such repository to write to: the name is none, nobody is logged in, the hub cannot be
             reached, or the owner is somebody else.
     """
 
-    def __init__(self, push: str = "", publishable: bool = False) -> None:
+    def __init__(self, push: str = "", publishable: bool | None = None) -> None:
         self.push, self.publishable = push, publishable
         if push and is_first_process():
             _refuse_unreachable(push)
@@ -70,8 +73,13 @@ class Publication:
         """
         if folder is None or not is_first_process():
             return
-        if self.publishable:
+        private = self.publishable if self.publishable is not None else not _is_embedded(folder)
+        if private:
+            with writing(private_folder(folder)):
+                keep_private(folder)
             leave_out_private(folder)
+            if not quiet:
+                print(private_line(folder), flush=True)
         if self.push:
             with published(folder) as copy:
                 address = _upload(copy, folder, self.push)
@@ -94,11 +102,37 @@ def published(folder: Path) -> Iterator[Path]:
         yield copy
 
 
+def keep_private(folder: Path) -> None:
+    """Copy what is private beside a finished folder, in place of what an earlier run left there."""
+    beside = private_folder(folder)
+    names = [*_RECORDS, "config.yaml", PAGE_NAME]
+    if any(is_left_out(_read(folder / name)) for name in (PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD)):
+        return  # a run that was complete already: it lies there
+    beside.mkdir(exist_ok=True)
+    for name in names:
+        (beside / name).unlink(missing_ok=True)
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, beside / name)
+    shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
+    if (folder / FIGURE_FOLDER).is_dir():
+        shutil.copytree(folder / FIGURE_FOLDER, beside / FIGURE_FOLDER)
+
+
+def _is_embedded(folder: Path) -> bool:
+    """Whether all that was pruned or recovered, and what for, comes with this package."""
+    records = [_read(folder / name) for name in (PRUNING_RECORD, RECOVERY_RECORD)]
+    return all(names_only_embedded(record) for record in records if record) and any(records)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def leave_out_private(folder: Path) -> None:
     """Take what is private out of a finished folder: paths, ids and the picture of a sample; a second time nothing."""
     for name in _RECORDS:
         if (folder / name).is_file():
-            record = without_private(json.loads((folder / name).read_text(encoding="utf-8")))
+            record = without_private(_read(folder / name))
             replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
     if (folder / "config.yaml").is_file():
         config = without_private(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from lvlm_prune.cli import main
+from lvlm_prune.output.base_record import record_of
 from tests.conftest import GOLDEN
 
 
@@ -75,18 +76,19 @@ def test_what_is_pushed_is_the_folder_without_what_is_private(own, hub, tmp_path
     assert "left out of all files here" in ModelCard(hub.files["README.md"].decode()).text
     kept, pushed = json.loads((out / "pruning.json").read_text()), json.loads(hub.files["pruning.json"])
     assert pushed["linears"] == kept["linears"]
-    # The folder itself is as it was: it is resumed, recovered and compared by these places.
-    assert "patients" in (out / "pruning.json").read_text()
-    assert "patients" in yaml.safe_load((out / "config.yaml").read_text())["data"]["source"]["init_args"]["path"]
+    # What is left out lies beside it: the dense model is found there.
+    beside = tmp_path / "out.private"
+    assert "patients" in (beside / "pruning.json").read_text()
+    assert "patients" in yaml.safe_load((beside / "config.yaml").read_text())["data"]["source"]["init_args"]["path"]
     hub.files = {}
     assert main([*command, "--push=ours/sparse", "--resume=true"]) == 0
     assert "patients" not in texts(hub.files)
     assert hub.files
 
 
-def test_a_publishable_folder_holds_nothing_private_and_is_still_resumed_and_packed(own, tmp_path):
+def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packed(own, tmp_path):
     command, out = own
-    assert main([*command, "--publishable=true"]) == 0
+    assert main(command) == 0
 
     def written(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -95,13 +97,41 @@ def test_a_publishable_folder_holds_nothing_private_and_is_still_resumed_and_pac
     assert "patients" not in texts(before)
     assert str(tmp_path) not in texts(before)
     assert not (out / "report" / "calibration-image.png").exists()
-    assert main([*command, "--publishable=true", "--resume=true"]) == 0
+    beside = written(tmp_path / "out.private")
+    assert {"pruning.json", "config.yaml", "report.html"} <= beside.keys()
+    assert record_of(out)["dense"]["path"] == str(GOLDEN / "model")
+    assert main([*command, "--resume=true"]) == 0
+    assert written(tmp_path / "out.private") == beside
     after = written(out)
     assert "patients" not in texts(after)
     assert after["model.safetensors"] == before["model.safetensors"]
     packed = tmp_path / "packed"
-    assert main(["pack", f"--model.path={out}", f"--output={packed}", "--publishable=true"]) == 0
+    assert main(["pack", f"--model.path={out}", f"--output={packed}"]) == 0
     assert str(tmp_path) not in texts(written(packed))
+
+
+def test_a_folder_that_is_kept_to_oneself_holds_everything(own, tmp_path):
+    command, out = own
+    assert main([*command, "--publishable=false", "--report=false"]) == 0
+    assert "patients" in (out / "pruning.json").read_text()
+    assert "--publishable false" in (out / "README.md").read_text()
+    assert not (tmp_path / "out.private").exists()
+
+
+def test_the_embedded_model_with_own_data_is_private_and_with_its_own_is_not(tmp_path):
+    demo = ["prune", "--data.num_samples=2", "--method=magnitude", "--evaluate=false", "--report=false"]
+    assert main([*demo, f"--output={tmp_path / 'demo'}"]) == 0
+    assert str(tmp_path) in (tmp_path / "demo" / "config.yaml").read_text()
+    assert not (tmp_path / "demo.private").exists()
+    place = tmp_path / "patients-of-2026" / "own.json"
+    place.parent.mkdir()
+    place.write_text(
+        json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}])
+    )
+    source = ["--data.source=LlavaJsonSource", f"--data.source.path={place}"]
+    assert main([*demo, *source, "--data.num_samples=1", f"--output={tmp_path / 'mixed'}"]) == 0
+    assert "patients" not in (tmp_path / "mixed" / "config.yaml").read_text()
+    assert "patients" in (tmp_path / "mixed.private" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
