@@ -62,9 +62,8 @@ class Outcome:
         return sum(count for line, count in self.waits.items() if any(part in line for part in parts))
 
 
-def start(visible: Mapping[str, str]) -> None:
+def start() -> None:
     """Begin as the process of the emulated device."""
-    os.environ.update(visible)
     torch.set_num_threads(1)
     device.turn_on()
 
@@ -74,7 +73,15 @@ def command(arguments: Sequence[str], output: Path, keep: bool = False) -> Outco
     return watched(lambda: main([*map(str, arguments), f"--output={output}", _NO_BAR]), output, keep)
 
 
-def prune(recipe: str, accelerator: str, place: str, output: Path, samples: int = 4, **options: Any) -> Outcome:
+def prune(
+    recipe: str,
+    accelerator: str,
+    place: str,
+    output: Path,
+    samples: int = 4,
+    changed: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Outcome:
     """Prune the golden model as a recipe says, from disk to disk, from Python: without the seconds of a command line.
 
     Args:
@@ -83,6 +90,7 @@ def prune(recipe: str, accelerator: str, place: str, output: Path, samples: int 
         place: Where the samples wait; tensors of any size are moved.
         output: Folder, gone afterwards.
         samples: How many of the golden samples calibrate.
+        changed: Options of the method that take the place of the recipe's.
         options: Options of the trainer.
     """
 
@@ -95,7 +103,7 @@ def prune(recipe: str, accelerator: str, place: str, output: Path, samples: int 
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[load_pruning(REPOSITORY / "configs" / "prune" / f"{recipe}.yaml")],
+            callbacks=[load_pruning(REPOSITORY / "configs" / "prune" / f"{recipe}.yaml", **(changed or {}))],
             **options,
         )
         data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=samples)

@@ -19,7 +19,7 @@ from lvlm_prune.memory.hidden_states import available_device_memory
 from lvlm_prune.methods.pools import MixedPool
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 from tests.emulated_cuda import runs
-from tests.emulated_cuda.conftest import process_with_device
+from tests.emulated_cuda.process import DeviceProcess
 from tests.emulated_cuda.runs import REPOSITORY
 from tests.families import make_inputs, tiny_model
 
@@ -53,9 +53,9 @@ def model_in_memory(where: str) -> tuple[str, list[str]]:
 
 
 def test_a_model_in_memory_is_pruned_where_it_is(built):
-    with process_with_device(devices=2) as process:
-        _, on_cpu = process.submit(model_in_memory, "cpu").result()
-        place, on_second = process.submit(model_in_memory, "cuda:1").result()
+    with DeviceProcess(devices=2) as process:
+        _, on_cpu = process(model_in_memory, "cpu")
+        place, on_second = process(model_in_memory, "cuda:1")
     assert place == "cuda:1"
     assert on_second == on_cpu
 
@@ -90,8 +90,8 @@ def test_what_torch_keeps_of_freed_memory_is_there_to_be_taken(on_device):
 
 def record_of(gigabytes: float, output: Path, accelerator: str) -> dict:
     arguments = [*GOLDEN_ARGUMENTS, "--evaluate=false", f"--trainer.accelerator={accelerator}"]
-    with process_with_device(gigabytes=gigabytes) as process:
-        outcome = process.submit(runs.command, arguments, output, keep=True).result()
+    with DeviceProcess(gigabytes=gigabytes) as process:
+        outcome = process(runs.command, arguments, output, keep=True)
     assert outcome.status == 0, outcome.screen
     return json.loads((output / "pruning.json").read_text())
 

@@ -87,7 +87,7 @@ def _redefine(old: type, source: str) -> None:
 
 def tensors_or_failure(process, edit: Edit, output: Path) -> tuple[object, object]:
     try:
-        found = process.submit(prune_with, edit, output).result()
+        found = process(prune_with, edit, output)
     except Exception as error:
         return type(error).__name__, {}
     return found.tensors, found.races

@@ -26,10 +26,7 @@ def waits(process, tmp_path_factory):
     def of(recipe: str) -> list[dict[str, int]]:
         if recipe not in made:
             output = tmp_path_factory.mktemp("waits") / "out"
-            outcomes = [
-                process.submit(runs.prune, recipe, "cuda", "device", output, samples=count).result()
-                for count in (FEW, MANY)
-            ]
+            outcomes = [process(runs.prune, recipe, "cuda", "device", output, samples=count) for count in (FEW, MANY)]
             made[recipe] = [dict(outcome.waits) for outcome in outcomes]
         return made[recipe]
 
