@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
@@ -180,6 +180,10 @@ class LVLMCLI(LightningCLI):
             with built_from(self.config[self.subcommand].as_dict()):
                 super().instantiate_classes()
 
+    def _dump_config(self) -> None:
+        """Nothing: no module of this project saves its options as hyperparameters, for which Lightning writes all."""
+        self.config_dump: dict[str, Any] = {}
+
     def _set_seed(self) -> None:
         if self.subcommand in _WITHOUT_TRAINER:
             return
@@ -280,14 +284,14 @@ class LVLMCLI(LightningCLI):
         Raises:
             InputError: One of them is not at its default.
         """
-        defaults = self._parser(verb).get_defaults()["trainer"].as_dict()
+        parser = self._parser(verb)
         for name, value in self._get(self.config, "trainer").as_dict().items():
-            if name in _OF_TRAINING and value != defaults[name]:
+            if name in _OF_TRAINING and value != parser.get_default(f"trainer.{name}"):
                 raise InputError(f"trainer.{name}", value, f"does nothing with {verb}, which trains nothing")
 
     def _run_config(self, verb: str) -> dict[str, Any]:
         parser, values = self._parser(verb), self.config[verb]
-        config = yaml.safe_load(parser.dump(values, skip_none=True, skip_check=True))
+        config = json.loads(parser.dump(values, format="json", skip_none=True, skip_check=True))
         config.pop("config", None)
         return config
 

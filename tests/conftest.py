@@ -58,7 +58,8 @@ def pytest_runtestloop(session):
 def _make_options_once() -> None:
     """The options of a command are made from the signatures of its classes, which takes half of a command's time.
 
-    In this process that is done once for each command. Commands in processes of their own make theirs.
+    Here that is done once for each command, and once for all commands in processes of their own (`tests.warm`); those
+    for which Python starts anew make theirs.
     """
     from lvlm_prune.cli_parser import LVLMCLI
 
@@ -76,7 +77,9 @@ def _make_options_once() -> None:
 
 
 def _read_entry_points_once() -> None:
-    """For each list of folders in which packages are looked for."""
+    """For each list of folders in which packages are looked for; Lightning looks twice in each command."""
+    from lightning.fabric.utilities import registry
+
     from lvlm_prune import plugins
 
     read, really = {}, plugins.entry_points
@@ -87,7 +90,7 @@ def _read_entry_points_once() -> None:
             read[key] = really(group=group)
         return read[key]
 
-    plugins.entry_points = remembered
+    plugins.entry_points = registry.entry_points = remembered
 
 
 @pytest.fixture(autouse=True)

@@ -197,7 +197,7 @@ def _serve(connection: socket.socket) -> NoReturn:
     try:
         _leave_pytest(connection.fileno())
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are gone without being waited for
-        warm = False
+        warm, made = False, list[list[str]]()
         while True:
             length, files, _, _ = socket.recv_fds(connection, 8, 3)
             if not length:
@@ -208,17 +208,43 @@ def _serve(connection: socket.socket) -> NoReturn:
             if not warm:
                 for module in _MODULES:
                     importlib.import_module(module)
-                gc.collect()
-                gc.freeze()
                 warm = True
+            request = json.loads(content)
+            if request["module"] == CLI and request["arguments"][:1] not in made:
+                made.append(request["arguments"][:1])
+                _make_options(request["arguments"][:1])
+            gc.collect()
+            gc.freeze()
             if os.fork() == 0:
-                _watch(json.loads(content), *files)
+                _watch(request, *files)
             for file in files:
                 os.close(file)
     except BaseException:
         traceback.print_exc(file=sys.__stderr__)
     finally:
         os._exit(1)
+
+
+def _make_options(verb: list[str]) -> None:
+    """Let the test session remember the options of a command, for all forks; see `tests.conftest`."""
+    from lvlm_prune import cli_parser
+
+    parse = cli_parser.LVLMCLI.parse_arguments
+
+    def stop(*_: object) -> NoReturn:
+        raise _Made
+
+    cli_parser.LVLMCLI.parse_arguments = stop
+    try:
+        cli_parser.run(verb)
+    except _Made:
+        pass
+    finally:
+        cli_parser.LVLMCLI.parse_arguments = parse
+
+
+class _Made(Exception):
+    """The options of a command are made."""
 
 
 def _leave_pytest(connection: int) -> None:
