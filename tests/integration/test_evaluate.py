@@ -97,6 +97,7 @@ def test_records_of_an_evaluation_do_not_go_on_to_the_next_checkpoint(pruned, ev
         f"--model.path={pruned}",
         "--pruning.sparsity=0.7",
         "--report=false",
+        "--evaluate=false",
         f"--output={tmp_path / 'out'}",
     ]
     assert main(["prune", config, *arguments]) == 0
