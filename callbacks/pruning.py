@@ -47,7 +47,7 @@ class BlockwisePruning(PruneCallback):
 
     Args:
         sparsity: Share of each Linear's weights to prune, strictly between 0 and 1. With an N:M pattern it is given by
-            the pattern, 1 - N/M. Default: 0.5.
+            the pattern, 1 - N/M; `KLAllocation` takes less, and leaves Linears dense. Default: 0.5.
         vision_sparsity: The same for the vision tower, where `model.targets` names it. Default: `sparsity`.
         pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number).
         pool: Which calibration tokens count.
@@ -96,18 +96,18 @@ class BlockwisePruning(PruneCallback):
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
         self.solver = None if solver is None else own_instance(solver)
         self.pattern = checked_pattern(pattern)
-        self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity")
+        self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity", allocation.leaves_dense)
         self.vision_sparsity = vision_sparsity
         if vision_sparsity is not None:
             checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
-        allocation = allocation.under(self.pattern)
-        if isinstance(self.pattern, SemiStructured) and not allocation.uniform:
-            raise InputError(
-                "pruning.allocation", plugin_class(allocation).__name__, f"cannot be used with {self.pattern}"
-            )
+        if not (isinstance(self.pattern, SemiStructured) and self.sparsity < self.pattern.sparsity):
+            allocation = allocation.under(self.pattern)
+            if isinstance(self.pattern, SemiStructured) and not allocation.uniform:
+                name = plugin_class(allocation).__name__
+                raise InputError("pruning.allocation", name, f"cannot be used with {self.pattern}")
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
         with mounted(**{self.section: self}):
             self.chosen_solver = scorer.solver() if self.solver is None else self.solver.starting_from(scorer.solver())

@@ -138,7 +138,9 @@ class SemiStructured(Pattern):
         return 1 - self.keep / self.group_size
 
     def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
-        """See `Pattern.mask`; `sparsity` and `group` are given by the pattern itself."""
+        """See `Pattern.mask`; `sparsity` and `group` are given by the pattern itself, but nothing goes at 0."""
+        if sparsity == 0:
+            return torch.zeros_like(score, dtype=torch.bool)
         columns = self.groups(score).unbind(1)
         mask = torch.empty(score.numel() // self.group_size, self.group_size, dtype=torch.bool, device=score.device)
         # M is small: counting how many of the others go before is several times faster than sorting tiny groups.
@@ -151,8 +153,8 @@ class SemiStructured(Pattern):
         return mask.view_as(score)
 
     def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
-        """M - N."""
-        return self.group_size - self.keep
+        """M - N, or nothing at a sparsity of 0."""
+        return 0 if sparsity == 0 else self.group_size - self.keep
 
     def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
         """Every M consecutive input columns."""

@@ -85,10 +85,9 @@ def private_line(folder: Path) -> str:
 
     Example:
         >>> print(private_line(Path("out")))
-        out names no local path and no sample; the records that do, and the page with one, are in out.private
+        private: local paths, ids and pictures of samples are in out.private, and not in out
     """
-    beside = f"{folder}{PRIVATE_SUFFIX}"
-    return f"{folder} names no local path and no sample; the records that do, and the page with one, are in {beside}"
+    return f"private: local paths, ids and pictures of samples are in {folder}{PRIVATE_SUFFIX}, and not in {folder}"
 
 
 def next_commands(folder: Path, dense: str) -> str:

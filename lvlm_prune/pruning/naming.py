@@ -62,8 +62,11 @@ def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
         'mixed-wanda-60'
         >>> folder_label("ATV", 0.5, parse_pattern("2:4"))
         'atv-2of4'
+        >>> folder_label("ALPS", 0.4, parse_pattern("2:4"))
+        'alps-2of4-40'
     """
     method = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if isinstance(pattern, SemiStructured):
-        return f"{method}-{pattern.keep}of{pattern.group_size}"
+        label = f"{method}-{pattern.keep}of{pattern.group_size}"
+        return label if sparsity >= pattern.sparsity else f"{label}-{100 * sparsity:g}"
     return f"{method}-{100 * sparsity:g}"

@@ -24,17 +24,28 @@ def checked_pattern(pattern: str | int) -> Pattern:
         raise InputError("pruning.pattern", pattern, str(error)) from None
 
 
-def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str) -> float:
+def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, leaves_dense: bool = False) -> float:
     """The sparsity that is meant: that of an N:M pattern, what is given, or the default.
+
+    Args:
+        sparsity: What is given; None for nothing.
+        pattern: Which weights may go together.
+        option: Its option, for the error.
+        leaves_dense: Whether the mean may be lower than the sparsity of an N:M pattern.
 
     Raises:
         InputError: It contradicts the pattern, or does not lie strictly between 0 and 1; names the option.
     """
     if isinstance(pattern, SemiStructured):
-        if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
-            problem = f"contradicts pattern {pattern}, whose sparsity is {pattern.sparsity:g}"
-            raise InputError(option, sparsity, problem)
-        return pattern.sparsity
+        if sparsity is None or math.isclose(sparsity, pattern.sparsity):
+            return pattern.sparsity
+        lower = 0 < sparsity < pattern.sparsity
+        if lower and leaves_dense:
+            return sparsity
+        problem = f"contradicts pattern {pattern}, whose sparsity is {pattern.sparsity:g}"
+        if lower:
+            problem += "; --pruning.allocation KLAllocation reaches a lower mean, by leaving Linears dense"
+        raise InputError(option, sparsity, problem)
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
     if not 0 < sparsity < 1:
         raise InputError(option, sparsity, "must lie strictly between 0 and 1")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
@@ -247,9 +248,34 @@ def test_ecoflap_says_its_cost_before_it_starts(golden_arguments, tmp_path, caps
     assert any(line.startswith("surveyed: sparsity ") for line in lines[cost:])
 
 
+@pytest.mark.parametrize("method", ["--pruning.scorer=WandaScorer", "--pruning.solver=ALPSSolver"])
+def test_n_of_m_below_its_sparsity_leaves_dense_what_moves_answers_most(method, golden_arguments, tmp_path):
+    """The same from the command line and in memory; each Linear is 2:4 or as it was, and 2:4 costs more where it is."""
+    options = ["--pruning.allocation=KLAllocation", "--pruning.pattern=2:4", "--pruning.sparsity=0.3"]
+    assert main([*golden_arguments, method, *options, f"--output={tmp_path / 'out'}"]) == 0
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert 0.3 <= manifest["sparsity"]["achieved"] < 0.35
+    dense, sparse = (load_file(folder / "model.safetensors") for folder in (GOLDEN / "model", tmp_path / "out"))
+    zeros = {name: sparse[f"{name}.weight"] == 0 for name in manifest["linears"]}
+    for name, entry in manifest["linears"].items():
+        assert entry["target"] in (0.0, 0.5)
+        assert set(zeros[name].unflatten(1, (-1, 4)).sum(2).unique().tolist()) == {4 * entry["target"]}
+        assert entry["target"] or torch.equal(dense[f"{name}.weight"], sparse[f"{name}.weight"])
+    (kl,) = [found["kl"] for found in manifest["survey"].values()]
+    costs = {True: [], False: []}
+    for name, (value,) in kl.items():
+        costs[bool(manifest["linears"][name]["target"])].append(value / zeros[name].numel())
+    assert sorted(costs[True])[-2] <= min(costs[False])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--pruning.pattern=2:4", "--pruning.sparsity=0.4"], "KLAllocation reaches a lower mean"),
+        (
+            ["--pruning.pattern=2:4", "--pruning.sparsity=0.6", "--pruning.allocation=KLAllocation"],
+            "contradicts pattern 2:4, whose sparsity is 0.5",
+        ),
         (["--pruning.allocation=OWLAllocation", "--pruning.pattern=2:4"], "cannot be used with 2:4"),
         (
             ["--pruning.allocation=DASAllocation", "--pruning.allocation.max_sparsity=0.4"],

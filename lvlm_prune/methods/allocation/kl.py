@@ -52,7 +52,8 @@ class KLAllocation(Allocation):
 
     For B blocks with g groups each and l levels it costs about g l B (B + 1) / 2 block forwards and g l B losses per
     sample, which is printed before it starts. A checkpoint that streams from disk is read about B / 2 times more.
-    Under N:M every Linear has the same sparsity: nothing is measured and nothing dealt out.
+    Under N:M a Linear is pruned to the pattern or not at all. With a target below the pattern's sparsity those go whose
+    divergence for each weight is least, until the mean reaches the target; without, nothing is measured.
 
     Args:
         samples: How many of the calibration samples to take, drawn from them; all if there are fewer.
@@ -77,6 +78,7 @@ class KLAllocation(Allocation):
     wants_survey_losses = True
     wants_survey_statistics = True
     survey_depends_on_method = True
+    leaves_dense = True
 
     def __init__(
         self, samples: int = 4, levels: list[float] | None = None, groups: Groups = "linear", width: float = 0.15
@@ -100,12 +102,15 @@ class KLAllocation(Allocation):
         self.use_method(self._solver, self._pattern, 0.5)
 
     def under(self, pattern: Pattern) -> Allocation:
-        """See `Allocation.under`: uniform with N:M."""
+        """See `Allocation.under`: uniform with N:M, where the target is the pattern's sparsity."""
         return UniformAllocation() if isinstance(pattern, SemiStructured) else self
 
     def use_method(self, solver: Solver, pattern: Pattern, sparsity: float) -> None:
         """See `Allocation.use_method`: the survey prunes as the method will, around its target."""
         self._solver, self._pattern = solver.quick(), pattern
+        if isinstance(pattern, SemiStructured):
+            self._tried = [pattern.sparsity]
+            return
         around = [min(max(sparsity + offset, 0.05), 0.98) for offset in _OFFSETS]
         self._tried = sorted(set(self.levels or around))
 
@@ -184,6 +189,12 @@ class KLAllocation(Allocation):
         for name, (rows, columns) in shapes.items():
             group = self._group_of(name)
             sizes[group] = sizes.get(group, 0) + rows * columns
+        if isinstance(self._pattern, SemiStructured):
+            divergences = [self._divergences[group][0] for group in sizes]
+            chosen = dict(
+                zip(sizes, fewest_pruned(divergences, list(sizes.values()), sparsity / self._pattern.sparsity))
+            )
+            return {name: self._pattern.sparsity * chosen[self._group_of(name)] for name in shapes}
         curves = [LogCurve(self._tried, self._divergences[group]) for group in sizes]
         low, high = max(sparsity - self.width, 0.0), min(sparsity + self.width, 0.98)
         dealt = dict(zip(sizes, least_sum(curves, list(sizes.values()), sparsity, low, max(high, sparsity))))
@@ -253,6 +264,33 @@ class LogCurve:
         start, end = self._levels[left], self._levels[left + 1]
         share = (sparsity - start) / (end - start)
         return torch.lerp(self._logs[left], self._logs[left + 1], share).exp()
+
+
+def fewest_pruned(divergences: Sequence[float], sizes: Sequence[int], share: float) -> list[bool]:
+    """Which groups are pruned so that a share of all weights is in them, and their divergences add up to little.
+
+    By divergence for each weight, least first; then what the rest makes needless stays dense, the dearest first.
+
+    Args:
+        divergences: Of each group, pruned alone.
+        sizes: Number of weights of each group.
+        share: Of the weights, in (0, 1].
+
+    Example:
+        >>> fewest_pruned([0.1, 0.9, 0.3], [100, 100, 200], 0.5)
+        [False, False, True]
+        >>> fewest_pruned([0.1, 0.9, 0.3], [100, 100, 200], 0.6)
+        [True, False, True]
+    """
+    wanted, pruned = share * sum(sizes) * (1 - 1e-9), [False] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda at: divergences[at] / sizes[at]):
+        if sum(size for size, gone in zip(sizes, pruned) if gone) >= wanted:
+            break
+        pruned[index] = True
+    for index in sorted(range(len(sizes)), key=lambda at: -divergences[at]):
+        if pruned[index] and sum(size for size, gone in zip(sizes, pruned) if gone) - sizes[index] >= wanted:
+            pruned[index] = False
+    return pruned
 
 
 def least_sum(

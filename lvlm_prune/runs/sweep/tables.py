@@ -10,6 +10,7 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
 from lvlm_prune.output import markdown
 from lvlm_prune.runs.sweep.grid import PATTERN, SPARSITY, readable
 from lvlm_prune.runs.sweep.results import FinishedRun
@@ -69,12 +70,25 @@ def cells(runs: Sequence[FinishedRun], across: str) -> dict[str, dict[Any, list[
         }
         named = [f"{name.rpartition('.')[2]} {readable(value)}" for name, value in others.items()]
         if across == SPARSITY:
-            place = config["pattern"] if semi_structured else run.record["sparsity"]["target"]
+            target = run.record["sparsity"]["target"]
+            place = target if not semi_structured else pattern_place(config["pattern"], target)
         else:
             place = run.point.options.get(across, "")
         line = " · ".join([run.point.recipe, *named])
         table.setdefault(line, {}).setdefault(place, []).append(run)
     return table
+
+
+def pattern_place(pattern: str, target: float) -> str:
+    """What an N:M column is headed: the pattern, and the mean where Linears stay dense.
+
+    Example:
+        >>> pattern_place("2:4", 0.5), pattern_place("2:4", 0.4)
+        ('2:4', '2:4 at 40%')
+    """
+    pruned = parse_pattern(pattern)
+    lower = isinstance(pruned, SemiStructured) and target < pruned.sparsity - 1e-9
+    return f"{pattern} at {100 * target:g}%" if lower else pattern
 
 
 def table_rows(runs: Sequence[FinishedRun], across: str) -> tuple[list[str], list[list[str]]]:

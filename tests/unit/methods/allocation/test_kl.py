@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lvlm_prune.methods.allocation import KLAllocation
-from lvlm_prune.methods.allocation.kl import LogCurve, least_sum
+from lvlm_prune.methods.allocation.kl import LogCurve, fewest_pruned, least_sum
 from lvlm_prune.methods.patterns import SemiStructured, Unstructured
 from lvlm_prune.methods.scorers import WandaScorer
 
@@ -98,3 +98,31 @@ def test_with_n_of_m_nothing_is_measured_and_nothing_dealt_out():
     dealt = allocation.under(SemiStructured(2, 4))
     assert dealt.uniform
     assert not dealt.wants_survey
+
+
+def test_below_the_sparsity_of_n_of_m_those_go_that_cost_least():
+    allocation = KLAllocation()
+    allocation.use_method(WandaScorer().solver(), SemiStructured(2, 4), 0.4)
+    names = [f"layers.{block}.mlp.{name}" for block in range(4) for name in ("up_proj", "down_proj")]
+    kl = {name: [0.01 * (at + 1) ** 2] for at, name in enumerate(names)}
+    allocation.use_survey({"levels": [0.5], "kl": kl})
+    shapes = dict.fromkeys(names, (8, 8))
+    dealt = allocation.allocate(shapes, 0.4)
+    assert list(dealt.values()) == [0.5] * 7 + [0.0]  # 7 of 8 are the first to reach four fifths
+    assert allocation.allocate(shapes, 0.5) == dict.fromkeys(names, 0.5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_of_as_many_weights_costs_much_less(seed):
+    """Against all subsets: the least sum at the asked share, which the greedy choice may miss by one group's step."""
+    generator = torch.Generator().manual_seed(seed)
+    divergences = torch.rand(8, generator=generator).square().tolist()
+    sizes = torch.randint(1, 4, (8,), generator=generator).tolist()
+    share = 0.2 + 0.7 * torch.rand((), generator=generator).item()
+    found = fewest_pruned(divergences, sizes, share)
+    sums = {}
+    for chosen in product((False, True), repeat=8):
+        if sum(size for size, gone in zip(sizes, chosen) if gone) >= share * sum(sizes):
+            sums[chosen] = sum(value for value, gone in zip(divergences, chosen) if gone)
+    assert tuple(found) in sums
+    assert sums[tuple(found)] <= min(sums.values()) + max(value for value, gone in zip(divergences, found) if gone)
