@@ -198,6 +198,9 @@ def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
         beside = [candidate.removeprefix(place + dot) for candidate in known if candidate.startswith(place + dot)]
         # Inside a class: options of any class, since this one may be the wrong one.
         if place.count(".") or place == "--engine":
+            owners = sorted(short for short, names in plugins.items() if name in names)
+            if owners:
+                return f"{option}: unknown option of the class in use; {' and '.join(owners[:3])} takes it"
             beside += [name for names in plugins.values() for name in names]
         meant = [f"{place}{dot}{close}" for close in get_close_matches(name, beside, n=1, cutoff=0.75)]
     return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")

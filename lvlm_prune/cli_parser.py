@@ -15,7 +15,14 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_errors import VERBS, OptionError, explain, refuse_devices, refuse_immense, refuse_unreadable
+from lvlm_prune.cli_errors import (
+    VERBS,
+    OptionError,
+    explain,
+    refuse_devices,
+    refuse_immense,
+    refuse_unreadable,
+)
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, classes_below, command_help
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
@@ -26,6 +33,7 @@ from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Benchmark
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.private import whole_config
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_nulls
 from lvlm_prune.recipes import with_log_folder, with_recipe
 from lvlm_prune.trainer import LVLMTrainer
@@ -327,9 +335,24 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _with_whole_configs(arguments: Sequence[str]) -> list[str]:
+    """The command line, where configurations whose private data lie beside their folder are named there."""
+    told, follows = [], False
+    for argument in arguments:
+        option, equals, path = argument.partition("=")
+        if follows:
+            argument = str(whole_config(Path(argument)))
+        elif option == "--config" and equals:
+            argument = f"--config={whole_config(Path(path))}"
+        follows = argument == "--config"
+        told.append(argument)
+    return told
+
+
 def _run(arguments: Sequence[str]) -> None:
     refuse_unreadable(arguments, Path.cwd())
     load_installed_plugins()
+    arguments = _with_whole_configs(arguments)
     if arguments[:1] == ["prune"]:
         arguments = with_recipe(arguments)
     arguments = with_log_folder(arguments)

@@ -63,16 +63,6 @@ def refuse_huge(option: str, value: int | None, most: int | None = None) -> None
         raise InputError(option, value, f"must be at most {most}")
 
 
-def refuse_negative(option: str, value: int) -> None:
-    """Refuse a count below zero.
-
-    Raises:
-        InputError: It is.
-    """
-    if value < 0:
-        raise InputError(option, value, "must be 0 or more")
-
-
 def one_line(value: Any) -> str:
     r"""Text on one line that every terminal and file takes, whatever a file name or a record had in it.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.errors import InputError, refuse_negative
+from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.module import LVLMModule
@@ -84,7 +84,8 @@ class LVLMTrainer(RunTrainer):
                 pack_folder(output, model)
                 publish(Path(output))
             return Manifest.read(Path(output))
-        refuse_negative("held_back", held_back)
+        if held_back < 0:
+            raise InputError("held_back", held_back, "must be 0 or more")
         if not 0 <= keep_minutes < float("inf"):
             raise InputError("keep_minutes", keep_minutes, "must be 0 (no bound) or more")
         options = RunOptions(resume, evaluate, report, plan, held_back=held_back)

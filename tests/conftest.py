@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import warm
 
@@ -121,3 +122,16 @@ def golden_arguments() -> list[str]:
 def keep_packed(monkeypatch: pytest.MonkeyPatch):
     """Small packed matrices stay packed in memory, also where a dense product is faster."""
     monkeypatch.setenv("LVLM_PRUNE_KERNELS", "avx512")
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """The calibration samples with the last tokens of each as its answer."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    for name in [name for name in samples if name.endswith(".input_ids")]:
+        labels = samples[name].clone()
+        labels[..., : -5 - int(name[1]) % 3] = -100
+        samples[name.replace("input_ids", "labels")] = labels
+    path = tmp_path_factory.mktemp("data") / "labelled.safetensors"
+    save_file(samples, path)
+    return path

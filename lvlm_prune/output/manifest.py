@@ -17,8 +17,7 @@ from lvlm_prune.output.records import BlockRecord, LinearRecord
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
 
-# Options that may differ between a run and its resumption without changing a single byte of the checkpoint.
-_FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (
     "output",
     "resume",
     "evaluate",
@@ -30,6 +29,7 @@ _FREE_TO_CHANGE = (
     "config",
     "trainer",
 )
+"""Options that may differ between a run and its resumption without changing a single byte of the checkpoint."""
 
 # Where the checkpoint and the calibration data are: they may move while what is there stays, which fingerprints tell.
 _PLACES = {
@@ -120,7 +120,7 @@ class Manifest(dict[str, Any]):
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))
             for key in sorted(before.keys() | now.keys()):
-                if section == "config" and key.split(".")[0] in _FREE_TO_CHANGE:
+                if section == "config" and key.split(".")[0] in FREE_TO_CHANGE:
                     continue
                 if f"{section}.{key}" in moved or before.get(key) == LEFT_OUT:
                     continue

@@ -11,6 +11,8 @@ MODEL_CARD = "README.md"
 PAGE_NAME = "report.html"
 FIGURE_FOLDER = "report"
 PICTURE_NAME = "calibration-image.png"
+PICTURE_FIGURE = "tokens"
+"""Name of the figure that shows it."""
 
 PRIVATE_SUFFIX = ".private"
 """Of the folder beside an output, in which records and page are whole."""

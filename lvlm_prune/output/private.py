@@ -20,6 +20,9 @@ LEFT_OUT = "(left out)"
 PRIVATE = "private_data"
 """Key of a record that says what became of private data."""
 
+CONFIG_HEAD = "# Local paths are left out. Where the folder was written they lie beside it, and --config finds them.\n"
+"""First line of a configuration without private data."""
+
 # Options and entries that hold places, by a part of their name; what stands there is private unless it is a hub name.
 _PLACES = re.compile(r"path|folder|file|dir$|output|scratch|^dense$|^baseline$|recipes", re.IGNORECASE)
 _NOT_PLACES = ("class_path", "files", "fingerprint")
@@ -31,8 +34,8 @@ def private_folder(folder: Path) -> Path:
     """Where the private part of an output folder lies: beside it.
 
     Example:
-        >>> private_folder(Path("runs/sparse")).as_posix()
-        'runs/sparse.private'
+        >>> private_folder(Path("runs/sparse")).name
+        'sparse.private'
     """
     folder = folder.absolute()
     return folder.with_name(folder.name + PRIVATE_SUFFIX)
@@ -49,6 +52,17 @@ def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {name: value for name, value in record.items() if name != "picture"}
     return {**{name: _cleaned(value, name, "") for name, value in kept.items()}, PRIVATE: LEFT_OUT}
+
+
+def whole_config(path: Path) -> Path:
+    """The configuration with its private data, beside a folder whose own is without; else the one that is named."""
+    beside = private_folder(path.parent) / path.name
+    try:
+        with path.open(encoding="utf-8") as file:
+            left_out = file.readline() == CONFIG_HEAD
+    except (OSError, ValueError):
+        return path
+    return beside if left_out and beside.is_file() else path
 
 
 def names_only_embedded(record: Mapping[str, Any]) -> bool:

@@ -9,10 +9,13 @@ Every number on a page knows where it comes from, so a page can be held against 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -33,6 +36,9 @@ _UNITS = {
     "seconds": lambda value: f"{value:.1f} s",
     "megabytes": lambda value: f"{value / 1e6:.1f} MB",
 }
+
+
+_drawn: ContextVar[Mapping[str, tuple[Markup, bytes]]] = ContextVar("drawn", default=MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,16 @@ class PageFigure:
     @cached_property
     def svg(self) -> Markup:
         """The drawing as part of a page."""
+        if self.name in (drawn := _drawn.get()):
+            return drawn[self.name][0]
         plain = self.caption.striptags() if isinstance(self.caption, Markup) else self.caption
         return inline_svg(self.drawing, plain)
 
     @cached_property
     def png(self) -> bytes:
         """The drawing as a file of its own."""
+        if self.name in (drawn := _drawn.get()):
+            return drawn[self.name][1]
         return png_bytes(self.drawing)
 
     def draw(self) -> None:
@@ -149,6 +159,26 @@ def _with_contents(page: str) -> str:
     page = re.sub(r"<h2>(.*?)</h2>", lambda found: f'<h2 id="{anchors[found[1]]}">{found[1]}</h2>', page)
     links = " ".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
     return page.replace("</h1>", f'</h1>\n<nav aria-label="Contents">{links}</nav>', 1)
+
+
+@contextmanager
+def drawn_again(folder: Path) -> Iterator[None]:
+    """While the context is open, figures are those that are on the page in a folder already: drawing takes longest.
+
+    Args:
+        folder: The page there was made from the same numbers.
+    """
+    text = (folder / PAGE_NAME).read_text(encoding="utf-8")
+    drawn: dict[str, tuple[Markup, bytes]] = {}
+    for found in re.finditer(r'<figure id="([\w-]+)">\n(<svg.*?</svg>)\n<figcaption>', text, re.DOTALL):
+        png = folder / FIGURE_FOLDER / f"{found[1]}.png"
+        if png.is_file():
+            drawn[found[1]] = Markup(found[2]), png.read_bytes()
+    token = _drawn.set(drawn)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
 
 
 def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_NAME, STATISTICS_NAME
+from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
@@ -370,4 +370,4 @@ def _picture(run: dict[str, Any], folder: Path | None) -> PageFigure | None:
     )
     with Image.open(path) as picture:
         drawing = tokens_on_picture(picture, (rows, columns), on_grid)
-    return PageFigure("tokens", drawing, caption)
+    return PageFigure(PICTURE_FIGURE, drawing, caption)

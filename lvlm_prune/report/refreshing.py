@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
 
 
-def refresh_page(folder: Path) -> bool:
-    """Write the report that lies in a folder once more, now that the checkpoint there is scored.
+def refresh_page(folder: Path, same_numbers: bool = False) -> bool:
+    """Write the report that lies in a folder once more, now that there is something new to say.
+
+    Args:
+        folder: Where page and record are.
+        same_numbers: Whether no number is new, so that the figures are those that are drawn already.
 
     Returns:
         Whether there is one.
@@ -19,7 +24,7 @@ def refresh_page(folder: Path) -> bool:
     if not (folder / PAGE_NAME).is_file():
         return False
     # Matplotlib takes its time to load.
-    from lvlm_prune.report.page import write_page
+    from lvlm_prune.report.page import drawn_again, write_page
     from lvlm_prune.report.pruning import pruning_page
     from lvlm_prune.report.recovery import recovery_page
 
@@ -28,6 +33,7 @@ def refresh_page(folder: Path) -> bool:
         if (folder / name).is_file():
             record = Manifest.read(folder, name)
             if record.get("status") == "complete":
-                write_page(folder, *page(record, folder))
+                with drawn_again(folder) if same_numbers else nullcontext():
+                    write_page(folder, *page(record, folder))
                 return True
     return False

@@ -30,10 +30,12 @@ from lvlm_prune.output.names import (
     FIGURE_FOLDER,
     PACKING_RECORD,
     PAGE_NAME,
+    PICTURE_FIGURE,
+    PICTURE_NAME,
     PRUNING_RECORD,
     RECOVERY_RECORD,
 )
-from lvlm_prune.output.private import is_left_out, names_only_embedded, private_folder, without_private
+from lvlm_prune.output.private import CONFIG_HEAD, is_left_out, names_only_embedded, private_folder, without_private
 from lvlm_prune.output.summaries import private_line
 from lvlm_prune.report.card import refresh_card
 from lvlm_prune.report.refreshing import refresh_page
@@ -137,14 +139,16 @@ def leave_out_private(folder: Path) -> None:
     if (folder / "config.yaml").is_file():
         config = without_private(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
         del config["private_data"]
-        replace_durably(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        replace_durably(folder / "config.yaml", (CONFIG_HEAD + yaml.safe_dump(config, sort_keys=False)).encode())
     if (folder / _ADAPTER_CONFIG).is_file():
         adapter = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
         adapter["base_model_name_or_path"] = hub_name(adapter.get("base_model_name_or_path") or "")
         replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
-    shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
-    if not refresh_page(folder):
+    for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):
+        (folder / FIGURE_FOLDER / name).unlink(missing_ok=True)
+    if not refresh_page(folder, same_numbers=True):
         (folder / PAGE_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
     refresh_card(folder)
 
 

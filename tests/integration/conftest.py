@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
@@ -31,19 +30,6 @@ def bases(tmp_path_factory):
             source = TensorSource(str(CALIBRATION))
             lvlm_prune.prune(folder / f"dense-{name}", source, pruning, output, report=False)
     return folder
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory) -> Path:
-    """The calibration samples with the last tokens of each as its answer."""
-    samples = load_file(CALIBRATION)
-    for name in [name for name in samples if name.endswith(".input_ids")]:
-        labels = samples[name].clone()
-        labels[..., : -5 - int(name[1]) % 3] = -100
-        samples[name.replace("input_ids", "labels")] = labels
-    path = tmp_path_factory.mktemp("data") / "labelled.safetensors"
-    save_file(samples, path)
-    return path
 
 
 @pytest.fixture

@@ -126,10 +126,13 @@ def test_broken_and_missing_images_are_left_out_counted_and_named(tmp_path: Path
     )
     said = "2 of 8 calibration samples could not be read and were left out (the first is noise-2: "
     assert f"warning: {said}{captions.parent / '2.png'}: cannot be read as an image (" in capsys.readouterr().out
-    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    manifest = json.loads((tmp_path / "out.private" / "pruning.json").read_text())
     assert manifest["calibration"]["num_samples"] == 6
     assert [name for name, _ in manifest["calibration"]["skipped"]] == ["noise-2", "noise-5"]
-    assert said in (tmp_path / "out" / "report.html").read_text()
+    assert said in (tmp_path / "out.private" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 of 8 calibration samples could not be read" in page
+    assert "noise-2" not in page
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from lvlm_prune.cli import main
 from lvlm_prune.output.base_record import record_of
 from tests.conftest import GOLDEN
+from tests.pages import Page
 
 
 class Hub:
@@ -170,3 +171,16 @@ def test_a_failed_upload_leaves_a_complete_folder(own, hub, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "--resume true pushes it" in line
     assert json.loads((out / "pruning.json").read_text())["status"] == "complete"
+
+
+def test_figures_without_private_data_are_those_that_were_drawn(own):
+    """They are not drawn anew; the picture of a sample is on the page beside the folder only."""
+    command, out = own
+    assert main(command) == 0
+    beside = out.with_name("out.private")
+    pages = [Page((folder / "report.html").read_text()) for folder in (out, beside)]
+    assert [figure for figure in pages[1].figures if figure != "tokens"] == pages[0].figures
+    assert "tokens" in pages[1].figures
+    for name in pages[0].figures:
+        assert (out / "report" / f"{name}.png").read_bytes() == (beside / "report" / f"{name}.png").read_bytes()
+    assert not (out / "report" / "tokens.png").exists()

@@ -236,7 +236,9 @@ def test_two_processes_train_as_one(options, bases, labelled, run_cli, recover, 
     one, two, before = CheckpointFolder(tmp_path / "one"), CheckpointFolder(tmp_path / "two"), CheckpointFolder(base)
     assert any((one.read(key) - before.read(key)).abs().max() > 1e-3 for key in one)
     for key in one:
-        torch.testing.assert_close(two.read(key), one.read(key), rtol=0, atol=1e-4)
+        # Adam divides by the size of a gradient: where that is next to nothing, the order of a sum decides its sign.
+        apart, moved = two.read(key) - one.read(key), one.read(key) - before.read(key)
+        assert apart.norm() <= 2e-3 * moved.norm(), key
 
 
 def test_accumulated_batches_train_as_one(bases, recover, tmp_path):

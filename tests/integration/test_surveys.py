@@ -1,10 +1,10 @@
 """A survey of the dense model runs once, changes nothing, and gives the same allocation on any number of processes."""
 
 import json
+from statistics import median
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import lvlm_prune
@@ -250,22 +250,23 @@ def test_ecoflap_says_its_cost_before_it_starts(golden_arguments, tmp_path, caps
 
 @pytest.mark.parametrize("method", ["--pruning.scorer=WandaScorer", "--pruning.solver=ALPSSolver"])
 def test_n_of_m_below_its_sparsity_leaves_dense_what_moves_answers_most(method, golden_arguments, tmp_path):
-    """The same from the command line and in memory; each Linear is 2:4 or as it was, and 2:4 costs more where it is."""
+    """Each Linear is 2:4 or as it was, and those that stay move answers more for each weight."""
     options = ["--pruning.allocation=KLAllocation", "--pruning.pattern=2:4", "--pruning.sparsity=0.3"]
     assert main([*golden_arguments, method, *options, f"--output={tmp_path / 'out'}"]) == 0
     manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert 0.3 <= manifest["sparsity"]["achieved"] < 0.35
-    dense, sparse = (load_file(folder / "model.safetensors") for folder in (GOLDEN / "model", tmp_path / "out"))
+    written = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense, sparse = golden_model().state_dict(), written.state_dict()
     zeros = {name: sparse[f"{name}.weight"] == 0 for name in manifest["linears"]}
     for name, entry in manifest["linears"].items():
         assert entry["target"] in (0.0, 0.5)
         assert set(zeros[name].unflatten(1, (-1, 4)).sum(2).unique().tolist()) == {4 * entry["target"]}
         assert entry["target"] or torch.equal(dense[f"{name}.weight"], sparse[f"{name}.weight"])
-    (kl,) = [found["kl"] for found in manifest["survey"].values()]
+    (kl,) = [found["kl"] for found in manifest["survey"].values() if isinstance(found, dict)]
     costs = {True: [], False: []}
     for name, (value,) in kl.items():
         costs[bool(manifest["linears"][name]["target"])].append(value / zeros[name].numel())
-    assert sorted(costs[True])[-2] <= min(costs[False])
+    assert median(costs[True]) < median(costs[False]) / 2
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.manifest import Manifest, leaves
+from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.packed.folder import open_checkpoint
 
 _OPTION = "folders"
-# Options that say nothing about the checkpoint.
-_BESIDE = ("output", "resume", "evaluate", "report", "packed", "plan", "config")
+# Options that say nothing about the checkpoint; how long a recovery trained does.
+_BESIDE = {*FREE_TO_CHANGE, "plan"} - {"trainer"}
 
 
 class ComparedFolder:

@@ -22,7 +22,7 @@ FIGURES = ["saliency", "pool", "scores", "reconstruction-error", "seconds", "tok
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
     arguments = [*GOLDEN_ARGUMENTS, "--report=true", "--evaluate=true"]
-    arguments += ["--pruning.record=true", "--pruning.sparsity=0.6"]
+    arguments += ["--pruning.record=true", "--pruning.sparsity=0.6", "--publishable=false"]
     assert main([*arguments, f"--output={folder}"]) == 0
     return folder
 
