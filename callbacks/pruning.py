@@ -25,6 +25,7 @@ from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
+from lvlm_prune.output.summaries import readable_count
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
@@ -211,7 +212,7 @@ class BlockwisePruning(PruneCallback):
                 share += f" (vision tower {100 * self.sparsity_of('vision'):.4g}%)"
         trainer.run.say(
             f"{pl_module.label} · {blocks} · {len(self.shapes)} Linears · "
-            f"{_readable(weights)} weights · {self.name} · {share} {self.pattern}"
+            f"{readable_count(weights)} weights · {self.name} · {share} {self.pattern}"
             + (f" · {trainer.run.record['calibration']['num_samples']} samples" if self.wants_activations else "")
         )
         if trainer.run.folder is not None and trainer.run.processes.is_main:
@@ -347,10 +348,3 @@ def _skipped_line(calibration: Mapping[str, Any]) -> str:
     name, reason = skipped[0]
     count, total = len(skipped), len(skipped) + calibration["num_samples"]
     return f"{count} of {total} calibration samples could not be read and were left out (the first is {name}: {reason})"
-
-
-def _readable(count: int) -> str:
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.1f} {letter}"
-    return str(count)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SparseLoRA(Callback):
-    r"""Trains :math:`W + M \odot (B A) \alpha / r` in every pruned Linear, M being where W is not zero.
+    """Trains W + [W != 0] * (B A) * alpha / rank in every pruned Linear; W itself stays as it is.
 
     Args:
         rank: Rank r of the update.

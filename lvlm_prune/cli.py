@@ -3,7 +3,7 @@
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
 lvlm-prune methods
 lvlm-prune completion bash
-lvlm-prune recover --config configs/recover/lora.yaml --model.path PRUNED --output DIR
+lvlm-prune recover --method lora --model.path PRUNED --output DIR
 lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
 lvlm-prune compare FOLDER FOLDER --output DIR
 lvlm-prune probe --model.path CHECKPOINT --probing.sparsities [0.5,0.6] --output DIR

@@ -13,6 +13,9 @@ from lvlm_prune.errors import LARGEST_COUNT, InputError, LVLMPruneError, refuse_
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
 
+ALONE = ("methods", "completion", "kernels")
+"""Commands that only print something."""
+
 _MOST_VALUES = 100_000
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
@@ -54,10 +57,12 @@ def explain(
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
+        if arguments and arguments[0] in ALONE:
+            return f"{' '.join(arguments)}: `{arguments[0]}` takes nothing"
         verbs = f"{', '.join(VERBS[:-1])} or {VERBS[-1]}"
         if not arguments or arguments[0].startswith("-"):
             return f"a command is missing: {verbs}"
-        close = get_close_matches(arguments[0], VERBS, n=1)
+        close = get_close_matches(arguments[0], (*VERBS, *ALONE), n=1)
         return f"{arguments[0]}: no such command, expected {verbs}" + "".join(f"; is {verb} meant?" for verb in close)
     key, rest = _split_key(text)
     if broken := re.match(r"Problems parsing config: (.*)", rest):
@@ -202,8 +207,23 @@ def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
             if owners:
                 return f"{option}: unknown option of the class in use; {' and '.join(owners[:3])} takes it"
             beside += [name for names in plugins.values() for name in names]
+        if name in beside:
+            return f"{option}: unknown option{_of_which_class(place, name, plugins)}"
         meant = [f"{place}{dot}{close}" for close in get_close_matches(name, beside, n=1, cutoff=0.75)]
     return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")
+
+
+def _of_which_class(place: str, name: str, plugins: Plugins) -> str:
+    """Which classes that `place` takes have an option of this name, where another one stands there, or none.
+
+    Example:
+        >>> _of_which_class("--pruning.solver", "keep_zeros", {"ALPSSolver": ["keep_zeros"], "MixedPool": ["alpha"]})
+        ' there; ALPSSolver has it, named by --pruning.solver'
+    """
+    kind = place.rpartition(".")[2].removeprefix("--").lower()
+    having = sorted(one for one, names in plugins.items() if name in names and one.lower().endswith(kind))
+    verb = "has" if len(having) == 1 else "have"
+    return f" there; {' and '.join(having)} {verb} it, named by {place}" if having else ""
 
 
 def _split_key(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What `--help` prints: one line for each command, and one for each option of a command, our own before Lightning's.
+"""What `--help` prints: one line for each command, and a sentence for each option of a command, our own first.
 
 lvlm-prune --help                 the commands; nothing is imported for it
 lvlm-prune prune --help           the command's own options, with the classes that they take
@@ -52,7 +52,7 @@ def commands_help(version: str) -> str:
 
 
 def command_help(parser: Any, verb: str, trainer: bool) -> str:
-    """Options of a command, a line each.
+    """Options of a command, a sentence each.
 
     Args:
         parser: jsonargparse's parser of the command.
@@ -115,7 +115,7 @@ def _rank(title: str, section: str) -> int:
 
 
 def _lines(options: Sequence[Any]) -> Iterator[str]:
-    """A line for each option, and below it the classes that it takes."""
+    """A sentence for each option, and below it the classes that it takes."""
     for action in options:
         yield _line(_signature(action), _first_sentence(action.help or ""))
         names = ", ".join(_classes(getattr(action, "_typehint", None)))
@@ -123,9 +123,11 @@ def _lines(options: Sequence[Any]) -> Iterator[str]:
 
 
 def _line(signature: str, text: str) -> str:
-    """One line; the text is cut where it would need a second one."""
+    """Name and text, which goes on below itself where the line is full."""
     column = max(_COLUMN, len(signature) + 4)
-    return f"  {signature:{column - 2}}{textwrap.shorten(text, max(_WIDTH - column, 40), placeholder=' ...')}"
+    first, *more = textwrap.wrap(text, max(_WIDTH - column, 40), break_on_hyphens=False) or [""]
+    below = textwrap.wrap(" ".join(more), _WIDTH - _COLUMN, break_on_hyphens=False)
+    return "\n".join([f"  {signature:{column - 2}}{first}", *(f"{'':{_COLUMN}}{line}" for line in below)])
 
 
 def _signature(action: Any) -> str:

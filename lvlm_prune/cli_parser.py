@@ -33,7 +33,7 @@ from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Benchmark
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.private import whole_config
+from lvlm_prune.output.private import LEFT_OUT, left_out_options, whole_config
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_nulls
 from lvlm_prune.recipes import with_log_folder, with_recipe
 from lvlm_prune.trainer import LVLMTrainer
@@ -83,7 +83,7 @@ class LVLMParser(LightningArgumentParser):
     """What was typed, recipes and requests for help included."""
 
     def format_help(self, formatter: Any = None) -> str:
-        """One line for each option, our own first."""
+        """A sentence for each option, our own first."""
         verb = next(iter(self.command_line[:1]), "")
         return (
             command_help(self, verb, asks_for_trainer(self.shown)) if verb in VERBS else super().format_help(formatter)
@@ -181,6 +181,9 @@ class LVLMCLI(LightningCLI):
         options = self.config[self.subcommand].as_dict()
         refuse_immense(options)
         refuse_nulls(options)
+        for option in left_out_options(options):
+            way_out = "give it, or take the configuration in the folder that ends with .private"
+            raise InputError(option, LEFT_OUT, f"is no value but stands for a private one; {way_out}")
 
     def instantiate_classes(self) -> None:
         """Trainer, model and data, where the subcommand has any."""
@@ -353,7 +356,7 @@ def _run(arguments: Sequence[str]) -> None:
     refuse_unreadable(arguments, Path.cwd())
     load_installed_plugins()
     arguments = _with_whole_configs(arguments)
-    if arguments[:1] == ["prune"]:
+    if arguments[:1] in (["prune"], ["recover"]):
         arguments = with_recipe(arguments)
     arguments = with_log_folder(arguments)
     LVLMParser.shown = arguments

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 
+import yaml
+
 from lvlm_prune.errors import InputError
 
 _BESIDE, _INSIDE = Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"
@@ -19,11 +21,12 @@ CONFIGS = _BESIDE if (_BESIDE / "prune").is_dir() else _INSIDE
 """The folder."""
 
 
-def recipe_file(name: str) -> Path:
-    """The file of a recipe in `configs/prune`.
+def recipe_file(name: str, verb: str = "prune") -> Path:
+    """The file of a recipe in `configs/prune` or `configs/recover`.
 
     Args:
         name: Its name without the suffix.
+        verb: Command that takes it.
 
     Raises:
         InputError: There is no such recipe.
@@ -32,17 +35,19 @@ def recipe_file(name: str) -> Path:
         >>> recipe_file("atv").name
         'atv.yaml'
     """
-    file = CONFIGS / "prune" / f"{name}.yaml"
+    file = CONFIGS / verb / f"{name}.yaml"
     if not file.is_file():
-        close = get_close_matches(name, [*recipe_names(), AUTO], n=1)
+        known = recipe_names(verb)
+        close = get_close_matches(name, [*known, AUTO] if verb == "prune" else known, n=1)
         meant = f"; is {close[0]} meant?" if close else ""
-        raise InputError("method", name, f"no such recipe{meant} (`lvlm-prune methods` lists them)")
+        listed = "`lvlm-prune methods` lists them" if verb == "prune" else "there are " + ", ".join(known)
+        raise InputError("method", name, f"no such recipe{meant} ({listed})")
     return file
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes in `configs/prune`, in alphabetical order."""
-    return sorted(path.stem for path in (CONFIGS / "prune").glob("*.yaml"))
+def recipe_names(verb: str = "prune") -> list[str]:
+    """Names of the recipes that a command takes, in alphabetical order."""
+    return sorted(path.stem for path in (CONFIGS / verb).glob("*.yaml"))
 
 
 def recipes_table() -> str:
@@ -85,7 +90,9 @@ AUTO = "auto"
 
 
 def with_recipe(arguments: Sequence[str]) -> list[str]:
-    """A command line in which `prune --method atv` is written out as the recipe's file; what follows it overrides it.
+    """A command line in which `--method NAME` of prune or recover is written out as the recipe's file.
+
+    What the command line says besides overrides it, another file too.
 
     Raises:
         InputError: There is no such recipe.
@@ -99,6 +106,12 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     for argument in rest:
         if argument == "--method" or argument.startswith("--method="):
             name = next(rest, "") if argument == "--method" else argument.removeprefix("--method=")
+            if arguments[0] == "recover":
+                file = recipe_file(name, "recover")
+                # Several recipes train in one way; that is an option, and stays said where it was said.
+                written += ["--method", str(yaml.safe_load(file.read_text())["method"])]
+                written[1:1] = ["--config", str(file)]
+                continue
             search = ["--keep_recipes", "[fast]"] if name == AUTO else []
             written[1:1] = ["--config", str(recipe_file("best" if name == AUTO else name)), *search]
         else:

@@ -129,8 +129,9 @@ class LVLMTrainer(RunTrainer):
             resume: Go on with the unfinished run in `output`, from its last validation.
             evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
             report: Write `report.html` and its figures.
-            method: Train sparse LoRA adapters on answers, or the pruned Linears themselves (`full`); or fit the
-                adapters of each block to the dense block's outputs, one block in memory at a time (`blockwise`).
+            method: Train sparse LoRA adapters on answers (`lora`, on the command line also `lora_distill`), or the
+                pruned Linears themselves (`full`); or fit the adapters of each block to the dense block's outputs, one
+                block in memory at a time (`blockwise`).
             optimization: Learning rate and its schedule.
             dense: Dense checkpoint, for distillation and `blockwise`. Default: the one that the pruned model's record
                 names.
@@ -343,11 +344,12 @@ class LVLMTrainer(RunTrainer):
             What was packed, and how small it became; also `packing.json` in the output folder.
         """
         from lvlm_prune.runs.pack.run import PackRun
-        from lvlm_prune.runs.publishing import Publication
+        from lvlm_prune.runs.publishing import Publication, carry_private
 
         publish = Publication(push, publishable)
         run = PackRun(model, output, format, resume)
         record = run()
+        carry_private(run.source.path, run.folder)
         publish(run.folder)
         return record
 
@@ -364,5 +366,9 @@ class LVLMTrainer(RunTrainer):
             Sizes before and after in bytes, and seconds.
         """
         from lvlm_prune.runs.pack.unpack import UnpackRun
+        from lvlm_prune.runs.publishing import carry_private
 
-        return UnpackRun(model, output, resume)()
+        run = UnpackRun(model, output, resume)
+        sizes = run()
+        carry_private(run.packed.path, run.folder)
+        return sizes

@@ -6,7 +6,7 @@ A model may be published, what it was made from often not. Names on the hub, cla
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -85,6 +85,25 @@ def is_left_out(record: Mapping[str, Any]) -> bool:
         (False, True)
     """
     return record.get(PRIVATE) == LEFT_OUT
+
+
+def left_out_options(config: Any, place: str = "") -> Iterator[str]:
+    """Options of a configuration whose values were left out, by their names on the command line.
+
+    Args:
+        config: Options, as nested plain data; plugins as `{"class_path": ..., "init_args": ...}`.
+        place: Their section.
+
+    Example:
+        >>> list(left_out_options({"data": {"source": {"class_path": "S", "init_args": {"path": "(left out)"}}}}))
+        ['data.source.path']
+    """
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            inner = f"{place}.{name}" if place else str(name)
+            yield from left_out_options(value, place if name == "init_args" else inner)
+    elif config == LEFT_OUT or (isinstance(config, list) and LEFT_OUT in config):
+        yield place
 
 
 def _cleaned(value: Any, key: str, section: str) -> Any:

@@ -11,6 +11,19 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRIVATE_SUFFIX, RECOVERY_RECORD
 
 
+def readable_count(count: int) -> str:
+    """A number of weights in the unit in which it is a small number.
+
+    Example:
+        >>> readable_count(30_720), readable_count(7_000_000_000), readable_count(12)
+        ('30.7 k', '7.0 B', '12')
+    """
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {letter}"
+    return str(count)
+
+
 def summary(record: Manifest, folder: Path) -> str:
     """What a recovery did, in about a hundred words."""
     training, verified = record["training"], record["verified"]
@@ -23,7 +36,7 @@ def summary(record: Manifest, folder: Path) -> str:
         if training.get(name) is not None
     ]
     lines = [
-        f"recovered by {how}: {training['trainable_parameters'] / 1e6:.2f} M trainable parameters · "
+        f"recovered by {how}: {readable_count(training['trainable_parameters'])} trainable parameters · "
         f"{training['steps']} steps in {training['seconds']:.0f} s · {' · '.join(losses)}",
         f"verified: sparsity {verified['sparsity']:.4g} ({record['pattern']}), every pruned weight +0.0 in "
         f"{len(record['linears'])} Linears, {verified['untouched_tensors']} other tensors untouched",

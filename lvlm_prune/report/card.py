@@ -25,7 +25,7 @@ from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
-from lvlm_prune.output.summaries import quality_line
+from lvlm_prune.output.summaries import quality_line, readable_count
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
@@ -205,7 +205,7 @@ def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[s
     linears = record.get("linears", {})
     sizes = [entry["shape"][0] * entry["shape"][1] for entry in linears.values()]
     if sizes:
-        yield "pruned", f"{len(sizes)} Linears, {sum(sizes) / 1e6:.4g} M weights"
+        yield "pruned", f"{len(sizes)} Linears, {readable_count(sum(sizes))} weights"
         yield "zeros", _zeros_of(record, how)
     if "pattern" in record:
         yield "pattern", str(record["pattern"])
@@ -256,7 +256,7 @@ def _trained(record: Mapping[str, Any]) -> str:
     training, data = record["training"], record.get("data", {})
     source = str(data.get("source", {}).get("class_path", "")).rpartition(".")[2]
     on = f" on {data['samples']} samples of {source}" if data.get("samples") and source else ""
-    return f" ({training['trainable_parameters'] / 1e6:.3g} M parameters, {training['steps']} steps{on})"
+    return f" ({readable_count(training['trainable_parameters'])} parameters, {training['steps']} steps{on})"
 
 
 def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:

@@ -23,8 +23,10 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from lvlm_prune.checkpoints.hub import hub_name
+from lvlm_prune.demo import NAMES
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
+from lvlm_prune.output.private import is_left_out, left_out_options
 from lvlm_prune.report.figures.style import inline_svg, png_bytes, theme_css
 
 _UNITS = {
@@ -119,6 +121,23 @@ def model_name(record: Mapping[str, Any]) -> str:
     model = record["model"]
     cached = hub_name("", model.get("folder") or "")
     return cached or PurePath(model["path"]).name or "model"
+
+
+def repeat_command(verb: str, record: Mapping[str, Any]) -> str:
+    """The command that repeats a run; it asks for what was left out of `config.yaml` beside the page.
+
+    Example:
+        >>> repeat_command("prune", {"config": {"data": {"path": "(left out)"}}})
+        'lvlm-prune prune --config config.yaml --output NEW_FOLDER --data.path ...'
+    """
+    config = record.get("config") or {}
+    wanted = [option for option in left_out_options(config) if option != "output"]
+    model = (config.get("model") or {}).get("path", "")
+    if is_left_out(record) and model not in NAMES and hub_name(model) is None:
+        wanted.insert(0, "model.path")  # its last name stands there
+    return " ".join(
+        [f"lvlm-prune {verb} --config config.yaml --output NEW_FOLDER", *(f"--{name} ..." for name in wanted)]
+    )
 
 
 def render_page(template: str, title: str, **values: Any) -> str:

@@ -14,10 +14,11 @@ from safetensors import safe_open
 
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
+from lvlm_prune.output.private import is_left_out
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
 
@@ -59,6 +60,8 @@ def pruning_page(
         facts=_facts(run),
         scores=_scores(run),
         evaluated=evaluated_table(run),
+        no_picture=_no_picture(run),
+        repeat=repeat_command("prune", run),
         worst=_linears(run, run["summary"]["worst"]),
         linears=_linears(run, [name for name in run["linears"] if _experts_of(name) is None]),
         experts=_experts(run),
@@ -69,6 +72,13 @@ def pruning_page(
         left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
     )
     return text, plates
+
+
+def _no_picture(run: Mapping[str, Any]) -> str:
+    """Why no sample is drawn."""
+    if is_left_out(run):
+        return "pictures of samples are left out of this page"
+    return "no sample has exactly one image whose tokens lie on a grid that can be told from the model's inputs"
 
 
 def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span
 
@@ -43,6 +43,7 @@ def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tupl
         scores=_scores(run),
         evaluated=evaluated_table(run),
         linears=_linears(run),
+        repeat=repeat_command("recover", run),
         show=show,
         uniform=is_uniform(run["summary"]["sparsity"]),
         span=sparsity_span(run),

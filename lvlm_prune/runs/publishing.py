@@ -80,7 +80,7 @@ class Publication:
             with writing(private_folder(folder)):
                 keep_private(folder)
             leave_out_private(folder)
-            if not quiet:
+            if not quiet and private_folder(folder).is_dir():
                 print(private_line(folder), flush=True)
         if self.push:
             with published(folder) as copy:
@@ -105,19 +105,35 @@ def published(folder: Path) -> Iterator[Path]:
 
 
 def keep_private(folder: Path) -> None:
-    """Copy what is private beside a finished folder, in place of what an earlier run left there."""
+    """Copy what is private beside a finished folder, in place of what an earlier run left there.
+
+    Where a run's record has nothing private any more, what it had lies there already: the run was complete before, or
+    its folder was packed. Then only records that are new are added.
+    """
     beside = private_folder(folder)
-    names = [*_RECORDS, "config.yaml", PAGE_NAME]
-    if any(is_left_out(_read(folder / name)) for name in (PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD)):
-        return  # a run that was complete already: it lies there
+    whole = [name for name in _RECORDS if (folder / name).is_file() and not is_left_out(_read(folder / name))]
+    if not whole:
+        return
     beside.mkdir(exist_ok=True)
-    for name in names:
+    if any(is_left_out(_read(folder / name)) for name in (PRUNING_RECORD, RECOVERY_RECORD)):
+        for name in whole:
+            shutil.copyfile(folder / name, beside / name)
+        return
+    for name in (*_RECORDS, "config.yaml", PAGE_NAME):
         (beside / name).unlink(missing_ok=True)
         if (folder / name).is_file():
             shutil.copyfile(folder / name, beside / name)
     shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
     if (folder / FIGURE_FOLDER).is_dir():
         shutil.copytree(folder / FIGURE_FOLDER, beside / FIGURE_FOLDER)
+
+
+def carry_private(source: Path, folder: Path) -> None:
+    """Give a folder that was packed or unpacked what lies beside the one it was made from, where anything does."""
+    if private_folder(source).is_dir():
+        shutil.rmtree(private_folder(folder), ignore_errors=True)
+        with writing(private_folder(folder)):
+            shutil.copytree(private_folder(source), private_folder(folder))
 
 
 def _is_embedded(folder: Path) -> bool:

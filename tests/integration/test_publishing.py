@@ -87,7 +87,7 @@ def test_what_is_pushed_is_the_folder_without_what_is_private(own, hub, tmp_path
     assert hub.files
 
 
-def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packed(own, tmp_path):
+def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packed(own, tmp_path, capsys):
     command, out = own
     assert main(command) == 0
 
@@ -106,9 +106,21 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     after = written(out)
     assert "patients" not in texts(after)
     assert after["model.safetensors"] == before["model.safetensors"]
-    packed = tmp_path / "packed"
+    # The page gives what is left out as the reason, and asks for what repeating the run needs.
+    page = (out / "report.html").read_text()
+    assert "Not drawn: pictures of samples are left out of this page." in page
+    assert "--output NEW_FOLDER --model.path ... --data.source.path ..." in page
+    assert "--output NEW_FOLDER</pre>" in (tmp_path / "out.private" / "report.html").read_text()
+    capsys.readouterr()
+    packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
     assert main(["pack", f"--model.path={out}", f"--output={packed}"]) == 0
     assert str(tmp_path) not in texts(written(packed))
+    # What is said to lie beside it does, and the dense model is found from there.
+    assert f"are in {packed}.private" in capsys.readouterr().out.splitlines()[-1]
+    assert str(out) in (tmp_path / "packed.private" / "packing.json").read_text()
+    assert record_of(packed)["dense"]["path"] == str(GOLDEN / "model")
+    assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
+    assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
 
 
 def test_a_folder_that_is_kept_to_oneself_holds_everything(own, tmp_path):

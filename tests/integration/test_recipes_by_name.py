@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lvlm_prune.cli import main
 from lvlm_prune.recipes import CONFIGS, recipe_file, recipe_names, recipes_table
@@ -38,6 +39,26 @@ def test_no_such_recipe_is_one_line(capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().err
     assert said == "error: --method wnda: no such recipe; is wanda meant? (`lvlm-prune methods` lists them)\n"
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_recover_takes_its_recipes_by_name_with_what_they_set(capsys):
+    def configuration(*options: str) -> dict:
+        with pytest.raises(SystemExit) as ended:
+            main(["recover", *options, "--print_config"])
+        assert ended.value.code in (0, None)
+        return yaml.safe_load(capsys.readouterr().out)
+
+    full = configuration("--method", "full")
+    assert (full["method"], full["optimization"]["learning_rate"]) == ("full", 0.0002)
+    distilled = configuration("--method=lora_distill", "--distillation.top_k=8")
+    assert (distilled["method"], distilled["distillation"]["weight"], distilled["distillation"]["top_k"]) == ("lora", 0.5, 8)
+    # A file of one's own changes parts of it, but not the method.
+    own = configuration("--method=blockwise", f"--config={recipe_file('lora', 'recover')}")
+    assert own["method"] == "blockwise"
+    assert main(["recover", "--method", "blockwize"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --method blockwize: no such recipe; is blockwise meant? (there are blockwise, full, lora, lora_distill)\n"
+    )
 
 
 def test_recipes_are_named_once():

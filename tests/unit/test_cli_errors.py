@@ -39,6 +39,8 @@ def test_one_line(argument, line):
         ("prune --data.source LlavaJsonSorce", "{}; is LlavaJsonSource meant?"),
         ("prune --trainer.acelerator cpu", "{}; is --trainer.accelerator meant?"),
         ("evaluate --engine BuiltinEngin", "{}; is BuiltinEngine meant?"),
+        ("method", "method: no such command, expected {} is methods meant?"),
+        ("methods wanda", "methods wanda: `methods` takes nothing"),
         ("evaluate --engine.benchmrk LocalBenchmark", "{}; is --engine.benchmark meant?"),
     ],
 )
@@ -48,3 +50,25 @@ def test_what_is_misspelt_is_told_how_it_is_meant(arguments, meant, capsys):
     start, end = meant.split("{}") if "{}" in meant else (meant, "")
     assert line.startswith(f"error: {start}")
     assert line.endswith(end)
+
+
+def test_an_option_of_a_class_that_is_not_chosen_names_the_classes_that_have_it(capsys):
+    assert main(["prune", "--pruning.solver.keep_zeros=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --pruning.solver.keep_zeros: unknown option there; ")
+    assert "SparseGPTSolver" in line
+    assert "Pool" not in line
+    assert line.endswith("have it, named by --pruning.solver")
+
+
+def test_what_was_left_out_of_a_configuration_is_asked_for(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(
+        "data:\n  source:\n    class_path: TextSource\n    init_args: {path: (left out)}\n"
+    )
+    command = ["prune", f"--config={tmp_path / 'config.yaml'}", f"--output={tmp_path / 'out'}"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --data.source.path (left out): is no value but stands for a private one; give it")
+    assert not (tmp_path / "out").exists()
+    assert main([*command, f"--data.source.path={tmp_path / 'no.txt'}"]) == 2
+    assert "no such file" in capsys.readouterr().err

@@ -82,6 +82,14 @@ def test_our_options_come_first_with_a_line_and_the_classes_that_they_take(capsy
         assert name in text
     assert "--help-trainer" in text
     assert max(map(len, lines)) <= 120
+    assert not [line for line in lines if line.endswith(" ...")]
+    (start,) = [place for place, line in enumerate(lines) if line.startswith("  --publishable")]
+    said = " ".join(" ".join(lines[start : start + 3]).split())
+    assert "beside it in `OUTPUT.private`: local paths, ids of samples, and the picture of one." in said
+
+
+def test_help_has_no_markup(capsys):
+    assert ":math:" not in "\n".join(shown(capsys, "recover", "--help"))
 
 
 def test_the_options_of_the_trainer_are_asked_for(capsys):

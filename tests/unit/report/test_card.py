@@ -73,6 +73,7 @@ def test_it_says_what_was_done_and_that_nothing_was_scored(tmp_path):
     own = card_of(folder_of(tmp_path, pruned()), DENSE).split(DENSE_CARD)[0]
     for said in (
         "pruned to 60% by ATV",
+        "1 Linears, 10.0 k weights",
         "59.91% of these weights (asked: 60.0%)",
         "AsymmetricPool, WandaScorer, UniformAllocation",
         "96 samples of LlavaJsonSource, seed 3 (7938 text, 13824 image tokens)",
