@@ -8,6 +8,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from lvlm_prune.data.conversation import Conversation
+from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.metrics import MetricName
 
 Group = Literal["vision", "text", "audio"]
@@ -151,6 +152,17 @@ class Retention:
 
     def to_dict(self) -> dict[str, Any]:
         return {"average": self.average, "groups": dict(self.groups), "tasks": dict(self.tasks)}
+
+
+def refuse_unanswered(dense: Scores) -> Scores:
+    """The scores of a dense model, of which a share can be retained.
+
+    Raises:
+        RunError: It gets no question right.
+    """
+    if not any(dense.tasks.values()):
+        raise RunError("the dense model gets none of the questions right, so that no share of it can be retained")
+    return dense
 
 
 def retention(pruned: Scores, dense: Scores) -> Retention:

@@ -10,6 +10,7 @@ import pytest
 
 from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
+from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.loop import catching
 from lvlm_prune.output.folder import FolderLock
 from lvlm_prune.runs.prune.run import PruneRun
@@ -196,6 +197,15 @@ def test_bad_input_is_one_line_before_the_first_run(arguments, expected, tmp_pat
     assert line.startswith("error: ")
     assert all(text in line for text in expected), line
     assert not out.exists()
+
+
+def test_a_dense_model_that_answers_nothing_is_one_line_before_the_first_run(tmp_path, capsys, count, monkeypatch):
+    nothing = Scores({"color": 0.0}, {"color": 4}, {"color": "vision"})
+    monkeypatch.setattr("tests.engines.ShareLeft.score", lambda *_: nothing)
+    assert main([*BASE, recipes("magnitude"), f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: the dense model gets none of the questions right")
+    assert count["run"] == 0
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):

@@ -211,7 +211,9 @@ class ProbeRun:
         if "dense" not in self.run.record:
             scores = self.scoring.dense()
             if scores is not None:
-                self.run.record["dense"] = scores.to_dict()
+                from lvlm_prune.evaluation.scores import refuse_unanswered
+
+                self.run.record["dense"] = refuse_unanswered(scores).to_dict()
 
     def _note(self, status: str) -> None:
         """Write down what is known; from here on the folder can be resumed."""

@@ -22,7 +22,7 @@ from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import remove_unfinished, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
@@ -162,7 +162,7 @@ class SweepRun:
             run = self.run
             scores = self.engine.score(self.model.folder.path, run.processes, run.hardware.device, "dense")
             self._note({"identity": identity, "model": self.model.path, "scores": scores.to_dict()})
-        return Scores.from_dict(self.results.records[identity]["scores"])
+        return refuse_unanswered(Scores.from_dict(self.results.records[identity]["scores"]))
 
     def _prune(self, point: Point, dense: Scores, shared: SharedCalibration) -> dict[str, Any]:
         processes, folder = self.run.processes, self._checkpoint(point)
