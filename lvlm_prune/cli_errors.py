@@ -203,27 +203,24 @@ def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
         beside = [candidate.removeprefix(place + dot) for candidate in known if candidate.startswith(place + dot)]
         # Inside a class: options of any class, since this one may be the wrong one.
         if place.count(".") or place == "--engine":
-            owners = sorted(short for short, names in plugins.items() if name in names)
-            if owners:
-                return f"{option}: unknown option of the class in use; {' and '.join(owners[:3])} takes it"
+            if owners := _owners(place, name, plugins):
+                take = "takes" if len(owners) == 1 else "take"
+                return f"{option}: unknown option of the class in use; {' and '.join(owners)} {take} it"
             beside += [name for names in plugins.values() for name in names]
-        if name in beside:
-            return f"{option}: unknown option{_of_which_class(place, name, plugins)}"
-        meant = [f"{place}{dot}{close}" for close in get_close_matches(name, beside, n=1, cutoff=0.75)]
+        close = [one for one in get_close_matches(name, beside, n=1, cutoff=0.75) if one != name]
+        meant = [f"{place}{dot}{one}" for one in close]
     return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")
 
 
-def _of_which_class(place: str, name: str, plugins: Plugins) -> str:
-    """Which classes that `place` takes have an option of this name, where another one stands there, or none.
+def _owners(place: str, name: str, plugins: Plugins) -> list[str]:
+    """The classes of the kind that an option takes which have an option of this name; classes end with their kind.
 
     Example:
-        >>> _of_which_class("--pruning.solver", "keep_zeros", {"ALPSSolver": ["keep_zeros"], "MixedPool": ["alpha"]})
-        ' there; ALPSSolver has it, named by --pruning.solver'
+        >>> _owners("--pruning.solver", "keep_zeros", {"ALPSSolver": ["keep_zeros"], "AScorer": ["keep_zeros"]})
+        ['ALPSSolver']
     """
     kind = place.rpartition(".")[2].removeprefix("--").lower()
-    having = sorted(one for one, names in plugins.items() if name in names and one.lower().endswith(kind))
-    verb = "has" if len(having) == 1 else "have"
-    return f" there; {' and '.join(having)} {verb} it, named by {place}" if having else ""
+    return sorted(one for one, names in plugins.items() if name in names and one.lower().endswith(kind))
 
 
 def _split_key(text: str) -> tuple[str, str]:

@@ -34,7 +34,8 @@ def provenance(
     """
     source: dict[str, Any] = {"path": model.path, "class": type(model.model).__name__}
     if model.folder is not None:
-        source |= {"folder": str(model.folder.path), "fingerprint": model.folder.fingerprint()}
+        # Whole, so that the dense model is found from another working directory too.
+        source |= {"folder": str(model.folder.path.absolute()), "fingerprint": model.folder.fingerprint()}
     return {
         "config": describe(config),
         "model": source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},

@@ -115,7 +115,10 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
     seconds["starting and writing"] = max(
         manifest.get("work_seconds", manifest["seconds"]) - sum(seconds.values()), 0.0
     )
-    modalities = list(dict.fromkeys(name for block in blocks for name in block.get("pool", {})))
+    # Text first, so that a modality has the same colour on all pages; a tower's blocks have images only.
+    modalities = sorted(
+        {name for block in blocks for name in block.get("pool", {})}, key=lambda name: (name != "text", name)
+    )
     ranked = sorted(manifest["linears"].items(), key=lambda item: -item[1].get("error", 0.0))
     sparsity = {kind: {block: zeros[kind][block] / sizes[kind][block] for block in zeros[kind]} for kind in zeros}
     return {

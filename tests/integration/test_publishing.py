@@ -123,6 +123,15 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
 
 
+def test_a_relative_path_leads_to_the_dense_model_from_everywhere(own, tmp_path, monkeypatch):
+    command, out = own
+    monkeypatch.chdir(GOLDEN)
+    relative = [argument if "model.path" not in argument else "--model.path=model" for argument in command]
+    assert main([*relative, "--report=false", "--held_back=0", "--method=magnitude"]) == 0
+    assert record_of(out)["dense"]["folder"] == str(GOLDEN / "model")
+    assert str(GOLDEN) not in (out / "pruning.json").read_text()
+
+
 def test_a_folder_that_is_kept_to_oneself_holds_everything(own, tmp_path):
     command, out = own
     assert main([*command, "--publishable=false", "--report=false"]) == 0

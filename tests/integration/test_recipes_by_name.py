@@ -53,8 +53,8 @@ def test_recover_takes_its_recipes_by_name_with_what_they_set(capsys):
     distilled = configuration("--method=lora_distill", "--distillation.top_k=8")
     assert distilled["method"] == "lora"
     assert distilled["distillation"] == {"weight": 0.5, "temperature": 2.0, "top_k": 8}
-    # A file of one's own changes parts of it, but not the method.
-    own = configuration("--method=blockwise", f"--config={recipe_file('lora', 'recover')}")
+    # A file before it changes parts of the recipe, but not the method.
+    own = configuration(f"--config={recipe_file('lora', 'recover')}", "--method=blockwise")
     assert own["method"] == "blockwise"
     assert main(["recover", "--method", "blockwize"]) == 2
     said = "no such recipe; is blockwise meant? (there are blockwise, full, lora, lora_distill)"

@@ -15,6 +15,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import RecoveryDataModule, TensorSource
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.base_record import record_of
 from lvlm_prune.recovery import distillation, load_sparse_adapter
 from lvlm_prune.recovery.dense import write_teacher
 from lvlm_prune.recovery.distillation import Distillation, Teacher
@@ -75,7 +76,7 @@ def test_distillation_brings_the_model_nearer_to_the_dense_one(bases, recover, l
     assert recover(base, tmp_path / "out", *options) == 0
     dense = bases / "dense-float32"
     assert distance(tmp_path / "out", dense, labelled) < 0.9 * distance(base, dense, labelled)
-    assert record(tmp_path / "out")["dense"]["folder"] == str(dense)
+    assert record_of(tmp_path / "out")["dense"]["folder"] == str(dense)
     assert not (tmp_path / "out" / "teacher").exists()
 
 
@@ -236,7 +237,7 @@ def test_a_dense_model_with_other_tokens(options, bases, recover, tmp_path, caps
 def test_a_recovered_model_still_knows_what_it_was_pruned_from(bases, recover, tmp_path):
     assert recover(bases / "2:4-float32", tmp_path / "once") == 0
     assert recover(tmp_path / "once", tmp_path / "twice", *DISTIL) == 0
-    assert record(tmp_path / "twice")["dense"]["folder"] == str(bases / "dense-float32")
+    assert record_of(tmp_path / "twice")["dense"]["folder"] == str(bases / "dense-float32")
 
 
 def test_the_command_is_repeated_by_what_it_wrote(bases, recover, tmp_path):

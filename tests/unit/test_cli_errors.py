@@ -55,10 +55,12 @@ def test_what_is_misspelt_is_told_how_it_is_meant(arguments, meant, capsys):
 def test_an_option_of_a_class_that_is_not_chosen_names_the_classes_that_have_it(capsys):
     assert main(["prune", "--pruning.solver.keep_zeros=true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --pruning.solver.keep_zeros: unknown option there; ")
-    assert "SparseGPTSolver" in line
-    assert "Pool" not in line
-    assert line.endswith("have it, named by --pruning.solver")
+    assert line.startswith("error: --pruning.solver.keep_zeros: unknown option of the class in use; ALPSSolver and ")
+    assert line.endswith("SparseGPTSolver take it")
+    assert "Scorer" not in line
+    assert main(["prune", "--pruning.pool.keep_zeros=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --pruning.pool.keep_zeros: unknown option"
 
 
 def test_what_was_left_out_of_a_configuration_is_asked_for(tmp_path, capsys):

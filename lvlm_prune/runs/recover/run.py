@@ -290,7 +290,8 @@ class RecoveryRun(ABC):
         if self.dense is not None:
             assert self.dense.folder is not None
             folder = self.dense.folder
-            record["dense"] = {"path": self.dense.path, "folder": str(folder.path), "fingerprint": folder.fingerprint()}
+            record["dense"] = {"path": self.dense.path, "folder": str(folder.path.absolute())}
+            record["dense"]["fingerprint"] = folder.fingerprint()
         elif "dense" in self.base_record:
             record["dense"] = self.base_record["dense"]
         return record

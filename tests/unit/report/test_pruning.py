@@ -171,3 +171,9 @@ def test_a_model_of_many_experts_has_one_row_per_matrix_and_block(manifest):
     group = summarise(many)["experts"]["model.layers.0.mlp.experts.*.up_proj"]
     assert (group["experts"], group["achieved"], group["largest_error"]) == (256, 0.25, 0.51)
     assert group["target"] == pytest.approx(0.5 * 255 / 256)
+
+
+def test_text_comes_first_on_every_page_so_that_its_colour_stays(manifest):
+    tower = {**manifest["blocks"][0], "pool": {"image": 4.0}}
+    changed = {**manifest, "blocks": [tower, *manifest["blocks"][1:]]}
+    assert list(summarise(changed)["pool"]) == ["text", "image"]
