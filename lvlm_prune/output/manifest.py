@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import PRUNING_RECORD
-from lvlm_prune.output.private import LEFT_OUT
+from lvlm_prune.output.private import LEFT_OUT, private_folder
 from lvlm_prune.output.records import BlockRecord, LinearRecord
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
@@ -110,31 +110,47 @@ class Manifest(dict[str, Any]):
             "block_forwards": survey.get("block_forwards", 0) + sum(block["forwards"] for block in blocks),
         }
 
-    def refuse_other(self, other: Mapping[str, Any], folder: Path) -> None:
+    def refuse_other(self, other: Mapping[str, Any], folder: Path, name: str = PRUNING_RECORD) -> None:
         """Refuse to resume this unfinished run as another one.
+
+        Args:
+            other: The record of the run that is to go on.
+            folder: Where this one is.
+            name: File name of this one; what was left out of it lies beside the folder.
 
         Raises:
             InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
         """
-        moved = self._free_places()
+        moved, beside = self._free_places(), _read_beside(folder, name)
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))
+            whole = dict(leaves(beside.get(section, {})))
+            before = {key: whole.get(key, value) if value == LEFT_OUT else value for key, value in before.items()}
             for key in sorted(before.keys() | now.keys()):
                 if section == "config" and key.split(".")[0] in FREE_TO_CHANGE:
                     continue
-                if f"{section}.{key}" in moved or before.get(key) == LEFT_OUT:
+                if f"{section}.{key}" in moved or LEFT_OUT in (before.get(key), now.get(key)):
                     continue
                 if before.get(key) != now.get(key):
                     if key == "fingerprint":
                         raise _other_input(section, other, folder)
-                    name = key if section == "config" else f"{section}.{key}"
+                    option = key if section == "config" else f"{section}.{key}"
                     problem = f"the unfinished run in {folder} used {before.get(key)}; repeat it, or write elsewhere"
-                    raise InputError(name, now.get(key), problem)
+                    raise InputError(option, now.get(key), problem)
 
     def _free_places(self) -> set[str]:
         """Options that say where something is whose content is compared; once complete, samples are not read again."""
         sections = ("model",) if self.get("status") == "complete" else ("model", "calibration")
         return {place for name in sections if "fingerprint" in self.get(name, {}) for place in _PLACES[name]}
+
+
+def _read_beside(folder: Path, name: str) -> dict[str, Any]:
+    """The record with its private data; empty where none lies beside the folder."""
+    try:
+        found = json.loads((private_folder(folder) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and _is_manifest(found, name) else {}
 
 
 def _is_manifest(content: Any, name: str) -> bool:

@@ -35,6 +35,7 @@ from lvlm_prune.output.names import (
     PRUNING_RECORD,
     RECOVERY_RECORD,
 )
+from lvlm_prune.output.own_files import records_of
 from lvlm_prune.output.private import CONFIG_HEAD, is_left_out, names_only_embedded, private_folder, without_private
 from lvlm_prune.output.summaries import private_line
 from lvlm_prune.report.card import refresh_card
@@ -75,8 +76,7 @@ class Publication:
         """
         if folder is None or not is_first_process():
             return
-        private = self.publishable if self.publishable is not None else not _is_embedded(folder)
-        if private:
+        if self.publishable or (self.publishable is None and _is_private(folder)):
             with writing(private_folder(folder)):
                 keep_private(folder)
             leave_out_private(folder)
@@ -119,9 +119,10 @@ def keep_private(folder: Path) -> None:
         for name in whole:
             shutil.copyfile(folder / name, beside / name)
         return
-    for name in (*_RECORDS, "config.yaml", PAGE_NAME):
+    for name in (*_RECORDS, "config.yaml", PAGE_NAME, _ADAPTER_CONFIG):
         (beside / name).unlink(missing_ok=True)
         if (folder / name).is_file():
+            (beside / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, beside / name)
     shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
     if (folder / FIGURE_FOLDER).is_dir():
@@ -136,10 +137,11 @@ def carry_private(source: Path, folder: Path) -> None:
             shutil.copytree(private_folder(source), private_folder(folder))
 
 
-def _is_embedded(folder: Path) -> bool:
-    """Whether all that was pruned or recovered, and what for, comes with this package."""
-    records = [_read(folder / name) for name in (PRUNING_RECORD, RECOVERY_RECORD)]
-    return all(names_only_embedded(record) for record in records if record) and any(records)
+def _is_private(folder: Path) -> bool:
+    """Whether anything of the records is private: where not all that was used comes with this package."""
+    found = [name for name in _RECORDS if (folder / name).is_file()]
+    told = [_read(folder / name) for name in found if name in (PRUNING_RECORD, RECOVERY_RECORD)]
+    return bool(found) and not (told and all(map(names_only_embedded, told)))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -148,18 +150,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 def leave_out_private(folder: Path) -> None:
     """Take what is private out of a finished folder: paths, ids and the picture of a sample; a second time nothing."""
+    written = {}
+    if (folder / _ADAPTER_CONFIG).is_file():
+        adapter = _read(folder / _ADAPTER_CONFIG)
+        adapter["base_model_name_or_path"] = hub_name(adapter.get("base_model_name_or_path") or "")
+        replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
+        written = records_of(folder, [folder / _ADAPTER_CONFIG])
     for name in _RECORDS:
         if (folder / name).is_file():
             record = without_private(_read(folder / name))
+            if "files" in record:
+                record["files"] |= {file: found for file, found in written.items() if file in record["files"]}
             replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
     if (folder / "config.yaml").is_file():
         config = without_private(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
         del config["private_data"]
         replace_durably(folder / "config.yaml", (CONFIG_HEAD + yaml.safe_dump(config, sort_keys=False)).encode())
-    if (folder / _ADAPTER_CONFIG).is_file():
-        adapter = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        adapter["base_model_name_or_path"] = hub_name(adapter.get("base_model_name_or_path") or "")
-        replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
     for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):
         (folder / FIGURE_FOLDER / name).unlink(missing_ok=True)
     if not refresh_page(folder, same_numbers=True):

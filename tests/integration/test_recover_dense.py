@@ -1,6 +1,5 @@
 """Recovery with the dense model's help: distillation, and block-wise reconstruction."""
 
-import json
 import shutil
 import signal
 
@@ -29,7 +28,7 @@ def model(folder):
 
 
 def record(folder):
-    return json.loads((folder / "recovery.json").read_text())
+    return record_of(folder)
 
 
 def distance(folder, dense, data):

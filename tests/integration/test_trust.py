@@ -23,8 +23,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def finished(tmp_path_factory) -> Path:
     """A complete output whose remaining weights were updated, with statistics."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    arguments = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", "--evaluate=true", f"--output={folder}"]
-    assert main([*GOLDEN_ARGUMENTS, *arguments]) == 0
+    arguments = ["--pruning.record=true", "--pruning.scorer=SparseGPTScorer", "--evaluate=true", "--publishable=false"]
+    assert main([*GOLDEN_ARGUMENTS, *arguments, f"--output={folder}"]) == 0
     return folder
 
 
@@ -53,7 +53,8 @@ def interrupted(tmp_path_factory) -> Path:
 
 def resumed(folder: Path, *options: str) -> int:
     model = json.loads((folder / "pruning.json").read_text())["model"]["path"]
-    return main([*GOLDEN_ARGUMENTS, *options, f"--model.path={model}", f"--output={folder}", "--resume=true"])
+    options = [*options, f"--model.path={model}", "--publishable=false"]
+    return main([*GOLDEN_ARGUMENTS, *options, f"--output={folder}", "--resume=true"])
 
 
 def relink(kind: str, file: Path, target: Path) -> None:

@@ -175,7 +175,7 @@ class PackRun(Packing):
         refuse_unusable(folder, model.folder, PACKING_RECORD, resume, copies=False)
         super().__init__(model, folder, form, quiet)
         if (folder / PACKING_RECORD).is_file():
-            Manifest.read(folder, PACKING_RECORD).refuse_other(self.record, folder)
+            Manifest.read(folder, PACKING_RECORD).refuse_other(self.record, folder, PACKING_RECORD)
         if not self._is_complete():
             self.refuse_larger()
 

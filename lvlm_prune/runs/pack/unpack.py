@@ -53,7 +53,7 @@ class UnpackRun:
             model={"path": model.path, "folder": str(path), "fingerprint": self.packed.fingerprint()},
         )
         if (self.folder / UNPACKING_RECORD).is_file():
-            Manifest.read(self.folder, UNPACKING_RECORD).refuse_other(self.record, self.folder)
+            Manifest.read(self.folder, UNPACKING_RECORD).refuse_other(self.record, self.folder, UNPACKING_RECORD)
         self._refuse_full_disk()
 
     def __call__(self) -> dict[str, Any]:

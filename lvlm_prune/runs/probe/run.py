@@ -104,7 +104,7 @@ class ProbeRun:
             join(run, launch)
             if earlier is not None and earlier.get("status") == "complete":
                 now = provenance(run.config, run.hardware, model, data)
-                earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder)
+                earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder, PROBE_RECORD)
                 run.say(f"{self.folder} is complete already")
                 self._verify_again(earlier)
                 return earlier
@@ -131,7 +131,7 @@ class ProbeRun:
         stream = CalibrationStream(run, model, data, Participants([self.probe, names]), fabric.device, raise_hook)
         stream.catch(model.parts[-1])
         if earlier is not None:
-            earlier.refuse_other(manifest, self.folder)
+            earlier.refuse_other(manifest, self.folder, PROBE_RECORD)
             manifest.update({name: earlier[name] for name in _FINDINGS if name in earlier})
         self.probe.set_of_sample = self._sets()
         stream.survey()

@@ -206,7 +206,7 @@ class RecoveryRun(ABC):
             )
         self.record.update(self._provenance())
         if earlier is not None:
-            earlier.refuse_other(self.record, self.folder)
+            earlier.refuse_other(self.record, self.folder, RECOVERY_RECORD)
 
     def _adapters(self) -> SparseLoRA | None:
         """The user's adapters, or default ones; None for a method that trains none."""
