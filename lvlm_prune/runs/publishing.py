@@ -44,7 +44,7 @@ from lvlm_prune.report.refreshing import refresh_page
 _NOT_LOGGED_IN = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _RECORDS = (PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD, EVALUATION_RECORD)
-_ADAPTER_CONFIG = Path("adapter") / "adapter_config.json"
+_ADAPTER_CONFIG = "adapter/adapter_config.json"
 
 
 class Publication:
