@@ -90,6 +90,8 @@ def explain(
         return f"{option} {_shown(union[2])}: expected {expected}"
     if plain := re.search(r"Expected an? (.*)\. Got value:(.*)", rest):
         return f"{option} {_shown(plain[2])}: expected {_choices(plain[1])}"
+    if wanted := re.fullmatch(r"the following arguments are required: ([\w.]+)", rest):
+        return _missing(f"{key}.{wanted[1]}" if key else wanted[1], arguments, plugins)
     if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
         return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
@@ -210,6 +212,28 @@ def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
         close = [one for one in get_close_matches(name, beside, n=1, cutoff=0.75) if one != name]
         meant = [f"{place}{dot}{one}" for one in close]
     return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")
+
+
+def _missing(name: str, arguments: Sequence[str], plugins: Plugins) -> str:
+    """An argument that a class wants, by the place of the class on the command line where it is named there.
+
+    Example:
+        >>> _missing("path", ["prune", "--data.source", "TextSource"], {"TextSource": ["path"]})
+        '--data.source.path: is wanted by TextSource'
+    """
+    pairs = zip(arguments, [*arguments[1:], ""])
+    named = [argument.split("=", 1) if "=" in argument else (argument, following) for argument, following in pairs]
+    wanting = [
+        (option, value)
+        for option, value in named
+        if option.startswith("--") and name.rpartition(".")[2] in plugins.get(value.rpartition(".")[2], ())
+    ]
+    given = [option for option, _ in named]
+    for option, value in wanting:
+        full = f"{option}.{name.rpartition('.')[2]}"
+        if full not in given:
+            return f"{full}: is wanted by {value}"
+    return f"--{name}: is missing"
 
 
 def _owners(place: str, name: str, plugins: Plugins) -> list[str]:

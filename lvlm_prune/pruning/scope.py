@@ -106,7 +106,7 @@ def refuse_towers(pool: Pool | None, allocation: Allocation) -> None:
     Raises:
         InputError: One of the two is not defined for a vision tower.
     """
-    way_out = "`--method wanda` prunes both; `--model.targets '[vision]'` prunes the tower in a run of its own"
+    way_out = "`--method wanda` prunes it, with the decoder or (`--model.targets '[vision]'`) in a run of its own"
     if pool is not None and not pool.in_towers:
         problem = f"is not defined for the vision tower, where every token is visual; {way_out}"
         raise InputError("pruning.pool", plugin_class(pool).__name__, problem)

@@ -11,7 +11,12 @@ from lvlm_prune.report.page import PageFigure, Table, show
 from lvlm_prune.report.retention import retained_figure
 
 _KEY = "evaluated"
-_MORE = {"baseline_perplexity": "perplexity, baseline", "perplexity": "perplexity", "kl": "KL per answer token"}
+# Of the tokens of right answers; what a run measures itself, on tokens of text, stands beside it.
+_MORE = {
+    "baseline_perplexity": "perplexity of answers, dense",
+    "perplexity": "perplexity of answers",
+    "kl": "KL per answer token",
+}
 
 
 def with_evaluation(run: dict[str, Any], folder: Path | None) -> dict[str, Any]:

@@ -63,6 +63,14 @@ def test_an_option_of_a_class_that_is_not_chosen_names_the_classes_that_have_it(
     assert line == "error: --pruning.pool.keep_zeros: unknown option"
 
 
+@pytest.mark.parametrize(
+    "written", ["--engine.benchmark.source LlavaJsonSource", "--engine.benchmark.source=LlavaJsonSource"]
+)
+def test_what_a_class_wants_is_asked_for_by_its_option(written, capsys):
+    assert main(["evaluate", "--engine.benchmark", "LocalBenchmark", *written.split()]) == 2
+    assert capsys.readouterr().err == "error: --engine.benchmark.source.path: is wanted by LlavaJsonSource\n"
+
+
 def test_what_was_left_out_of_a_configuration_is_asked_for(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(
         "data:\n  source:\n    class_path: TextSource\n    init_args: {path: (left out)}\n"
