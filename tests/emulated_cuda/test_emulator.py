@@ -220,3 +220,20 @@ def sum_without_the_tokens_device() -> None:
 def test_a_statistic_that_forgets_its_device_is_caught(on_device):
     with pytest.raises(RuntimeError, match="at least two devices"):
         on_device(sum_without_the_tokens_device)
+
+
+def attention_with_a_mask(where: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output and gradients of attention under a mask that hides a part, as padding does."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 4, 10, 16, generator=generator).to(where).requires_grad_() for _ in range(3)]
+    visible = torch.ones(10, 10, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    visible[1, :, 3:, :3] = False
+    mask = visible if dtype == torch.bool else torch.zeros(visible.shape).masked_fill(~visible, -1e9)
+    found = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask.to(where))
+    found.square().sum().backward()
+    return [found.detach().cpu(), *(one.grad.cpu() for one in inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_attention_that_is_trained_heeds_its_mask(dtype, on_device):
+    torch.testing.assert_close(on_device(attention_with_a_mask, "cuda", dtype), attention_with_a_mask("cpu", dtype))

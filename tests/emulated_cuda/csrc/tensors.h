@@ -4,6 +4,7 @@
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/histc.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "kernels.h"
 
@@ -117,9 +118,14 @@ inline Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& low, con
 inline Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe<Tensor>& mask,
                         double dropout, bool causal, Maybe<double> scale, bool grouped) {
   const bool differentiated = query.requires_grad() || key.requires_grad() || value.requires_grad();
-  if (at::GradMode::is_enabled() && differentiated)
-    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, std::nullopt,
+  if (at::GradMode::is_enabled() && differentiated) {
+    // The parts add a mask to the scores: what may not be seen is minus infinity there.
+    Maybe<Tensor> added = mask;
+    if (mask && mask->scalar_type() == at::kBool)
+      added = at::zeros_like(*mask, query.options()).masked_fill(mask->logical_not(), -INFINITY);
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, added, dropout, causal, std::nullopt,
                                                               scale, grouped));
+  }
   at::AutoDispatchBelowADInplaceOrView without_gradients;
   static auto operation = c10::Dispatcher::singleton().findSchemaOrThrow("aten::scaled_dot_product_attention", "");
   torch::jit::Stack stack;
