@@ -93,7 +93,10 @@ class LVLMTrainer(RunTrainer):
         if keep:
             run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
         elif keep_recipes or keep_minutes:
-            raise InputError("keep", keep, "must be given: the share to keep, for example 0.99")
+            problem = "does nothing without --keep, the share to keep, for example 0.99"
+            if keep_minutes:
+                raise InputError("keep_minutes", keep_minutes, problem)
+            raise InputError("keep_recipes", keep_recipes, problem)
         else:
             run = PruneRun(self, model, datamodule, output, options)
         manifest = run()
