@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.output.manifest import read_beside
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
-from lvlm_prune.output.private import is_left_out, private_folder
+from lvlm_prune.output.private import is_left_out
 
 
 def record_of(base: Path) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def record_of(base: Path) -> dict[str, Any]:
         record = _read(base / name)
         if record:
             if is_left_out(record):  # where the dense model is stands beside the folder
-                record = _read(private_folder(base) / name) or record
+                record = read_beside(base, name) or record
             if name == PRUNING_RECORD:
                 record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
             return record

@@ -121,7 +121,7 @@ class Manifest(dict[str, Any]):
         Raises:
             InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
         """
-        moved, beside = self._free_places(), _read_beside(folder, name)
+        moved, beside = self._free_places(), read_beside(folder, name)
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))
             whole = dict(leaves(beside.get(section, {})))
@@ -144,7 +144,7 @@ class Manifest(dict[str, Any]):
         return {place for name in sections if "fingerprint" in self.get(name, {}) for place in _PLACES[name]}
 
 
-def _read_beside(folder: Path, name: str) -> dict[str, Any]:
+def read_beside(folder: Path, name: str) -> dict[str, Any]:
     """The record with its private data; empty where none lies beside the folder."""
     try:
         found = json.loads((private_folder(folder) / name).read_text(encoding="utf-8"))

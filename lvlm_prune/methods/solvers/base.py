@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,35 @@ class Solver(ABC):
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """Not required: one line about the whole run out of the notes of its Linears (by full name)."""
         return ""
+
+
+class ContinuingSolver(Solver):
+    """A solver that begins with what another one found.
+
+    Args:
+        start: That other one. Default: what prunes where no solver is named, see `starting_from`.
+    """
+
+    continues = True
+
+    def __init__(self, start: Solver | None) -> None:
+        self.start = start
+
+    @property
+    def first(self) -> Solver:
+        """The solver that it begins with."""
+        if self.start is None:
+            raise TypeError("what to begin with is not said: `start`, or `starting_from`")
+        return self.start
+
+    def starting_from(self, solver: Solver) -> Solver:
+        """See `Solver.starting_from`: this one, with a start that begins with the given one where none was named."""
+        start = solver if self.start is None else self.start.starting_from(solver)
+        if start is self.start:
+            return self
+        continued = copy(self)
+        continued.start = start
+        return continued
 
 
 def dense(problem: LinearProblem) -> Solution:

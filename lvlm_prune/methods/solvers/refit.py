@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver, at_least, dense, sparse_weight
+from lvlm_prune.methods.solvers.base import (
+    ContinuingSolver,
+    LinearProblem,
+    Solution,
+    Solver,
+    at_least,
+    dense,
+    sparse_weight,
+)
 from lvlm_prune.methods.solvers.scaling import UnitDiagonal, checked_damping, singular_line
 
 if TYPE_CHECKING:
@@ -82,7 +90,7 @@ def least_squares_(
     return energy
 
 
-class RefitSolver(Solver):
+class RefitSolver(ContinuingSolver):
     r"""The mask of another solver, and for it the best values that there are.
 
     .. math:: \min_{W'} \lVert (W' - W) X \rVert_F^2 + \lambda \, \overline{\mathrm{diag}(H)} \,
@@ -115,8 +123,6 @@ class RefitSolver(Solver):
                 [0.0000, 6.8507]])
     """
 
-    continues = True
-
     def __init__(
         self,
         start: Solver | None = None,
@@ -129,7 +135,8 @@ class RefitSolver(Solver):
             raise ValueError(f"`iterations` {iterations}: must be at least 1")
         if not 0 < tolerance < 1:
             raise ValueError(f"`tolerance` {tolerance}: must lie between 0 and 1")
-        self.start, self.damping = start, checked_damping(damping)
+        super().__init__(start)
+        self.damping = checked_damping(damping)
         self.iterations, self.tolerance = iterations, tolerance
         self.keep_zeros = keep_zeros
 
@@ -137,24 +144,11 @@ class RefitSolver(Solver):
         """As asked for."""
         return self.keep_zeros
 
-    def starting_from(self, solver: Solver) -> Solver:
-        """See `Solver.starting_from`."""
-        start = solver if self.start is None else self.start.starting_from(solver)
-        if start is self.start:
-            return self
-        return RefitSolver(start, self.damping, self.iterations, self.tolerance, self.keep_zeros)
-
-    @property
-    def _first(self) -> Solver:
-        if self.start is None:
-            raise TypeError("whose mask is to be refit is not said: `start`, or `starting_from`")
-        return self.start
-
     def solve(self, problem: LinearProblem) -> Solution:
         """See `Solver.solve`."""
         if problem.sparsity == 0:
             return dense(problem)
-        begun = self._first.solve(problem)
+        begun = self.first.solve(problem)
         mask = begun.mask | problem.zeros if self.keep_zeros else begun.mask
         scaled = UnitDiagonal(problem.gram, self.damping)
         weight = scaled.weight(problem.weight)
@@ -173,28 +167,28 @@ class RefitSolver(Solver):
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """Seven matrices of the weight's size in float32, and H; or what the first solver takes."""
-        return max(self._first.working_bytes(shape, itemsize, on_gpu), 4 * (7 * shape[0] * shape[1] + shape[1] ** 2))
+        return max(self.first.working_bytes(shape, itemsize, on_gpu), 4 * (7 * shape[0] * shape[1] + shape[1] ** 2))
 
     def statistic_bytes(self, channels: int) -> int:
         """The products alone, in float64; or what the first solver keeps."""
-        return max(self._first.statistic_bytes(channels), 8 * channels**2)
+        return max(self.first.statistic_bytes(channels), 8 * channels**2)
 
     def cost(self, rows: int, columns: int) -> float:
         """Products with H, beside what the first solver takes."""
-        return self._first.cost(rows, columns) + 30.0 * rows * columns**2
+        return self.first.cost(rows, columns) + 30.0 * rows * columns**2
 
     def check(self, pattern: Pattern) -> None:
         """See `Solver.check`: what the first solver refuses."""
-        self._first.check(pattern)
+        self.first.check(pattern)
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
         """What the first solver promises."""
-        return [at_least(count) for count in self._first.expected_zeros(shape, sparsity, pattern)]
+        return [at_least(count) for count in self.first.expected_zeros(shape, sparsity, pattern)]
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """How many Linears were not solved to the tolerance, and the worst of them."""
         missed = {name: note["residual"] for name, note in notes.items() if "residual" in note}
-        lines = [self._first.summary(notes) or singular_line(notes)]
+        lines = [self.first.summary(notes) or singular_line(notes)]
         if missed:
             worst = max(missed, key=lambda name: missed[name])
             lines.append(

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.methods.patterns import IN_CACHES, Pattern, SemiStructured, ZeroCount
-from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver, dense
+from lvlm_prune.methods.solvers.base import ContinuingSolver, LinearProblem, Solution, Solver, dense
 from lvlm_prune.methods.solvers.scaling import UnitDiagonal
 
 # An exchange that takes less than this share off the row's error is rounding of float32.
 _WORTH_IT = 1e-6
 
 
-class SparseSwapsSolver(Solver):
+class SparseSwapsSolver(ContinuingSolver):
     r"""The mask of another solver, made better by exchanging weights that stay for ones that went; no value changes.
 
     .. math:: L = r H r^\top, \quad r = w \odot m, \qquad
@@ -56,7 +56,6 @@ class SparseSwapsSolver(Solver):
     """
 
     updates_weights = False
-    continues = True
 
     def __init__(self, start: Solver | None = None, rounds: int = 25, candidates: int = 32) -> None:
         if rounds < 1:
@@ -65,46 +64,38 @@ class SparseSwapsSolver(Solver):
             raise ValueError(f"`candidates` {candidates}: must be at least 1")
         if start is not None and start.updates_weights:
             raise ValueError(f"`start` {type(start).__name__}: must leave the weights as they are")
-        self.start, self.rounds, self.candidates = start, rounds, candidates
-
-    def starting_from(self, solver: Solver) -> Solver:
-        """See `Solver.starting_from`."""
-        start = solver if self.start is None else self.start.starting_from(solver)
-        return self if start is self.start else SparseSwapsSolver(start, self.rounds, self.candidates)
-
-    @property
-    def _first(self) -> Solver:
-        if self.start is None:
-            raise TypeError("whose mask is to be made better is not said: `start`, or `starting_from`")
-        return self.start
+        super().__init__(start)
+        self.rounds, self.candidates = rounds, candidates
 
     def solve(self, problem: LinearProblem) -> Solution:
         """See `Solver.solve`."""
         if problem.sparsity == 0:
             return dense(problem)
-        begun = self._first.solve(problem)
+        begun = self.first.solve(problem)
         scaled = UnitDiagonal(problem.gram, damping=0.0)
         mask, made = begun.mask.clone(), 0
         # A pair has an entry for each two candidates, or for each two weights of a group.
         width = problem.weight.shape[1]
         group = problem.pattern.group_size if isinstance(problem.pattern, SemiStructured) else 0
         entries = width * group if group else min(self.candidates, width) ** 2
-        for rows in range(0, len(mask), max(IN_CACHES // max(entries, width), 1)):
-            here = slice(rows, rows + max(IN_CACHES // max(entries, width), 1))
+        rows = max(IN_CACHES // max(entries, width), 1)
+        for start in range(0, len(mask), rows):
+            here = slice(start, start + rows)
             weight = scaled.weight(problem.weight[here])
             made += _exchange_(mask[here], weight, scaled.gram, self.rounds, self.candidates, group)
-        notes = {**begun.notes, **scaled.notes(), "exchanges": made}
-        notes.pop("singular", None)  # nothing is solved with the Gram matrix
+        # Nothing is solved with the Gram matrix: whether it is singular is not looked at.
+        dead = int(scaled.dead.sum())
+        notes = {**begun.notes, **({"dead_columns": dead} if dead else {}), "exchanges": made}
         return Solution(problem.weight.masked_fill(mask, 0.0), mask, notes)
 
     def quick(self) -> Solver:
         """The start by itself: exchanges change little in which Linear can spare most."""
-        return self._first.quick()
+        return self.first.quick()
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """H in float32 and the new weight, beside a few rows; or what the first solver takes."""
         ours = 4 * shape[1] ** 2 + shape[0] * shape[1] * (itemsize + 1) + 64 * max(IN_CACHES, self.candidates**2)
-        return max(self._first.working_bytes(shape, itemsize, on_gpu), ours)
+        return max(self.first.working_bytes(shape, itemsize, on_gpu), ours)
 
     def statistic_bytes(self, channels: int) -> int:
         """The products alone, in float64."""
@@ -112,7 +103,7 @@ class SparseSwapsSolver(Solver):
 
     def cost(self, rows: int, columns: int) -> float:
         """A row of H for either weight of each exchange, and the pairs, beside what the first solver takes."""
-        return self._first.cost(rows, columns) + float(rows) * self.rounds * (4 * columns + self.candidates**2)
+        return self.first.cost(rows, columns) + float(rows) * self.rounds * (4 * columns + self.candidates**2)
 
     def check(self, pattern: Pattern) -> None:
         """See `Solver.check`: what the first solver refuses.
@@ -120,18 +111,18 @@ class SparseSwapsSolver(Solver):
         Raises:
             ValueError: The first solver updates weights.
         """
-        if self._first.updates_weights:
-            name = type(self._first).__name__.removesuffix("Solver")
+        if self.first.updates_weights:
+            name = type(self.first).__name__.removesuffix("Solver")
             raise ValueError(f"`solver` SparseSwapsSolver: cannot begin with {name}, which updates weights")
-        self._first.check(pattern)
+        self.first.check(pattern)
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
         """What the first solver promises: exchanges stay within rows, and within groups of N:M."""
-        return self._first.expected_zeros(shape, sparsity, pattern)
+        return self.first.expected_zeros(shape, sparsity, pattern)
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
         """What the first solver has to say."""
-        return self._first.summary(notes)
+        return self.first.summary(notes)
 
 
 def _exchange_(mask: Tensor, weight: Tensor, gram: Tensor, rounds: int, candidates: int, group: int) -> int:
