@@ -17,6 +17,7 @@ ALONE = ("methods", "completion", "kernels")
 """Commands that only print something."""
 
 _MOST_VALUES = 100_000
+_STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
 
@@ -59,11 +60,13 @@ def explain(
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
         if arguments and arguments[0] in ALONE:
             return f"{' '.join(arguments)}: `{arguments[0]}` takes nothing"
-        verbs = f"{', '.join(VERBS[:-1])} or {VERBS[-1]}"
+        commands = f"{', '.join((*VERBS, *ALONE)[:-1])} or {ALONE[-1]}"
         if not arguments or arguments[0].startswith("-"):
-            return f"a command is missing: {verbs}"
+            return f"a command is missing: {commands} (`lvlm-prune --help` has a sentence for each)"
         close = get_close_matches(arguments[0], (*VERBS, *ALONE), n=1)
-        return f"{arguments[0]}: no such command, expected {verbs}" + "".join(f"; is {verb} meant?" for verb in close)
+        return f"{arguments[0]}: no such command, expected {commands}" + "".join(
+            f"; is {verb} meant?" for verb in close
+        )
     key, rest = _split_key(text)
     if broken := re.match(r"Problems parsing config: (.*)", rest):
         path = next((path for path in _config_files(arguments) if not _is_yaml(folder / path)), "")
@@ -91,11 +94,15 @@ def explain(
     if plain := re.search(r"Expected an? (.*)\. Got value:(.*)", rest):
         return f"{option} {_shown(plain[2])}: expected {_choices(plain[1])}"
     if wanted := re.fullmatch(r"the following arguments are required: ([\w.]+)", rest):
+        if wanted[1] == "compare.folders":
+            return "compare: name two folders or more"
         return _missing(f"{key}.{wanted[1]}" if key else wanted[1], arguments, plugins)
     if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
         return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
         return _unknown(option, known, plugins)
+    if (stray := re.search(r"unrecognized arguments: (\S+)", rest)) and not stray[1].startswith("--"):
+        return f"{stray[1]}: {_STRAY}"
     if unknown := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: (\S+)", rest):
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         return _unknown(_full_name(name, arguments), known, plugins)
@@ -199,6 +206,23 @@ def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
 
 
 def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
+    return f"{option}: unknown option{hint(option, known, plugins)}"
+
+
+def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
+    """What an unknown option may be meant to be, to go on with a sentence; empty where nothing comes close.
+
+    Args:
+        option: `--pruning.sparsty`.
+        known: Options that there are.
+        plugins: Name of each class that can be an option's value -> its own options.
+
+    Example:
+        >>> hint("--pruning.sparsty", ["--pruning.sparsity", "--data.seed"], {})
+        '; is --pruning.sparsity meant?'
+        >>> hint("--pruning.solver.damping", [], {"ALPSSolver": ["damping"]})
+        ' of the class in use; ALPSSolver takes it'
+    """
     meant = [candidate for candidate in known if candidate.endswith(f".{option.removeprefix('--')}")]
     if not meant:
         place, dot, name = option.rpartition(".") if "." in option else ("", "--", option.removeprefix("--"))
@@ -207,11 +231,11 @@ def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
         if place.count(".") or place == "--engine":
             if owners := _owners(place, name, plugins):
                 take = "takes" if len(owners) == 1 else "take"
-                return f"{option}: unknown option of the class in use; {' and '.join(owners)} {take} it"
+                return f" of the class in use; {' and '.join(owners)} {take} it"
             beside += [name for names in plugins.values() for name in names]
         close = [one for one in get_close_matches(name, beside, n=1, cutoff=0.75) if one != name]
         meant = [f"{place}{dot}{one}" for one in close]
-    return f"{option}: unknown option" + (f"; is {' or '.join(meant)} meant?" if meant else "")
+    return f"; is {' or '.join(meant)} meant?" if meant else ""
 
 
 def _missing(name: str, arguments: Sequence[str], plugins: Plugins) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -160,6 +160,16 @@ def classes_below(kind: Any) -> Iterator[Any]:
     for one in kind.__subclasses__():
         yield one
         yield from classes_below(one)
+
+
+def options_of_classes(kinds: Iterable[type]) -> dict[str, list[str]]:
+    """Name of each class of this package that is of one of these kinds -> options of its own.
+
+    Args:
+        kinds: Base classes of plugins.
+    """
+    classes = [one for kind in kinds for one in classes_below(kind) if one.__module__.startswith("lvlm_prune.")]
+    return {one.__name__: list(inspect.signature(one).parameters) for one in classes if not inspect.isabstract(one)}
 
 
 def _first_sentence(text: str) -> str:

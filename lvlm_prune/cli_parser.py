@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from lvlm_prune.cli_errors import (
     refuse_immense,
     refuse_unreadable,
 )
-from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, classes_below, command_help
+from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.launching import is_first_process
@@ -69,9 +68,7 @@ _ENGINES = (LMEvalEngine, LMMSEvalEngine)
 
 def _plugins() -> dict[str, list[str]]:
     """Name of each class that can be the value of an option -> options of its own."""
-    kinds = (Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver)
-    classes = [one for kind in kinds for one in classes_below(kind) if one.__module__.startswith("lvlm_prune.")]
-    return {one.__name__: list(inspect.signature(one).parameters) for one in classes if not inspect.isabstract(one)}
+    return options_of_classes((Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver))
 
 
 class LVLMParser(LightningArgumentParser):

@@ -23,7 +23,8 @@ class InputError(LVLMPruneError):
     """A bad option or a bad file behind an option.
 
     Args:
-        option: Name of the option as it is written in YAML, for example `model.path`.
+        option: Name of the option as it is written in YAML, for example `model.path`; empty for a value that is given
+            without one, as the folders of `compare` are.
         value: The value that was given.
         problem: What is wrong with it and, where there is one, the way out.
 
@@ -35,7 +36,8 @@ class InputError(LVLMPruneError):
     """
 
     def __init__(self, option: str, value: Any, problem: str) -> None:
-        super().__init__(f"--{option} {shortened(value, _LONGEST_VALUE)}: {problem}")
+        shown = shortened(value, _LONGEST_VALUE)
+        super().__init__(f"--{option} {shown}: {problem}" if option else f"{shown}: {problem}")
         self.option = option
         self.value = value
         self.problem = problem

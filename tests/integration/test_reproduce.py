@@ -112,7 +112,7 @@ def test_several_seeds_give_a_spread(tmp_path):
 
 
 BAD = {
-    "table": (["reproduce", "atv/table_9"], ["--table atv/table_9", "atv/table_2"]),
+    "table": (["reproduce", "atv/table_9"], ["error: atv/table_9: no such table; is atv/table_", "atv/table_2"]),
     "no checkpoint": (["reproduce", "tamp/table_3"], ["--model.path VideoLLaMA2-7B", "transformers has no"]),
     "calibration": (
         ["reproduce", "atv/table_3", MODEL, "--calibration={nothing: {}}"],

@@ -41,6 +41,10 @@ def test_one_line(argument, line):
         ("evaluate --engine BuiltinEngin", "{}; is BuiltinEngine meant?"),
         ("method", "method: no such command, expected {} is methods meant?"),
         ("methods wanda", "methods wanda: `methods` takes nothing"),
+        ('sweep --grid {"pruning.sparsty":0.5}', "--grid pruning.sparsty: {}; is pruning.sparsity meant?"),
+        ('sweep --grid {"prunning.sparsity":0.5}', "--grid prunning.sparsity: {}; is pruning.sparsity meant?"),
+        ('sweep --grid {"sparsity":0.5}', "--grid sparsity: {}; is pruning.sparsity meant?"),
+        ('sweep --grid {"pruning.pool.alhpa":2}', "--grid pruning.pool.alhpa: {}; is pruning.pool.alpha meant?"),
         ("evaluate --engine.benchmrk LocalBenchmark", "{}; is --engine.benchmark meant?"),
     ],
 )

@@ -18,7 +18,7 @@ from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.packed.folder import open_checkpoint
 
-_OPTION = "folders"
+_OPTION = ""  # folders are given without one
 # Options that say nothing about the checkpoint; how long a recovery trained does.
 _BESIDE = {*FREE_TO_CHANGE, "plan"} - {"trainer"}
 

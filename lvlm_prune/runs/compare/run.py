@@ -21,7 +21,7 @@ _OTHER_MODELS = "warning: the folders come from different models; what differs i
 def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     """See `LVLMTrainer.compare`."""
     if len(folders) < 2:
-        raise InputError("folders", " ".join(folders) or "''", "name two folders or more")
+        raise InputError("", " ".join(["compare", *folders]), "name two folders or more")
     target = Path(output) if output else None
     if target is not None and target.exists():
         if not target.is_dir():

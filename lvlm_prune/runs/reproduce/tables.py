@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -148,7 +149,8 @@ def load_table(name: str) -> Table:
     """
     file = FOLDER / f"{name}.yaml"
     if name not in table_names():
-        raise InputError("table", name, f"no such table; there are {', '.join(table_names())}")
+        close = "".join(f"is {one} meant? " for one in get_close_matches(name, table_names(), n=1))
+        raise InputError("", name, f"no such table; {close}there are {', '.join(table_names())}")
     content = yaml.safe_load(file.read_text())
     parts = [_part(content | entry) for entry in content["models"]]
     published = [part.published for part in parts]

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, cached_property
 from glob import glob
 from itertools import product
@@ -23,9 +24,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lvlm_prune.callbacks import BlockwisePruning
-from lvlm_prune.cli_errors import explain
-from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.cli_errors import explain, hint
+from lvlm_prune.cli_help import options_of_classes
+from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
+from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
 from lvlm_prune.plugins import built_from, describe
 from lvlm_prune.recipes import recipe_file, recipe_names
@@ -114,8 +117,8 @@ class Grid:
         """
         for name, values in grid.items():
             if name.split(".")[0] not in ("pruning", "data") or name == SEED:
-                problem = "choose it with --seeds" if name == SEED else "a sweep varies options of `pruning` and `data`"
-                raise InputError("grid", name, problem)
+                problem = f"a sweep varies options of `pruning` and `data`{_meant(name)}"
+                raise InputError("grid", name, "choose it with --seeds" if name == SEED else problem)
             if "." not in name:
                 example = f"--grid '{{{name}.{next(iter(values), 'option') if isinstance(values, dict) else 'option'}"
                 raise InputError("grid", name, f"write the option's whole name and its values: {example}: [...]}}'")
@@ -155,7 +158,7 @@ class Grid:
                     points.setdefault(point.identity, point)
         for name in self.options:
             if name not in used:
-                raise InputError("grid", name, "is an option of no recipe of this sweep")
+                raise InputError("grid", name, f"is an option of no recipe of this sweep{_meant(name)}")
         return by_data(points.values())
 
 
@@ -225,6 +228,17 @@ def _parser() -> ArgumentParser:
     parser.add_class_arguments(BlockwisePruning, "pruning")
     parser.add_class_arguments(CalibrationDataModule, "data")
     return parser
+
+
+def _meant(name: str) -> str:
+    """What a name in a grid that is no option may be meant to be, as the end of a sentence."""
+    known = [option.removeprefix("--") for option in _parser()._option_string_actions if option.startswith("--")]
+    plugins = options_of_classes((Allocation, CalibrationSource, Pool, Saliency, Scorer, Solver))
+    if name.split(".")[0] not in ("pruning", "data"):
+        close = [one for one in known if one.endswith(f".{name}")] or get_close_matches(name, known, n=1, cutoff=0.75)
+        return f"; is {' or '.join(close)} meant?" if close else ""
+    told = hint(f"--{name}", [f"--{option}" for option in known], plugins)
+    return told.replace("--", "").replace(" of the class in use;", ";")
 
 
 def _instantiate(config: Mapping[str, Any]) -> Namespace:
