@@ -18,6 +18,7 @@ from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
 from lvlm_prune.output.own_files import HELD_BACK, FileRecord, record_of
+from lvlm_prune.output.private import refuse_foreign
 
 try:
     import fcntl
@@ -63,7 +64,8 @@ def refuse_unusable(
 
     Raises:
         InputError: The folder exists and is not empty, lies in the input, shares files with it or with another
-            checkpoint, cannot be written or has no room; or a link leads out of the input.
+            checkpoint, cannot be written or has no room; a link leads out of the input; or something that no run wrote
+            lies where the private part of the folder goes.
     """
     if source is not None:
         _refuse_overlap(folder, source.path.resolve())
@@ -78,6 +80,7 @@ def refuse_unusable(
     existing = existing_folder(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError("output", folder, f"no permission to write in {existing}")
+    refuse_foreign(folder)
     if source is not None and occupied:
         refuse_shared_files(folder, source)
     if source is not None and copies:

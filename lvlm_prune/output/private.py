@@ -12,13 +12,17 @@ from typing import Any
 
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import NAMES
-from lvlm_prune.output.names import PRIVATE_SUFFIX
+from lvlm_prune.errors import InputError
+from lvlm_prune.output.names import EVALUATION_RECORD, PACKING_RECORD, PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
 
 LEFT_OUT = "(left out)"
 """What stands in a record in place of something private."""
 
 PRIVATE = "private_data"
 """Key of a record that says what became of private data."""
+
+RECORDS = PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD, EVALUATION_RECORD
+"""Records that hold private data; the private folder has one at least."""
 
 CONFIG_HEAD = "# Local paths are left out. Where the folder was written they lie beside it, and --config finds them.\n"
 """First line of a configuration without private data."""
@@ -39,6 +43,21 @@ def private_folder(folder: Path) -> Path:
     """
     folder = folder.absolute()
     return folder.with_name(folder.name + PRIVATE_SUFFIX)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse an output folder where something that no run wrote is in the way of its private part.
+
+    Raises:
+        InputError: There is; names it.
+    """
+    beside = private_folder(folder)
+    if not beside.exists() and not beside.is_symlink():
+        return
+    ours = beside.is_dir() and (not any(beside.iterdir()) or any((beside / name).is_file() for name in RECORDS))
+    if not ours:
+        problem = f"what is private would go to {beside}, which no run wrote; move that away, or choose another folder"
+        raise InputError("output", folder, problem)
 
 
 def without_private(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,7 @@ from lvlm_prune.errors import InputError, RunError, first_line
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import (
-    EVALUATION_RECORD,
     FIGURE_FOLDER,
-    PACKING_RECORD,
     PAGE_NAME,
     PICTURE_FIGURE,
     PICTURE_NAME,
@@ -36,14 +34,20 @@ from lvlm_prune.output.names import (
     RECOVERY_RECORD,
 )
 from lvlm_prune.output.own_files import records_of
-from lvlm_prune.output.private import CONFIG_HEAD, is_left_out, names_only_embedded, private_folder, without_private
+from lvlm_prune.output.private import (
+    CONFIG_HEAD,
+    RECORDS,
+    is_left_out,
+    names_only_embedded,
+    private_folder,
+    without_private,
+)
 from lvlm_prune.output.summaries import private_line
 from lvlm_prune.report.card import refresh_card
 from lvlm_prune.report.refreshing import refresh_page
 
 _NOT_LOGGED_IN = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_RECORDS = (PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD, EVALUATION_RECORD)
 _ADAPTER_CONFIG = "adapter/adapter_config.json"
 
 
@@ -111,35 +115,42 @@ def keep_private(folder: Path) -> None:
     its folder was packed. Then only records that are new are added.
     """
     beside = private_folder(folder)
-    whole = [name for name in _RECORDS if (folder / name).is_file() and not is_left_out(_read(folder / name))]
+    whole = [name for name in RECORDS if (folder / name).is_file() and not is_left_out(_read(folder / name))]
     if not whole:
         return
     beside.mkdir(exist_ok=True)
     if any(is_left_out(_read(folder / name)) for name in (PRUNING_RECORD, RECOVERY_RECORD)):
         for name in whole:
-            shutil.copyfile(folder / name, beside / name)
+            replace_durably(beside / name, (folder / name).read_bytes())
         return
-    for name in (*_RECORDS, "config.yaml", PAGE_NAME, _ADAPTER_CONFIG):
-        (beside / name).unlink(missing_ok=True)
-        if (folder / name).is_file():
-            (beside / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, beside / name)
-    shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
-    if (folder / FIGURE_FOLDER).is_dir():
-        shutil.copytree(folder / FIGURE_FOLDER, beside / FIGURE_FOLDER)
+    _copy_private(folder, beside)
 
 
 def carry_private(source: Path, folder: Path) -> None:
     """Give a folder that was packed or unpacked what lies beside the one it was made from, where anything does."""
     if private_folder(source).is_dir():
-        shutil.rmtree(private_folder(folder), ignore_errors=True)
         with writing(private_folder(folder)):
-            shutil.copytree(private_folder(source), private_folder(folder))
+            private_folder(folder).mkdir(exist_ok=True)
+            _copy_private(private_folder(source), private_folder(folder))
+
+
+def _copy_private(source: Path, beside: Path) -> None:
+    """Put the private files of a folder in place of earlier ones; one record at least is there at any time."""
+    names = (*RECORDS, "config.yaml", PAGE_NAME, _ADAPTER_CONFIG)
+    for name in sorted(names, key=lambda name: not (source / name).is_file()):
+        if (source / name).is_file():
+            (beside / name).parent.mkdir(exist_ok=True)
+            replace_durably(beside / name, (source / name).read_bytes())
+        else:
+            (beside / name).unlink(missing_ok=True)
+    shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
+    if (source / FIGURE_FOLDER).is_dir():
+        shutil.copytree(source / FIGURE_FOLDER, beside / FIGURE_FOLDER)
 
 
 def _is_private(folder: Path) -> bool:
     """Whether anything of the records is private: where not all that was used comes with this package."""
-    found = [name for name in _RECORDS if (folder / name).is_file()]
+    found = [name for name in RECORDS if (folder / name).is_file()]
     told = [_read(folder / name) for name in found if name in (PRUNING_RECORD, RECOVERY_RECORD)]
     return bool(found) and not (told and all(map(names_only_embedded, told)))
 
@@ -156,7 +167,7 @@ def leave_out_private(folder: Path) -> None:
         adapter["base_model_name_or_path"] = hub_name(adapter.get("base_model_name_or_path") or "")
         replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
         written = records_of(folder, [folder / _ADAPTER_CONFIG])
-    for name in _RECORDS:
+    for name in RECORDS:
         if (folder / name).is_file():
             record = without_private(_read(folder / name))
             if "files" in record:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,49 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert record_of(packed)["dense"]["path"] == str(GOLDEN / "model")
     assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
+
+
+@pytest.fixture(params=["folder", "file", "link"])
+def in_the_way(request, tmp_path: Path) -> Path:
+    """Something of somebody else's where the private part of an output goes."""
+    beside = tmp_path / "out.private"
+    if request.param == "folder":
+        (beside / "report").mkdir(parents=True)
+        (beside / "report" / "thesis.txt").write_text("years of work")
+    elif request.param == "file":
+        beside.write_text("years of work")
+    else:
+        beside.symlink_to(tmp_path / "nowhere")
+    return beside
+
+
+def test_what_somebody_else_has_where_the_private_part_goes_is_left_alone(own, in_the_way, tmp_path, capsys):
+    command, out = own
+
+    def found() -> dict[Path, tuple[int, int]]:
+        return {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in (in_the_way, *in_the_way.rglob("*"))}
+
+    before = found()
+    for asked in (command, ["pack", f"--model.path={GOLDEN / 'model'}", f"--output={out}"]):
+        assert main(asked) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --output {out}: ")
+        assert f"{in_the_way}, which no run wrote" in line
+        assert not out.exists()
+    assert found() == before
+
+
+def test_notes_beside_private_records_stay_when_a_run_is_repeated(own, tmp_path):
+    command, out = own
+    command = [*command, "--report=false", "--held_back=0", "--method=magnitude"]
+    assert main(command) == 0
+    notes = tmp_path / "out.private" / "notes.txt"
+    notes.write_text("seed 3 is the one")
+    (tmp_path / "out.private" / "report.html").write_text("of an earlier run")
+    shutil.rmtree(out)
+    assert main(command) == 0
+    assert notes.read_text() == "seed 3 is the one"
+    assert not (tmp_path / "out.private" / "report.html").exists()
 
 
 def test_a_relative_path_leads_to_the_dense_model_from_everywhere(own, tmp_path, monkeypatch):
