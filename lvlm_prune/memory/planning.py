@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -60,22 +61,17 @@ class Plan:
     free_bytes: int
 
     def __str__(self) -> str:
-        keys = [", ".join(linear.keys) for linear in self.linears]
-        width = max(map(len, keys))
-        lines = [
-            f"{key:{width}}  {' x '.join(f'{length:>7}' for length in linear.shape):>17} {linear.target:.4f}"
-            for key, linear in zip(keys, self.linears)
-        ]
         share = self.weights / max(self.model_weights, 1)
         zeros = sum(prod(linear.shape) * linear.target for linear in self.linears)
-        lines.append(
+        lines = [
             f"{len(self.linears)} Linears · {self.weights:,} weights, {100 * share:.1f}% of the checkpoint's "
             f"{self.model_weights:,} · about {zeros:,.0f} zeros"
-        )
+        ]
         phases = ", ".join(f"{name} {readable_size(count)}" for name, count in self.phases.items())
         lines.append(f"memory beside libraries and samples: {phases}")
         if self.held_bytes:
-            where = {"device": "on the device", "host": "in host memory", "disk": "in memory-mapped files"}[self.place]
+            device = "on the device" if self.peak.device is not None else "in memory"
+            where = {"device": device, "host": "in host memory", "disk": "in memory-mapped files"}[self.place]
             lines.append(f"hidden states of the calibration samples: {readable_size(self.held_bytes)} {where}")
         device = "" if self.peak.device is None else f"{readable_size(self.peak.device)} on the device, "
         lines.append(
@@ -84,7 +80,19 @@ class Plan:
             f"({readable_size(self.output_bytes)} of it the output folder, where "
             f"{readable_size(self.free_bytes)} are free)"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._kinds()])
+
+    def _kinds(self) -> Iterator[str]:
+        """A line for each kind of Linear: its name with `*` for numbers, how many of which shape, target sparsity."""
+        kinds: dict[tuple[str, tuple[int, ...]], list[float]] = {}
+        for linear in self.linears:
+            name = re.sub(r"\.\d+(?=\.)", ".*", ", ".join(linear.keys))
+            kinds.setdefault((name, linear.shape), []).append(linear.target)
+        width = max(len(name) for name, _ in kinds)
+        for (name, shape), targets in kinds.items():
+            bounds = dict.fromkeys(f"{target:.4f}" for target in (min(targets), max(targets)))
+            written = " x ".join(f"{length:>7}" for length in shape)
+            yield f"{name:{width}} {len(targets):>5} of {written:>17}  {' to '.join(bounds)}"
 
 
 def make_plan(

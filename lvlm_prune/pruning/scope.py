@@ -82,8 +82,8 @@ def _printed_names(
 ) -> dict[str, tuple[str, ...]]:
     """Full name of each matrix -> all names under which users meet it.
 
-    In the manifest that is the module's path, in `--plan` and in the checkpoint the name of its tensor, which may hold
-    several matrices.
+    In the manifest that is the module's path, in the checkpoint the name of its tensor, which may hold several
+    matrices; `--plan` shows that with `*` for numbers.
     """
     found: dict[str, tuple[str, ...]] = {name: (name, f"{name}.weight") for name in matrices}
     weights = pl_module.weights(torch.device("cpu"))

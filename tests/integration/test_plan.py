@@ -1,6 +1,8 @@
 """A plan says what a run would do, and does nothing."""
 
+import fnmatch
 import json
+import re
 import shutil
 from collections import namedtuple
 from math import prod
@@ -22,21 +24,43 @@ SHAPES = {
 }
 
 
-def test_a_plan_names_every_tensor_and_writes_nothing(golden_arguments, tmp_path, capsys, monkeypatch):
+def listed_kinds(lines: list[str]) -> dict[str, list[str]]:
+    """Name of each kind of Linear in a plan -> how many, sizes of the shape, target."""
+    kinds = {}
+    for line in lines:
+        if found := re.fullmatch(r"(\S+) +(\d+) of +(\d+) x +(\d+)  ([\d.]+(?: to [\d.]+)?)", line):
+            kinds[found[1]] = list(found.groups()[1:])
+    return kinds
+
+
+def test_a_plan_counts_every_tensor_and_writes_nothing(golden_arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--pruning.exclude=*.k_proj", "--pruning.sparsity=0.6", "--plan=true", "--output=out"]
     assert main([*golden_arguments, *arguments]) == 0
     assert list(tmp_path.iterdir()) == []
     lines = capsys.readouterr().out.splitlines()
     folder = CheckpointFolder(GOLDEN / "model")
-    listed = {line.split()[0]: line.split() for line in lines if line.startswith("model.")}
-    assert len(listed) == 24
-    for key, words in listed.items():
-        assert folder[key].shape == (int(words[1]), int(words[3]))
-        assert float(words[4]) == 0.6
-    weights = sum(prod(folder[key].shape) for key in listed)
-    assert f"24 Linears · {weights:,} weights" in "\n".join(lines)
+    listed = listed_kinds(lines)
+    assert len(listed) == 6
+    planned = []
+    for name, (count, rows, columns, target) in listed.items():
+        keys = fnmatch.filter(folder, name)
+        assert {folder[key].shape for key in keys} == {(int(rows), int(columns))}
+        assert (len(keys), target) == (int(count), "0.6000")
+        planned += keys
+    assert len(planned) == 24
+    weights = sum(prod(folder[key].shape) for key in planned)
+    assert lines[0].startswith(f"24 Linears · {weights:,} weights")
     assert "hidden states of the calibration samples: " in "\n".join(lines)
+
+
+def test_a_plan_is_short_however_many_blocks_there_are_and_gives_bounds_of_targets(golden_arguments, tmp_path, capsys):
+    sparsities = json.dumps({"*layers.0.*": 0.4, "*layers.1.*": 0.6})
+    arguments = ["--pruning.allocation=CustomAllocation", f"--pruning.allocation.sparsities={sparsities}"]
+    assert main([*golden_arguments, *arguments, "--plan=true", f"--output={tmp_path / 'out'}"]) == 0
+    listed = listed_kinds(capsys.readouterr().out.splitlines())
+    assert len(listed) == 7
+    assert {(count, target) for count, _, _, target in listed.values()} == {("4", "0.4000 to 0.6000")}
 
 
 def test_a_plan_says_what_a_run_would_refuse_for_lack_of_room(golden_arguments, tmp_path, capsys, monkeypatch):
@@ -101,11 +125,12 @@ def test_the_papers_models_are_covered_by_their_shapes(name, tmp_path, capsys):
     ]
     assert main(["prune", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [words for words in map(str.split, lines) if len(words) == 5 and words[2] == "x"]
-    shapes = [(int(words[1]), int(words[3])) for words in rows]
-    checkpoint = CheckpointFolder(folder)
-    assert all(checkpoint[key].shape == shape for (key, *_), shape in zip(rows, shapes, strict=True))
-    assert len({key for key, *_ in rows}) == len(rows)
+    checkpoint, shapes = CheckpointFolder(folder), []
+    for kind, (count, *shape, _) in listed_kinds(lines).items():
+        keys = fnmatch.filter(checkpoint, kind)
+        assert len(keys) == int(count) == blocks
+        shapes += [checkpoint[key].shape for key in keys]
+        assert checkpoint[keys[0]].shape == tuple(map(int, shape))
     head = hidden // heads
     per_block = [(heads * head, hidden), *[(kv_heads * head, hidden)] * 2, (hidden, heads * head)]
     per_block += [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
