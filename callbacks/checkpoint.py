@@ -34,7 +34,8 @@ from lvlm_prune.output.folder import (
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, STATISTICS_NAME
-from lvlm_prune.output.own_files import FileRecord, record_of_content, refuse_changed
+from lvlm_prune.output.own_files import record_of_content, refuse_changed
+from lvlm_prune.output.records import FileRecord
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from lvlm_prune.plugins import describe
 from lvlm_prune.report.card import read_card, write_card

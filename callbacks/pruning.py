@@ -345,6 +345,6 @@ def _skipped_line(calibration: Mapping[str, Any]) -> str:
     skipped = calibration.get("skipped", [])
     if not skipped:
         return ""
-    name, reason = skipped[0]
     count, total = len(skipped), len(skipped) + calibration["num_samples"]
-    return f"{count} of {total} calibration samples could not be read and were left out (the first is {name}: {reason})"
+    line = f"{count} of {total} calibration samples could not be read and were left out"
+    return line if isinstance(skipped[0], str) else f"{line} (the first is {skipped[0][0]}: {skipped[0][1]})"

@@ -10,6 +10,7 @@ from typing import Any
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.engine import Measurement
 from lvlm_prune.evaluation.scores import retention
+from lvlm_prune.output import records
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE
@@ -124,8 +125,4 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier `evaluate` found of the checkpoint in a folder; None where there is nothing readable."""
-    try:
-        record = json.loads((folder / EVALUATION_RECORD).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "tasks" in record else None
+    return records.read_record(folder / EVALUATION_RECORD, records.EvaluationRecord)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.output.manifest import read_beside
+from lvlm_prune.output.manifest import read_beside, read_run
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 
@@ -18,7 +17,7 @@ def record_of(base: Path) -> dict[str, Any]:
     `dense` says from which checkpoint the base was pruned.
     """
     for name in (RECOVERY_RECORD, PRUNING_RECORD):
-        record = _read(base / name)
+        record = read_run(base / name)
         if record:
             if is_left_out(record):  # where the dense model is stands beside the folder
                 record = read_beside(base, name) or record
@@ -26,14 +25,6 @@ def record_of(base: Path) -> dict[str, Any]:
                 record["dense"] = {key: record.get("model", {}).get(key) for key in ("path", "folder", "fingerprint")}
             return record
     return {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:

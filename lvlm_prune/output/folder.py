@@ -17,8 +17,9 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
-from lvlm_prune.output.own_files import HELD_BACK, FileRecord, record_of
+from lvlm_prune.output.own_files import HELD_BACK, record_of
 from lvlm_prune.output.private import refuse_foreign
+from lvlm_prune.output.records import FileRecord
 
 try:
     import fcntl

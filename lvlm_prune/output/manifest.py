@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.names import PRUNING_RECORD
+from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import LEFT_OUT, private_folder
-from lvlm_prune.output.records import BlockRecord, LinearRecord
+from lvlm_prune.output.records import (
+    BlockRecord,
+    LinearRecord,
+    PruningRecord,
+    RecoveryRecord,
+    RunRecord,
+    read_record,
+)
+
+_KINDS = {PRUNING_RECORD: PruningRecord, RECOVERY_RECORD: RecoveryRecord}
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
@@ -64,16 +73,13 @@ class Manifest(dict[str, Any]):
         """Read the manifest of an output folder.
 
         Raises:
-            InputError: There is none, or it is not readable.
+            InputError: There is none, or it is not as a run writes it.
         """
         path = folder / name
         if not path.is_file():
             raise InputError("output", folder, f"has no {name}: not a folder that this command wrote")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError):
-            raise InputError("output", folder, f"its {name} cannot be read") from None
-        if not _is_manifest(content, name):
+        content = read_run(path)
+        if content is None:
             raise InputError("output", folder, f"its {name} is not as a run writes it")
         return cls(content)
 
@@ -146,54 +152,16 @@ class Manifest(dict[str, Any]):
 
 def read_beside(folder: Path, name: str) -> dict[str, Any]:
     """The record with its private data; empty where none lies beside the folder."""
-    try:
-        found = json.loads((private_folder(folder) / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) and _is_manifest(found, name) else {}
+    return read_run(private_folder(folder) / name) or {}
 
 
-def _is_manifest(content: Any, name: str) -> bool:
-    """Whether what a run reads of an earlier one is of the kind that it expects."""
-    if not isinstance(content, dict):
-        return False
-    sections = ["config", "model", "calibration", "data", "linears", "files", "survey", "verified", "versions"]
-    sections += ["quality", "sparsity"] if name == PRUNING_RECORD else ["quality"]
-    if not all(isinstance(content.get(name, {}), dict) for name in sections):
-        return False
-    blocks, linears = content.get("blocks", []), content.get("linears", {})
-    return (
-        isinstance(content.get("status", ""), str)
-        and isinstance(content.get("seconds", 0.0), (int, float))
-        and isinstance(blocks, list)
-        and all(isinstance(block, dict) and _is_count(block.get("index")) for block in blocks)
-        and all(_is_linear(entry, measured=name == PRUNING_RECORD) for entry in linears.values())
-        and all(map(_is_file, content.get("files", {}).values()))
-        and all(_is_file(block[name]) for block in blocks for name in ("statistics", "adapters") if name in block)
-    )
-
-
-def _is_linear(entry: Any, measured: bool) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    shape, achieved = entry.get("shape", [0, 0]), entry.get("achieved", 0.0)
-    return (
-        not (measured and {"shape", "achieved"} - entry.keys())
-        and isinstance(shape, list)
-        and len(shape) == 2
-        and all(map(_is_count, shape))
-        and isinstance(achieved, (int, float))
-        and 0 <= achieved <= 1
-        and all(_is_count(entry[name]) for name in ("block", "pruned", "zeros") if name in entry)
-    )
-
-
-def _is_file(entry: Any) -> bool:
-    return isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def read_run(path: Path) -> dict[str, Any] | None:
+    """The record of a run, or None where there is none, or where it is not as a run writes it."""
+    found = read_record(path, _KINDS.get(path.name, RunRecord))
+    if found is None or not all("index" in block for block in found.get("blocks", [])):
+        return None
+    measured = {"shape", "achieved"} if path.name == PRUNING_RECORD else set()
+    return found if all(measured <= entry.keys() for entry in found.get("linears", {}).values()) else None
 
 
 def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputError:

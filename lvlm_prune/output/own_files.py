@@ -14,9 +14,7 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import MODEL_CARD
-
-FileRecord = dict[str, Any]
-"""`bytes` and `sha256` of a file."""
+from lvlm_prune.output.records import FileRecord
 
 HELD_BACK = "config.json.unfinished"
 

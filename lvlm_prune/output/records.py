@@ -1,6 +1,23 @@
-"""What stands in `pruning.json` about each block and each Linear; `docs/file_formats.md` has the whole file."""
+"""What stands in `pruning.json` and its like, and whether a file that is read is of that kind.
 
-from typing import Any, TypedDict
+`docs/file_formats.md` has the whole files.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+Count = Annotated[int, (0, 2**63 - 1)]
+Share = Annotated[float, (0.0, 1.0)]
+
+
+class FileRecord(TypedDict):
+    """What a run expects to find again of a file that it wrote."""
+
+    bytes: Count
+    sha256: str
 
 
 class PhaseSeconds(TypedDict, total=False):
@@ -20,7 +37,7 @@ class BlockRecord(TypedDict, total=False):
     Plugins add numbers of their own under names of their own, for example `mean_drift`.
     """
 
-    index: int
+    index: Count
     """Its number among all blocks of the run; those of a vision tower come before those of the decoder."""
     name: str
     """Its module path."""
@@ -34,9 +51,9 @@ class BlockRecord(TypedDict, total=False):
     """Histogram of scores: `first` bin, counts of `pruned` and `kept` weights, quartiles of the `threshold`."""
     forwards: int
     """Forwards of the block, of all processes."""
-    statistics: dict[str, Any]
-    """`bytes` and `sha256` of the part of the statistics that the block left for the end of the run."""
-    adapters: dict[str, Any]
+    statistics: FileRecord
+    """Of the part of the statistics that the block left for the end of the run."""
+    adapters: FileRecord
     """The same of its adapters, in a block-wise recovery."""
     seconds: PhaseSeconds
     peak_memory_bytes: int
@@ -46,16 +63,16 @@ class BlockRecord(TypedDict, total=False):
 class LinearRecord(TypedDict, total=False):
     """A Linear, or a matrix of a routed expert, that was to be pruned."""
 
-    shape: tuple[int, int]
+    shape: tuple[Count, Count]
     """(out, in)."""
-    block: int
+    block: Count
     target: float
     """Share of its weights that was to go."""
-    pruned: int
+    pruned: Count
     """Weights that were set to zero."""
-    achieved: float
+    achieved: Share
     """Share that is zero."""
-    zeros: int
+    zeros: Count
     """Zeros that were counted when the output was read again."""
     digest: str
     """Digest of the written weight, where the weights that remain were updated too."""
@@ -67,3 +84,186 @@ class LinearRecord(TypedDict, total=False):
     """Calibration tokens that were sent to the expert, where they were few."""
     note: str
     """Why it was left dense."""
+
+
+class CalibrationRecord(TypedDict, total=False):
+    """The samples that a run calibrated on."""
+
+    source: dict[str, Any]
+    """The plugin, as `class_path` and `init_args`."""
+    seed: int | None
+    num_samples: Count
+    fingerprint: str
+    tokens: dict[str, float]
+    """Modality -> tokens of all samples."""
+    skipped: list[tuple[str, str] | str]
+    """Name and reason of each sample that could not be read; left out with what is private."""
+
+
+class QualityRecord(TypedDict, total=False):
+    """What pruning cost, on a few samples; numbers are null where they are infinite."""
+
+    samples: Count
+    tokens: Count
+    held_back: bool
+    dense_perplexity: float | None
+    perplexity: float | None
+    kl: float | None
+    agreement: Share
+    not_measured: str
+
+
+class ScoresRecord(TypedDict):
+    """What a checkpoint scored: the mean over tasks, and of each task its score, questions and group."""
+
+    average: float
+    tasks: dict[str, float]
+    counts: dict[str, Count]
+    task_groups: dict[str, str]
+
+
+class RetentionRecord(TypedDict):
+    """Which share of the dense model's scores is left."""
+
+    average: float
+    tasks: dict[str, float]
+
+
+class MethodRecord(TypedDict, total=False):
+    """A callback with every plugin and parameter."""
+
+    class_path: str
+    init_args: dict[str, Any]
+
+
+class SparsityRecord(TypedDict, total=False):
+    """Share of zeros over all weights that were to be pruned."""
+
+    target: float
+    achieved: Share
+    parts: dict[str, Any]
+
+
+class RunRecord(TypedDict, total=False):
+    """What every command that reads it again expects in the record of a run; there is more in it."""
+
+    status: str
+    config: dict[str, Any]
+    model: dict[str, Any]
+    calibration: CalibrationRecord
+    data: dict[str, Any]
+    versions: dict[str, Any]
+    survey: dict[str, Any]
+    blocks: list[BlockRecord]
+    linears: dict[str, LinearRecord]
+    files: dict[str, FileRecord]
+    quality: QualityRecord
+    verified: dict[str, Any]
+    seconds: float
+
+
+class PruningEvaluation(TypedDict):
+    """Scores before and after pruning."""
+
+    dense: ScoresRecord
+    pruned: ScoresRecord
+    retention: RetentionRecord
+
+
+class PruningRecord(RunRecord, total=False):
+    """`pruning.json`."""
+
+    method: MethodRecord
+    sparsity: SparsityRecord
+    evaluation: PruningEvaluation
+
+
+class RecoveryEvaluation(TypedDict):
+    """Scores after recovery, and of which shares of the dense model's."""
+
+    recovered: ScoresRecord
+    retention: dict[str, RetentionRecord]
+
+
+class RecoveryRecord(RunRecord, total=False):
+    """`recovery.json`."""
+
+    method: str
+    training: dict[str, Any]
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    evaluation: RecoveryEvaluation
+
+
+class TaskRecord(TypedDict):
+    """A task in `evaluation.json`."""
+
+    score: float
+    baseline: float | None
+    retention: float | None
+    questions: Count
+
+
+class EvaluationRecord(TypedDict):
+    """`evaluation.json`."""
+
+    tasks: dict[str, TaskRecord]
+    average: float
+    baseline_average: float | None
+    retention: float | None
+
+
+def read_record(path: Path, kind: type) -> dict[str, Any] | None:
+    """A JSON file that is of a kind of record, or None where it is not: of another tool or version, or cut short.
+
+    Args:
+        path: The file; there may be none.
+        kind: A `TypedDict`.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if conforms(found, kind) else None
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Whether what was read from JSON is of a type: keys that a `TypedDict` does not name may be anything.
+
+    Args:
+        value: Mappings, lists, strings, numbers, null.
+        kind: A type, as in the classes above; `Annotated[number, (low, high)]` for a range.
+
+    Example:
+        >>> conforms({"bytes": 3, "sha256": "ab", "more": None}, FileRecord), conforms({"bytes": -3}, FileRecord)
+        (True, False)
+    """
+    if kind is Any:
+        return True
+    if is_typeddict(kind):
+        hints = _hints(kind)
+        return (
+            isinstance(value, dict)
+            and kind.__required_keys__ <= value.keys()
+            and all(conforms(value[key], hints[key]) for key in hints.keys() & value.keys())
+        )
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        low, high = parts[1]
+        return conforms(value, parts[0]) and low <= value <= high
+    if origin in (Union, UnionType):
+        return any(conforms(value, part) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(conforms(item, parts[1]) for item in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(conforms(item, parts[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(conforms, value, parts))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)

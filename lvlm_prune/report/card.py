@@ -21,7 +21,7 @@ from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
 from lvlm_prune.output.base_record import pruned_how
-from lvlm_prune.output.manifest import Manifest, replace_durably
+from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
@@ -160,7 +160,7 @@ def _record_in(folder: Path) -> Mapping[str, Any]:
 
 
 def _complete(folder: Path, name: str) -> Mapping[str, Any]:
-    record = _json(folder / name)
+    record = read_run(folder / name) or {}
     return record if record.get("status") == "complete" else {}
 
 

@@ -165,5 +165,5 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys):
     (tmp_path / "pruning.json").write_text('{"status": "pruning", "linears": {}}')
     assert "not finished" in refused(capsys, wanda, str(tmp_path))
     (tmp_path / "pruning.json").write_text("{")
-    assert "cannot be read" in refused(capsys, wanda, str(tmp_path))
+    assert "is not as a run writes it" in refused(capsys, wanda, str(tmp_path))
     assert not torch.distributed.is_initialized()

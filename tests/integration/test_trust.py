@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
+from lvlm_prune.evaluation.scores import Scores, retention
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 
 
@@ -253,6 +254,10 @@ def test_a_record_of_another_shape_is_no_traceback(command, wrong, depth, finish
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
     whole, faults = json.loads((folder / "pruning.json").read_text()), []
+    if command == "compare":  # a scored folder; what resumes scores again
+        scored = Scores({"color": 0.5}, {"color": 8}, {"color": "vision"})
+        kept = retention(scored, scored).to_dict()
+        whole["evaluation"] = {"dense": scored.to_dict(), "pruned": scored.to_dict(), "retention": kept}
     for path in (path for path in places(whole) if len(path) <= depth):
         changed = json.loads(json.dumps(whole))
         part = changed
@@ -274,6 +279,25 @@ def test_a_record_of_another_shape_is_no_traceback(command, wrong, depth, finish
         if status not in (0, 2) or len(lines) != (status == 2):
             faults.append(f"{path}: status {status}, {lines}")
     assert not faults, "\n".join(faults)
+
+
+def test_scores_of_another_shape_are_no_traceback(finished, tmp_path, capsys):
+    """An `evaluation.json` that is not as `evaluate` writes it says nothing about the checkpoint."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    task = {"score": 0.5, "baseline": 0.5, "retention": 1.0, "questions": 8}
+    whole = {"tasks": {"color": task}, "average": 0.5, "baseline_average": 0.5, "retention": 1.0}
+    for path in [None, *places(whole)]:
+        changed = json.loads(json.dumps(whole))
+        if path is not None:
+            part = changed
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = "x"
+        (folder / "evaluation.json").write_text(json.dumps(changed))
+        capsys.readouterr()
+        assert main(["compare", str(folder), str(folder)]) == 0, path
+        assert ("100.0%" in capsys.readouterr().out) == (path is None), path
 
 
 def resumed_as(finished: Path, folder: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
-from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.manifest import Manifest, read_run
 from lvlm_prune.output.names import PACKING_RECORD
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.format import METHOD, VERSION, Format
@@ -60,11 +60,8 @@ def dense_index(packed: PackedFolder, record: Manifest | None) -> bytes:
 
 def read_record(folder: Path) -> Manifest | None:
     """The record of a packed folder; None where it has none, or one that cannot be read."""
-    try:
-        found = json.loads((folder / PACKING_RECORD).read_text())
-    except (OSError, ValueError):
-        return None
-    return Manifest(found) if isinstance(found, dict) else None
+    found = read_run(folder / PACKING_RECORD)
+    return None if found is None else Manifest(found)
 
 
 def _loaded(text: str) -> Any:

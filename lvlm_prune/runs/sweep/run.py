@@ -26,7 +26,8 @@ from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import remove_unfinished, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.own_files import FileRecord, records_of, refuse_changed
+from lvlm_prune.output.own_files import records_of, refuse_changed
+from lvlm_prune.output.records import FileRecord
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun

@@ -52,7 +52,7 @@ def test_a_folder_without_a_readable_manifest_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a folder that"):
         Manifest.read(tmp_path)
     (tmp_path / PRUNING_RECORD).write_text('{"status": "pru')
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not as a run writes it"):
         Manifest.read(tmp_path)
 
 
