@@ -45,10 +45,8 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError("model.path", folder, f"has no tokenizer files (tokenizer.json, ...); {_WAY_OUT}")
     loader: Any = AutoProcessor
-    if not is_torchvision_available():
-        processor_class = _processor_class(folder)
-        if any("video" in name for name in getattr(processor_class, "get_attributes", list)()):
-            loader = _without_video(processor_class)
+    if not is_torchvision_available() and takes_videos(folder):
+        loader = _without_video(_processor_class(folder))
     try:
         processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except ImportError as error:
@@ -256,6 +254,11 @@ def takes_images(folder: Path) -> bool:
     """Whether the checkpoint in a folder has a vision tower."""
     config = folder / "config.json"
     return config.is_file() and "vision_config" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def takes_videos(folder: Path) -> bool:
+    """Whether the processor of a checkpoint folder has a part for videos, which transformers has with torchvision."""
+    return any("video" in name for name in getattr(_processor_class(folder), "get_attributes", list)())
 
 
 def _why_not_loaded(folder: Path, error: Exception) -> str:

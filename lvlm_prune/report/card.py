@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from lvlm_prune.checkpoints.hub import hub_name
+from lvlm_prune.data.processing import takes_videos
 from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
 from lvlm_prune.output.base_record import pruned_how
@@ -37,6 +38,10 @@ _EMBEDDED = {
     DEMO: "The embedded model of lvlm-prune",
     OUTLIERS: "The embedded model of lvlm-prune with outlier channels",
 }
+_VIDEOS = """
+
+The processor takes videos too, for which transformers wants torchvision (`pip install torchvision`). Without it
+`lvlm_prune.data.load_processor(THIS_MODEL)` loads the processor of a folder for texts and images."""
 _RECOVERIES = {
     "lora": "sparse LoRA adapters, merged into the weights",
     "full": "fine-tuning of the weights that are not zero",
@@ -319,7 +324,7 @@ def _loading(folder: Path, record: Mapping[str, Any], packing: Mapping[str, Any]
         f"processor = AutoProcessor.from_pretrained(THIS_MODEL{trust})",
     ]
     code = "\n".join(lines)
-    return f"## Load it\n\n```python\n{code}\n```"
+    return f"## Load it\n\n```python\n{code}\n```{_VIDEOS if takes_videos(folder) else ''}"
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -1,12 +1,17 @@
 """The model card of an output: what it claims stands in the records; what the dense model's card claims is apart."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers.utils import is_torchvision_available
 
+from lvlm_prune.data import Conversation, encode, load_processor
 from lvlm_prune.report.card import DENSE_CARD, card_of, refresh_card, write_adapter_card, write_card
+from tests.hub_folders import write_folder
 
 DENSE = """---
 license: apache-2.0
@@ -101,6 +106,30 @@ def test_an_evaluation_afterwards_is_on_the_card_and_the_dense_card_stays(tmp_pa
     assert "62.5%" in own
     assert "Not scored" not in own
     assert dense == before.split(DENSE_CARD)[1]
+
+
+@pytest.mark.parametrize("family", ["llava_next_llama", "qwen2_5_vl"])
+def test_the_code_on_a_card_loads_the_model_or_the_card_says_what_is_missing(family, tmp_path, monkeypatch):
+    model = write_folder(tmp_path, family)
+    write_card(tmp_path, DENSE, pruned())
+    card = (tmp_path / "README.md").read_text()
+    code = re.search("```python\n(.*?)\n```", card, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    *loads_model, loads_processor = code.splitlines()
+    names: dict = {}
+    exec("\n".join(loads_model), names)
+    assert type(names["model"]) is type(model)
+    takes_videos = family == "qwen2_5_vl"
+    assert ("pip install torchvision" in card) == takes_videos
+    if is_torchvision_available() or not takes_videos:
+        exec(loads_processor, names)
+    else:
+        with pytest.raises(ImportError, match=r"(?i)torchvision"):
+            exec(loads_processor, names)
+        assert "`lvlm_prune.data.load_processor(THIS_MODEL)`" in card
+        names["processor"] = load_processor(names["THIS_MODEL"])
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    assert "pixel_values" in encode(names["processor"], Conversation([turn], [Image.new("RGB", (40, 30))]), True)
 
 
 def test_a_card_of_somebody_else_is_left_alone(tmp_path):
