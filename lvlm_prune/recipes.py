@@ -112,7 +112,8 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
                 written += ["--method", str(yaml.safe_load(file.read_text())["method"])]
                 written[1:1] = ["--config", str(file)]
                 continue
-            search = ["--keep_recipes", "[fast]"] if name == AUTO else []
+            is_sized = any(other.partition("=")[0] == "--packed_size" for other in arguments)
+            search = ["--keep_recipes", "[fast]"] if name == AUTO and not is_sized else []
             written[1:1] = ["--config", str(recipe_file("best" if name == AUTO else name)), *search]
         else:
             written.append(argument)

@@ -38,6 +38,7 @@ class LVLMTrainer(RunTrainer):
         report: bool = True,
         plan: bool = False,
         packed: bool = False,
+        packed_size: str = "",
         held_back: int = 8,
         keep: float = 0.0,
         keep_minutes: float = 0.0,
@@ -65,6 +66,8 @@ class LVLMTrainer(RunTrainer):
             keep_recipes: With `keep`: recipes to try before the method itself, cheapest first; the one that gets
                 sparsest is taken. `--method auto` is `--method best --keep_recipes '[fast]'`.
             packed: Pack the sparse checkpoint where it is, once it is written; as `pack` does.
+            packed_size: With `packed`: prune as far as the packed shards need to take no more than this, and ignore the
+                method's sparsity: a size with a unit (`4.5GB`), or a share of the dense shards (`0.6`).
             push: Repository on the hub, `owner/name`, to upload the finished folder to; what is private is left out of
                 the upload.
             publishable: Keep what is private out of the folder, beside it in `OUTPUT.private`: local paths, ids of
@@ -75,14 +78,21 @@ class LVLMTrainer(RunTrainer):
         """
         from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
         from lvlm_prune.runs.prune.run import PruneRun
+        from lvlm_prune.runs.prune.sizing import PackedSize
         from lvlm_prune.runs.publishing import Publication
         from lvlm_prune.runs.search.run import SearchRun
 
         publish = Publication("" if plan else push, publishable)
+        if packed_size and (keep or not packed):
+            problem = "and --keep both decide how sparse the model gets" if packed else "needs --packed true"
+            raise InputError("packed_size", packed_size, problem)
+        size = PackedSize(packed_size, model, self) if packed_size else None
         if resumes_packing(output, packed, resume):
             if self.is_global_zero:
                 pack_folder(output, model)
                 publish(Path(output))
+                if size is not None:
+                    size.refuse_missed(Path(output))
             return Manifest.read(Path(output))
         if held_back < 0:
             raise InputError("held_back", held_back, "must be 0 or more")
@@ -98,10 +108,12 @@ class LVLMTrainer(RunTrainer):
                 raise InputError("keep_minutes", keep_minutes, problem)
             raise InputError("keep_recipes", keep_recipes, problem)
         else:
-            run = PruneRun(self, model, datamodule, output, options)
+            run = PruneRun(self, model, datamodule, output, options, config=None if size is None else size.config)
         manifest = run()
         if packed and not plan:
             pack_output(run.run, model)
+            if size is not None and run.run.folder is not None and self.is_global_zero:
+                size.refuse_missed(run.run.folder)
         if not plan:
             publish(run.run.folder)
         return manifest

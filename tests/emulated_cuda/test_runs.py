@@ -64,7 +64,9 @@ def family_in_memory(family: str, where: str, dtype: torch.dtype) -> list[str]:
     model = tiny_model(family, dtype).to(where)
     samples = [make_inputs(family, model, [sample]) for sample in runs.SAMPLES]
     samples = [{name: value.to(where) for name, value in one.items()} for one in samples]
-    lvlm_prune.prune(model, samples, BlockwisePruning(pool=MixedPool(), min_expert_tokens=1), targets=["language", "vision"])
+    lvlm_prune.prune(
+        model, samples, BlockwisePruning(pool=MixedPool(), min_expert_tokens=1), targets=["language", "vision"]
+    )
     return [runs.digest(weight) for weight in model.state_dict().values()]
 
 
