@@ -14,7 +14,7 @@ from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.loop import catching
 from lvlm_prune.output.folder import FolderLock
 from lvlm_prune.runs.prune.run import PruneRun
-from tests.conftest import GOLDEN_MODEL, REPOSITORY
+from tests.conftest import GOLDEN, GOLDEN_MODEL, REPOSITORY
 
 RECIPES = REPOSITORY / "configs" / "prune"
 BASE = ["sweep", *GOLDEN_MODEL, "--data.num_samples=3", "--engine=tests.engines.ShareLeft"]
@@ -70,8 +70,12 @@ def test_runs_share_catching_and_survey_and_equal_single_runs(tmp_path, count, n
     assert main([*BASE, recipes("atv", "das"), sparsities, "--seeds=[0, 1]", "--keep=true", f"--output={out}"]) == 0
     assert count == {"catch": 2 * 3, "survey": 2, "run": 8}
     assert len(records(out)) == 8
-    folders = sorted((out / "checkpoints").iterdir())
+    folders = sorted(folder for folder in (out / "checkpoints").iterdir() if folder.suffix != ".private")
+    assert len(folders) == 8
     for folder in folders:
+        # Kept checkpoints are finished ones: what is private lies beside them.
+        assert str(GOLDEN) not in (folder / "pruning.json").read_text() + (folder / "config.yaml").read_text()
+        assert str(GOLDEN) in Path(f"{folder}.private", "pruning.json").read_text()
         recipe, sparsity, seed, _ = re.fullmatch(r"(\w+?)_sparsity-([\d.]+)_seed-(\d)-(\w+)", folder.name).groups()
         if seed == "1":
             arguments = [f"--pruning.sparsity={sparsity}", "--data.seed=1", "--data.num_samples=3", *QUICK]

@@ -32,6 +32,7 @@ from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
+from lvlm_prune.runs.publishing import Publication
 from lvlm_prune.runs.session import join, prepare_source, session
 from lvlm_prune.runs.sweep.grid import Point, Points
 from lvlm_prune.runs.sweep.page import write_sweep_page
@@ -180,7 +181,9 @@ class SweepRun:
             wrapped.agreed = error.agreed
             raise wrapped from None
         record = self._record(point, manifest)
-        if not self.keep:
+        if self.keep:
+            Publication()(folder, quiet=True)
+        else:
             processes.on_main(lambda: self._remove(folder))
         self._note(record)
         return record
