@@ -102,6 +102,6 @@ def _overlap(record: Mapping[str, Any], names: list[str], number: int, span: tup
         "Overlap (intersection over union) of the weights that {} and {} kept. One: the same weights. All pairs have "
         "one colour scale."
     ).format(names[pair["first"]], names[pair["second"]])
-    drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1, span=span)
+    drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1, span=span, most=1)
     table = table_by_kind(record, "overlap", number, "kinds")
     return PageFigure(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, table)

@@ -128,7 +128,7 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
         plates.append(
             PageFigure(
                 f"mask-overlap-{100 * float(sparsity):g}",
-                heat_map(values, "overlap of masks (IoU)", least_span=0.1),
+                heat_map(values, "overlap of masks (IoU)", least_span=0.1, most=1),
                 caption,
                 table,
             )

@@ -18,11 +18,13 @@ from lvlm_prune.output.private import is_left_out
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
+from lvlm_prune.report.page import PageFigure, Table, breakable, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
 
 _WORST = 10
+_SOME_TOKENS = "Visual tokens of calibration sample {} that calibrate a block; all others are faded.{}"
+_ALL_TOKENS = "All visual tokens of calibration sample {} calibrate every block.{}"
 _TILE = " Drawn is the whole image at low resolution; its tiles at high resolution have tokens of their own."
 _PHASES = {
     "read": "reading weights",
@@ -231,11 +233,15 @@ def _linears(run: Mapping[str, Any], names: Any) -> Table:
     rows = []
     for name in names:
         entry = run["linears"][name]
-        shape = [show(run, "linears", name, "shape", place, unit="count") for place in (0, 1)]
         numbers = [show(run, "linears", name, key, unit="share") for key in ("target", "achieved")]
         error = show(run, "linears", name, "error", unit="share") if "error" in entry else "–"
-        rows.append([name, error, *numbers, *shape])
-    return Table(["Linear", "error", "target", "achieved", "outputs", "inputs"], rows)
+        rows.append([breakable(name), error, *numbers, _shape(run, "linears", name)])
+    return Table(["Linear", "error", "target", "achieved", "shape"], rows)
+
+
+def _shape(run: Mapping[str, Any], *path: str) -> Markup:
+    """Outputs times inputs of a matrix, `512 × 192`."""
+    return Markup(" × ").join(show(run, *path, "shape", place, unit="count") for place in (0, 1))
 
 
 def _experts(run: Mapping[str, Any]) -> Table:
@@ -244,9 +250,9 @@ def _experts(run: Mapping[str, Any]) -> Table:
         path = ("summary", "experts", together)
         errors = [show(run, *path, key, unit="share") if key in entry else "–" for key in ("error", "largest_error")]
         numbers = [show(run, *path, key, unit="share") for key in ("target", "achieved")]
-        shape = [show(run, *path, "shape", place, unit="count") for place in (0, 1)]
-        rows.append([together, show(run, *path, "experts", unit="count"), *errors, *numbers, *shape])
-    names = ["experts", "number", "mean error", "largest error", "target", "achieved", "outputs", "inputs"]
+        count = show(run, *path, "experts", unit="count")
+        rows.append([breakable(together), count, *errors, *numbers, _shape(run, *path)])
+    names = ["experts", "number", "mean error", "largest error", "target", "achieved", "shape"]
     return Table(names, rows)
 
 
@@ -282,7 +288,7 @@ def _error(run: dict[str, Any]) -> PageFigure | None:
         "Relative reconstruction error of each Linear on the calibration tokens of the pool, "
         f"‖(W − W′) X‖ / ‖W X‖, {how}. Of large Linears evenly spaced rows are taken."
     )
-    drawing = heat_map(run["summary"]["error"], "relative reconstruction error", least_span=0.1)
+    drawing = heat_map(run["summary"]["error"], "relative reconstruction error", "{:.3f}", least_span=0.1)
     return PageFigure("reconstruction-error", drawing, caption, table_by_kind(run, "summary", "error"))
 
 
@@ -377,10 +383,14 @@ def _picture(run: dict[str, Any], folder: Path | None) -> PageFigure | None:
     on_grid = {block: weights[: rows * columns] for block, weights in packed.items()}
     if not on_grid or any(len(weights) != rows * columns for weights in on_grid.values()):
         return None
-    caption = Markup("Visual tokens of calibration sample {} that calibrate a block; all others are faded.{}").format(
+    everything = all(weight == 1 for weights in packed.values() for weight in weights)
+    text = _ALL_TOKENS if everything else _SOME_TOKENS
+    caption = Markup(text).format(
         show(run, "picture", "sample", unit="count"),
         _TILE if any(len(weights) > rows * columns for weights in packed.values()) else "",
     )
+    if everything:
+        on_grid = dict([next(iter(on_grid.items()))])  # all others are the same
     with Image.open(path) as picture:
         drawing = tokens_on_picture(picture, (rows, columns), on_grid)
     return PageFigure(PICTURE_FIGURE, drawing, caption)

@@ -51,7 +51,7 @@ def sparsity_figure(run: dict[str, Any], caption: str) -> PageFigure | None:
     if is_uniform(values):
         return None
     percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
-    drawing = heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10)
+    drawing = heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10, most=100)
     return PageFigure("sparsity", drawing, caption, table_by_kind(run, "summary", "sparsity", unit="percent"))
 
 

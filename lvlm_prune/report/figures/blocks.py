@@ -26,6 +26,7 @@ def heat_map(
     least_span: float = 0.0,
     x_label: str = "block",
     span: tuple[float, float] | None = None,
+    most: float = math.inf,
 ) -> Figure:
     """One row per kind of Linear, one column per block; missing values stay empty.
 
@@ -36,13 +37,12 @@ def heat_map(
         least_span: Least width of the colour scale, so that differences that do not matter look alike.
         x_label: What the columns are.
         span: Ends of the colour scale, where several maps are to share one; default: those of the values.
+        most: The largest value that there can be; the smallest is 0.
     """
     kinds, blocks = list(values), sorted({block for row in values.values() for block in row})
     grid = np.array([[values[kind].get(block, np.nan) for block in blocks] for kind in kinds], dtype=float)
     low, high = span or (float(np.nanmin(grid)), float(np.nanmax(grid)))
-    missing = max(least_span, 1e-6) - (high - low)
-    if missing > 0:
-        low, high = low - missing / 2, high + missing / 2
+    low, high = _widened(low, high, max(least_span, 1e-6), most)
     figure, axes = new_figure(height=max(1.2 + 0.27 * len(kinds), 1.6))
     axes.grid(False)
     edges_x, edges_y = np.arange(len(blocks) + 1) - 0.5, np.arange(len(kinds) + 1) - 0.5
@@ -64,6 +64,20 @@ def heat_map(
     bar.set_label(label)
     bar.outline.set_linewidth(0)
     return figure
+
+
+def _widened(low: float, high: float, span: float, most: float) -> tuple[float, float]:
+    """A range at least so wide, about its middle where no end of it leaves 0 to `most`.
+
+    Example:
+        >>> _widened(2.0, 3.0, 2.0, math.inf), _widened(0.0, 0.5, 1.0, math.inf), _widened(99.0, 99.0, 10.0, 100.0)
+        ((1.5, 3.5), (0.0, 1.0), (90.0, 100.0))
+    """
+    missing = span - (high - low)
+    if missing <= 0:
+        return low, high
+    lowest = min(max(low - missing / 2, min(low, 0.0)), max(most, high) - span)
+    return lowest, lowest + span
 
 
 @house_style()
