@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import lvlm_prune
+from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.plugins import describe
@@ -32,13 +33,11 @@ def provenance(
         model: The opened model.
         datamodule: What the run calibrates or trains on.
     """
-    source: dict[str, Any] = {"path": model.path, "class": type(model.model).__name__}
-    if model.folder is not None:
-        # Whole, so that the dense model is found from another working directory too.
-        source |= {"folder": str(model.folder.path.absolute()), "fingerprint": model.folder.fingerprint()}
+    source = {} if model.folder is None else origin_of(model.path, model.folder)
+    kind = {"path": model.path, "class": type(model.model).__name__}
     return {
         "config": describe(config),
-        "model": source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},
+        "model": kind | source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},
         "calibration": {"source": describe(datamodule.source), "seed": datamodule.seed},
         "versions": {
             "lvlm_prune": lvlm_prune.__version__,
@@ -49,3 +48,11 @@ def provenance(
         "processes": hardware.world_size,
         "device": str(hardware.device),
     }
+
+
+def origin_of(path: str, folder: CheckpointFolder) -> dict[str, Any]:
+    """Which checkpoint something was made from: `path` as given, `folder`, `fingerprint`.
+
+    The folder is whole, so that it is found from another working directory too.
+    """
+    return {"path": path, "folder": str(folder.path.absolute()), "fingerprint": folder.fingerprint()}

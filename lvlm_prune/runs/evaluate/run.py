@@ -30,6 +30,7 @@ from lvlm_prune.output.names import (
     RECOVERY_RECORD,
 )
 from lvlm_prune.output.private import is_left_out, without_private
+from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.report.card import refresh_card
@@ -141,8 +142,4 @@ class EvaluationRun:
 
 def _origin(module: LVLMModule) -> dict[str, Any]:
     assert module.folder is not None
-    return {
-        "path": module.path,
-        "folder": str(module.folder.path),
-        "fingerprint": module.folder.fingerprint(),
-    }
+    return origin_of(module.path, module.folder)

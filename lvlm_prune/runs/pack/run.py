@@ -29,6 +29,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
+from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
@@ -103,11 +104,7 @@ class Packing(ABC):
             status="packing",
             format_version=VERSION,
             config={"format": self.form},
-            model={
-                "path": self.model.path,
-                "folder": str(self.source.path),
-                "fingerprint": self.source.fingerprint(),
-            },
+            model=origin_of(self.model.path, self.source),
             versions={"lvlm_prune": lvlm_prune.__version__},
             dense_folder_bytes=folder_bytes(self.source.path),
             **original,

@@ -28,6 +28,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
+from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
 from lvlm_prune.report.card import has_own_card
@@ -50,7 +51,7 @@ class UnpackRun:
         refuse_unusable(self.folder, self.packed.stored, UNPACKING_RECORD, resume, copies=False)
         self.record = Manifest(
             status="unpacking",
-            model={"path": model.path, "folder": str(path), "fingerprint": self.packed.fingerprint()},
+            model=origin_of(model.path, self.packed),
         )
         if (self.folder / UNPACKING_RECORD).is_file():
             Manifest.read(self.folder, UNPACKING_RECORD).refuse_other(self.record, self.folder, UNPACKING_RECORD)

@@ -39,7 +39,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD, STATISTICS_NAME
 from lvlm_prune.output.own_files import refuse_changed
-from lvlm_prune.output.provenance import provenance
+from lvlm_prune.output.provenance import origin_of, provenance
 from lvlm_prune.output.summaries import summary
 from lvlm_prune.output.verification import refuse_other_findings
 from lvlm_prune.plugins import plugin_class
@@ -289,9 +289,7 @@ class RecoveryRun(ABC):
         }
         if self.dense is not None:
             assert self.dense.folder is not None
-            folder = self.dense.folder
-            record["dense"] = {"path": self.dense.path, "folder": str(folder.path.absolute())}
-            record["dense"]["fingerprint"] = folder.fingerprint()
+            record["dense"] = origin_of(self.dense.path, self.dense.folder)
         elif "dense" in self.base_record:
             record["dense"] = self.base_record["dense"]
         return record
