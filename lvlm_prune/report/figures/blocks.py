@@ -211,7 +211,7 @@ def tokens_on_picture(picture: Image.Image, grid: tuple[int, int], weights: Mapp
     blocks = sorted(weights)
     if len(blocks) > _MOST_PICTURES:
         blocks = [blocks[round(place)] for place in np.linspace(0, len(blocks) - 1, _MOST_PICTURES)]
-    columns = min(4, len(blocks))
+    columns = max(2, min(4, len(blocks)))
     rows = -(-len(blocks) // columns)
     shape = picture.height / picture.width
     figure = Figure(figsize=(WIDTH, rows * (WIDTH / columns * shape + 0.25)), layout="constrained")

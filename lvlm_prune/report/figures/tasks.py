@@ -30,8 +30,11 @@ def task_bars(values: Mapping[str, Mapping[str, float]], label: str, whole: floa
         places = [
             place + (number - (len(values) - 1) / 2) * thickness for place, task in enumerate(tasks) if task in of
         ]
-        drawn = axes.barh(places, list(of.values()), thickness, label=name, color=SERIES[number % len(SERIES)])
-        axes.bar_label(drawn, [f"{value:.1f}" for value in of.values()], padding=3, fontsize=8)
+        shown = [of[task] for task in tasks if task in of]
+        axes.barh(places, shown, thickness, label=name, color=SERIES[number % len(SERIES)])
+        for place, value in zip(places, shown, strict=True):
+            end = whole if 0.88 * whole < value < whole else value  # the line does not go through the number
+            axes.annotate(f"{value:.1f}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(whole, color=axes.spines["left"].get_edgecolor(), linewidth=0.8)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
