@@ -22,7 +22,7 @@ def published_and_measured(rows: Mapping[str, tuple[float | None, float | None]]
     figure, axes = new_figure(height=1.0 + 0.26 * len(rows))
     for place, (published, measured) in enumerate(rows.values()):
         if published is not None and measured is not None:
-            axes.plot([published, measured], [place, place], color=SERIES[0], alpha=0.35, linewidth=2)
+            axes.plot([published, measured], [place, place], "-", color=SERIES[0], alpha=0.35, linewidth=2)
     for name, which, colour in (("published", 0, SERIES[1]), ("measured", 1, SERIES[0])):
         dots = [(pair[which], place) for place, pair in enumerate(rows.values()) if pair[which] is not None]
         if dots:

@@ -36,7 +36,8 @@ def retention_curve(lines: Mapping[str, Mapping[float, Sequence[float]]], label:
     ticks = sorted({value for points in lines.values() for value in points})
     if len(ticks) <= 8:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_ylim(bottom=0)
+    largest = max(share for points in lines.values() for shares in points.values() for share in shares)
+    axes.set_ylim(0, max(106 * largest, 1.0))  # no marker is cut off
     axes.set_xlabel(label)
     axes.set_ylabel("retained accuracy (%)")
     legend_above(figure, axes)

@@ -46,7 +46,7 @@ def write_table_page(folder: Path, table: Table, outcomes: Sequence[PartOutcome]
 
 
 def _figures(table: Table, part: PartOutcome, suffix: str) -> list[PageFigure]:
-    from lvlm_prune.report.figures.blocks import curves
+    from lvlm_prune.report.figures.blocks import curves, heat_map
     from lvlm_prune.report.figures.reproduction import published_and_measured
     from lvlm_prune.report.figures.sweeps import retention_curve
     from lvlm_prune.report.page import PageFigure
@@ -72,7 +72,8 @@ def _figures(table: Table, part: PartOutcome, suffix: str) -> list[PageFigure]:
     for number, row in enumerate(row for row in part.rows if row.sparsity):
         kinds = {kind: {block: 100 * share for block, share in enumerate(of)} for kind, of in row.sparsity.items()}
         caption = f"{row.label}: sparsity of each kind of Linear at each block."
-        found.append(PageFigure(f"sparsity{suffix}-{number + 1}", curves({"sparsity (%)": kinds}, 5.0), caption))
+        drawing = heat_map(kinds, "sparsity (%)", "{:.1f}", least_span=10, most=100)
+        found.append(PageFigure(f"sparsity{suffix}-{number + 1}", drawing, caption))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.runs.sweep.grid import SPARSITY
@@ -27,17 +28,27 @@ def write_sweep_page(
         note: What is still to be said, for example that runs are missing.
     """
     from lvlm_prune.report.figures.sweeps import retention_curve
+    from lvlm_prune.report.figures.tasks import task_bars
     from lvlm_prune.report.page import PageFigure, Table, render_page, write_page
 
     heads, rows = table_rows(runs, across)
     label = "sparsity (%)" if across == SPARSITY else across.rpartition(".")[2].replace("_", " ")
     plates = []
     if lines := curves(runs, across):
-        caption = (
-            f"Retained accuracy against {label}, one line per method: mean over the calibration seeds, "
-            "and the range from the lowest to the highest."
-        )
-        plates.append(PageFigure("retention", retention_curve(lines, label), caption))
+        places = {place for points in lines.values() for place in points}
+        if len(places) > 1:
+            caption = (
+                f"Retained accuracy against {label}, one line per method: mean over the calibration seeds, "
+                "and the range from the lowest to the highest."
+            )
+            drawing = retention_curve(lines, label)
+        else:  # no line goes through one place
+            place = f"{places.pop():g}"
+            where = f"{place}% sparsity" if across == SPARSITY else f"{label} {place}"
+            means = {name: 100 * fmean(next(iter(points.values()))) for name, points in lines.items()}
+            caption = f"Retained accuracy at {where}, mean over the calibration seeds; the line is all of it."
+            drawing = task_bars({"retained": means}, "retained accuracy (%)", 100.0)
+        plates.append(PageFigure("retention", drawing, caption))
     page = render_page(
         TEMPLATE,
         f"{model}: sweep of {len(runs)} runs",

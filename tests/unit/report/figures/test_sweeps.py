@@ -15,3 +15,4 @@ def test_lines_are_means_and_bands_the_spread():
     np.testing.assert_allclose(sorted(set(band.get_paths()[0].vertices[:, 1])), [40, 60, 80, 90])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ATV", "Wanda"]
     assert axes.get_xlabel() == "sparsity (%)"
+    assert axes.get_ylim()[1] > 94, "markers at the top are whole"
