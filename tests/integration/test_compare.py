@@ -146,6 +146,9 @@ def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path,
     assert main(["compare", str(base), str(out), f"--output={tmp_path / 'out'}"]) == 0
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert record["settings"]["command"] == ["prune", "recover"]
+    assert not any(key.startswith(("lora.", "optimization.")) for key in record["settings"]), (
+        "prune has no such options"
+    )
     assert math.isclose(record["overlap"][0]["mean"], 1)
     assert record["sparsity"][0] == record["sparsity"][1]
 

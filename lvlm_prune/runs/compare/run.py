@@ -77,21 +77,28 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
 def different(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Options whose values differ, with the value in each folder, `–` where it has none.
 
-    Options of a class that other folders do not have are left out: that the class is another one says it.
+    Options of a class, or of a command, that other folders do not have are left out where those that have them agree:
+    that the class or the command is another one says it.
 
     Example:
         >>> different([{"pool": "A", "pool.alpha": "1", "seed": "0"}, {"pool": "B", "seed": "0"}])
         {'pool': ['A', 'B']}
+        >>> different([{"command": "prune", "keep": "0"}, {"command": "recover", "lora.rank": "16"}])
+        {'command': ['prune', 'recover']}
     """
     keys = list(dict.fromkeys(key for one in settings for key in one))
     values = {key: [one.get(key, "–") for one in settings] for key in keys}
     found = {key: of for key, of in values.items() if len(set(of)) > 1}
-    return {
-        key: of
-        for key, of in found.items()
-        if len({one[key] for one in settings if key in one}) > 1
-        or not any(key.startswith(f"{other}.") for other in found)
-    }
+
+    def follows(key: str) -> bool:
+        """Whether another entry says already that some folders do not have this one."""
+        having = [one for one in settings if key in one]
+        if len({one[key] for one in having}) > 1:
+            return False
+        commands = {one.get("command") for one in having} & {one.get("command") for one in settings if key not in one}
+        return not commands or any(key.startswith(f"{other}.") for other in found)
+
+    return {key: of for key, of in found.items() if not follows(key)}
 
 
 def overlap(first: ComparedFolder, second: ComparedFolder) -> dict[str, Any]:
