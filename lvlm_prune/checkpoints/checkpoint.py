@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lvlm_prune.checkpoints.files import (
     INDEX_NAME,
+    LONGEST_FILE_NAME,
     SINGLE_NAME,
     files_within,
     is_another_copy,
@@ -29,7 +30,7 @@ from lvlm_prune.checkpoints.files import (
     refuse_undecodable,
     weights_name,
 )
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, RunError, shortened
 
 PACKED = "lvlm_prune_packed"
 """`quant_method` in the `config.json` of a packed checkpoint."""
@@ -125,11 +126,14 @@ class CheckpointFolder:
         index = self._read_index()
         self.shards = list(dict.fromkeys(index.values())) if index else [self._weights]
         self.tensors: dict[str, TensorInfo] = {}
+        last: dict[str, str] = {}
         for shard in self.shards:
             for key, tensor in self._read_header(shard):
-                # Where two shards hold a tensor of the same name, the index says which one counts.
-                if index.get(key, shard) == shard:
+                last[key] = max(shard, last.get(key, shard))
+                # Where two shards hold a tensor, the index says which one counts; else it is the last one.
+                if index.get(key, last[key]) == shard:
                     self.tensors[key] = tensor
+        self._refuse_second_copies(index, last)
         lost = [key for key in index if key not in self.tensors]
         if lost:
             raise self._error(f"{self._weights} places {lost[0]} in {index[lost[0]]}, which does not hold it")
@@ -326,12 +330,19 @@ class CheckpointFolder:
             raise self._error(f"{self._weights} has no weight_map")
         for shard in weight_map.values():
             # A name with a folder in it could lead out of the checkpoint.
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise self._error(f"{self._weights} names {shard!r}, which is not a file in this folder")
+            if not isinstance(shard, str) or Path(shard).name != shard or len(shard) > LONGEST_FILE_NAME:
+                raise self._error(f"{self._weights} names {shortened(repr(shard))}, which is not a file in this folder")
         for shard in set(weight_map.values()):
             if not (self.path / shard).is_file():
                 raise self._error(f"{self._weights} names {shard}, which does not exist")
         return weight_map
+
+    def _refuse_second_copies(self, index: dict[str, str], last: dict[str, str]) -> None:
+        """Of two shards with a tensor transformers takes the last by name, others that of the index."""
+        for key, shard in index.items():
+            if shard != last.get(key, shard):
+                problem = f"{self._weights} places {key} in {shard}, and {last[key]} holds it too"
+                raise self._error(f"{problem}; save it anew with transformers, which writes each tensor once")
 
     def _without_weights(self) -> str:
         pickles = sorted(file.name for pattern in _PICKLE_PATTERNS for file in self.path.glob(pattern))

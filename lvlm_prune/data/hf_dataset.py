@@ -16,11 +16,12 @@ from lvlm_prune.data.conversation import (
     open_image_bytes,
     place_media,
 )
-from lvlm_prune.data.references import opened, references_of_turns
+from lvlm_prune.data.references import kind_of_key, opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, verify_files
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, first_line
 
 _ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
+_NUMBERS = ("bool", "int", "uint", "float", "null")  # a column of these only counts or describes
 _FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -84,20 +85,24 @@ class HFDatasetSource(CalibrationSource):
                 f"{', '.join(rows.column_names)}"
             )
             raise ValueError(f"`columns` {self.columns or '(not given)'}: {problem}")
-        if self.columns is None and not {"image", "images"} & set(roles):
-            self._refuse_unused_images(rows)
+        if self.columns is None:
+            self._refuse_unused_media(rows)
         self._roles = dict(roles)
         self._rows = self._without_decoding(rows)
 
-    def _refuse_unused_images(self, rows: Any) -> None:
-        """Raise where images would be left out because nobody says what their column is for."""
+    def _refuse_unused_media(self, rows: Any) -> None:
+        """Raise where media would be left out because nobody says what their column is for."""
         import datasets
 
         features = {name: getattr(feature, "feature", feature) for name, feature in rows.features.items()}
-        name = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
-        if name is not None:
-            problem = f"the column {name} holds images and has no role; say so with {{image: {name}, ...}}"
-            raise ValueError(f"`columns` (not given): {problem}")
+        understood = bool({"image", "images"} & set(features))
+        for name, feature in features.items():
+            number = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "").startswith(_NUMBERS)
+            kind = "image" if isinstance(feature, datasets.Image) else kind_of_key(name)
+            if kind is None or number or name in _ROLES or (kind == "image" and understood):
+                continue
+            way_out = f"{{image: {name}, ...}}" if kind == "image" else "the columns to take; this source takes images"
+            raise ValueError(f"`columns` (not given): the column {name} holds {kind}s and has no role; name {way_out}")
 
     def _load(self) -> Any:
         import datasets
@@ -120,10 +125,12 @@ class HFDatasetSource(CalibrationSource):
                 loaded = datasets.load_dataset(
                     self.path, self.name, split=self.split, data_files=self.data_files, revision=self.revision
                 )
-        # The hub's and pyarrow's own errors derive from these.
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(f"`path` {self.path}: cannot be loaded ({reason})") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # files of the user's, read by many libraries
+            if path.is_file() and not path.stat().st_size:
+                raise ValueError(f"`path` {self.path}: holds no samples") from error
+            raise ValueError(f"`path` {self.path}: cannot be loaded ({_reason(error)})") from error
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if self.split not in loaded:
@@ -159,6 +166,10 @@ class HFDatasetSource(CalibrationSource):
         values = {role: self._named(column, row[column]) for role, column in self._roles.items()}
         name = str(values.get("id", f"{self.path}, row {index}"))
         try:
+            if not isinstance(values.get("messages"), (list, tuple, type(None))):
+                raise ValueError(
+                    f"the column of messages holds {type(values['messages']).__name__}, not a list of turns"
+                )
             images = self._images(values, name)
             if values.get("messages") is not None:
                 messages = messages_from_turns(values["messages"])
@@ -193,6 +204,12 @@ class HFDatasetSource(CalibrationSource):
         return images or [_image(reference, name, folder) for reference in within["image"]]
 
 
+def _reason(error: BaseException) -> str:
+    """What an error says; of one that only says that there was one, what caused it."""
+    cause = error.__cause__
+    return first_line(cause if type(error).__name__ == "DatasetGenerationError" and cause is not None else error)
+
+
 def _image(entry: Any, name: str, folder: Path) -> Image.Image | Path:
     if isinstance(entry, dict) and entry.get("bytes"):
         return open_image_bytes(entry["bytes"], entry.get("path") or f"an image of {name}")
@@ -206,17 +223,22 @@ def _question_and_answer(values: dict[str, Any], choices: Any) -> list[Message]:
     turns = []
     for role, speaker in (("question", "user"), ("answer", "assistant")):
         text = values.get(role)
-        if role == "answer" and isinstance(text, int) and isinstance(choices, (list, tuple)):
+        if role == "answer" and isinstance(text, int) and choices is not None:
+            choices = choices.get("text") if isinstance(choices, dict) else choices  # as ARC has them
+            if not isinstance(choices, (list, tuple)):
+                raise ValueError(f"the answer {text} is a number, and the choices are no list")
             if not 0 <= text < len(choices):
                 raise ValueError(f"the answer {text} is none of {len(choices)} choices")
             text = choices[text]
+            if text is None:
+                raise ValueError("the choice that is the answer is null")
         # Sets with several reference answers give a list.
         text = text[0] if isinstance(text, (list, tuple)) and text else text
         if isinstance(text, dict) and isinstance(text.get("answer"), str):  # as VQAv2 has them
             text = text["answer"]
         if text is None:
             continue
-        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)) or text != text:
             raise ValueError(f"the column of the {role} holds {type(text).__name__}, not text")
         turns.append({"role": speaker, "content": str(text)})
     messages = messages_from_turns(turns)

@@ -45,9 +45,9 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError("model.path", folder, f"has no tokenizer files (tokenizer.json, ...); {_WAY_OUT}")
     loader: Any = AutoProcessor
-    if not is_torchvision_available() and takes_videos(folder):
-        loader = _without_video(_processor_class(folder))
     try:
+        if not is_torchvision_available() and takes_videos(folder):
+            loader = _without_video(_processor_class(folder))
         processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except ImportError as error:
         problem = f"its processor needs a library that is not installed ({first_line(error)})"
@@ -242,18 +242,25 @@ def _processor_class(folder: Path) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"):
-        if (folder / file).is_file():
-            entries = json.loads((folder / file).read_text(encoding="utf-8"))
-            name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(entries.get("model_type", ""))
-            if name:
-                return getattr(transformers, name, None)
+        entries = _entries(folder / file)
+        name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(str(entries.get("model_type")))
+        if isinstance(name, str):
+            return getattr(transformers, name, None)
     return None
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    """A JSON object; without entries where there is none, which transformers refuses when it loads the processor."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def takes_images(folder: Path) -> bool:
     """Whether the checkpoint in a folder has a vision tower."""
-    config = folder / "config.json"
-    return config.is_file() and "vision_config" in json.loads(config.read_text(encoding="utf-8"))
+    return "vision_config" in _entries(folder / "config.json")
 
 
 def takes_videos(folder: Path) -> bool:

@@ -24,9 +24,10 @@ from lvlm_prune.data.conversation import MEDIA, kind_of_part, open_image_bytes
 from lvlm_prune.errors import RunError, shortened
 
 _LOOKS_LIKE_MEDIA = re.compile(
-    r"(?P<kind>image|img|picture|photo|video|clip|audio|sound|speech)s?(_?(path|file|filename|name|url|uri|list|byte)s?)?"
+    r"(([a-z]+_)?(image|img|picture|photo|video|audio)s?|(media|clip|frame|sound|speech)s?|visuals)"
+    r"(_?\d+)?(_?(path|file|filename|name|url|uri|list|byte|b64|base64|data)s?)?(_?\d+)?"
 )
-_KINDS = {"img": "image", "picture": "image", "photo": "image", "clip": "video", "sound": "audio", "speech": "audio"}
+_KINDS = {"video": "video", "clip": "video", "frame": "video", "audio": "audio", "sound": "audio", "speech": "audio"}
 # No file system takes a longer name.
 _LONGEST_FILE_NAME = 255
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}\s*")
@@ -48,13 +49,23 @@ def references_of_record(record: Mapping[str, Any]) -> dict[str, list[Any]]:
     """
     found = {kind: _named(record, kind) for kind in MEDIA}
     for key, value in record.items():
-        looks = _LOOKS_LIKE_MEDIA.fullmatch(str(key).lower())
-        if looks is not None and value:
-            kind = _KINDS.get(looks["kind"], looks["kind"])
-            # Beside an image that is understood, `image_url` only says where it came from.
-            if not found[kind]:
-                raise ValueError(f"`{key}` is not understood; `{kind}` or `{kind}s` names {kind}s")
+        kind = kind_of_key(str(key))
+        # Beside an image that is understood, `image_url` only says where it came from; a number only counts images.
+        if kind is not None and value and not found[kind] and not isinstance(value, (int, float)):
+            raise ValueError(f"`{key}` is not understood; `{kind}` or `{kind}s` names {kind}s")
     return found
+
+
+def kind_of_key(key: str) -> str | None:
+    """`image`, `video` or `audio` where a key sounds as if media were under it; else None.
+
+    Example:
+        >>> [kind_of_key(key) for key in ("image_0", "main_image", "img_b64", "frames", "image_id", "imagination")]
+        ['image', 'image', 'image', 'video', None, None]
+    """
+    if _LOOKS_LIKE_MEDIA.fullmatch(key.lower()) is None:
+        return None
+    return next((kind for word, kind in _KINDS.items() if word in key.lower()), "image")
 
 
 def _named(record: Mapping[str, Any], kind: str) -> list[Any]:

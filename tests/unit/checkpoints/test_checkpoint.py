@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -70,6 +71,20 @@ def test_other_safetensors_files_in_the_folder_do_not_count(sharded: Path) -> No
     assert checkpoint.shards == list(SHARDS)
     assert "adapter" not in checkpoint
     assert torch.equal(checkpoint.read("first.weight"), TENSORS["first.weight"])
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["the index names the first", "the index names the last"])
+def test_a_tensor_in_two_shards_counts_once(order: int, sharded: Path) -> None:
+    """transformers takes that of the last shard by name, whatever the index says."""
+    first, second = list(SHARDS)[::order]
+    key = SHARDS[first][0]
+    both = {name: TENSORS[name] for name in SHARDS[second]} | {key: torch.ones_like(TENSORS[key])}
+    save_file(both, sharded / second)
+    if first < second:
+        with pytest.raises(InputError, match=rf"places {re.escape(key)} in {first}, and {second} holds it too"):
+            CheckpointFolder(sharded)
+    else:
+        assert torch.equal(CheckpointFolder(sharded).read(key), TENSORS[key])
 
 
 def test_a_single_file_counts_before_an_index_as_for_transformers(sharded: Path) -> None:
@@ -150,12 +165,6 @@ def test_nothing_is_written_through_a_link(link: str, single: Path, tmp_path: Pa
     with pytest.raises(RunError, match="only files of the run's own"):
         CheckpointFolder(single).at(copy).write("first.weight", torch.zeros(3, 4))
     assert (single / SINGLE_NAME).read_bytes() == before
-
-
-def test_the_index_says_which_of_two_tensors_of_a_name_counts(sharded: Path) -> None:
-    second = sharded / "model-00002-of-00002.safetensors"
-    save_file({**{key: TENSORS[key] for key in SHARDS[second.name]}, "first.weight": torch.ones(3, 4)}, second)
-    assert torch.equal(CheckpointFolder(sharded).read("first.weight"), TENSORS["first.weight"])
 
 
 @pytest.mark.parametrize("key", ["first.weight", "second.weight", "third.scalar", "third.flags", "third.empty"])

@@ -200,3 +200,51 @@ def test_images_of_a_column_without_a_role_are_not_left_out_in_silence(tmp_path:
     rows.rename_column("q", "question").to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"columns .*the column picture holds images and has no role"):
         CalibrationDataModule(HFDatasetSource(str(tmp_path / "rows.parquet"))).setup()
+
+
+@pytest.mark.parametrize(("column", "value"), [("image_path", "a.png"), ("img", ["a.png"]), ("video", "a.mp4")])
+def test_media_that_a_column_only_names_are_not_left_out_in_silence(column, value, tmp_path: Path):
+    row = {"question": "What?", "answer": "noise"}
+    datasets.Dataset.from_list([row | {column: value}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(
+        ValueError, match=rf"^`columns` \(not given\): the column {column} holds (image|video)s and has"
+    ):
+        HFDatasetSource(str(tmp_path / "rows.parquet")).setup()
+    columns = {"question": "question", "answer": "answer"}
+    assert len(HFDatasetSource(str(tmp_path / "rows.parquet"), columns=columns)) == 1
+    datasets.Dataset.from_list([row | {"num_images": 1, "image_id": "a7"}]).to_parquet(tmp_path / "counted.parquet")
+    assert len(HFDatasetSource(str(tmp_path / "counted.parquet"))) == 1
+
+
+NO_TEXT = {
+    "messages that are a number": ({"messages": 5}, "the column of messages holds int, not a list of turns"),
+    "messages that are text": ({"messages": "Hello."}, "the column of messages holds str, not a list of turns"),
+    "no number": ({"question": "What?", "answer": float("nan")}, "the column of the answer holds float, not text"),
+    "choices without texts": ({"question": "What?", "answer": 1, "choices": {"label": ["A"]}}, "the choices are no"),
+    "a choice of nothing": ({"question": "What?", "answer": 0, "choices": [None, "a"]}, "the choice .* is null"),
+}
+
+
+@pytest.mark.parametrize(("row", "problem"), NO_TEXT.values(), ids=NO_TEXT.keys())
+def test_a_value_that_is_no_text_does_not_become_one(row, problem, tmp_path: Path):
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(RunError, match=problem):
+        HFDatasetSource(str(tmp_path / "rows.parquet"))[0]
+
+
+FILES = {
+    "empty": ("rows.json", b"", "holds no samples"),
+    "no JSON": ("rows.json", b"nothing", r"cannot be loaded \(.*JSON"),
+    "a saved folder": ("state.json", b"{}", r"cannot be loaded \("),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), FILES.values(), ids=FILES.keys())
+def test_whatever_the_library_raises_about_a_file_is_one_line(name, content, problem, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    if name == "state.json":
+        (tmp_path / "dataset_info.json").write_bytes(content)
+    path = tmp_path if name == "state.json" else tmp_path / name
+    with pytest.raises(ValueError, match=rf"^`path` .*: {problem}") as caught:
+        HFDatasetSource(str(path)).setup()
+    assert "\n" not in str(caught.value)

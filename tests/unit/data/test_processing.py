@@ -14,6 +14,7 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, Conversation, Document, encode, load_processor
+from lvlm_prune.data.processing import takes_videos
 from lvlm_prune.errors import InputError, RunError
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
@@ -203,6 +204,26 @@ def test_a_damaged_folder(tmp_path: Path, processor):
     processor.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"^--model.path .*: its processor cannot be loaded \("):
+        load_processor(tmp_path)
+
+
+DAMAGED = {
+    "empty": b"",
+    "another encoding": "{}".encode("utf-16"),
+    "a list": b"[]",
+    "deeply nested": b"[" * 100_000,
+    "a class that is no name": b'{"processor_class": ["LlavaProcessor"]}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_configuration_of_the_processor(content: bytes, tmp_path: Path, processor):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_bytes(content)
+    assert not takes_videos(tmp_path)  # asked of every output, for its model card
+    with pytest.raises(
+        InputError, match=r"^--model.path .*: (its processor cannot be loaded \(|has a tokenizer but no)"
+    ):
         load_processor(tmp_path)
 
 

@@ -67,6 +67,10 @@ def test_lists_of_videos_and_sounds_are_read(kind: str, tmp_path: Path):
 
 REFUSED = {
     "another key": ({"image_path": "a.png", "conversations": ASKED}, "`image_path` is not understood"),
+    "several keys": ({"image_0": "a.png", "image_1": "b.png", "conversations": ASKED}, "`image_0` is not understood"),
+    "encoded": ({"image_base64": "iVBORw0KGgo", "conversations": ASKED}, "`image_base64` is not understood"),
+    "one of a kind": ({"main_image": "a.png", "conversations": ASKED}, "`main_image` is not understood"),
+    "frames": ({"frames": ["a.png"], "conversations": ASKED}, "`frames` is not understood; `video` or `videos`"),
     "short for it": ({"imgs": ["a.png"], "conversations": ASKED}, "`imgs` is not understood"),
     "objects": ({"images": [{"bytes": "x"}], "conversations": ASKED}, "neither a file name nor a list"),
     "two that differ": ({"image": "a.png", "images": ["b.png"], "conversations": ASKED}, "name different images"),
@@ -89,6 +93,11 @@ def test_what_is_not_understood_is_refused(record: dict, problem: str, tmp_path:
 def test_what_only_describes_an_image_is_no_obstacle(picture: Path):
     described = {"image": "a.png", "image_url": "https://example.org/a.png", "image_id": 7, "image_size": [20, 10]}
     assert read(picture.parent, {**described, "conversations": ASKED}).images == [picture]
+
+
+def test_what_only_counts_images_is_no_obstacle(tmp_path: Path):
+    counted = {"has_image": False, "num_images": 2, "image_id": "a7", "imagination": "free", "social_media": "yes"}
+    assert read(tmp_path, {**counted, "conversations": ASKED}).images == []
 
 
 def test_a_long_name_is_shortened_in_messages(tmp_path: Path):
