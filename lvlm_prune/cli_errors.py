@@ -1,5 +1,6 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import LARGEST_COUNT, InputError, LVLMPruneError, refuse_huge
+from lvlm_prune.errors import LARGEST_COUNT, LONGEST_FILE_NAME, InputError, LVLMPruneError, first_line, refuse_huge
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -17,6 +18,8 @@ ALONE = ("methods", "completion", "kernels")
 """Commands that only print something."""
 
 _MOST_VALUES = 100_000
+_LONGEST_PATH = 4095
+_OF_PATHS = re.compile(r"(path|folders?|output|baseline|scratch|dir|files?)$")
 _STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
@@ -69,7 +72,8 @@ def explain(
         )
     key, rest = _split_key(text)
     if broken := re.match(r"Problems parsing config: (.*)", rest):
-        path = next((path for path in _config_files(arguments) if not _is_yaml(folder / path)), "")
+        files = list(_config_files(arguments))
+        path = next((path for path in files if not _is_yaml(folder / path)), next(iter(files), ""))
         said = broken[1].replace(' in "<unicode string>"', "")
         return f"--config {path}: is no YAML: {said}"
     # What may be left out is reported as a choice between it and nothing, an option inside it as it was said already.
@@ -80,7 +84,17 @@ def explain(
         inner_key, rest = _split_key(re.sub(r"^Option '([\w.]+)'", r'Parser key "\1": Option', inner[1]))
         key = f"{key}.{inner_key}" if inner_key else key
     option = _full_name(key, arguments)
+    if loop := re.match(r"Config file loop detected: .* -> (.*)", rest):
+        return f"--config {loop[1]}: names itself as a configuration of its own"
+    if unknown := re.match(r"Subcommand '\w+' does not accept option '(.*)'", rest):
+        return _unknown(f"--{unknown[1]}", known, plugins)
+    if other := re.match(r"Not a valid subclass of (\w+)\. Got value: (.*?)(?: Subclass types expect.*)?$", rest):
+        return f"{option} {_shown(other[2])}: expected the name of a class, a {other[1]}"
+    if other := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", rest):
+        return f"{option} {other[1]}: is no {other[2]}"
     if value := re.search(r"Expected a dot import path string: (\S+)", rest):
+        if value[1] in plugins:
+            return f"{option} {value[1]}: is a class of another kind"
         close = get_close_matches(value[1].rpartition(".")[2], plugins, n=1, cutoff=0.8)
         way_out = "(a short class name, or the import path of a class of the right kind)"
         return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
@@ -135,14 +149,16 @@ def refuse_devices(devices: Any) -> None:
 
 
 def refuse_immense(value: Any, option: str = "") -> None:
-    """Refuse whole numbers that nothing in the world counts: loops over them would not end.
+    """Refuse whole numbers that nothing in the world counts, and names that no file can have.
+
+    Loops over the numbers would not end, and to look for such a file is an error of its own.
 
     Args:
         value: Options, as nested plain data; plugins as `{"class_path": ..., "init_args": ...}`.
         option: Their place.
 
     Raises:
-        InputError: One does not fit 32 bits; names its option.
+        InputError: One does not fit 32 bits, or is too long; names its option.
 
     Example:
         >>> refuse_immense({"engine": {"class_path": "BuiltinEngine", "init_args": {"batch_size": 10**20}}})
@@ -156,14 +172,26 @@ def refuse_immense(value: Any, option: str = "") -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             refuse_immense(item, option)
+    elif isinstance(value, str):
+        _refuse_no_path(option, value)
     elif isinstance(value, int):
         refuse_huge(option, value)
         if value < -LARGEST_COUNT:
             raise InputError(option, value, f"must be at least {-LARGEST_COUNT}")
 
 
+def _refuse_no_path(option: str, value: str) -> None:
+    if "\0" in value:
+        raise InputError(option, value, "holds a zero byte")
+    if not _OF_PATHS.search(option):
+        return
+    content = value.encode("utf-8", "surrogatepass")
+    if len(content) > _LONGEST_PATH or any(len(name) > LONGEST_FILE_NAME for name in content.split(b"/")):
+        raise InputError("" if option == "folders" else option, value, "is longer than any name of a file")
+
+
 def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
-    """Refuse configuration files that no parser should be given: pipes, no text, YAML that holds itself.
+    """Refuse configuration files that no parser should be given: pipes, no text, YAML that holds itself or no options.
 
     Args:
         arguments: The command line.
@@ -173,21 +201,53 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
         InputError: One is of that kind.
     """
     for path in _config_files(arguments):
-        if not (folder / path).exists():
-            continue
+        try:
+            os.stat(folder / path)
+        except FileNotFoundError:
+            continue  # said by the parser
+        except (OSError, ValueError):  # too long a name, or none that can be one
+            raise InputError("config", path, "no such YAML file") from None
         if not (folder / path).is_file():
             raise InputError("config", path, "is no file")
         try:
             text = (folder / path).read_text(encoding="utf-8")
-            _count(yaml.safe_load(text))
+            content = yaml.safe_load(text)
+            _count(content)
         except UnicodeDecodeError:
             raise InputError("config", path, "is no text in UTF-8") from None
         except OSError as error:
             raise InputError("config", path, f"cannot be read ({error.strerror})") from None
         except (RecursionError, OverflowError):
             raise InputError("config", path, "is nested too deeply, or in itself") from None
-        except (ValueError, yaml.YAMLError):
+        except yaml.YAMLError:
             continue  # said with the place by the parser
+        except ValueError as error:  # of dates and numbers that there are not
+            raise InputError("config", path, f"holds a value that cannot be read ({first_line(error)})") from None
+        if not isinstance(content, dict) or all(value is None for value in content.values()):
+            raise InputError("config", path, "holds no options; expected, for example, `pruning: {sparsity: 0.5}`")
+        _refuse_no_names(content, path)
+
+
+def _refuse_no_names(content: dict[Any, Any], file: Path, place: str = "") -> None:
+    """Refuse keys that are no words where options are, and classes that are none."""
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise InputError("config", file, f"the key {key} is no name of an option{f' of {place}' if place else ''}")
+        option = f"{place}.{key}" if place else key
+        if not isinstance(value, dict):
+            continue
+        if "class_path" in value:
+            name, own = value["class_path"], value.get("init_args", {})
+            if not isinstance(name, str):
+                raise InputError(option, name, "is no name of a class")
+            if not isinstance(own, dict):
+                raise InputError(f"{option}.init_args", own, f"expected options of {name}, for example `alpha: 2`")
+            if beside := [key for key in value if key not in ("class_path", "init_args", "dict_kwargs")]:
+                problem = f"stands beside class_path; options of {name} stand under init_args"
+                raise InputError(f"{option}.{beside[0]}", value[beside[0]], problem)
+            _refuse_no_names(own, file, option)
+        elif not place:
+            _refuse_no_names(value, file, option)
 
 
 def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:

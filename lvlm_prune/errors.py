@@ -8,6 +8,9 @@ _LONGEST_VALUE = 300
 LARGEST_COUNT = 2**31 - 1
 """No number that counts something is larger."""
 
+LONGEST_FILE_NAME = 255
+"""Bytes; no file system takes a longer name."""
+
 
 class LVLMPruneError(Exception):
     """Something the user can mend. The command line prints it as one line, `error: ...`, and exits with status 2.

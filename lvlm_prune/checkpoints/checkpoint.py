@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lvlm_prune.checkpoints.files import (
     INDEX_NAME,
-    LONGEST_FILE_NAME,
     SINGLE_NAME,
     files_within,
     is_another_copy,
@@ -30,7 +29,7 @@ from lvlm_prune.checkpoints.files import (
     refuse_undecodable,
     weights_name,
 )
-from lvlm_prune.errors import InputError, RunError, shortened
+from lvlm_prune.errors import LONGEST_FILE_NAME, InputError, RunError, shortened
 
 PACKED = "lvlm_prune_packed"
 """`quant_method` in the `config.json` of a packed checkpoint."""

@@ -20,8 +20,6 @@ from lvlm_prune.errors import InputError, RunError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-LONGEST_FILE_NAME = 255
-"""No file system takes a longer name."""
 
 _OTHER_FORMATS = (
     "model*.safetensors",

@@ -45,6 +45,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -60,6 +61,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise InputError("model.revision", revision, f"{hub_id} has no such revision") from None
     except LocalEntryNotFoundError:
         problem = "no such folder, and the hub cannot be reached to download a model of this name"
+    except HFValidationError:
+        problem = "no such folder (a model on the hub is written owner/name)"
     except HfHubHTTPError as error:
         problem = f"no such folder, and the hub answers: {first_line(error)}"
     except OSError as error:

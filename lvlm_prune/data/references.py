@@ -21,15 +21,13 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from lvlm_prune.data.conversation import MEDIA, kind_of_part, open_image_bytes
-from lvlm_prune.errors import RunError, shortened
+from lvlm_prune.errors import LONGEST_FILE_NAME, RunError, shortened
 
 _LOOKS_LIKE_MEDIA = re.compile(
     r"(([a-z]+_)?(image|img|picture|photo|video|audio)s?|(media|clip|frame|sound|speech)s?|visuals)"
     r"(_?\d+)?(_?(path|file|filename|name|url|uri|list|byte|b64|base64|data)s?)?(_?\d+)?"
 )
 _KINDS = {"video": "video", "clip": "video", "frame": "video", "audio": "audio", "sound": "audio", "speech": "audio"}
-# No file system takes a longer name.
-_LONGEST_FILE_NAME = 255
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}\s*")
 
 
@@ -134,7 +132,7 @@ def opened(reference: Any, kind: str, folder: Path, name: str = "") -> Path | Im
         return open_image_bytes(reference, name or "an image")
     if not isinstance(reference, str):
         raise ValueError(f"{type(reference).__name__} where the name of a file of type {kind} is expected")
-    scheme = urlsplit(reference[:_LONGEST_FILE_NAME]).scheme if ":" in reference[:16] else ""
+    scheme = urlsplit(reference[:LONGEST_FILE_NAME]).scheme if ":" in reference[:16] else ""
     if scheme in ("http", "https", "ftp", "s3", "gs"):
         raise ValueError(f"{shortened(reference)} is an address; download the {kind} and name the file")
     if scheme == "file":
@@ -146,7 +144,7 @@ def opened(reference: Any, kind: str, folder: Path, name: str = "") -> Path | Im
     if "\0" in reference:
         raise ValueError("a file name holds a zero byte")
     path = folder / reference
-    if kind == "image" and len(reference) > _LONGEST_FILE_NAME and _BASE64.fullmatch(reference) and not isfile(path):
+    if kind == "image" and len(reference) > LONGEST_FILE_NAME and _BASE64.fullmatch(reference) and not isfile(path):
         with suppress(ValueError, RunError):
             return open_image_bytes(_decoded(reference), name or "an image")
     return path

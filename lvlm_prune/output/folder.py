@@ -68,12 +68,12 @@ def refuse_unusable(
             checkpoint, cannot be written or has no room; a link leads out of the input; or something that no run wrote
             lies where the private part of the folder goes.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise InputError("output", folder, f"is a link to {os.readlink(folder)}, which does not exist")
     if source is not None:
         _refuse_overlap(folder, source.path.resolve())
     if folder.exists() and not folder.is_dir():
         raise InputError("output", folder, "is a file")
-    if folder.is_symlink() and not folder.exists():
-        raise InputError("output", folder, f"is a link to {os.readlink(folder)}, which does not exist")
     occupied = is_occupied(folder, record)
     if occupied and not resume:
         way_out = "go on with --resume true, or " if (folder / record).is_file() else ""

@@ -33,6 +33,9 @@ def test_one_line(argument, line):
     [
         ("prun", "prun: no such command, expected {} is prune meant?"),
         ("prune --pruning.scorer WandScorer", "--pruning.scorer WandScorer: no such class; is WandaScorer meant?"),
+        ("prune --pruning.scorer AsymmetricPool", "--pruning.scorer AsymmetricPool: is a class of another kind"),
+        ("prune --pruning.pool builtins.int", "--pruning.pool builtins.int: is no Pool"),
+        ("prune --pruning.pool 5", "--pruning.pool 5: {}"),
         ("prune --pruning.pool.alhpa 2", "--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?"),
         ("prune --pruning.pool.saliency DriftSalency", "{}DriftSalency: no such class; is DriftSaliency meant?"),
         ("prune --pruning.pool.saliency.scal 2", "--pruning.pool.saliency.scal: unknown option{}"),
@@ -86,3 +89,21 @@ def test_what_was_left_out_of_a_configuration_is_asked_for(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main([*command, f"--data.source.path={tmp_path / 'no.txt'}"]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+WRITTEN = {
+    "an unknown section": ("pruned: {sparsity: 0.5}\nresume: true", "--pruned.sparsity: unknown option"),
+    "an unknown option": ("ressume: true\nevaluate: false", "--ressume: unknown option"),
+    "its own name": ("config: bad.yaml", "--config bad.yaml: names itself"),
+    "an escape that is no sign": ('output: "\\ud800"', "--config {}: is no YAML"),
+    "a list for a class": ("pruning: {pool: [a]}", "--pruning.pool ['a']: expected the name of a class, a Pool"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), WRITTEN.values(), ids=WRITTEN.keys())
+def test_a_mistake_in_a_configuration_names_option_or_file(text, said, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main(["prune", f"--config={path}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said.format(path)}")

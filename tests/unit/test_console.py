@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_prune.cli_errors import refuse_devices, refuse_unreadable
+from lvlm_prune.cli_errors import refuse_devices, refuse_immense, refuse_unreadable
 from lvlm_prune.errors import InputError, one_line, shortened
 
 
@@ -81,12 +81,40 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] *
         (b"a: &a {b: *a}", "nested too deeply, or in itself"),
         (DEEP.encode(), "nested too deeply"),
         (LAUGHS.encode(), "nested too deeply"),
+        (b"", "holds no options"),
+        (b"pruning:\n", "holds no options"),
+        (b"- a", "holds no options"),
+        (b"hello", "holds no options"),
+        (b"seed_everything: " + b"9" * 5000, "holds a value that cannot be read"),
+        (b"output: 2020-99-99", "holds a value that cannot be read"),
+        (b"5: 5", "the key 5 is no name of an option"),
+        (b"pruning: {yes: 5}", "the key True is no name of an option of pruning"),
+        (b"pruning: {pool: {class_path: 5}}", "--pruning.pool 5: is no name of a class"),
+        (b"pruning: {pool: {class_path: A, init_args: [1]}}", r"--pruning.pool.init_args \[1\]: expected options of A"),
+        (b"pruning: {pool: {class_path: A, alpha: 2}}", "--pruning.pool.alpha 2: stands beside class_path"),
     ],
 )
 def test_a_configuration_file_that_no_parser_should_be_given_is_refused(content: bytes, problem: str, tmp_path: Path):
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(InputError, match=problem):
         refuse_unreadable(["prune", "--config=bad.yaml"], tmp_path)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800"], ids=["long", "zero byte", "no UTF-8"])
+def test_a_name_that_no_file_has_is_a_missing_configuration(path: str, tmp_path: Path):
+    with pytest.raises(InputError, match="no such YAML file"):
+        refuse_unreadable(["prune", f"--config={path}"], tmp_path)
+
+
+@pytest.mark.parametrize("option", ["output", "model.path", "data.image_folder", "folders", "trainer.scratch"])
+def test_a_name_that_no_file_can_have_is_refused_for_every_option(option: str):
+    section, _, name = option.rpartition(".")
+    for value, problem in (("x" * 256, "longer than any"), ("x/" * 2100, "longer than any"), ("a\0b", "a zero byte")):
+        options = {name: [value] if name == "folders" else value}
+        with pytest.raises(InputError, match=problem) as caught:
+            refuse_immense({section: options} if section else options)
+        assert len(str(caught.value)) < 500
+    refuse_immense({"engine": {"prompt": "x" * 300}, "output": "é" * 127})
 
 
 def test_a_pipe_as_a_configuration_file_is_not_waited_for(tmp_path: Path):
