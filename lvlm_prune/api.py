@@ -22,8 +22,10 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.plugins import built_from
+from lvlm_prune.recipes import recipe_file, recipe_names
 from lvlm_prune.run import RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
+from lvlm_prune.runs.publishing import Publication
 
 
 class InputsSource(CalibrationSource):
@@ -59,16 +61,27 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
-    """The method of a YAML file as the command line would build it.
+    """The method of a recipe as the command line would build it.
 
     Args:
-        config: A file like those in `configs/prune`; only its `pruning` key is read.
+        config: Name of a recipe (`lvlm-prune methods` lists them), or a YAML file like those in `configs/prune`; only
+            its `pruning` key is read.
         options: Options that take the place of the file's, for example `sparsity=0.6`.
 
     Raises:
-        InputError: The file or an option cannot be used.
+        InputError: There is no such recipe, or the file or an option cannot be used.
+
+    Example:
+        >>> load_pruning("wanda", sparsity=0.6).sparsity
+        0.6
     """
-    values = yaml.safe_load(Path(config).read_text())["pruning"] | options
+    file = Path(config)
+    if not file.is_file():
+        if str(config) not in recipe_names():
+            problem = f"no such file, and no recipe of that name; there are {', '.join(recipe_names())}"
+            raise InputError("config", config, problem)
+        file = recipe_file(str(config))
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))["pruning"] | options
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(BlockwisePruning, "pruning")
     try:
@@ -91,6 +104,7 @@ def prune(
     resume: bool = False,
     quiet: bool | None = None,
     report: bool = True,
+    publishable: bool | None = None,
 ) -> Manifest:
     """Prune a model in memory in place, or a checkpoint folder into another one.
 
@@ -106,6 +120,8 @@ def prune(
         resume: Go on with the unfinished run in `output`, which had the same method, model and data.
         quiet: Print nothing; default: unless there is a trainer of your own.
         report: Write a page with figures into `output`, which takes seconds.
+        publishable: Keep what is private out of `output`, beside it in `OUTPUT.private`: local paths, ids of samples,
+            and the picture of one. Default: unless model and data are the embedded ones.
 
     Returns:
         The manifest: what was done, to what, with what result.
@@ -151,7 +167,10 @@ def prune(
                 callbacks=[pruning or BlockwisePruning(), *callbacks],
             )
     options = RunOptions(resume=resume, evaluate=False, report=report, quiet=quiet)
-    return PruneRun(trainer, module, data, "" if in_memory else str(output), options)()
+    run = PruneRun(trainer, module, data, "" if in_memory else str(output), options)
+    manifest = run()
+    Publication(publishable=publishable)(run.run.folder, quiet)
+    return manifest
 
 
 def _where(model: nn.Module | str | Path) -> tuple[str, int | list[int]]:

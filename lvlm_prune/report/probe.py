@@ -118,7 +118,7 @@ def _grids(run: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
-    plates = []
+    plates, span = [], _span(run["summary"]["iou"])
     for sparsity, values in run["summary"]["iou"].items():
         caption = Markup(
             "Overlap (intersection over union) of the weights that go at {} by text tokens alone and by visual tokens "
@@ -128,12 +128,18 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
         plates.append(
             PageFigure(
                 f"mask-overlap-{100 * float(sparsity):g}",
-                heat_map(values, "overlap of masks (IoU)", least_span=0.1, most=1),
+                heat_map(values, "overlap of masks (IoU)", least_span=0.1, span=span, most=1),
                 caption,
                 table,
             )
         )
     return plates
+
+
+def _span(maps: Mapping[str, Mapping[str, Mapping[int, float]]]) -> tuple[float, float] | None:
+    """The ends of one colour scale for several maps."""
+    values = [value for of in maps.values() for row in of.values() for value in row.values()]
+    return (min(values), max(values)) if values else None
 
 
 def _map(run: dict[str, Any]) -> PageFigure | None:
@@ -159,13 +165,13 @@ def _drift(run: dict[str, Any]) -> PageFigure:
 
 
 def _diversity(run: dict[str, Any]) -> list[PageFigure]:
-    plates = []
+    plates, span = [], _span(run["summary"]["diversity"])
     for term, values in run["summary"]["diversity"].items():
         caption = (
             f"Diversity {_TERMS[term]} of what each kind of Linear puts out: mean cosine distance over pairs of "
-            "tokens, dense model."
+            "tokens, dense model. These maps have one colour scale."
         )
-        drawing = heat_map(values, f"diversity {_TERMS[term]}", least_span=0.1)
+        drawing = heat_map(values, f"diversity {_TERMS[term]}", least_span=0.1, span=span)
         plates.append(
             PageFigure(f"diversity-{term}", drawing, caption, table_by_kind(run, "summary", "diversity", term))
         )

@@ -6,7 +6,7 @@ import pytest
 
 import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning, PruningReport
-from lvlm_prune.data import TensorSource
+from lvlm_prune.data import CalibrationDataModule, TensorSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools import MixedPool, TextOnlyPool
 from lvlm_prune.methods.scorers import MagnitudeScorer
@@ -41,3 +41,22 @@ def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypat
             run(other, resume=True)
         assert refused.value.option in (option, "pruning.name")
     assert run(BlockwisePruning(sparsity=0.5, pool=MixedPool()), resume=True)["status"] == "complete"
+
+
+def test_a_folder_that_python_wrote_holds_nothing_private_either(tmp_path):
+    place = tmp_path / "patients"
+    place.mkdir()
+    (place / "calibration.safetensors").write_bytes((GOLDEN / "calib.safetensors").read_bytes())
+    data = CalibrationDataModule(TensorSource(str(place / "calibration.safetensors")), num_samples=2)
+    for name, options in (("out", {}), ("whole", {"publishable": False})):
+        method = lvlm_prune.load_pruning("magnitude", sparsity=0.5)
+        lvlm_prune.prune(GOLDEN / "model", data, method, tmp_path / name, report=False, **options)
+    assert str(place) not in (tmp_path / "out" / "pruning.json").read_text()
+    assert str(place) in (tmp_path / "out.private" / "pruning.json").read_text()
+    assert str(place) in (tmp_path / "whole" / "pruning.json").read_text()
+    assert not (tmp_path / "whole.private").exists()
+
+
+def test_a_recipe_that_there_is_not_is_one_line():
+    with pytest.raises(InputError, match=r"^--config wand: no such file, and no recipe .*; there are .*wanda"):
+        lvlm_prune.load_pruning("wand")
