@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import PRIVATE_SUFFIX, RECOVERY_RECORD
+from lvlm_prune.output.names import PAGE_NAME, PRIVATE_SUFFIX, RECOVERY_RECORD
 
 
 def readable_count(count: int) -> str:
@@ -43,8 +43,9 @@ def summary(record: Manifest, folder: Path) -> str:
     ]
     if "evaluation" in record:
         lines.append(_scores_table(record["evaluation"]))
-    written = "merged checkpoint" + (" · adapter/" if (folder / "adapter").is_dir() else "")
-    return "\n".join([*lines, f"wrote {folder} ({written} · {RECOVERY_RECORD}) · {record['seconds']:.0f} s"])
+    more = [name for name in ("adapter", PAGE_NAME, RECOVERY_RECORD) if (folder / name).exists()]
+    written = " · ".join(["merged checkpoint", *more])
+    return "\n".join([*lines, f"wrote {folder} ({written}) · {record['seconds']:.0f} s"])
 
 
 def _scores_table(evaluation: dict[str, Any]) -> str:
@@ -103,12 +104,13 @@ def private_line(folder: Path) -> str:
     return f"private: local paths, ids and pictures of samples are in {folder}{PRIVATE_SUFFIX}, and not in {folder}"
 
 
-def next_commands(folder: Path, dense: str) -> str:
+def next_commands(folder: Path, dense: str, recovers: bool = True) -> str:
     """What can be done with a sparse checkpoint, a command in each line.
 
     Args:
         folder: The checkpoint.
         dense: What it was made from, as the user named it.
+        recovers: Whether `recover` is among them.
 
     Example:
         >>> print(next_commands(Path("out"), "me/llava"))
@@ -117,8 +119,8 @@ def next_commands(folder: Path, dense: str) -> str:
               lvlm-prune pack --model.path out
     """
     sparse, origin = shlex.quote(str(folder)), shlex.quote(dense)
-    return (
-        f"next: lvlm-prune evaluate --model.path {sparse} --baseline {origin} --engine.benchmark LocalBenchmark ...\n"
-        f"      lvlm-prune recover --model.path {sparse} --data.source ...\n"
-        f"      lvlm-prune pack --model.path {sparse}"
-    )
+    commands = [f"evaluate --model.path {sparse} --baseline {origin} --engine.benchmark LocalBenchmark ..."]
+    if recovers:
+        commands.append(f"recover --model.path {sparse} --data.source ...")
+    commands.append(f"pack --model.path {sparse}")
+    return "next: " + "\n      ".join(f"lvlm-prune {command}" for command in commands)

@@ -116,6 +116,14 @@ def test_a_folder_and_itself_are_the_same(folders, capsys):
     assert "1.000 over" in said
 
 
+def test_private_parts_are_not_compared(tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("a", "a.private", "b")]
+    assert main(["compare", *names[:2]]) == 2
+    assert capsys.readouterr().err == f"error: compare {names[0]}: name two folders or more\n"
+    assert main(["compare", names[1], names[2]]) == 2
+    assert capsys.readouterr().err == f"error: {names[1]}: holds only what is private of {names[0]}; compare that\n"
+
+
 def test_retention_of_evaluated_folders_is_shown(folders, tmp_path, capsys):
     """What `evaluate` wrote beside a checkpoint."""
     task = {"score": 0.4, "baseline": 0.5, "retention": 0.8, "questions": 10}
@@ -143,6 +151,9 @@ def test_models_that_have_nothing_in_common(folders, tmp_path, capsys):
 def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path, capsys):
     base, out = bases / "unstructured-float32", tmp_path / "recovered"
     assert recover(base, out, "--trainer.max_epochs=1") == 0
+    said = capsys.readouterr().out
+    assert f"next: lvlm-prune evaluate --model.path {out} --baseline " in said
+    assert f"lvlm-prune pack --model.path {out}" in said
     assert main(["compare", str(base), str(out), f"--output={tmp_path / 'out'}"]) == 0
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert record["settings"]["command"] == ["prune", "recover"]

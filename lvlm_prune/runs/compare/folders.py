@@ -15,7 +15,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
-from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.packed.folder import open_checkpoint
 
 _OPTION = ""  # folders are given without one
@@ -36,6 +36,9 @@ class ComparedFolder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         name = next((name for name in (RECOVERY_RECORD, PRUNING_RECORD) if (self.path / name).is_file()), None)
+        if self.path.name.endswith(PRIVATE_SUFFIX):
+            whose = str(path).rstrip("/").removesuffix(PRIVATE_SUFFIX)
+            raise InputError(_OPTION, path, f"holds only what is private of {whose}; compare that")
         if name is None:
             problem = f"has no {PRUNING_RECORD} and no {RECOVERY_RECORD}: not a folder that prune or recover wrote"
             raise InputError(_OPTION, path, problem)

@@ -12,7 +12,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
-from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE
+from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
 _OTHER_MODELS = "warning: the folders come from different models; what differs is not the method alone"
@@ -20,6 +20,7 @@ _OTHER_MODELS = "warning: the folders come from different models; what differs i
 
 def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     """See `LVLMTrainer.compare`."""
+    folders = _without_private_parts(folders)
     if len(folders) < 2:
         raise InputError("", " ".join(["compare", *folders]), "name two folders or more")
     target = Path(output) if output else None
@@ -42,6 +43,18 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
             write_page(target, *comparison_page(record))
         print(f"wrote {target} (report.html · {COMPARISON_RECORD} · {COMPARISON_TABLE})", flush=True)
     return record
+
+
+def _without_private_parts(folders: Sequence[str]) -> list[str]:
+    """Folders without the private parts of others among them, which `runs/*` names too.
+
+    Example:
+        >>> _without_private_parts(["runs/a", "runs/a.private/", "runs/b.private"])
+        ['runs/a', 'runs/b.private']
+    """
+    named = set(map(Path, folders))
+    privates = {path for path in named if path.suffix == PRIVATE_SUFFIX and path.with_suffix("") in named}
+    return [folder for folder in folders if Path(folder) not in privates]
 
 
 def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD, STATISTICS_NAME
 from lvlm_prune.output.own_files import refuse_changed
 from lvlm_prune.output.provenance import origin_of, provenance
-from lvlm_prune.output.summaries import summary
+from lvlm_prune.output.summaries import next_commands, summary
 from lvlm_prune.output.verification import refuse_other_findings
 from lvlm_prune.plugins import plugin_class
 from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned, refuse_unpruned
@@ -367,6 +367,9 @@ class RecoveryRun(ABC):
 
             write_page(self.folder, *recovery_page(self.record, self.folder))
         self._say(summary(self.record, self.folder))
+        dense = (self.base_record.get("dense") or {}).get("path") or "DENSE"
+        if "evaluation" not in self.record and dense not in NAMES:
+            self._say(next_commands(self.folder, dense, recovers=False))
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.run.options.quiet:
