@@ -127,6 +127,8 @@ class Manifest(dict[str, Any]):
         Raises:
             InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
         """
+        if other.get("config") and not self.get("config"):
+            raise InputError("output", folder, f"its {name} is not as a run writes it")
         moved, beside = self._free_places(), read_beside(folder, name)
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))

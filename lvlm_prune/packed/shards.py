@@ -164,6 +164,21 @@ def _verify(dense: CheckpointFolder, packed: PackedFolder) -> None:
             raise RunError(f"verification failed: {key} does not come back from {packed.shards[0]}")
 
 
+def verify_shard(source: CheckpointFolder, shard: str, target: Path) -> None:
+    """Hold a packed shard that an earlier run wrote against the dense one.
+
+    Raises:
+        RunError: It is gone, or not as it was packed.
+        InputError: It is broken.
+    """
+    if not (target / shard).is_file():
+        raise RunError(f"verification failed: {shard} is missing in {target}")
+    _verify(one_shard(source.path, shard), PackedFolder(one_shard(target, shard, "output")))
+    metadata = json.loads(read_header(target / shard)).get("__metadata__", {})
+    if metadata.get(ORIGINAL_HEADER) != read_header(source.path / shard):
+        raise RunError(f"verification failed: {shard} in {target} is not as it was packed")
+
+
 def unpack_shard(source: Path, shard: str, target: Path, name: str = "") -> None:
     """Write the dense form of one packed shard: the bytes that were packed, where the shard tells what they were.
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,7 +156,18 @@ def _is_private(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _object(path, json.loads) if path.is_file() else {}
+
+
+def _object(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+    """What a file of a finished folder holds, which somebody may have changed since."""
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError("output", path.parent, f"its {path.name} is not as a run writes it")
+    return content
 
 
 def leave_out_private(folder: Path) -> None:
@@ -174,7 +185,7 @@ def leave_out_private(folder: Path) -> None:
                 record["files"] |= {file: found for file, found in written.items() if file in record["files"]}
             replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
     if (folder / "config.yaml").is_file():
-        config = without_private(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
+        config = without_private(_object(folder / "config.yaml", lambda text: yaml.safe_load(text) or {}))
         del config["private_data"]
         replace_durably(folder / "config.yaml", (CONFIG_HEAD + yaml.safe_dump(config, sort_keys=False)).encode())
     for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):

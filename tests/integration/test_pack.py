@@ -224,6 +224,53 @@ def test_an_interrupted_run_goes_on(
     assert found == expected
 
 
+def damages(path: Path) -> dict[str, Callable[[], object]]:
+    def flip() -> None:
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+
+    return {"flipped": flip, "truncated": lambda: os.truncate(path, path.stat().st_size // 2), "missing": path.unlink}
+
+
+@pytest.mark.parametrize("verb", ["pack", "unpack"])
+def test_what_an_earlier_run_wrote_is_verified_again(small: Path, tmp_path: Path, capsys, verb: str) -> None:
+    """Exit status 0 means verified also where nothing was left to do."""
+    source, output, kept = small, tmp_path / "output", tmp_path / "kept"
+    if verb == "unpack":
+        source = tmp_path / "packed"
+        assert main(["pack", f"--model.path={small}", f"--output={source}"]) == 0
+    arguments = [verb, f"--model.path={source}", f"--output={output}", "--resume=true"]
+    assert main([argument for argument in arguments if "resume" not in argument]) == 0
+    output.rename(kept)
+    shutil.copytree(kept, output)
+    assert main(arguments) == 0
+    assert contents(output) == contents(kept)
+    shard = CheckpointFolder(kept).shards[0]
+    names = [shard, "config.json", "tokenizer.json", "model.safetensors.index.json"] if verb == "pack" else [shard]
+    for name in names:
+        for damage in ("flipped", "truncated", "missing"):
+            shutil.rmtree(output)
+            shutil.copytree(kept, output)
+            damages(output / name)[damage]()
+            if verb == "unpack" and damage == "missing":  # is written again
+                assert main(arguments) == 0
+                assert contents(output) == contents(kept)
+            else:
+                assert name in refused(capsys, *arguments), (name, damage)
+
+
+@pytest.mark.parametrize(("name", "content"), [("pruning.json", "{"), ("pruning.json", "[]"), ("config.yaml", "a: [")])
+def test_a_record_that_somebody_changed_is_one_line(small: Path, tmp_path: Path, capsys, name, content) -> None:
+    """What is private is taken out of the folder again."""
+    (small / "pruning.json").write_text('{"model": {"path": "/home/me/llava"}}')
+    (small / "config.yaml").write_text("model: {path: /home/me/llava}")
+    arguments = ["pack", f"--model.path={small}", f"--output={tmp_path / 'output'}"]
+    assert main(arguments) == 0
+    (tmp_path / "output" / name).write_text(content)
+    assert f"its {name} is not as a run writes it" in refused(capsys, *arguments, "--resume=true")
+
+
 def test_a_run_does_not_go_on_with_another_checkpoint(small: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     output = tmp_path / "output"
     monkeypatch.setattr("lvlm_prune.runs.pack.run.pack_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))

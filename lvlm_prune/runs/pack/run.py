@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from filecmp import cmp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.clock import command_began
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
@@ -27,19 +28,26 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
+from lvlm_prune.output.names import FIGURE_FOLDER, MODEL_CARD, PACKING_RECORD, PAGE_NAME
+from lvlm_prune.output.private import RECORDS
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
-from lvlm_prune.packed.shards import is_packed_shard, pack_shard
+from lvlm_prune.packed.shards import is_packed_shard, pack_shard, verify_shard
 from lvlm_prune.report.card import write_card
 from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD, packed_config, packed_index
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
+
+
+# Without what is private, other bytes.
+_CLEANED = (*RECORDS, "config.yaml", MODEL_CARD, "adapter_config.json")
+# Drawn again, left out, or written by commands that came later.
+_WRITTEN_ANEW = (PACKING_RECORD, UNPACKING_RECORD, PAGE_NAME, FIGURE_FOLDER, "evaluation.json", "evaluation.md")
 
 
 class Packing(ABC):
@@ -64,6 +72,7 @@ class Packing(ABC):
         """Pack what is not yet packed; the record of the folder."""
         if self._is_complete():
             self._say(f"{self.folder} is complete already")
+            self._verify_again()
             return Manifest.read(self.folder, PACKING_RECORD)
         make_folder(self.folder)
         with owning(self.folder):
@@ -71,7 +80,7 @@ class Packing(ABC):
             shards = self.source.shards
             with Progress("Packing", len(shards), "shards", shown=not self.quiet) as progress:
                 for shard in shards:
-                    if not is_packed_shard(self.folder / shard):
+                    if not self._is_packed(shard):
                         pack_shard(self.source, shard, self.folder, self.packable.keys(), self.form)
                     progress.update()
             if (self.source.path / INDEX_NAME).is_file():
@@ -87,6 +96,13 @@ class Packing(ABC):
     @abstractmethod
     def _release(self) -> None:
         """What comes once all shards and the index are there."""
+
+    def _is_packed(self, shard: str) -> bool:
+        """Whether an earlier run has packed this shard, which has its name only then."""
+        return is_packed_shard(self.folder / shard)
+
+    def _verify_again(self) -> None:  # noqa: B027
+        """Hold a folder that is complete against what it was made from, where that is still there."""
 
     def _is_complete(self) -> bool:
         path = self.folder / PACKING_RECORD
@@ -180,6 +196,34 @@ class PackRun(Packing):
         self.record.write(self.folder, PACKING_RECORD)
         left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *self.source.shards)
         copy_checkpoint(self.source, self.folder, leave_out=left_out)
+
+    def _is_packed(self, shard: str) -> bool:
+        there = (self.folder / shard).is_file()
+        if there:
+            verify_shard(self.source, shard, self.folder)
+        return there
+
+    def _verify_again(self) -> None:
+        """Shards, index and configuration are read again, and everything that was copied."""
+        shards = self.source.shards
+        for shard in shards:
+            verify_shard(self.source, shard, self.folder)
+        made = {"config.json": packed_config(self.record["original_config"], self.form)}
+        if (self.source.path / INDEX_NAME).is_file():
+            made[INDEX_NAME] = packed_index(self.folder, shards)
+        for file in self.source.files():
+            written = self.folder / file
+            if str(file) in shards or file.parts[0] in _WRITTEN_ANEW:
+                continue
+            if not written.is_file():
+                raise RunError(f"verification failed: {file} is missing in {self.folder}")
+            if str(file) in made:
+                same = written.read_bytes() == made[str(file)]
+            else:
+                same = file.name in _CLEANED or cmp(self.source.path / file, written, shallow=False)
+            if not same:
+                raise RunError(f"verification failed: {file} in {self.folder} is not as it was written")
+        self._say(f"verified: every tensor comes back byte for byte from {len(shards)} shard{'s' * (len(shards) > 1)}")
 
     def _release(self) -> None:
         replace_durably(self.folder / HELD_BACK, packed_config(self.record["original_config"], self.form))

@@ -67,7 +67,9 @@ class UnpackRun:
             copy_checkpoint(packed.stored, self.folder, leave_out=left_out)
             with Progress("Unpacking", len(shards), "shards", shown=not self.quiet) as progress:
                 for shard in shards:
-                    if not (self.folder / shard).is_file():
+                    if (self.folder / shard).is_file():  # of an earlier run
+                        self._verify(shard, shard)
+                    else:
                         self._unpack(shard)
                     progress.update()
             origin = read_record(packed.path)
@@ -93,12 +95,17 @@ class UnpackRun:
         """Write one shard, read it again, and only then give it its name."""
         unverified = f"{shard}{UNVERIFIED}"
         unpack_shard(self.packed.path, shard, self.folder, unverified)
-        written, packed = one_shard(self.folder, unverified), PackedFolder(one_shard(self.packed.path, shard))
-        for key in packed:
-            if not written.same_bytes(key, packed):
-                raise RunError(f"verification failed: {key} is not in {shard} as it was packed")
+        self._verify(shard, unverified)
         (self.folder / unverified).replace(self.folder / shard)
         sync_folder(self.folder)
+
+    def _verify(self, shard: str, name: str) -> None:
+        """Hold a shard that was written under some name against the packed one."""
+        written = one_shard(self.folder, name, "output")
+        packed = PackedFolder(one_shard(self.packed.path, shard))
+        for key in packed:
+            if key not in written or not written.same_bytes(key, packed):
+                raise RunError(f"verification failed: {key} is not in {shard} as it was packed")
 
     def _give_card_back(self, origin: Manifest | None) -> None:
         """The card that was packed, unless somebody wrote another one since."""
