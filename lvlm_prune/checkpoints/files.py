@@ -114,13 +114,15 @@ def refuse_links_out(folder: Path, files: Collection[Path], option: str) -> None
         option: Option that the folder came from.
 
     Raises:
-        InputError: A link leads to nothing, to a folder, or out.
+        InputError: A link leads to nothing, to a folder, or out; or a path is no file.
     """
     root = folder.resolve()
     allowed = [root, *_hub_folders(root)]
     for relative in files:
         path = root / relative
         if not path.is_symlink():
+            if not path.is_file():
+                raise InputError(option, folder, f"holds {relative}, which is no regular file")
             continue
         target = path.resolve()
         if not target.is_file():

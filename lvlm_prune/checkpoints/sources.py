@@ -7,6 +7,7 @@ knows both; this module asks it, and loads one parameter at a time where transfo
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, 
         if name not in names:
             continue
         if pattern is None:
+            if name in sources:
+                _refuse_second_name(folder, name, sources[name].key, key)
             sources[name] = WeightSource({key: [key]}, None, {name: folder[key].shape})
         else:
             collected[name][pattern].append(key)
@@ -107,6 +110,24 @@ def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, 
         source = _converted_source(model, folder, name, dict(keys), converter_of)
         sources.update(dict.fromkeys(source.shapes, source))
     return sources
+
+
+def _refuse_second_name(folder: CheckpointFolder, name: str, first: str, second: str) -> None:
+    """Of two tensors that are one in the model, only one would be pruned, and the other may be the one that is loaded.
+
+    Copies of what is never pruned (tied embeddings) are no obstacle.
+
+    Raises:
+        InputError: They differ, or are of a block.
+    """
+    of_block = re.search(r"\.\d+\.", name) is not None
+    if (
+        of_block
+        or folder[first].shape != folder[second].shape
+        or not torch.equal(folder.read(first), folder.read(second))
+    ):
+        problem = f"holds {name} twice, as {first} and as {second}; save it anew with transformers"
+        raise InputError("model.path", folder.path, problem)
 
 
 def _renamed_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, WeightSource]:

@@ -218,6 +218,32 @@ def test_a_pool_that_selects_nothing_is_no_success(pool, kind, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_under_two_names_is_refused(tmp_path, capsys):
+    """An older and a newer spelling of a name: one would be pruned, the other may be loaded."""
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    (shard,) = CheckpointFolder(model).shards
+    tensors = load_file(model / shard)
+    old = "model.layers.0.self_attn.q_proj.weight"
+    new = old.replace("model.", "model.language_model.")
+    save_file({**tensors, new: tensors[old].clone()}, model / shard)
+    assert main([*GOLDEN_ARGUMENTS, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"holds {new} twice" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_deep_in_the_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    (model / "assets" / "more").mkdir(parents=True)
+    os.mkfifo(model / "assets" / "more" / "pipe")
+    assert main([*GOLDEN_ARGUMENTS, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds assets/more/pipe, which is no regular file" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_only_the_model_refuses_names_the_sample_and_can_be_skipped(tmp_path, capsys):
     """Image features that do not match the tokens for them."""
     samples = load_file(GOLDEN / "calib.safetensors")
