@@ -24,7 +24,7 @@ RECIPES = {
     "mllm_pruner": [],
     "alps": [],
     "alps_kl": ["--pruning.allocation.samples=2"],
-    "best": ["--pruning.allocation.samples=2", "--pruning.allocation.groups=kind"],
+    "best": ["--pruning.allocation.samples=2"],
     "fast": ["--pruning.pattern=2:4"],
     "magnitude": [],
 }

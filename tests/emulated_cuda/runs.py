@@ -78,7 +78,6 @@ def prune(
     place: str,
     output: Path,
     samples: int = 4,
-    changed: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Outcome:
     """Prune the golden model as a recipe says, from disk to disk, from Python: without the seconds of a command line.
@@ -89,7 +88,6 @@ def prune(
         place: Where the samples wait; tensors of any size are moved.
         output: Folder, gone afterwards.
         samples: How many of the golden samples calibrate.
-        changed: Options of the method that take the place of the recipe's.
         options: Options of the trainer.
     """
 
@@ -102,7 +100,7 @@ def prune(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[load_pruning(REPOSITORY / "configs" / "prune" / f"{recipe}.yaml", **(changed or {}))],
+            callbacks=[load_pruning(REPOSITORY / "configs" / "prune" / f"{recipe}.yaml")],
             **options,
         )
         data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=samples)

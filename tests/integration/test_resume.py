@@ -75,7 +75,7 @@ def test_recipes_that_solve_are_killed_and_resumed_to_the_same_bytes(recipe, run
     (tmp_path / "killer.py").write_text(KILLER)
     arguments = [*golden_arguments, f"--config={REPOSITORY / 'configs' / 'prune' / recipe}.yaml"]
     if recipe == "best":
-        arguments += ["--pruning.allocation.samples=2", "--pruning.allocation.groups=kind"]
+        arguments += ["--pruning.allocation.samples=2"]
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
     kill = ["killer.KillProcess", "on_block_calibrated", "2"]
     options = [f"--trainer.callbacks{part}={value}" for part, value in zip(("", ".hook", ".block"), kill)]
