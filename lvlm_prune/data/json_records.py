@@ -27,7 +27,7 @@ class JsonRecords:
         path: The file.
 
     Raises:
-        ValueError: No such file, neither of the two forms, or cut off in the middle of the array.
+        ValueError: No such file, neither of the two forms, an array of anything but objects, or cut off in its middle.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,6 +102,12 @@ class JsonRecords:
                         position += 1 + in_string
                     continue
                 match = _OUTSIDE_STRINGS.search(chunk, position)
+                if depth == 1:  # between two records, up to the bracket of the next one or of the array
+                    until = len(chunk) if match is None else match.end()
+                    rest = chunk[position:until].lstrip(b" \t\r\n,")
+                    if rest not in (b"", b"{", b"[", b"]", b"}"):
+                        where = base + until - len(rest)
+                        raise ValueError(f"`path` {self.path}: what its array has at byte {where} is no object")
                 if match is None:
                     break
                 character, position = match[0], match.end()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.callbacks import FrozenMasks
+from lvlm_prune.cli import main
 from lvlm_prune.data import RecoveryDataModule
 from lvlm_prune.errors import InputError
 from lvlm_prune.recovery import load_sparse_adapter
@@ -54,6 +55,15 @@ def test_an_adapter_of_another_base(bases, recover, tmp_path):
 )
 def test_bad_option(options, said, bases, refused, tmp_path):
     refused(said, bases / "2:4-float32", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("options", [["--trainer.max_steps=0"], ["--method=blockwise", "--trainer.devices=2"]])
+def test_the_embedded_model_is_not_pruned_first_where_nothing_would_be_trained(options, tmp_path, capsys):
+    assert main(["recover", "--model.path=demo", *options, f"--output={tmp_path / 'out'}"]) == 2
+    printed = capsys.readouterr()
+    assert "--trainer." in printed.err
+    assert "is pruned by ATV" not in printed.out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,7 @@ BAD = {
     "value out of range": ([grid(pruning__sparsity=[0.5, 1.5])], ["--pruning.sparsity 1.5"]),
     "value of the wrong kind": ([grid(pruning__pool__alpha=["x"])], ["--grid pruning.pool.alpha", "x"]),
     "exclude matches nothing": ([grid(pruning__exclude=["*.nothing"])], ["--pruning.exclude *.nothing"]),
+    "a name that is none": (["--grid={5: [1]}"], ["--grid 5: is no option"]),
     "seed twice": (["--seeds=[1, 1]"], ["--seeds [1, 1]"]),
     "two ways to give a seed": (["--seeds=[1]", "--data.seed=3"], ["--data.seed 3"]),
     "part": (["--part=3/2"], ["--part 3/2"]),

@@ -31,11 +31,13 @@ _RECONSTRUCTING = "reconstructing"
 class BlockwiseRun(RecoveryRun):
     """The method `blockwise`; see `BlockwiseReconstruction`."""
 
-    def _check(self, earlier: Manifest | None) -> None:
+    def _check_options(self) -> None:
         if self.run.hardware.world_size > 1:
             raise InputError("trainer.devices", self.run.hardware.world_size, "method blockwise runs on one device")
         if self.recovery.optimization.gradient_checkpointing:
             raise InputError("optimization.gradient_checkpointing", True, "does nothing with --method blockwise")
+
+    def _check(self, earlier: Manifest | None) -> None:
         super()._check(earlier)
         from lvlm_prune.recovery.dense import open_dense_weights
 

@@ -42,10 +42,9 @@ class FittingRun(RecoveryRun):
     def _check(self, earlier: Manifest | None) -> None:
         if self.recovery.method == "full" and self.model.dtype_option == "auto":
             self.model.dtype_option = "float32"  # in bfloat16 most updates of a weight would be rounded away
-        self._refuse_idle()
         super()._check(earlier)
 
-    def _refuse_idle(self) -> None:
+    def _check_options(self) -> None:
         """Refuse options of the trainer with which nothing would be trained, or that Lightning fails at later on."""
         trainer = self.trainer
         for name in ("max_epochs", "max_steps", "limit_train_batches"):

@@ -127,6 +127,7 @@ class RecoveryRun(ABC):
         if self.resume and self.folder.is_dir():
             self._keep_others_out()
         earlier = Manifest.read(self.folder, RECOVERY_RECORD) if self.resume else None
+        self._check_options()
         self._find_base(earlier)
         self._check(earlier)
         if earlier is not None and earlier.get("status") == "complete":
@@ -179,6 +180,10 @@ class RecoveryRun(ABC):
         else:
             problem = "is pruned by one process only; prune it first and give the folder as --model.path"
             raise InputError("model.path", self.model.path, problem)
+
+    @abstractmethod
+    def _check_options(self) -> None:
+        """Check options that make no sense whatever the checkpoint is: the embedded one is pruned first."""
 
     def _check(self, earlier: Manifest | None) -> None:
         """Check everything that can be checked without going through the data."""

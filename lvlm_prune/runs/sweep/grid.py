@@ -116,6 +116,9 @@ class Grid:
             InputError: An option cannot be swept, or a seed is given twice.
         """
         for name, values in grid.items():
+            if not isinstance(name, str):
+                problem = "is no option: write names of options and their values"
+                raise InputError("grid", name, f"{problem}: --grid '{{{SPARSITY}: [0.5, 0.6]}}'")
             if name.split(".")[0] not in ("pruning", "data") or name == SEED:
                 problem = f"a sweep varies options of `pruning` and `data`{_meant(name)}"
                 raise InputError("grid", name, "choose it with --seeds" if name == SEED else problem)
