@@ -9,7 +9,15 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import LARGEST_COUNT, LONGEST_FILE_NAME, InputError, LVLMPruneError, first_line, refuse_huge
+from lvlm_prune.errors import (
+    LARGEST_COUNT,
+    LONGEST_FILE_NAME,
+    InputError,
+    LVLMPruneError,
+    first_line,
+    refuse_huge,
+    shortened,
+)
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -18,7 +26,9 @@ ALONE = ("methods", "completion", "kernels")
 """Commands that only print something."""
 
 _MOST_VALUES = 100_000
+_DEEPEST = 50
 _LONGEST_PATH = 4095
+_LONGEST_VALUE = 300
 _OF_PATHS = re.compile(r"(path|folders?|output|baseline|scratch|dir|files?)$")
 _STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
@@ -42,7 +52,8 @@ def explain(
 
     Args:
         message: What jsonargparse says.
-        arguments: The command line; gives options of plugins, which are reported without their place, their full name.
+        arguments: The command line; with its configuration files it gives options of plugins, which are reported
+            without their place, their full name.
         folder: Where the command was given. jsonargparse reads a configuration file in the file's own folder.
         known: Options that there are, `--pruning.sparsity` and so on; what comes close to one is said to be meant so.
         plugins: Name of each class that can be an option's value -> its own options; likewise.
@@ -58,6 +69,7 @@ def explain(
         '--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?'
     """
     plugins = plugins or {}
+    arguments = [*arguments, *_written_options(arguments, folder)]
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
@@ -107,10 +119,10 @@ def explain(
         return f"{option} {_shown(union[2])}: expected {expected}"
     if plain := re.search(r"Expected an? (.*)\. Got value:(.*)", rest):
         return f"{option} {_shown(plain[2])}: expected {_choices(plain[1])}"
-    if wanted := re.fullmatch(r"the following arguments are required: ([\w.]+)", rest):
+    if wanted := re.fullmatch(r"the following arguments are required: ([\w., ]+)", rest):
         if wanted[1] == "compare.folders":
             return "compare: name two folders or more"
-        return _missing(f"{key}.{wanted[1]}" if key else wanted[1], arguments, plugins)
+        return _missing([f"{key}.{name}" if key else name for name in wanted[1].split(", ")], arguments, plugins)
     if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
         return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
@@ -191,7 +203,7 @@ def _refuse_no_path(option: str, value: str) -> None:
 
 
 def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
-    """Refuse configuration files that no parser should be given: pipes, no text, YAML that holds itself or no options.
+    """Refuse what no parser should be given: files that are pipes or no text, YAML that holds itself or no options.
 
     Args:
         arguments: The command line.
@@ -200,6 +212,15 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
     Raises:
         InputError: One is of that kind.
     """
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        option, given, value = argument.partition("=")
+        if option.startswith("--") and (value := value if given else following)[:1] in ("[", "{"):
+            try:
+                _count(yaml.safe_load(value))
+            except (RecursionError, OverflowError):
+                raise InputError(option.removeprefix("--"), value, "is nested too deeply, or in itself") from None
+            except (ValueError, yaml.YAMLError):
+                continue  # said by the parser
     for path in _config_files(arguments):
         try:
             os.stat(folder / path)
@@ -254,11 +275,11 @@ def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
     """Number of values in nested mappings and lists, with those that an anchor repeats.
 
     Raises:
-        OverflowError: They hold themselves, or are more than any configuration has.
+        OverflowError: They hold themselves, or are more or nested more deeply than any configuration has them.
     """
     count += 1
     if isinstance(value, (dict, list)):
-        if id(value) in path or count > _MOST_VALUES:
+        if id(value) in path or len(path) > _DEEPEST or count > _MOST_VALUES:
             raise OverflowError
         for item in value.values() if isinstance(value, dict) else value:
             count = _count(item, (*path, id(value)), count)
@@ -298,26 +319,22 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
     return f"; is {' or '.join(meant)} meant?" if meant else ""
 
 
-def _missing(name: str, arguments: Sequence[str], plugins: Plugins) -> str:
-    """An argument that a class wants, by the place of the class on the command line where it is named there.
+def _missing(names: Sequence[str], arguments: Sequence[str], plugins: Plugins) -> str:
+    """The first argument that a class wants, by the place of the class where it is named.
 
     Example:
-        >>> _missing("path", ["prune", "--data.source", "TextSource"], {"TextSource": ["path"]})
+        >>> _missing(["path"], ["prune", "--data.source", "TextSource"], {"TextSource": ["path"]})
         '--data.source.path: is wanted by TextSource'
     """
     pairs = zip(arguments, [*arguments[1:], ""])
     named = [argument.split("=", 1) if "=" in argument else (argument, following) for argument, following in pairs]
-    wanting = [
-        (option, value)
-        for option, value in named
-        if option.startswith("--") and name.rpartition(".")[2] in plugins.get(value.rpartition(".")[2], ())
-    ]
     given = [option for option, _ in named]
-    for option, value in wanting:
-        full = f"{option}.{name.rpartition('.')[2]}"
-        if full not in given:
-            return f"{full}: is wanted by {value}"
-    return f"--{name}: is missing"
+    for name in (name.rpartition(".")[2] for name in names):
+        for option, value in named:
+            takes_it = option.startswith("--") and name in plugins.get(value.rpartition(".")[2], ())
+            if takes_it and f"{option}.{name}" not in given:
+                return f"{option}.{name}: is wanted by {value}"
+    return f"--{names[0]}: is missing"
 
 
 def _owners(place: str, name: str, plugins: Plugins) -> list[str]:
@@ -348,6 +365,34 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(following if argument == "--config" else argument.removeprefix("--config="))
 
 
+def _written_options(arguments: Sequence[str], folder: Path) -> Iterator[str]:
+    """What stands in the configuration files, as it would stand on the command line."""
+    for path in _config_files(arguments):
+        try:
+            content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
+            yield from _as_options(content, "")
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            continue
+
+
+def _as_options(value: Any, place: str) -> Iterator[str]:
+    """Options of nested plain data, those of a class at the place of the class.
+
+    Example:
+        >>> list(_as_options({"pool": {"class_path": "MixedPool", "init_args": {"alpha": 1}}}, ""))
+        ['--pool=MixedPool', '--pool.alpha=1']
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            inside = name in ("class_path", "init_args") and place
+            yield from _as_options(item, place if inside else f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for item in value:
+            yield from _as_options(item, place)
+    elif place:
+        yield f"--{place}={value}"
+
+
 def _is_yaml(path: Path) -> bool:
     try:
         yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -359,7 +404,7 @@ def _is_yaml(path: Path) -> bool:
 def _shown(value: str) -> str:
     """A value as it was typed: YAML's word for None, and nothing as the quotes that a shell needs for it."""
     value = value.strip()
-    return {"": "''", "None": "null"}.get(value, value)
+    return shortened({"": "''", "None": "null"}.get(value, value), _LONGEST_VALUE)
 
 
 def _choices(expected: str) -> str:

@@ -107,3 +107,37 @@ def test_a_mistake_in_a_configuration_names_option_or_file(text, said, tmp_path,
     assert main(["prune", f"--config={path}", f"--output={tmp_path / 'out'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said.format(path)}")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("data: {source: {class_path: MixtureSource}}", "--data.source.sources: is wanted by MixtureSource"),
+        (
+            "pruning: {pool: {class_path: AsymmetricPool, init_args: {alpha: x}}}",
+            "--pruning.pool.alpha x: expected float",
+        ),
+        (
+            "pruning: {pool: {class_path: AsymmetricPool, init_args: {alpah: 1}}}",
+            "--pruning.pool.alpah: unknown option; is --pruning.pool.alpha meant?",
+        ),
+        (
+            "data: {source: {class_path: MixtureSource, init_args: {sources: [{class_path: NoSource}], ratios: [1]}}}",
+            "--data.source.sources NoSource: no such class",
+        ),
+    ],
+)
+def test_an_option_in_a_file_is_named_with_its_place(written, said, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(written)
+    assert main(["prune", f"--config={tmp_path / 'run.yaml'}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("depth", [100, 500, 3000])
+def test_a_value_that_is_nested_deeply_is_one_short_line(depth, capsys):
+    assert main(["sweep", "--grid", '{"pruning.sparsity": ' + "[" * depth + "]" * depth + "}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --grid ")
+    assert line.endswith(": is nested too deeply, or in itself")
+    assert len(line) < 400
