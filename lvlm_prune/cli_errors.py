@@ -1,6 +1,5 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -9,13 +8,9 @@ from typing import Any
 
 import yaml
 
+from lvlm_prune.cli_checks import config_files
 from lvlm_prune.errors import (
-    LARGEST_COUNT,
-    LONGEST_FILE_NAME,
-    InputError,
     LVLMPruneError,
-    first_line,
-    refuse_huge,
     shortened,
 )
 
@@ -25,13 +20,8 @@ VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe
 ALONE = ("methods", "completion", "kernels")
 """Commands that only print something."""
 
-_MOST_VALUES = 100_000
-_DEEPEST = 50
-_LONGEST_PATH = 4095
 _LONGEST_VALUE = 300
-_OF_PATHS = re.compile(r"(path|folders?|output|baseline|scratch|dir|files?)$")
 _STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
-_DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
 
 Plugins = Mapping[str, Collection[str]]
@@ -84,7 +74,7 @@ def explain(
         )
     key, rest = _split_key(text)
     if broken := re.match(r"Problems parsing config: (.*)", rest):
-        files = list(_config_files(arguments))
+        files = list(config_files(arguments))
         path = next((path for path in files if not _is_yaml(folder / path)), next(iter(files), ""))
         said = broken[1].replace(' in "<unicode string>"', "")
         return f"--config {path}: is no YAML: {said}"
@@ -133,157 +123,6 @@ def explain(
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         return _unknown(_full_name(name, arguments), known, plugins)
     return f"{option}: {rest}" if key else rest
-
-
-def refuse_devices(devices: Any) -> None:
-    """Refuse what cannot be a choice of devices; whether the machine has them, Lightning knows.
-
-    Raises:
-        InputError: It is of another kind, or none.
-
-    Example:
-        >>> refuse_devices("0,1")
-        >>> refuse_devices(0)
-        Traceback (most recent call last):
-        ...
-        lvlm_prune.errors.InputError: --trainer.devices 0: expected `auto`, how many, or a list of their numbers
-    """
-    if isinstance(devices, str):
-        understood = bool(_DEVICES.fullmatch(devices.replace(" ", "")))
-    elif isinstance(devices, list):
-        numbers = [number for number in devices if isinstance(number, int) and not isinstance(number, bool)]
-        understood = bool(numbers) and len(set(numbers)) == len(devices) and all(number >= 0 for number in numbers)
-    else:
-        counts = isinstance(devices, int) and not isinstance(devices, bool)
-        understood = devices is None or (counts and (devices == -1 or 0 < devices < 10**6))
-    if not understood:
-        raise InputError("trainer.devices", devices, "expected `auto`, how many, or a list of their numbers")
-
-
-def refuse_immense(value: Any, option: str = "") -> None:
-    """Refuse whole numbers that nothing in the world counts, and names that no file can have.
-
-    Loops over the numbers would not end, and to look for such a file is an error of its own.
-
-    Args:
-        value: Options, as nested plain data; plugins as `{"class_path": ..., "init_args": ...}`.
-        option: Their place.
-
-    Raises:
-        InputError: One does not fit 32 bits, or is too long; names its option.
-
-    Example:
-        >>> refuse_immense({"engine": {"class_path": "BuiltinEngine", "init_args": {"batch_size": 10**20}}})
-        Traceback (most recent call last):
-        ...
-        lvlm_prune.errors.InputError: --engine.batch_size 100000000000000000000: must be at most 2147483647
-    """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            refuse_immense(item, option if name == "init_args" else f"{option}.{name}" if option else str(name))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            refuse_immense(item, option)
-    elif isinstance(value, str):
-        _refuse_no_path(option, value)
-    elif isinstance(value, int):
-        refuse_huge(option, value)
-        if value < -LARGEST_COUNT:
-            raise InputError(option, value, f"must be at least {-LARGEST_COUNT}")
-
-
-def _refuse_no_path(option: str, value: str) -> None:
-    if "\0" in value:
-        raise InputError(option, value, "holds a zero byte")
-    if not _OF_PATHS.search(option):
-        return
-    content = value.encode("utf-8", "surrogatepass")
-    if len(content) > _LONGEST_PATH or any(len(name) > LONGEST_FILE_NAME for name in content.split(b"/")):
-        raise InputError("" if option == "folders" else option, value, "is longer than any name of a file")
-
-
-def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
-    """Refuse what no parser should be given: files that are pipes or no text, YAML that holds itself or no options.
-
-    Args:
-        arguments: The command line.
-        folder: Where it was given.
-
-    Raises:
-        InputError: One is of that kind.
-    """
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        option, given, value = argument.partition("=")
-        if option.startswith("--") and (value := value if given else following)[:1] in ("[", "{"):
-            try:
-                _count(yaml.safe_load(value))
-            except (RecursionError, OverflowError):
-                raise InputError(option.removeprefix("--"), value, "is nested too deeply, or in itself") from None
-            except (ValueError, yaml.YAMLError):
-                continue  # said by the parser
-    for path in _config_files(arguments):
-        try:
-            os.stat(folder / path)
-        except FileNotFoundError:
-            continue  # said by the parser
-        except (OSError, ValueError):  # too long a name, or none that can be one
-            raise InputError("config", path, "no such YAML file") from None
-        if not (folder / path).is_file():
-            raise InputError("config", path, "is no file")
-        try:
-            text = (folder / path).read_text(encoding="utf-8")
-            content = yaml.safe_load(text)
-            _count(content)
-        except UnicodeDecodeError:
-            raise InputError("config", path, "is no text in UTF-8") from None
-        except OSError as error:
-            raise InputError("config", path, f"cannot be read ({error.strerror})") from None
-        except (RecursionError, OverflowError):
-            raise InputError("config", path, "is nested too deeply, or in itself") from None
-        except yaml.YAMLError:
-            continue  # said with the place by the parser
-        except ValueError as error:  # of dates and numbers that there are not
-            raise InputError("config", path, f"holds a value that cannot be read ({first_line(error)})") from None
-        if not isinstance(content, dict) or all(value is None for value in content.values()):
-            raise InputError("config", path, "holds no options; expected, for example, `pruning: {sparsity: 0.5}`")
-        _refuse_no_names(content, path)
-
-
-def _refuse_no_names(content: dict[Any, Any], file: Path, place: str = "") -> None:
-    """Refuse keys that are no words where options are, and classes that are none."""
-    for key, value in content.items():
-        if not isinstance(key, str):
-            raise InputError("config", file, f"the key {key} is no name of an option{f' of {place}' if place else ''}")
-        option = f"{place}.{key}" if place else key
-        if not isinstance(value, dict):
-            continue
-        if "class_path" in value:
-            name, own = value["class_path"], value.get("init_args", {})
-            if not isinstance(name, str):
-                raise InputError(option, name, "is no name of a class")
-            if not isinstance(own, dict):
-                raise InputError(f"{option}.init_args", own, f"expected options of {name}, for example `alpha: 2`")
-            if beside := [key for key in value if key not in ("class_path", "init_args", "dict_kwargs")]:
-                problem = f"stands beside class_path; options of {name} stand under init_args"
-                raise InputError(f"{option}.{beside[0]}", value[beside[0]], problem)
-            _refuse_no_names(own, file, option)
-        elif not place:
-            _refuse_no_names(value, file, option)
-
-
-def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
-    """Number of values in nested mappings and lists, with those that an anchor repeats.
-
-    Raises:
-        OverflowError: They hold themselves, or are more or nested more deeply than any configuration has them.
-    """
-    count += 1
-    if isinstance(value, (dict, list)):
-        if id(value) in path or len(path) > _DEEPEST or count > _MOST_VALUES:
-            raise OverflowError
-        for item in value.values() if isinstance(value, dict) else value:
-            count = _count(item, (*path, id(value)), count)
-    return count
 
 
 def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
@@ -359,15 +198,9 @@ def _full_name(key: str, arguments: Sequence[str]) -> str:
     return next((name for name in names if name == f"--{key}" or name.endswith(f".{key}")), f"--{key}")
 
 
-def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if argument == "--config" or argument.startswith("--config="):
-            yield Path(following if argument == "--config" else argument.removeprefix("--config="))
-
-
 def _written_options(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """What stands in the configuration files, as it would stand on the command line."""
-    for path in _config_files(arguments):
+    for path in config_files(arguments):
         try:
             content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
             yield from _as_options(content, "")

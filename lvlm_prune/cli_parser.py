@@ -14,14 +14,8 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_errors import (
-    VERBS,
-    OptionError,
-    explain,
-    refuse_devices,
-    refuse_immense,
-    refuse_unreadable,
-)
+from lvlm_prune.cli_checks import refuse_devices, refuse_immense, refuse_unreadable
+from lvlm_prune.cli_errors import VERBS, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_prune.cli_errors import refuse_devices, refuse_immense, refuse_unreadable
+from lvlm_prune.cli_checks import refuse_devices, refuse_immense, refuse_unreadable
 from lvlm_prune.errors import InputError, one_line, shortened
 
 
