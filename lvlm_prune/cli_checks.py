@@ -96,9 +96,8 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
     Raises:
         InputError: One is of that kind.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        option, given, value = argument.partition("=")
-        if option.startswith("--") and (value := value if given else following)[:1] in ("[", "{"):
+    for option, value in written_options(arguments):
+        if option.startswith("--") and value[:1] in ("[", "{"):
             try:
                 _count(yaml.safe_load(value))
             except (RecursionError, OverflowError):
@@ -172,6 +171,16 @@ def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
 
 def config_files(arguments: Sequence[str]) -> Iterator[Path]:
     """Configuration files of a command line, in their order."""
+    return (Path(value) for option, value in written_options(arguments) if option == "--config")
+
+
+def written_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each word of a command line as an option, with the value behind its `=`, or else the word that follows.
+
+    Example:
+        >>> list(written_options(["prune", "--a=1", "--b", "2"]))
+        [('prune', '--a=1'), ('--a', '1'), ('--b', '2'), ('2', '')]
+    """
     for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if argument == "--config" or argument.startswith("--config="):
-            yield Path(following if argument == "--config" else argument.removeprefix("--config="))
+        option, given, value = argument.partition("=")
+        yield option, value if given else following

@@ -8,11 +8,8 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.cli_checks import config_files
-from lvlm_prune.errors import (
-    LVLMPruneError,
-    shortened,
-)
+from lvlm_prune.cli_checks import config_files, written_options
+from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, shortened
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -20,7 +17,6 @@ VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe
 ALONE = ("methods", "completion", "kernels")
 """Commands that only print something."""
 
-_LONGEST_VALUE = 300
 _STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
 
 
@@ -59,7 +55,7 @@ def explain(
         '--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?'
     """
     plugins = plugins or {}
-    arguments = [*arguments, *_written_options(arguments, folder)]
+    arguments = [*arguments, *_options_of_files(arguments, folder)]
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
@@ -165,8 +161,7 @@ def _missing(names: Sequence[str], arguments: Sequence[str], plugins: Plugins) -
         >>> _missing(["path"], ["prune", "--data.source", "TextSource"], {"TextSource": ["path"]})
         '--data.source.path: is wanted by TextSource'
     """
-    pairs = zip(arguments, [*arguments[1:], ""])
-    named = [argument.split("=", 1) if "=" in argument else (argument, following) for argument, following in pairs]
+    named = list(written_options(arguments))
     given = [option for option, _ in named]
     for name in (name.rpartition(".")[2] for name in names):
         for option, value in named:
@@ -198,7 +193,7 @@ def _full_name(key: str, arguments: Sequence[str]) -> str:
     return next((name for name in names if name == f"--{key}" or name.endswith(f".{key}")), f"--{key}")
 
 
-def _written_options(arguments: Sequence[str], folder: Path) -> Iterator[str]:
+def _options_of_files(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """What stands in the configuration files, as it would stand on the command line."""
     for path in config_files(arguments):
         try:
@@ -237,7 +232,7 @@ def _is_yaml(path: Path) -> bool:
 def _shown(value: str) -> str:
     """A value as it was typed: YAML's word for None, and nothing as the quotes that a shell needs for it."""
     value = value.strip()
-    return shortened({"": "''", "None": "null"}.get(value, value), _LONGEST_VALUE)
+    return shortened({"": "''", "None": "null"}.get(value, value), LONGEST_VALUE)
 
 
 def _choices(expected: str) -> str:

@@ -3,7 +3,8 @@
 import signal
 from typing import Any
 
-_LONGEST_VALUE = 300
+LONGEST_VALUE = 300
+"""Characters of a value in a message; longer ones are cut in the middle."""
 
 LARGEST_COUNT = 2**31 - 1
 """No number that counts something is larger."""
@@ -39,7 +40,7 @@ class InputError(LVLMPruneError):
     """
 
     def __init__(self, option: str, value: Any, problem: str) -> None:
-        shown = shortened(value, _LONGEST_VALUE)
+        shown = shortened(value, LONGEST_VALUE)
         super().__init__(f"--{option} {shown}: {problem}" if option else f"{shown}: {problem}")
         self.option = option
         self.value = value
@@ -148,4 +149,4 @@ def first_line(error: BaseException) -> str:
         ('too long', 'KeyError')
     """
     said = str(error).strip()
-    return shortened(said.splitlines()[0], _LONGEST_VALUE) if said else type(error).__name__
+    return shortened(said.splitlines()[0], LONGEST_VALUE) if said else type(error).__name__

@@ -16,6 +16,7 @@ import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.clock import command_began
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 # Without what is private, other bytes.
 _CLEANED = (*RECORDS, "config.yaml", MODEL_CARD, "adapter_config.json")
 # Drawn again, left out, or written by commands that came later.
-_WRITTEN_ANEW = (PACKING_RECORD, UNPACKING_RECORD, PAGE_NAME, FIGURE_FOLDER, "evaluation.json", "evaluation.md")
+_WRITTEN_ANEW = (PACKING_RECORD, UNPACKING_RECORD, PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
 
 
 class Packing(ABC):
