@@ -143,11 +143,10 @@ class RemainingDecoderBlocks:
         Raises:
             InputError: The model has no output embedding.
         """
-        found: dict[int, list[float]] = {}
+        moved: dict[int, list[Tensor]] = {}
         for sample, batch in self._behind_the_last(changes):
-            moved = self._answers(sample, batch)
-            found.setdefault(sample.sample, []).append(self._divergence(dense[sample.sample], moved))
-        return found
+            moved.setdefault(sample.sample, []).append(self._answers(sample, batch))
+        return {sample: self._divergences(dense[sample], answers) for sample, answers in moved.items()}
 
     def _behind_the_last(self, changes: Sequence[Change]) -> Iterator[tuple[WaitingSample, CaughtBatch]]:
         """Each sample behind the last block under each change; under one change after the other, as far as they fit."""
@@ -200,12 +199,16 @@ class RemainingDecoderBlocks:
         every = -(-len(positions) // _ANSWERS)
         return positions[:: max(every, 1)]
 
-    def _divergence(self, dense: Tensor, changed: Tensor) -> float:
-        total = dense.new_zeros((), dtype=torch.float64)
-        for before, after in zip(dense.split(_POSITIONS), changed.split(_POSITIONS)):
-            expected, found = (self._logits(hidden).log_softmax(dim=-1) for hidden in (before, after))
-            total += kl_div(found, expected, reduction="sum", log_target=True).double()
-        return total.item() / max(len(dense), 1)
+    def _divergences(self, dense: Tensor, changed: Sequence[Tensor]) -> list[float]:
+        """Of one sample under each change; the dense model's logits, as dear as a change's, are made once for all."""
+        totals = [dense.new_zeros((), dtype=torch.float64) for _ in changed]
+        for part in range(0, len(dense), _POSITIONS):
+            rows = slice(part, part + _POSITIONS)
+            expected = self._logits(dense[rows]).log_softmax(dim=-1)
+            for total, answers in zip(totals, changed):
+                found = self._logits(answers[rows]).log_softmax(dim=-1)
+                total += kl_div(found, expected, reduction="sum", log_target=True).double()
+        return [total.item() / max(len(dense), 1) for total in totals]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self._runner.model.get_output_embeddings()  # type: ignore[operator]

@@ -123,7 +123,8 @@ class KLAllocation(Allocation):
         forwards = samples * (2 * len(changes) + sum(count * (len(changes) - at) for at, count in enumerate(changes)))
         losses = samples * sum(changes)
         block_seconds, loss_seconds = remaining.seconds()
-        seconds = forwards * block_seconds + 2 * losses * loss_seconds
+        # The dense model's logits are made once for all changes of a block.
+        seconds = forwards * block_seconds + (losses + samples * len(changes)) * loss_seconds
         return (
             f"KL: {forwards} block forwards and {losses} divergences per process, about {readable_seconds(seconds)}, "
             f"and {levels} solves of each Linear"
