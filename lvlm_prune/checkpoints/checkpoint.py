@@ -7,11 +7,8 @@ has the shape and the dtype of the dense one, so it is written over the same byt
 import copy
 import hashlib
 import json
-import math
 import os
-import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,66 +26,17 @@ from lvlm_prune.checkpoints.files import (
     refuse_undecodable,
     weights_name,
 )
+from lvlm_prune.checkpoints.headers import SAFETENSORS, TensorInfo, read_header
 from lvlm_prune.errors import LONGEST_FILE_NAME, InputError, RunError, shortened
 
 PACKED = "lvlm_prune_packed"
 """`quant_method` in the `config.json` of a packed checkpoint."""
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 # Bytes of two folders that are held at once to be compared.
 _COMPARED = 2**22
 # Places of every tensor, from its first to its last bytes, that the fingerprint is made from.
 _FINGERPRINTED = 5
-# The format's own limit on the header.
-_LARGEST_HEADER = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies.
-
-    Attributes:
-        shard: Name of the safetensors file.
-        dtype: Its dtype as safetensors spells it, for example `BF16`.
-        shape: Its shape.
-        start: Position of its first byte in the file.
-        nbytes: Its size.
-    """
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype in torch.
-
-        Raises:
-            InputError: torch has no such dtype.
-        """
-        if self.dtype not in _DTYPES:
-            raise InputError("model.path", self.shard, f"holds tensors of dtype {self.dtype}, which is not supported")
-        return _DTYPES[self.dtype]
 
 
 class CheckpointFolder:
@@ -251,7 +199,17 @@ class CheckpointFolder:
         return list(dict.fromkeys(f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in found))
 
     def _is_another_copy(self, file: Path) -> bool:
-        return is_another_copy(file, [self._weights, *self.shards])
+        loaded = [self._weights, *self.shards]
+        return is_another_copy(file, loaded) or (str(file) not in loaded and self._repeats_tensors(file))
+
+    def _repeats_tensors(self, file: Path) -> bool:
+        """Whether a file beside the weights holds tensors of the same names: some engines load every one there is."""
+        if file.suffix != SAFETENSORS or len(file.parts) > 1:
+            return False
+        try:
+            return any(name in self.tensors for name, _ in read_header(self.path / file))
+        except (OSError, ValueError):  # nobody can load it
+            return False
 
     def at(self, path: Path | str) -> "CheckpointFolder":
         """The same layout in another folder: a copy of the shards, whose `config.json` need not be there yet."""
@@ -267,7 +225,7 @@ class CheckpointFolder:
         """
         twin = self.at(copied)
         for shard in self.shards:
-            if not (copied / shard).is_file() or list(self._read_header(shard)) != list(twin._read_header(shard)):
+            if not (copied / shard).is_file() or self._read_header(shard) != twin._read_header(shard):
                 raise self._error(f"has changed: the unfinished run in {copied} started from another {shard}")
 
     def fingerprint(self) -> str:
@@ -324,7 +282,8 @@ class CheckpointFolder:
         """Name on disk to shard, or nothing for a checkpoint in one file."""
         if not self._weights.endswith(".json"):
             return {}
-        weight_map = self._read_json(self._weights).get("weight_map")
+        content = self._read_json(self._weights)
+        weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise self._error(f"{self._weights} has no weight_map")
         for shard in weight_map.values():
@@ -334,6 +293,11 @@ class CheckpointFolder:
         for shard in set(weight_map.values()):
             if not (self.path / shard).is_file():
                 raise self._error(f"{self._weights} names {shard}, which does not exist")
+        if not isinstance(content.get("metadata"), dict):
+            problem = (
+                f'{self._weights} has no metadata, without which transformers loads no shards; add "metadata": {{}}'
+            )
+            raise self._error(problem)
         return weight_map
 
     def _refuse_second_copies(self, index: dict[str, str], last: dict[str, str]) -> None:
@@ -352,46 +316,10 @@ class CheckpointFolder:
             )
         return f"holds no {SINGLE_NAME} and no {INDEX_NAME}"
 
-    def _read_header(self, shard: str) -> Iterator[tuple[str, TensorInfo]]:
-        """(name, place) of every tensor in `shard`, in the order of the file."""
-        size = (self.path / shard).stat().st_size
+    def _read_header(self, shard: str) -> list[tuple[str, TensorInfo]]:
         try:
-            with open(self.path / shard, "rb") as file:
-                prefix = file.read(8)
-                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-                if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-                    raise self._error(f"{shard} is truncated or not a safetensors file")
-                header = json.loads(file.read(length).decode("utf-8"))
-            header.pop("__metadata__", None)
-            tensors = sorted(
-                ((key, _place(shard, 8 + length, entry)) for key, entry in header.items()),
-                key=lambda item: (item[1].start, item[1].nbytes),
-            )
+            return read_header(self.path / shard)
         except OSError as error:
             raise self._error(f"cannot read {shard}: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            raise self._error(f"{shard} has a corrupt header") from None
-        end = 8 + length
-        for key, tensor in tensors:
-            if tensor.start != end or not _fits(tensor):
-                raise self._error(f"{shard} has a corrupt header: the place of {key} does not fit its shape")
-            end += tensor.nbytes
-        if end > size:
-            raise self._error(f"{shard} is truncated: {size} bytes, its header says {end}")
-        if end < size:
-            raise self._error(f"{shard} is corrupt: {size} bytes, its header says {end}")
-        yield from tensors
-
-
-def _place(shard: str, data_start: int, entry: dict[str, Any]) -> TensorInfo:
-    first, last = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    if any(length < 0 for length in shape):
-        raise ValueError("a negative length")
-    return TensorInfo(shard, str(entry["dtype"]), shape, data_start + int(first), int(last) - int(first))
-
-
-def _fits(tensor: TensorInfo) -> bool:
-    dtype = _DTYPES.get(tensor.dtype)
-    # The size of a dtype that torch lacks is not known; such a tensor is only ever copied.
-    return tensor.nbytes >= 0 and (dtype is None or tensor.nbytes == math.prod(tensor.shape) * dtype.itemsize)
+        except ValueError as error:
+            raise self._error(f"{shard} {error}") from None

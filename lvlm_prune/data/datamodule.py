@@ -27,6 +27,8 @@ from lvlm_prune.plugins import lazy_default, mounted, own_instance
 
 log = logging.getLogger(__name__)
 
+# Samples that are left out and get a line of their own on the screen.
+_NAMED = 5
 _WAY_OUT = "--data.on_error skip leaves samples out that cannot be read"
 
 
@@ -239,8 +241,11 @@ class CalibrationDataModule(L.LightningDataModule):
         if self.on_error == "raise":
             raise RunError(f"calibration {name}: {reason} ({_WAY_OUT})") from None
         if (name, reason) not in self._warned:
-            log.warning("left out calibration %s: %s", name, reason)
-        self._warned.add((name, reason))
+            self._warned.add((name, reason))
+            if len(self._warned) <= _NAMED:
+                log.warning("left out calibration %s: %s", name, reason)
+            elif len(self._warned) == _NAMED + 1:
+                log.warning("left out more than %d calibration samples; the others are named in the record", _NAMED)
         self.skipped.append((name, reason))
 
     def one_by_one(self, numbers: Sequence[int], processor: Any, limits: ModelLimits) -> Iterator[CalibrationBatch]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lvlm_prune.data.conversation import MEDIA, Conversation, Document, Message, load_image, shrink
 from lvlm_prune.data.media import library_needed, load_sound, refuse_without_videos
-from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line
+from lvlm_prune.data.processor_sizes import absurd_size
+from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line, shortened
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -36,7 +37,8 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     images and videos. Then the processor is loaded without its video part.
 
     Raises:
-        InputError: The folder has no tokenizer or no processor, or they cannot be loaded.
+        InputError: The folder has no tokenizer or no processor, they cannot be loaded, or no sample can be made with
+            the sizes in its files.
     """
     from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.utils import is_torchvision_available
@@ -59,8 +61,17 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
         raise InputError("model.path", folder, problem)
     if not isinstance(processor, (PreTrainedTokenizerBase, ProcessorMixin)):
         raise InputError("model.path", folder, f"holds a {type(processor).__name__} but no processor; {_WAY_OUT}")
+    _refuse_absurd_sizes(processor, folder)
     _forget_saved_lengths(tokenizer_of(processor))
     return processor
+
+
+def _refuse_absurd_sizes(processor: Any, folder: Path) -> None:
+    by_area = "image_grid_thw" in getattr(processor, "model_input_names", ())
+    for file in _IMAGE_FILES:
+        size = absurd_size(_entries(folder / file), by_area)
+        if size is not None:
+            raise InputError("model.path", folder, f"no sample can be made with {shortened(size)} of its {file}")
 
 
 def _forget_saved_lengths(tokenizer: Any) -> None:

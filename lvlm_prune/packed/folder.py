@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.checkpoints.checkpoint import CheckpointFolder, TensorInfo
+from lvlm_prune.checkpoints import CheckpointFolder, TensorInfo
 from lvlm_prune.errors import InputError
 from lvlm_prune.packed import bitmask
 from lvlm_prune.packed.format import (

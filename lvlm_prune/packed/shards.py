@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.checkpoints.checkpoint import CheckpointFolder, TensorInfo
+from lvlm_prune.checkpoints import CheckpointFolder, TensorInfo
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replacing, sync_folder
 from lvlm_prune.packed.folder import PackedFolder, one_shard

@@ -107,6 +107,19 @@ def test_the_file_that_the_configuration_names_counts(sharded: Path) -> None:
     assert CheckpointFolder(sharded).shards == list(SHARDS)
 
 
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_a_copy_leaves_out_files_that_hold_the_same_tensors_under_another_name(layout, request) -> None:
+    """Engines that load every safetensors file of a folder would take the dense weights from it."""
+    folder = request.getfixturevalue(layout)
+    key = next(iter(TENSORS))
+    save_file({key: TENSORS[key]}, folder / "backup.safetensors")
+    save_file({"voice": torch.ones(2)}, folder / "voices.safetensors")
+    (folder / "broken.safetensors").write_text("no header")
+    checkpoint = CheckpointFolder(folder)
+    assert checkpoint.other_copies() == ["backup.safetensors"]
+    assert {"voices.safetensors", "broken.safetensors", "config.json"} < {str(file) for file in checkpoint.files()}
+
+
 def test_a_copy_leaves_out_the_weights_in_other_formats(sharded: Path) -> None:
     others = ["pytorch_model.bin", "consolidated.safetensors", "original/model.pth", "checkpoint-10/model.safetensors"]
     kept = ["tokenizer.json", "assets/voice.pt", ".cache/part"]
@@ -261,6 +274,12 @@ def empty_index(folder: Path) -> None:
     (folder / INDEX_NAME).write_text("{}")
 
 
+def index_without_metadata(folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    del index["metadata"]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
 def drop_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
 
@@ -336,6 +355,7 @@ def negative_lengths(folder: Path) -> None:
         (only_pickle, "save_pretrained"),
         (break_index, "is not valid JSON"),
         (empty_index, "has no weight_map"),
+        (index_without_metadata, "has no metadata"),
         (drop_shard, "model-00002-of-00002.safetensors, which does not exist"),
         (shard_elsewhere, "not a file in this folder"),
         (index_of_lists, "not a file in this folder"),

@@ -194,3 +194,14 @@ def test_a_missing_image_is_skipped_too(tmp_path: Path, llava_json: Path, proces
     data.setup()
     assert sum(len(batch) for batch in data.calibration_batches(processor)) == 7
     assert data.skipped == [("id-5", f"{tmp_path / 'yellow.png'}: no such image file")]
+
+
+def test_only_the_first_samples_that_are_left_out_get_a_line(tmp_path: Path, llava_json: Path, processor, caplog):
+    for file in tmp_path.glob("*.png"):
+        file.write_text("no image")
+    data = CalibrationDataModule(LlavaJsonSource(str(llava_json)), on_error="skip")
+    data.setup()
+    list(data.calibration_batches(processor))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(data.skipped) >= len(lines) == 6
+    assert lines[-1] == "left out more than 5 calibration samples; the others are named in the record"
