@@ -83,7 +83,9 @@ def _dispatch(arguments: list[str]) -> int:
         if problem := _completion_problem(arguments[1:]):
             print(f"error: completion {' '.join(arguments[1:]) or chr(39) * 2}: {problem}", file=sys.stderr)
             return 2
-        os.environ["JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT"] = "true"
+        from lvlm_prune.cli_errors import WRITES_COMPLETION
+
+        os.environ[WRITES_COMPLETION] = "true"
         arguments = [f"--print_completion=shtab-{arguments[1]}"]
     if arguments == ["reproduce"]:
         from lvlm_prune.runs.reproduce.listing import listing

@@ -14,8 +14,15 @@ from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, shortened
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
 
-ALONE = ("methods", "completion", "kernels")
+ALONE = {
+    "methods": "List the recipes that `prune --method NAME` takes.",
+    "completion": "Print a script that completes commands and options: `completion bash`, `zsh`, `tcsh` or `fish`.",
+    "kernels": "Say which kernels for packed weights this machine has.",
+}
 """Commands that only print something."""
+
+WRITES_COMPLETION = "JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT"
+"""Environment variable with which jsonargparse prints a script for a shell, and does nothing else."""
 
 _STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
 
@@ -61,7 +68,7 @@ def explain(
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
         if arguments and arguments[0] in ALONE:
             return f"{' '.join(arguments)}: `{arguments[0]}` takes nothing"
-        commands = f"{', '.join((*VERBS, *ALONE)[:-1])} or {ALONE[-1]}"
+        commands = f"{', '.join([*VERBS, *ALONE][:-1])} or {[*ALONE][-1]}"
         if not arguments or arguments[0].startswith("-"):
             return f"a command is missing: {commands} (`lvlm-prune --help` has a sentence for each)"
         close = get_close_matches(arguments[0], (*VERBS, *ALONE), n=1)

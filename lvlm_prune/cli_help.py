@@ -14,18 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lvlm_prune.cli_errors import VERBS
+from lvlm_prune.cli_errors import ALONE, VERBS
 
 TRAINER_HELP = "--help-trainer"
 
 _WIDTH = 118
 _COLUMN = 34
 _TRAINER = "trainer"
-_ALONE = {
-    "methods": "List the recipes that `prune --method NAME` takes.",
-    "completion": "Print a script that completes commands and options: `completion bash`, `zsh`, `tcsh` or `fish`.",
-    "kernels": "Say which kernels for packed weights this machine has.",
-}
 
 
 def commands_help(version: str) -> str:
@@ -36,7 +31,7 @@ def commands_help(version: str) -> str:
     """
     tree = ast.parse((Path(__file__).parent / "trainer.py").read_text(encoding="utf-8"))
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    said = {verb: _first_sentence(ast.get_docstring(functions[verb]) or "") for verb in VERBS} | _ALONE
+    said = {verb: _first_sentence(ast.get_docstring(functions[verb]) or "") for verb in VERBS} | ALONE
     lines = [f"  {verb:12}{text}" for verb, text in said.items()]
     return "\n".join(
         [

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.cli_checks import refuse_devices, refuse_immense, refuse_unreadable
-from lvlm_prune.cli_errors import VERBS, OptionError, explain
+from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
@@ -28,7 +28,7 @@ from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.private import LEFT_OUT, left_out_options, whole_config
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_nulls
-from lvlm_prune.recipes import with_log_folder, with_recipe
+from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe
 from lvlm_prune.trainer import LVLMTrainer
 
 _DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
@@ -108,6 +108,16 @@ class LVLMCLI(LightningCLI):
         """
         named = [verb for verb in LVLMParser.command_line[:1] if verb in VERBS]
         return {verb: {"model", "datamodule"} for verb in named or VERBS}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **options: Any) -> None:
+        """The verbs; a script that completes them also knows what is dealt with before there is a parser."""
+        super()._add_subcommands(parser, **options)
+        commands = parser._subcommands_action
+        if WRITES_COMPLETION in os.environ and commands is not None:
+            for name, text in ALONE.items():
+                commands.add_subcommand(name, self.init_parser(), help=text)
+            names = [*recipe_names(), AUTO]
+            self._subcommand_parsers["prune"].add_argument("--method", choices=names, help="Recipe to start from.")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._verb = subcommand

@@ -39,15 +39,15 @@ def provenance(
         "config": describe(config),
         "model": kind | source | {"dtype": str(model.compute_dtype).removeprefix("torch.")},
         "calibration": {"source": describe(datamodule.source), "seed": datamodule.seed},
-        "versions": {
-            "lvlm_prune": lvlm_prune.__version__,
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "processes": hardware.world_size,
         "device": str(hardware.device),
     }
+
+
+def versions() -> dict[str, str]:
+    """Version of this package and of those that decide what it computes."""
+    return {package.__name__: package.__version__ for package in (lvlm_prune, torch, lightning, transformers)}
 
 
 def origin_of(path: str, folder: CheckpointFolder) -> dict[str, Any]:

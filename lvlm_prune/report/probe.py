@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.figures.probe import contribution_curves, token_map
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, show
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
 from lvlm_prune.report.sparsity import table_by_kind
 
 _TERMS = {"text": "within text", "visual": "within visual", "between": "between the modalities"}
@@ -36,7 +36,10 @@ def probe_page(record: Mapping[str, Any]) -> tuple[str, dict[str, PageFigure]]:
     if "dense" in run:
         facts["dense accuracy"] = show(run, "dense", "average", unit="percent")
     title = f"{model_name(run)}: modality probe"
-    text = render_page("probe.html.j2", title, run=run, plates=plates, facts=facts, grids=_grids(run), show=show)
+    repeat = repeat_command("probe", run)
+    text = render_page(
+        "probe.html.j2", title, run=run, plates=plates, facts=facts, grids=_grids(run), repeat=repeat, show=show
+    )
     return text, plates
 
 

@@ -55,12 +55,17 @@ def test_the_shell_completes_commands_options_and_classes(tmp_path):
     script = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert script.returncode == 0, script.stderr
     (tmp_path / "script").write_text(script.stdout)
-    asked = (
-        "source ./script; COMP_WORDS=(lvlm-prune prune --pruning.spar); COMP_CWORD=2; "
-        "_shtab_lvlm_prune; echo ${COMPREPLY[@]}"
-    )
-    found = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert found.stdout.split() == ["--pruning.sparsity"], found.stderr
+    for words, expected in (
+        ("prune --pruning.spar", ["--pruning.sparsity"]),
+        ("prune --method sparsegpt_d", ["sparsegpt_das"]),
+        ("meth", ["methods"]),
+    ):
+        asked = (
+            f"source ./script; COMP_WORDS=(lvlm-prune {words}); COMP_CWORD={len(words.split())}; "
+            "_shtab_lvlm_prune; echo ${COMPREPLY[@]}"
+        )
+        found = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert found.stdout.split() == expected, found.stderr
 
 
 def shown(capsys, *arguments: str) -> list[str]:

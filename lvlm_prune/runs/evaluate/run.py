@@ -30,7 +30,7 @@ from lvlm_prune.output.names import (
     RECOVERY_RECORD,
 )
 from lvlm_prune.output.private import is_left_out, without_private
-from lvlm_prune.output.provenance import origin_of
+from lvlm_prune.output.provenance import origin_of, versions
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.report.card import refresh_card
@@ -105,19 +105,12 @@ class EvaluationRun:
         return any(is_left_out(Manifest.read(self.folder, name)) for name in names)
 
     def _provenance(self) -> dict[str, Any]:
-        import lightning
-        import torch
-        import transformers
-
-        import lvlm_prune
-
-        packages = (lvlm_prune, torch, lightning, transformers)
         return {
             "model": _origin(self.model),
             "baseline": None if self.baseline is None else _origin(self.baseline),
             "engine": describe(self.engine),
             "config": describe(self.run.config),
-            "versions": {package.__name__: package.__version__ for package in packages},
+            "versions": versions(),
             "processes": self.run.hardware.world_size,
             "device": str(self.run.hardware.device),
             "seconds": time.perf_counter() - self.started,

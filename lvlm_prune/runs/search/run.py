@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,9 @@ class SearchRun:
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def _final(self, point: Point, found: Mapping[str, Any], shared: SharedCalibration | None = None) -> PruneRun:
-        return self._pruning_run(point, self.folder, self.options, _SearchRecord(found), shared=shared)
+        # Measured on the samples of the tries, so that one number is said, not two.
+        options = replace(self.options, held_back=self.count if self.options.held_back else 0)
+        return self._pruning_run(point, self.folder, options, _SearchRecord(found), shared=shared)
 
     def _pruning_run(
         self, point: Point, folder: Path, options: RunOptions, *more: Callback, shared: SharedCalibration | None

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.output.provenance import versions
 from lvlm_prune.runs.sweep.grid import SPARSITY
 from lvlm_prune.runs.sweep.results import FinishedRun
 from lvlm_prune.runs.sweep.tables import curves, summary, table_rows
@@ -29,7 +30,7 @@ def write_sweep_page(
     """
     from lvlm_prune.report.figures.sweeps import retention_curve
     from lvlm_prune.report.figures.tasks import task_bars
-    from lvlm_prune.report.page import PageFigure, Table, render_page, write_page
+    from lvlm_prune.report.page import PageFigure, Table, render_page, repeat_command, write_page
 
     heads, rows = table_rows(runs, across)
     label = "sparsity (%)" if across == SPARSITY else across.rpartition(".")[2].replace("_", " ")
@@ -52,6 +53,8 @@ def write_sweep_page(
     page = render_page(
         TEMPLATE,
         f"{model}: sweep of {len(runs)} runs",
+        repeat=repeat_command("sweep", {}),
+        versions=versions(),
         summary=summary(dense),
         table=Table(heads, rows),
         plates=plates,
