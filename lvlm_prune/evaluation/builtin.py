@@ -65,6 +65,10 @@ class BuiltinEngine(Engine):
         """Open the benchmark."""
         self.benchmark.check()
 
+    def fingerprint(self) -> str:
+        """That of the benchmark."""
+        return self.benchmark.fingerprint()
+
     def score(
         self,
         folder: Path,

@@ -44,6 +44,10 @@ class Engine(ABC):
             ValueError: For example, a file is missing; the message begins with the argument in backticks.
         """
 
+    def fingerprint(self) -> str:
+        """Tells questions apart that come from elsewhere, as a file that may change; empty where none do."""
+        return ""
+
     @abstractmethod
     def score(
         self,

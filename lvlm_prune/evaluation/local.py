@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -57,6 +59,14 @@ class LocalBenchmark(Benchmark):
         self.source.setup()
         self.source.verify(self._chosen())
         self.questions  # noqa: B018  (read here, and refused where they are none)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the questions, of their answers and of the names of their images."""
+        asked = [
+            (each.task, each.group, each.question, each.answer, each.metric, each.image_names)
+            for each in self.questions
+        ]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _chosen(self) -> list[int]:
         available = self.source.available

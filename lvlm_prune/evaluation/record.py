@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.engine import Measurement
 from lvlm_prune.evaluation.scores import retention
 from lvlm_prune.output import records
@@ -39,11 +38,7 @@ def evaluation_record(measured: Measurement) -> dict[str, Any]:
     scores, dense = measured.scores, measured.baseline
     kept = None
     if dense is not None and any(dense.tasks.values()):
-        try:
-            kept = retention(scores, dense)
-        except ValueError as error:
-            problem = str(error).replace("`pruned`", "the model").replace("`dense`", "the baseline")
-            raise RunError(f"no retention: {problem}") from None
+        kept = retention(scores, dense)
     tasks: dict[str, dict[str, Any]] = {}
     for task, score in scores.tasks.items():
         tasks[task] = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from lvlm_prune.data.conversation import Conversation
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import LONGEST_VALUE, RunError, shortened
 from lvlm_prune.evaluation.metrics import MetricName
 
 Group = Literal["vision", "text", "audio"]
@@ -72,6 +72,10 @@ class Benchmark(ABC):
             ValueError: For example, a file is missing; the message begins with the argument in backticks.
         """
 
+    def fingerprint(self) -> str:
+        """Tells questions apart that come from elsewhere, as a file that may change; empty where none do."""
+        return ""
+
     @property
     @abstractmethod
     def questions(self) -> Sequence[Question]:
@@ -96,6 +100,9 @@ class Scores:
         metrics: Task -> what was measured, where that is told.
         full_marks: Task -> best possible score, where that is not 1.
 
+    Raises:
+        RunError: There is no task.
+
     Example:
         >>> scores = Scores({"color": 0.5, "place": 1.0, "facts": 0.25}, {"color": 8, "place": 8, "facts": 4},
         ...                 {"color": "vision", "place": "vision", "facts": "text"})
@@ -108,6 +115,10 @@ class Scores:
     task_groups: dict[str, str]
     metrics: dict[str, str] = field(default_factory=dict)
     full_marks: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise RunError("nothing was scored: the engine has no task")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -171,7 +182,7 @@ def retention(pruned: Scores, dense: Scores) -> Retention:
     Tasks that the dense model never gets right have no retention and are left out.
 
     Raises:
-        ValueError: The two were not scored on the same questions, or `dense` is zero everywhere.
+        RunError: The two were not scored on the same questions, or `dense` is zero everywhere.
 
     Example:
         >>> groups = {"color": "vision", "facts": "text"}
@@ -181,8 +192,9 @@ def retention(pruned: Scores, dense: Scores) -> Retention:
         {'average': 0.7, 'groups': {'vision': 0.9, 'text': 0.5}, 'tasks': {'color': 0.9, 'facts': 0.5}}
     """
     if pruned.counts != dense.counts:
-        raise ValueError(f"`pruned` and `dense` must be scored on the same questions: {pruned.counts}, {dense.counts}")
+        asked, others = (shortened(scores.counts, LONGEST_VALUE) for scores in (pruned, dense))
+        raise RunError(f"no retention: the two models were not asked the same questions ({asked}; dense: {others})")
     tasks = {task: pruned.tasks[task] / accuracy for task, accuracy in dense.tasks.items() if accuracy > 0}
     if not tasks:
-        raise ValueError("`dense` has an accuracy of zero on every task")
+        raise RunError("no retention: the dense model has an accuracy of zero on every task")
     return Retention(tasks, _means(tasks, dense.task_groups), sum(tasks.values()) / len(tasks))

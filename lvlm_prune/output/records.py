@@ -144,14 +144,34 @@ class SparsityRecord(TypedDict, total=False):
     parts: dict[str, Any]
 
 
+class OriginRecord(TypedDict, total=False):
+    """A checkpoint that something was made from; a model in memory has only its class."""
+
+    path: str | None
+    folder: str | None
+    fingerprint: str | None
+
+
+class ExaminedRecord(TypedDict, total=False):
+    """The samples that a recovery went through before it began."""
+
+    fingerprint: str
+
+
+class TrainingDataRecord(TypedDict, total=False):
+    """What a recovery trained on."""
+
+    examined: ExaminedRecord
+
+
 class RunRecord(TypedDict, total=False):
     """What every command that reads it again expects in the record of a run; there is more in it."""
 
     status: str
     config: dict[str, Any]
-    model: dict[str, Any]
+    model: OriginRecord
     calibration: CalibrationRecord
-    data: dict[str, Any]
+    data: TrainingDataRecord
     versions: dict[str, Any]
     survey: dict[str, Any]
     blocks: list[BlockRecord]
@@ -190,9 +210,31 @@ class RecoveryRecord(RunRecord, total=False):
 
     method: str
     training: dict[str, Any]
-    dense: dict[str, Any]
+    dense: OriginRecord
     pruned: dict[str, Any]
     evaluation: RecoveryEvaluation
+
+
+class CellRequired(TypedDict):
+    """Which cell of the grid of a probe."""
+
+    pathway: str
+    pool: str
+    sparsity: float
+
+
+class CellRecord(CellRequired, total=False):
+    """A cell of the grid of a probe, with its scores where they were measured."""
+
+    scores: ScoresRecord
+    retention: RetentionRecord
+
+
+class ProbeRecord(RunRecord, total=False):
+    """`probe.json`."""
+
+    dense: ScoresRecord
+    grid: list[CellRecord]
 
 
 class TaskRecord(TypedDict):
@@ -213,6 +255,47 @@ class EvaluationRecord(TypedDict):
     retention: float | None
 
 
+class DenseRecord(TypedDict):
+    """The line of `sweep.jsonl` about the dense model."""
+
+    identity: str
+    scores: ScoresRecord
+
+
+class ReachedSparsity(TypedDict):
+    """What was to go, and what went."""
+
+    target: Share
+    achieved: Share
+
+
+class MethodCost(TypedDict):
+    """What the method alone took."""
+
+    seconds: float
+
+
+class SweptRecord(DenseRecord):
+    """A line of `sweep.jsonl`: a run that is finished; there is more in it."""
+
+    method: str
+    sparsity: ReachedSparsity
+    seconds: float
+    cost: MethodCost
+
+
+class TriedRecord(TypedDict):
+    """A line of `search.jsonl`, and what a search found: a try of `prune --keep`."""
+
+    recipe: str
+    level: Annotated[int, (1, 10**6)]
+    sparsity: Share
+    agreement: Share
+    kl: float | None
+    """Null where it is infinite."""
+    seconds: float
+
+
 def read_record(path: Path, kind: type) -> dict[str, Any] | None:
     """A JSON file that is of a kind of record, or None where it is not: of another tool or version, or cut short.
 
@@ -221,6 +304,8 @@ def read_record(path: Path, kind: type) -> dict[str, Any] | None:
         kind: A `TypedDict`.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None

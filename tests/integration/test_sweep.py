@@ -4,9 +4,11 @@ import csv
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
@@ -187,6 +189,20 @@ BAD = {
     "a name that is none": (["--grid={5: [1]}"], ["--grid 5: is no option"]),
     "seed twice": (["--seeds=[1, 1]"], ["--seeds [1, 1]"]),
     "two ways to give a seed": (["--seeds=[1]", "--data.seed=3"], ["--data.seed 3"]),
+    "null for a plugin": (["--grid={pruning.scorer: [null]}"], ["--pruning.scorer"]),
+    "the parser's own option": (["--grid={pruning.scorer.help: [WandaScorer]}"], ["--grid pruning.scorer.help"]),
+    "options of a class that are none": (
+        ["--grid={pruning.scorer: [{class_path: WandaScorer, init_args: 5}]}"],
+        ["--grid.pruning.scorer.init_args 5"],
+    ),
+    "no class": (["--grid={pruning.scorer: [{class_path: os.system}]}"], ["--pruning.scorer os.system", "no Scorer"]),
+    "too many runs": (
+        [grid(pruning__sparsity=[n / 999 for n in range(1, 200)], pruning__pool__alpha=[*range(99)])],
+        [],
+    ),
+    "folder for a recipe": (["--recipes=[tests]"], ["--recipes tests", "is no file"]),
+    "a recipe without an end": (["--recipes=[{anchor}]"], ["anchor.yaml", "nested too deeply, or in itself"]),
+    "a date in a recipe": (["--recipes=[{date}]"], ["date.yaml", "cannot be read"]),
     "part": (["--part=3/2"], ["--part 3/2"]),
     "across": (["--across=pruning.pool.alpha"], ["--across pruning.pool.alpha", "not swept"]),
     "too many samples": (["--data.num_samples=9"], ["--data.num_samples 9"]),
@@ -197,6 +213,9 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "expected"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line_before_the_first_run(arguments, expected, tmp_path, capsys):
     out = tmp_path / "out"
+    for name, text in (("anchor", "pruning: &a {name: *a}"), ("date", "pruning: {name: 2020-13-45}")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        arguments = [one.replace(f"{{{name}}}", str(tmp_path / f"{name}.yaml")) for one in arguments]
     assert main([*BASE, *arguments, f"--output={out}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
@@ -213,11 +232,57 @@ def test_a_dense_model_that_answers_nothing_is_one_line_before_the_first_run(tmp
     assert count["run"] == 0
 
 
+def test_an_engine_without_tasks_is_one_line(tmp_path, capsys):
+    assert main([*BASE, recipes("magnitude"), "--engine.files=nothing*", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nothing was scored" in line
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("dear")
     assert main([*BASE, f"--output={tmp_path}"]) == 2
     assert "holds no sweep" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_samples_that_changed_meanwhile_are_refused(tmp_path, count, capsys):
+    """Runs on other samples would stand beside the finished ones as if they could be compared."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    save_file(samples, tmp_path / "calib.safetensors")
+    model, *_ = GOLDEN_MODEL
+    data = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'calib.safetensors'}"]
+    arguments = ["sweep", model, *data, *BASE[-2:], recipes("wanda"), f"--output={tmp_path / 'out'}"]
+    assert main([*arguments, grid(pruning__sparsity=[0.5])]) == 0
+    changed = {name: -tensor if name.endswith("pixel_values") else tensor for name, tensor in samples.items()}
+    save_file(changed, tmp_path / "calib.safetensors")
+    more = [*arguments, grid(pruning__sparsity=[0.5, 0.6])]
+    assert main(more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --data.source TensorSource: gives other calibration samples now")
+    assert len(records(tmp_path / "out")) == 1
+    save_file(samples, tmp_path / "calib.safetensors")
+    assert main(more) == 0
+    assert count["run"] == 3
+
+
+def test_classes_are_swept_with_their_import_paths_and_options(tmp_path):
+    """The command line makes objects of what names a class in full."""
+    scorer = "lvlm_prune.methods.scorers.RIAScorer"
+    scorers = [{"class_path": scorer, "init_args": {"exponent": exponent}} for exponent in (0.5, 1.0)]
+    out = tmp_path / "out"
+    arguments = [*BASE, recipes("wanda"), grid(pruning__scorer=scorers), "--across=pruning.scorer"]
+    assert main([*arguments, f"--output={out}"]) == 0
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [json.loads(row["pruning.scorer"])["init_args"]["exponent"] for row in rows] == [0.5, 1.0]
+
+
+def test_nothing_is_written_into_the_model(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    before = sorted(path.name for path in model.iterdir())
+    assert main([*BASE, f"--model.path={model}", f"--output={model / 'sweep'}"]) == 2
+    assert "lies inside the input checkpoint" in capsys.readouterr().err
+    assert sorted(path.name for path in model.iterdir()) == before
 
 
 @pytest.mark.slow

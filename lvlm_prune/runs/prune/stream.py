@@ -49,7 +49,7 @@ class CalibrationStream:
         shared: SharedCalibration | None = None,
     ) -> None:
         self._run, self._model, self._participants, self._raise_hook = run, model, participants, raise_hook
-        self._shared, self._device = shared, device
+        self._shared, self._device, self._datamodule = shared, device, datamodule
         self._catcher = Catcher(model, datamodule, device, run.processes, run.memory, participants.visual())
 
     def catch(self, part: Part) -> None:
@@ -79,6 +79,7 @@ class CalibrationStream:
             return samples
         samples = self._catcher.catch(part, self._weights_of(part), self._written() if part.first > 0 else None)
         if shared is not None:
+            shared.refuse_other_samples(samples.calibration["fingerprint"], self._datamodule.source)
             shared.samples = samples.fork()
         return samples
 

@@ -32,6 +32,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, refuse_unusable, remove_unfinished, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
+from lvlm_prune.output.records import TriedRecord, conforms
 from lvlm_prune.plugins import describe
 from lvlm_prune.recipes import recipe_file
 from lvlm_prune.run import Run, RunOptions, RunTrainer
@@ -47,6 +48,8 @@ from lvlm_prune.threads import suitable_threads
 
 HELD_BACK = 64
 """Samples that a try is measured on, where there are as many: a percent must not be a single token."""
+
+_WAY_ON = "the same command goes on behind the last try"
 
 # What a recipe decides; other options of `pruning` are the user's for every recipe.
 _OF_RECIPE = {"name", "sparsity", "pattern", "pool", "scorer", "solver", "allocation"}
@@ -104,7 +107,7 @@ class SearchRun:
             self.run.say(f"up to {len(self.candidates) * LEVELS.bit_length()} tries like this one, and the run itself:")
             return self._final(self._point(*next(iter(self.candidates.items())), level=None), {})()
         launch = Launch(self.run.hardware, [])
-        with session(self.trainer, self.run, launch, way_on=lambda: "the same command goes on behind the last try"):
+        with session(self.trainer, self.run, launch, way_on=lambda: _WAY_ON):
             join(self.run, launch)
             shared = SharedCalibration(launch)
             known = self.run.processes.on_main(self._found_before)
@@ -155,7 +158,7 @@ class SearchRun:
         if not self.options.resume or not (self.folder / PRUNING_RECORD).is_file():
             return None
         found = Manifest.read(self.folder).get("search")
-        if not isinstance(found, dict) or found.get("recipe") not in self.candidates or found.get("keep") != self.keep:
+        if not conforms(found, TriedRecord) or found["recipe"] not in self.candidates or found.get("keep") != self.keep:
             problem = f"{self.folder} was not begun with this search"
             raise InputError("keep", self.keep, f"{problem}; repeat the command that began it, or write elsewhere")
         return found
@@ -204,19 +207,20 @@ class SearchRun:
             record = self._measured(point, quality, shared)
             record |= {"identity": identity, "recipe": recipe, "level": level, "sparsity": sparsity_of(level)}
             if processes.is_main:
-                with writing(self.results.folder):
+                with writing(self.results.folder, _WAY_ON):
                     self.results.add(record)
+        shared.expect(record.get("calibration"), self.datamodule.source)
         apart = float("inf") if record["kl"] is None else record["kl"]
         kept = f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {apart:.3g}"
         self.run.say(f"try: {recipe} at {record['sparsity']:.1%}: {kept} · {record['seconds']:.0f} s")
-        return {name: value for name, value in record.items() if name not in ("identity", "digest")}
+        return {name: value for name, value in record.items() if name not in ("identity", "calibration")}
 
     def _measured(self, point: Point, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:
         """Prune, measure, and remove what was written."""
         began, processes, folder = time.monotonic(), self.run.processes, self.results.folder / "try"
         processes.on_main(lambda: remove_unfinished(folder))
         options = RunOptions(evaluate=False, report=False, quiet=True)
-        self._pruning_run(point, folder, options, shared=shared)()
+        manifest = self._pruning_run(point, folder, options, shared=shared)()
         with suitable_threads(self.model.block_weights, self.run.hardware.devices):
             assert self.model.folder is not None
             written = self.model.folder.at(folder)
@@ -224,7 +228,8 @@ class SearchRun:
         processes.on_main(lambda: remove_unfinished(folder))
         if "not_measured" in found:
             raise RunError(f"--keep {self.keep}: tries cannot be measured: {found['not_measured']}")
-        return {**found, "seconds": time.monotonic() - began}
+        calibration = manifest["calibration"].get("fingerprint")
+        return {**found, "calibration": calibration, "seconds": time.monotonic() - began}
 
     def _identity(self, point: Point) -> str:
         """What a try depends on: its configuration, the model, and what it is measured on."""

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from glob import glob
 from itertools import product
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +34,15 @@ from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
-from lvlm_prune.plugins import built_from, describe
-from lvlm_prune.recipes import recipe_file, recipe_names
+from lvlm_prune.plugins import built_from, describe, refuse_values
+from lvlm_prune.recipes import options_of_method, recipe_file, recipe_names
 
 SPARSITY, PATTERN, SEED = "pruning.sparsity", "pruning.pattern", "data.seed"
+_MOST_RUNS = 10_000
+# What ends with `.help` is an option of the parser itself, which would print its help.
+_OPTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+(?<!\.help)")
 _DEFAULT_RECIPE = "default"
+_IMPORT_PATH = re.compile(r"(\w+\.)+[A-Z]\w*")
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ class Grid:
             if name.split(".")[0] not in ("pruning", "data") or name == SEED:
                 problem = f"a sweep varies options of `pruning` and `data`{_meant(name)}"
                 raise InputError("grid", name, "choose it with --seeds" if name == SEED else problem)
+            if "." in name and not _OPTION.fullmatch(name):
+                raise InputError("grid", name, f"is an option of no recipe of this sweep{_meant(name)}")
             if "." not in name:
                 example = f"--grid '{{{name}.{next(iter(values), 'option') if isinstance(values, dict) else 'option'}"
                 raise InputError("grid", name, f"write the option's whole name and its values: {example}: [...]}}'")
@@ -129,15 +139,10 @@ class Grid:
             seeds = datamodule.seed
         elif datamodule.seed:
             raise InputError("data.seed", datamodule.seed, "contradicts --seeds, which chooses the seeds of a sweep")
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise InputError("seeds", seeds, "must be one or more different seeds")
-        if min(seeds) < 0:
-            raise InputError("seeds", min(seeds), "must not be negative")
         return cls(
             [recipes] if isinstance(recipes, str) else list(recipes),
-            {name: values if isinstance(values, list) else [values] for name, values in grid.items()},
-            seeds,
+            {name: _plain(values if isinstance(values, list) else [values]) for name, values in grid.items()},
+            checked_seeds(seeds),
             describe(datamodule)["init_args"],
         )
 
@@ -150,6 +155,9 @@ class Grid:
         Raises:
             InputError: A recipe or a value cannot be used, or no recipe takes an option.
         """
+        count = math.prod(map(len, self.options.values())) * len(self.seeds)
+        if count > _MOST_RUNS:
+            raise InputError("grid", f"of {count} runs for each recipe", f"is too large; at most {_MOST_RUNS}")
         points: dict[str, Point] = {}
         used: set[str] = set()
         for name, pruning in _methods(self.recipes):
@@ -163,6 +171,20 @@ class Grid:
             if name not in used:
                 raise InputError("grid", name, f"is an option of no recipe of this sweep{_meant(name)}")
         return by_data(points.values())
+
+
+def checked_seeds(seeds: Sequence[int] | int) -> list[int]:
+    """Calibration seeds as the command line gives them: one, or a list.
+
+    Raises:
+        InputError: There is none, one is negative, or one is given twice.
+    """
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError("seeds", seeds, "must be one or more different seeds")
+    if min(seeds) < 0:
+        raise InputError("seeds", min(seeds), "must not be negative")
+    return seeds
 
 
 class Points(Protocol):
@@ -221,6 +243,13 @@ def _options_of(
     return options, config, method.wants_activations or method.allocation.wants_survey
 
 
+def _plain(value: Any) -> Any:
+    """A value of an option as plain data; the command line makes objects of what names a class."""
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return [_plain(item) for item in value] if isinstance(value, list) else describe(value)
+
+
 def _is_of_pool(option: str) -> bool:
     return f"{option}.".startswith("pruning.pool.")
 
@@ -245,6 +274,7 @@ def _meant(name: str) -> str:
 
 
 def _instantiate(config: Mapping[str, Any]) -> Namespace:
+    refuse_values(config)
     with built_from(config):
         return _parser().instantiate(_parser().parse_object(dict(config)))
 
@@ -282,18 +312,13 @@ def _methods(recipes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _DEFAULT_RECIPE, {}
     seen: dict[str, str] = {}
     for pattern in recipes:
-        files = sorted(glob(pattern)) or [str(recipe_file(pattern)) if pattern in recipe_names() else pattern]
+        is_recipe = pattern in recipe_names() and not isfile(pattern)  # a folder may have the name too
+        files = [str(recipe_file(pattern))] if is_recipe else sorted(glob(pattern)) or [pattern]
         for file in files:
             path = Path(file)
-            if not path.is_file():
+            if not exists(path):
                 raise InputError("recipes", pattern, "no such file, and no recipe of that name")
-            try:
-                content = yaml.safe_load(path.read_text())
-            except (yaml.YAMLError, UnicodeDecodeError):
-                raise InputError("recipes", file, "cannot be read as YAML") from None
-            pruning = content.get("pruning") if isinstance(content, dict) else None
-            if not isinstance(pruning, dict):
-                raise InputError("recipes", file, "has no options under `pruning`")
+            pruning = options_of_method(path, "recipes")
             if seen.setdefault(path.stem, file) != file:
                 raise InputError("recipes", file, f"has the same name as {seen[path.stem]}")
             yield path.stem, pruning
@@ -307,9 +332,27 @@ def _is_semi_structured(pattern: Any) -> bool:
 
 
 def readable(value: Any) -> str:
-    """A value of an option for people: a plugin by its class alone."""
+    """A value of an option for people: a plugin by its class alone.
+
+    Example:
+        >>> [readable(value) for value in ("lvlm_prune.methods.scorers.WandaScorer", "share.json", 0.50)]
+        ['WandaScorer', 'share.json', '0.5']
+    """
     if isinstance(value, str):
-        return value.rpartition(".")[2] if value.count(".") and not value.replace(".", "").isdigit() else value
+        return value.rpartition(".")[2] if _IMPORT_PATH.fullmatch(value) else value
     if isinstance(value, Mapping) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def told_apart(values: Iterable[Any]) -> dict[str, str]:
+    """Each of several values of an option, as JSON -> what it is called: in full where short names are alike.
+
+    Example:
+        >>> scorers = [{"class_path": "RIAScorer", "init_args": {"exponent": exponent}} for exponent in (1, 2)]
+        >>> list(told_apart([*scorers, 0.5]).values())[1:]
+        ['{"class_path": "RIAScorer", "init_args": {"exponent": 2}}', '0.5']
+    """
+    texts = {json.dumps(value, sort_keys=True): readable(value) for value in values}
+    counts = Counter(texts.values())
+    return {text: text if counts[short] > 1 else short for text, short in texts.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,16 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Retention, Scores, retention
+from lvlm_prune.output.folder import refuse_other_content
 from lvlm_prune.output.manifest import sync_folder
 from lvlm_prune.output.own_files import digest_of_json
+from lvlm_prune.output.records import DenseRecord, SweptRecord, TriedRecord, conforms
 from lvlm_prune.runs.sweep.grid import Point
+
+DENSE = "dense-"
+"""What the identity of the dense model's line begins with."""
+
+_PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
 class Results:
@@ -39,21 +47,17 @@ class Results:
         Raises:
             InputError: The folder holds something else.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError("output", self.folder, "is a file")
-        files = sorted(self.folder.glob(f"{self.kind}*.jsonl")) if self.folder.is_dir() else []
-        if not files and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(
-                "output", self.folder, f"exists, is not empty and holds no {self.kind}; choose another folder"
-            )
-        for file in files:
+        refuse_other_content(self.folder, [f"{self.kind}*.jsonl"], self.kind)
+        for file in sorted(self.folder.glob(f"{self.kind}*.jsonl")):
+            if not file.is_file():  # a pipe would be waited for
+                raise InputError("output", self.folder, f"holds {file.name}, which is no regular file")
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    if record.pop("digest", None) in (None, digest_of_json(record)):  # version 0.1 wrote none
-                        self.records[record["identity"]] = record
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, RecursionError):
                     continue
+                if _is_finished(record, self.kind):
+                    self.records[record["identity"]] = record
         return self
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -68,6 +72,20 @@ class Results:
             os.fsync(file.fileno())
         if new:
             sync_folder(self.folder)
+
+
+def _is_finished(record: Any, kind: str) -> bool:
+    """Whether a line that was read, without its `digest` from now on, is one that a run wrote, and as it wrote it."""
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), str):
+        return False
+    digest = record.pop("digest", None)
+    shape = SweptRecord if kind == "sweep" else TriedRecord
+    if kind == "sweep" and record["identity"].startswith(DENSE):
+        shape = DenseRecord
+    try:
+        return conforms(record, shape) and digest in (None, digest_of_json(record))  # version 0.1 wrote none
+    except RecursionError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -101,10 +119,15 @@ def finished_runs(
     runs = []
     for point in points:
         record = records.get(record_identity(point, key))
-        if record is not None:
+        if record is not None and was_asked_the_same(record, dense):
             scores = Scores.from_dict(record["scores"])
             runs.append(FinishedRun(point, record, scores, retention(scores, dense)))
     return runs
+
+
+def was_asked_the_same(record: Mapping[str, Any], dense: Scores) -> bool:
+    """Whether a run was scored on the questions of the dense model."""
+    return bool(record["scores"]["counts"] == dense.counts)
 
 
 def record_identity(point: Point, key: str) -> str:
@@ -118,10 +141,11 @@ def share(points: Sequence[Point], part: str) -> list[Point]:
     Raises:
         InputError: `part` is not of that form.
     """
-    number, slash, count = part.partition("/")
-    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+    found = _PART.fullmatch(part)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
         raise InputError("part", part, "must be of the form 1/2, the first of two parts")
-    start, end = (len(points) * edge // int(count) for edge in (int(number) - 1, int(number)))
+    start, end = (len(points) * edge // count for edge in (number - 1, number))
     return list(points[start:end])
 
 

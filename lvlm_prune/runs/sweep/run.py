@@ -24,7 +24,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import remove_unfinished, write_config, writing
+from lvlm_prune.output.folder import refuse_overlap, remove_unfinished, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.output.records import FileRecord
@@ -36,9 +36,19 @@ from lvlm_prune.runs.publishing import Publication
 from lvlm_prune.runs.session import join, prepare_source, session
 from lvlm_prune.runs.sweep.grid import Point, Points
 from lvlm_prune.runs.sweep.page import write_sweep_page
-from lvlm_prune.runs.sweep.results import FinishedRun, Results, finished_runs, record_identity, share
+from lvlm_prune.runs.sweep.results import (
+    DENSE,
+    FinishedRun,
+    Results,
+    finished_runs,
+    record_identity,
+    share,
+    was_asked_the_same,
+)
 from lvlm_prune.runs.sweep.tables import csv_table, markdown_table, summary, swept_option
 
+# Bytes of the name of a checkpoint's folder, without what follows; a name may have 255.
+_LONGEST_NAME = 200
 _WAY_ON = "the same command goes on behind the last finished run"
 
 
@@ -77,6 +87,7 @@ class SweepRun:
         self.mine = share(self.points, part) if part else self.points
         self.folder = Path(output or f"runs/{model.label}-sweep")
         refuse_undecodable(self.folder, "output")
+        refuse_overlap(self.folder, model.folder.path)
         name = f"sweep-{part.replace('/', 'of')}.jsonl" if part else "sweep.jsonl"
         self.results = Results(self.folder, name).read()
         self.key = self._key()
@@ -95,12 +106,13 @@ class SweepRun:
         self.results.records = run.processes.on_main(lambda: self.results.records)
         pending = [point for point in self.mine if not self._is_finished(point)]
         run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
-        run.processes.on_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        run.processes.on_main(self._make_folder)
         self.dense = dense = self._dense_scores()
         done = len(self.mine) - len(pending)
         for _, group in groupby(pending, key=lambda point: point.data_key):
-            shared = SharedCalibration(launch)
-            for point in group:
+            points = list(group)
+            shared = SharedCalibration(launch, self._calibrated_before(points[0].data_key))
+            for point in points:
                 record = self._prune(point, dense, shared)
                 done += 1
                 place = f"[{done}/{len(self.mine)}] {point.label}"
@@ -109,9 +121,13 @@ class SweepRun:
         run.processes.on_main(lambda: self._write(runs, dense))
         return runs
 
+    def _make_folder(self) -> None:
+        with writing(self.folder, _WAY_ON):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     # ---- before the first run ----------------------------------------------------------------------------------------
     def _key(self) -> str:
-        """What all runs have in common: the checkpoint, how it is run, the engine."""
+        """What all runs have in common: the checkpoint, how it is run, the engine and what it asks."""
         model = self.model
         assert model.folder is not None
         common = {
@@ -120,6 +136,8 @@ class SweepRun:
             "attention": model.attn_implementation,
             "engine": describe(self.engine),
         }
+        if asked := self.engine.fingerprint():
+            common["asked"] = asked
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
 
     def _check_points(self) -> None:
@@ -139,7 +157,12 @@ class SweepRun:
     # ---- the runs ----------------------------------------------------------------------------------------------------
     def _is_finished(self, point: Point) -> bool:
         record = self.results.records.get(record_identity(point, self.key))
-        return record is not None and not (self.keep and not self._is_kept(point, record))
+        if record is None:
+            return False
+        dense = self.results.records.get(f"{DENSE}{self.key}")
+        if dense is not None and not was_asked_the_same(record, Scores.from_dict(dense["scores"])):
+            return False
+        return not self.keep or self._is_kept(point, record)
 
     def _is_kept(self, point: Point, record: Mapping[str, Any]) -> bool:
         """Whether the checkpoint of a finished run is there; it is held against what was written.
@@ -155,16 +178,24 @@ class SweepRun:
     def _checkpoint(self, point: Point) -> Path:
         """Where the run writes; without `keep` only until it is scored."""
         name = point.label.replace(" · ", "_").replace(" ", "-").replace("/", "-").replace(":", "of")
+        name = "".join(sign if sign.isprintable() else "-" for sign in name)
+        name = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
         return self.folder / ("checkpoints" if self.keep else "unfinished") / f"{name}-{point.identity[:6]}"
 
     def _dense_scores(self) -> Scores:
-        identity = f"dense-{self.key}"
+        identity = f"{DENSE}{self.key}"
         if identity not in self.results.records:
             assert self.model.folder is not None
             run = self.run
             scores = self.engine.score(self.model.folder.path, run.processes, run.hardware.device, "dense")
             self._note({"identity": identity, "model": self.model.path, "scores": scores.to_dict()})
         return refuse_unanswered(Scores.from_dict(self.results.records[identity]["scores"]))
+
+    def _calibrated_before(self, data_key: str) -> str | None:
+        """Fingerprint of the samples of the finished runs on a calibration set."""
+        identities = [record_identity(point, self.key) for point in self.points if point.data_key == data_key]
+        found = (self.results.records.get(identity, {}).get("calibration") for identity in identities)
+        return next((fingerprint for fingerprint in found if fingerprint), None)
 
     def _prune(self, point: Point, dense: Scores, shared: SharedCalibration) -> dict[str, Any]:
         processes, folder = self.run.processes, self._checkpoint(point)
@@ -221,7 +252,7 @@ class SweepRun:
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.run.processes.is_main:
-            with writing(self.folder):
+            with writing(self.folder, _WAY_ON):
                 self.results.add(record)
         self.results.records[record["identity"]] = record
 
@@ -231,11 +262,12 @@ class SweepRun:
         note = f"{missing} of {len(self.points)} runs are still to be done." if missing else ""
         table = markdown_table(runs, self.across) if runs else ""
         text = "\n\n".join(part for part in (summary(dense), table, note) if part) + "\n"
-        write_config(self.folder, self.run.config)
-        replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
-        replace_durably(self.folder / "sweep.md", text.encode())
-        if runs:
-            write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note)
+        with writing(self.folder, _WAY_ON):
+            write_config(self.folder, self.run.config)
+            replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
+            replace_durably(self.folder / "sweep.md", text.encode())
+            if runs:
+                write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note)
         self.run.say(f"{text}\nwrote {self.folder} · sweep.md · sweep.csv" + (" · report.html" if runs else ""))
 
 

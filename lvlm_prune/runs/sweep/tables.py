@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
 from lvlm_prune.output import markdown
-from lvlm_prune.runs.sweep.grid import PATTERN, SPARSITY, readable
+from lvlm_prune.runs.sweep.grid import PATTERN, SPARSITY, told_apart
 from lvlm_prune.runs.sweep.results import FinishedRun
 
 
@@ -32,20 +33,20 @@ def csv_table(runs: Sequence[FinishedRun]) -> str:
 
     Shares are fractions of 1.
     """
-    options = list(dict.fromkeys(name for run in runs for name in run.point.options))
+    names = _names(runs)
     tasks = list(dict.fromkeys(task for run in runs for task in run.scores.tasks))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["target sparsity", "sparsity", "seconds", "accuracy", "retention"]
     writer.writerow(
-        ["recipe", "method", *options, "seed", *columns]
+        ["recipe", "method", *names, "seed", *columns]
         + [f"accuracy {task}" for task in tasks]
         + [f"retention {task}" for task in tasks]
     )
     for run in runs:
         record = run.record
         writer.writerow(
-            [run.point.recipe, record["method"], *(readable(run.point.options.get(name, "")) for name in options)]
+            [run.point.recipe, record["method"], *(_called(names, run, name) for name in names)]
             + ["" if run.point.seed is None else run.point.seed, record["sparsity"]["target"]]
             + [record["sparsity"]["achieved"], record["seconds"], run.scores.average, run.kept.average]
             + [run.scores.tasks.get(task, "") for task in tasks]
@@ -54,26 +55,42 @@ def csv_table(runs: Sequence[FinishedRun]) -> str:
     return text.getvalue()
 
 
+def _names(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
+    """Each option that varies -> what its values are called, by their JSON: no two of them alike."""
+    options = dict.fromkeys(name for run in runs for name in run.point.options)
+    return {name: told_apart(run.point.options[name] for run in runs if name in run.point.options) for name in options}
+
+
+def _called(names: Mapping[str, Mapping[str, str]], run: FinishedRun, option: str) -> str:
+    """What the value of an option of a run is called; empty where the run does without it."""
+    if option not in run.point.options:
+        return ""
+    return names[option][json.dumps(run.point.options[option], sort_keys=True)]
+
+
 def cells(runs: Sequence[FinishedRun], across: str) -> dict[str, dict[Any, list[FinishedRun]]]:
     """Runs by line (recipe and the options that do not run along the axis) and place on the axis; seeds together.
 
-    The place is a number, or the pattern (`2:4`) where the axis is sparsity and the pattern gives it.
+    The place is a number, or the name of another value, or the pattern (`2:4`) where the axis is sparsity and the
+    pattern gives it.
     """
+    names = _names(runs)
     table: dict[str, dict[Any, list[FinishedRun]]] = {}
     for run in runs:
         config = run.point.config["pruning"]
         semi_structured = config["pattern"] != "unstructured"
-        others = {
-            name: value
-            for name, value in run.point.options.items()
+        others = [
+            name
+            for name in run.point.options
             if name != across and not (across == SPARSITY and name == PATTERN and semi_structured)
-        }
-        named = [f"{name.rpartition('.')[2]} {readable(value)}" for name, value in others.items()]
+        ]
+        named = [f"{name.rpartition('.')[2]} {_called(names, run, name)}" for name in others]
         if across == SPARSITY:
             target = run.record["sparsity"]["target"]
             place = target if not semi_structured else pattern_place(config["pattern"], target)
         else:
-            place = run.point.options.get(across, "")
+            value = run.point.options.get(across, "")
+            place = value if _is_number(value) else _called(names, run, across)
         line = " · ".join([run.point.recipe, *named])
         table.setdefault(line, {}).setdefault(place, []).append(run)
     return table
@@ -108,7 +125,7 @@ def markdown_table(runs: Sequence[FinishedRun], across: str) -> str:
 def _head(place: Any, across: str) -> str:
     if across == SPARSITY and _is_number(place):
         return f"{100 * place:g}%"
-    return readable(place) or "without"
+    return f"{place:g}" if isinstance(place, float) else str(place) or "without"
 
 
 def cell(runs: Sequence[FinishedRun]) -> str:
@@ -150,4 +167,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _order(place: Any) -> tuple[bool, float, str]:
-    return (False, float(place), "") if _is_number(place) else (True, 0.0, readable(place))
+    return (False, float(place), "") if _is_number(place) else (True, 0.0, str(place))

@@ -9,6 +9,7 @@ from PIL import Image
 from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.demo.making.training import EmbeddedModelTraining
 from lvlm_prune.demo.processing import build_processor, build_tokenizer
+from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation import answers
 from lvlm_prune.evaluation.answers import Question, Scores, answer, retention, score
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
@@ -139,5 +140,5 @@ def test_retention_is_the_mean_of_ratios_not_the_ratio_of_means():
     assert kept.tasks == {"color": 0.5, "place": 1.0}  # nothing can be said about facts
     assert kept.groups == {"vision": 0.75}
     assert kept.average == 0.75
-    with pytest.raises(ValueError, match="same questions"):
+    with pytest.raises(RunError, match="same questions"):
         retention(Scores(pruned.tasks, dict.fromkeys(groups, 9), groups), dense)
