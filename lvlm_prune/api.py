@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.plugins import built_from
-from lvlm_prune.recipes import recipe_file, recipe_names
+from lvlm_prune.plugins import built_from, refuse_values
+from lvlm_prune.recipes import options_of_method, recipe_file, recipe_names
 from lvlm_prune.run import RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.publishing import Publication
@@ -76,18 +76,19 @@ def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
         0.6
     """
     file = Path(config)
-    if not file.is_file():
-        if str(config) not in recipe_names():
-            problem = f"no such file, and no recipe of that name; there are {', '.join(recipe_names())}"
-            raise InputError("config", config, problem)
+    if not isfile(file) and str(config) in recipe_names():  # a folder may have the name too
         file = recipe_file(str(config))
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))["pruning"] | options
+    elif not exists(file):
+        problem = f"no such file, and no recipe of that name; there are {', '.join(recipe_names())}"
+        raise InputError("config", config, problem)
+    values = options_of_method(file, "config") | options
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(BlockwisePruning, "pruning")
     try:
         parsed = parser.parse_object({"pruning": values})
     except ArgumentError as error:
         raise InputError("config", config, explain(str(error))) from None
+    refuse_values(parsed.as_dict())
     with built_from(parsed.as_dict()):
         return parser.instantiate(parsed).pruning
 

@@ -99,37 +99,57 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
     for option, value in written_options(arguments):
         if option.startswith("--") and value[:1] in ("[", "{"):
             try:
-                _count(yaml.safe_load(value))
+                content = yaml.safe_load(value)
+                _count(content)
             except (RecursionError, OverflowError):
                 raise InputError(option.removeprefix("--"), value, "is nested too deeply, or in itself") from None
             except (ValueError, yaml.YAMLError):
                 continue  # said by the parser
+            _refuse_no_classes(content, option.removeprefix("--"))
     for path in config_files(arguments):
         try:
-            os.stat(folder / path)
-        except FileNotFoundError:
-            continue  # said by the parser
-        except (OSError, ValueError):  # too long a name, or none that can be one
-            raise InputError("config", path, "no such YAML file") from None
-        if not (folder / path).is_file():
-            raise InputError("config", path, "is no file")
-        try:
-            text = (folder / path).read_text(encoding="utf-8")
-            content = yaml.safe_load(text)
-            _count(content)
-        except UnicodeDecodeError:
-            raise InputError("config", path, "is no text in UTF-8") from None
-        except OSError as error:
-            raise InputError("config", path, f"cannot be read ({error.strerror})") from None
-        except (RecursionError, OverflowError):
-            raise InputError("config", path, "is nested too deeply, or in itself") from None
-        except yaml.YAMLError:
-            continue  # said with the place by the parser
-        except ValueError as error:  # of dates and numbers that there are not
-            raise InputError("config", path, f"holds a value that cannot be read ({first_line(error)})") from None
+            content = read_yaml(folder / path, "config", path)
+        except (FileNotFoundError, yaml.YAMLError):
+            continue  # said by the parser, with the place
         if not isinstance(content, dict) or all(value is None for value in content.values()):
             raise InputError("config", path, "holds no options; expected, for example, `pruning: {sparsity: 0.5}`")
         _refuse_no_names(content, path)
+        _refuse_no_classes(content, "")
+
+
+def read_yaml(file: Path, option: str, shown: Any) -> Any:
+    """What a YAML file holds.
+
+    Args:
+        file: The file.
+        option: Option that names it.
+        shown: The file as it was given.
+
+    Raises:
+        InputError: It is no file, no text, or holds what cannot be read or has no end.
+        FileNotFoundError: There is none.
+        yaml.YAMLError: It is no YAML.
+    """
+    try:
+        os.stat(file)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError):  # too long a name, or none that can be one
+        raise InputError(option, shown, "no such YAML file") from None
+    if not file.is_file():  # a pipe would be waited for
+        raise InputError(option, shown, "is no file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        _count(content)
+    except UnicodeDecodeError:
+        raise InputError(option, shown, "is no text in UTF-8") from None
+    except OSError as error:
+        raise InputError(option, shown, f"cannot be read ({error.strerror})") from None
+    except (RecursionError, OverflowError):
+        raise InputError(option, shown, "is nested too deeply, or in itself") from None
+    except ValueError as error:  # of dates and numbers that there are not
+        raise InputError(option, shown, f"holds a value that cannot be read ({first_line(error)})") from None
+    return content
 
 
 def _refuse_no_names(content: dict[Any, Any], file: Path, place: str = "") -> None:
@@ -138,20 +158,39 @@ def _refuse_no_names(content: dict[Any, Any], file: Path, place: str = "") -> No
         if not isinstance(key, str):
             raise InputError("config", file, f"the key {key} is no name of an option{f' of {place}' if place else ''}")
         option = f"{place}.{key}" if place else key
-        if not isinstance(value, dict):
-            continue
-        if "class_path" in value:
-            name, own = value["class_path"], value.get("init_args", {})
-            if not isinstance(name, str):
-                raise InputError(option, name, "is no name of a class")
-            if not isinstance(own, dict):
-                raise InputError(f"{option}.init_args", own, f"expected options of {name}, for example `alpha: 2`")
-            if beside := [key for key in value if key not in ("class_path", "init_args", "dict_kwargs")]:
-                problem = f"stands beside class_path; options of {name} stand under init_args"
-                raise InputError(f"{option}.{beside[0]}", value[beside[0]], problem)
-            _refuse_no_names(own, file, option)
-        elif not place:
+        if isinstance(value, dict) and "class_path" in value:
+            own = value.get("init_args", {})
+            _refuse_no_names(own if isinstance(own, dict) else {}, file, option)
+        elif isinstance(value, dict) and not place:
             _refuse_no_names(value, file, option)
+
+
+def _refuse_no_classes(content: Any, place: str) -> None:
+    """Refuse values that name a class and are none, wherever they stand.
+
+    Example:
+        >>> _refuse_no_classes([{"class_path": "WandaScorer", "init_args": 5}], "grid")
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --grid.init_args 5: expected options of WandaScorer, for example `alpha: 2`
+    """
+    if isinstance(content, list):
+        for item in content:
+            _refuse_no_classes(item, place)
+    if not isinstance(content, dict):
+        return
+    inside = content
+    if "class_path" in content:
+        name, inside = content["class_path"], content.get("init_args", {})
+        if not isinstance(name, str):
+            raise InputError(place, name, "is no name of a class")
+        if not isinstance(inside, dict):
+            raise InputError(f"{place}.init_args", inside, f"expected options of {name}, for example `alpha: 2`")
+        if beside := [key for key in content if key not in ("class_path", "init_args", "dict_kwargs")]:
+            problem = f"stands beside class_path; options of {name} stand under init_args"
+            raise InputError(f"{place}.{beside[0]}", content[beside[0]], problem)
+    for key, value in inside.items():
+        _refuse_no_classes(value, f"{place}.{key}" if place else str(key))
 
 
 def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_checks import refuse_devices, refuse_immense, refuse_unreadable
+from lvlm_prune.cli_checks import refuse_devices, refuse_unreadable
 from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
@@ -27,7 +27,7 @@ from lvlm_prune.evaluation.scores import Benchmark
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.private import LEFT_OUT, left_out_options, whole_config
-from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_nulls
+from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_values
 from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe
 from lvlm_prune.trainer import LVLMTrainer
 
@@ -180,8 +180,7 @@ class LVLMCLI(LightningCLI):
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
         options = self.config[self.subcommand].as_dict()
-        refuse_immense(options)
-        refuse_nulls(options)
+        refuse_values(options)
         for option in left_out_options(options):
             way_out = "give it, or take the configuration in the folder that ends with .private"
             raise InputError(option, LEFT_OUT, f"is no value but stands for a private one; {way_out}")
@@ -320,10 +319,8 @@ def run(arguments: Sequence[str]) -> int:
     # Lightning sets its own levels when it is imported.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # A user's own module is found in the working directory, but never shadows an installed one.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
+        _use_working_directory()
         _run(arguments)
     except OtherProcessFailed as failure:
         return failure.status
@@ -337,6 +334,21 @@ def run(arguments: Sequence[str]) -> int:
             print(said_of_interruption(*interruption.args), file=sys.stderr)
         return exit_status(interruption)
     return 0
+
+
+def _use_working_directory() -> None:
+    """Find a user's own modules in the working directory; they never shadow installed ones.
+
+    Raises:
+        InputError: It is gone.
+    """
+    try:
+        folder = os.getcwd()
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror}); change into another one"
+        raise InputError("", "the working directory", problem) from None
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _with_whole_configs(arguments: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse.typing import _LazyInitBaseClass
 
+from lvlm_prune.cli_checks import refuse_immense
 from lvlm_prune.errors import InputError, RunError
 
 Plugin = TypeVar("Plugin")
@@ -161,6 +162,19 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
         exact = [option for option, values in places if said.startswith(f"{values[argument]}: ")]
         option = next(iter([*exact, *(option for option, _ in places)]), argument)
         raise InputError(option, refused["value"], refused["problem"]) from None
+
+
+def refuse_values(config: Mapping[str, Any]) -> None:
+    """Refuse what a parser hands on though nothing can be made of it: immense numbers, `null` for arguments of plugins.
+
+    Args:
+        config: Nested plain data, plugins as `{"class_path": ..., "init_args": ...}`.
+
+    Raises:
+        InputError: One is of that kind; names its option.
+    """
+    refuse_immense(config)
+    refuse_nulls(config)
 
 
 def refuse_nulls(config: Mapping[str, Any]) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from lvlm_prune.cli_checks import read_yaml
 from lvlm_prune.errors import InputError
 
 _BESIDE, _INSIDE = Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"
@@ -43,6 +45,32 @@ def recipe_file(name: str, verb: str = "prune") -> Path:
         listed = "`lvlm-prune methods` lists them" if verb == "prune" else "there are " + ", ".join(known)
         raise InputError("method", name, f"no such recipe{meant} ({listed})")
     return file
+
+
+def options_of_method(file: Path, option: str) -> dict[str, Any]:
+    """The options under `pruning` of a YAML file like those of `configs/prune`.
+
+    Args:
+        file: The file.
+        option: Option that names it.
+
+    Raises:
+        InputError: It cannot be read, or has none.
+
+    Example:
+        >>> options_of_method(recipe_file("wanda"), "recipes")["name"]
+        'Wanda'
+    """
+    try:
+        content = read_yaml(file, option, file)
+    except FileNotFoundError:
+        raise InputError(option, file, "no such file") from None
+    except yaml.YAMLError:
+        raise InputError(option, file, "cannot be read as YAML") from None
+    pruning = content.get("pruning") if isinstance(content, dict) else None
+    if not isinstance(pruning, dict):
+        raise InputError(option, file, "has no options under `pruning`")
+    return pruning
 
 
 def recipe_names(verb: str = "prune") -> list[str]:

@@ -283,8 +283,9 @@ class LVLMTrainer(RunTrainer):
         """
         from lvlm_prune.runs.reproduce.run import ReproductionRun
         from lvlm_prune.runs.reproduce.tables import load_table
+        from lvlm_prune.runs.sweep.grid import checked_seeds
 
-        chosen = [seeds] if isinstance(seeds, int) else list(seeds)
+        chosen = checked_seeds(seeds)
         run = ReproductionRun(
             self, load_table(table), model, output, part, chosen, calibration, harness, engine, tasks, keep
         )
