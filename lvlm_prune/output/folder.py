@@ -18,7 +18,7 @@ from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
 from lvlm_prune.output.own_files import HELD_BACK, record_of
-from lvlm_prune.output.private import refuse_foreign
+from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
 
 try:
@@ -36,10 +36,12 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
         resume: Whether an unfinished run goes on, which only the user can point at.
 
     Raises:
-        InputError: An unfinished run is to go on, and nobody says where; or the name of the folder is not UTF-8.
+        InputError: An unfinished run is to go on, and nobody says where; or what was asked for is no folder and cannot
+            become one.
     """
     if output:
         refuse_undecodable(Path(output), "output")
+        _refuse_no_folder(Path(output))
         return Path(output)
     if resume:
         raise InputError("resume", "true", "needs --output, the folder of the unfinished run")
@@ -68,24 +70,64 @@ def refuse_unusable(
             checkpoint, cannot be written or has no room; a link leads out of the input; or something that no run wrote
             lies where the private part of the folder goes.
     """
-    if folder.is_symlink() and not folder.exists():
-        raise InputError("output", folder, f"is a link to {os.readlink(folder)}, which does not exist")
+    _refuse_no_folder(folder)
     if source is not None:
-        _refuse_overlap(folder, source.path.resolve())
-    if folder.exists() and not folder.is_dir():
-        raise InputError("output", folder, "is a file")
+        refuse_overlap(folder, source.path)
     occupied = is_occupied(folder, record)
     if occupied and not resume:
         way_out = "go on with --resume true, or " if (folder / record).is_file() else ""
         raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
-    existing = existing_folder(folder)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError("output", folder, f"no permission to write in {existing}")
+    refuse_unwritable(folder)
     refuse_foreign(folder)
     if source is not None and occupied:
         refuse_shared_files(folder, source)
     if source is not None and copies:
         _refuse_full_disk(folder, source, occupied)
+
+
+def refuse_other_content(folder: Path, records: Collection[str], kind: str) -> None:
+    """Refuse an output folder that a command cannot add to: it must be new, empty, or one that the command wrote.
+
+    Args:
+        folder: The output folder.
+        records: Patterns of the names of the command's records.
+        kind: What the command writes, for people.
+
+    Raises:
+        InputError: It is a file or holds something else, or cannot be written.
+    """
+    _refuse_no_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any(any(folder.glob(name)) for name in records):
+        raise InputError("output", folder, f"exists, is not empty and holds no {kind}; choose another folder")
+    refuse_unwritable(folder)
+
+
+def _refuse_no_folder(folder: Path) -> None:
+    """Refuse what is no folder and cannot become one, and what nobody may look at; asking further raises nothing."""
+    try:
+        if folder.is_symlink() and not folder.exists():
+            raise InputError("output", folder, f"is a link to {os.readlink(folder)}, which does not exist")
+        if folder.exists() and not folder.is_dir():
+            raise InputError("output", folder, "is a file")
+        folder.resolve()
+        private_folder(folder).exists()  # its name is longer
+    except RuntimeError:
+        raise InputError("output", folder, "leads into a circle of links") from None
+    except OSError as error:
+        raise InputError("output", folder, f"cannot be looked at ({error.strerror})") from None
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that cannot be made, or in which nothing can be written.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    existing = existing_folder(folder)
+    if not existing.is_dir():
+        raise InputError("output", folder, f"lies in {existing}, which is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError("output", folder, f"no permission to write in {existing}")
 
 
 def free_bytes(folder: Path) -> int:
@@ -98,7 +140,13 @@ def existing_folder(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
 
 
-def _refuse_overlap(folder: Path, source: Path) -> None:
+def refuse_overlap(folder: Path, source: Path) -> None:
+    """Refuse an output folder that lies in a checkpoint, or the other way round.
+
+    Raises:
+        InputError: It does.
+    """
+    source = source.resolve()
     if folder.resolve().is_relative_to(source):
         raise InputError("output", folder, f"lies inside the input checkpoint {source}")
     if source.is_relative_to(folder.resolve()):
@@ -220,8 +268,12 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, way_on: str = "resume with --resume true") -> Iterator[None]:
     """What goes wrong while something is written into the output folder becomes one line.
+
+    Args:
+        folder: The output folder.
+        way_on: How the command goes on.
 
     Raises:
         RunError: The disk is full, or cannot be written for another reason.
@@ -231,7 +283,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # of a library, about something else than the disk
             raise
-        reason = f"{error.strerror or error} (nothing is lost; resume with --resume true)"
+        reason = f"{error.strerror or error} (nothing is lost; {way_on})"
         raise RunError(f"--output {folder}: {reason}") from None
 
 

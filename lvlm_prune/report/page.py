@@ -213,8 +213,12 @@ def drawn_again(folder: Path) -> Iterator[None]:
 def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:
     """Write `report.html` into a folder, and its figures as PNG into `report/` beside it."""
     drawn = list(plates.values()) if isinstance(plates, Mapping) else list(plates)
+    figures = folder / FIGURE_FOLDER
+    if figures.is_symlink():  # what it leads to is somebody else's
+        figures.unlink()
     if drawn:
-        (folder / FIGURE_FOLDER).mkdir(exist_ok=True)
+        figures.mkdir(exist_ok=True)
     for plate in drawn:
-        (folder / FIGURE_FOLDER / f"{plate.name}.png").write_bytes(plate.png)
+        (figures / f"{plate.name}.png").unlink(missing_ok=True)
+        (figures / f"{plate.name}.png").write_bytes(plate.png)
     replace_durably(folder / PAGE_NAME, page.encode())

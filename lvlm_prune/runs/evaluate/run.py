@@ -6,7 +6,6 @@ check both, and the engine ─► launch processes ─► dense model ─► pru
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import choose_folder, existing_folder, writing
+from lvlm_prune.output.folder import choose_folder, refuse_other_content, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import (
     EVALUATION_RECORD,
@@ -89,14 +88,8 @@ class EvaluationRun:
             folder = checkpoint
         else:
             folder = choose_folder(output, f"{self.model.label}-evaluation", resume=False)
-        if folder.exists() and not folder.is_dir():
-            raise InputError("output", folder, "is a file")
-        known = folder.resolve() == checkpoint.resolve() or (folder / EVALUATION_RECORD).is_file()
-        if not known and folder.is_dir() and any(folder.iterdir()):
-            raise InputError("output", folder, "exists, is not empty and holds no evaluation; choose another folder")
-        existing = existing_folder(folder)
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError("output", folder, f"no permission to write in {existing}; name another folder")
+        own = folder.resolve() == checkpoint.resolve()
+        refuse_other_content(folder, ["*"] if own else [EVALUATION_RECORD], "evaluation")
         return folder
 
     def _is_publishable(self) -> bool:
@@ -123,7 +116,7 @@ class EvaluationRun:
             found |= {f"evaluation/{name}": record[name] for name in names if record.get(name) is not None}
             logger.log_metrics(found)
             logger.finalize("success")
-        with writing(self.folder):
+        with writing(self.folder, "the same command again scores once more"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_record(self.folder, without_private(record) if self._is_publishable() else record)
             page, card = refresh_page(self.folder), refresh_card(self.folder)

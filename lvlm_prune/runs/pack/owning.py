@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lvlm_prune.distributed.interruption import interruptible
-from lvlm_prune.output.folder import FolderLock, writing
+from lvlm_prune.output.folder import FolderLock, make_folder, writing
 
 
 @contextmanager
@@ -19,6 +19,7 @@ def owning(folder: Path) -> Iterator[None]:
         RunError: The disk is full, or cannot be written.
     """
     with interruptible(lambda: f"go on with --resume true --output {folder}", at_once=False), writing(folder):
+        make_folder(folder)
         lock = FolderLock(folder)
         try:
             yield

@@ -18,7 +18,9 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.output.folder import refuse_other_content, writing
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.names import PROBE_RECORD
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.recipes import recipe_file
 from lvlm_prune.runs.reproduce.harness import Harness
@@ -26,7 +28,7 @@ from lvlm_prune.runs.reproduce.outcome import PartOutcome, part_outcome
 from lvlm_prune.runs.reproduce.page import write_table_page
 from lvlm_prune.runs.reproduce.pathways import probe_rows
 from lvlm_prune.runs.reproduce.tables import Part, Table, calibration_sets
-from lvlm_prune.runs.reproduce.text import csv_text, markdown_text
+from lvlm_prune.runs.reproduce.text import csv_text, heading, markdown_text
 from lvlm_prune.runs.sweep.grid import SPARSITY, Point, by_data, points_of
 from lvlm_prune.runs.sweep.run import SweepRun
 
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
     from lvlm_prune.run import RunTrainer
     from lvlm_prune.runs.sweep.results import FinishedRun
+
+_TABLE = "table.md"
+_LONGEST_HEADING = 1000
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ def table_points(part: Part, seeds: Sequence[int], calibration: Mapping[str, Map
         InputError: A set is unknown, or the table's file names an option that the recipe does not take.
     """
     known = calibration_sets()
-    if unknown := sorted(set(calibration) - set(known)):
-        raise InputError("calibration", unknown[0], f"no such set; there are {', '.join(known)}")
+    if unknown := next((name for name in calibration if name not in known), None):
+        raise InputError("calibration", unknown, f"no such set; there are {', '.join(known)}")
     rows = []
     for row in part.rows:
         pruning = yaml.safe_load(recipe_file(row.recipe).read_text())["pruning"]
@@ -131,6 +136,8 @@ class ReproductionRun:
         self.harness, self.tasks = harness, dict(tasks)
         self.folder = Path(output or f"runs/{table.name.replace('/', '-')}")
         refuse_undecodable(self.folder, "output")
+        refuse_other_content(self.folder, [_TABLE, "*/sweep*.jsonl", f"*/*/{PROBE_RECORD}"], "reproduced table")
+        self._refuse_other_table()
         if trainer.world_size > 1 and len(table.parts) > 1:
             problem = f"{table.name} has {len(table.parts)} models, each of which starts its own processes; run parts"
             raise InputError("trainer.devices", trainer.num_devices, f"{problem} of it with --part on one device each")
@@ -200,10 +207,20 @@ class ReproductionRun:
         columns = {benchmark.name for benchmark in entry.benchmarks}
         return self.engine, {name: task for name, task in self.tasks.items() if name in columns}
 
+    def _refuse_other_table(self) -> None:
+        path = self.folder / _TABLE
+        if not path.is_file():
+            return
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline(_LONGEST_HEADING).strip()
+        if first != f"# {heading(self.table)}":
+            raise InputError("output", self.folder, f"holds another table ({first}); choose another folder")
+
     def _write(self, outcomes: Sequence[PartOutcome]) -> None:
-        replace_durably(self.folder / "table.md", markdown_text(self.table, outcomes).encode())
-        replace_durably(self.folder / "table.csv", csv_text(outcomes).encode())
-        write_table_page(self.folder, self.table, outcomes)
+        with writing(self.folder, "the same command goes on behind the last finished run"):
+            replace_durably(self.folder / _TABLE, markdown_text(self.table, outcomes).encode())
+            replace_durably(self.folder / "table.csv", csv_text(outcomes).encode())
+            write_table_page(self.folder, self.table, outcomes)
 
 
 def folder_name(entry: Part) -> str:
