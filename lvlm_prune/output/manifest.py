@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.names import PROBE_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import LEFT_OUT, private_folder
 from lvlm_prune.output.records import (
     BlockRecord,
     LinearRecord,
+    ProbeRecord,
     PruningRecord,
     RecoveryRecord,
     RunRecord,
     read_record,
 )
 
-_KINDS = {PRUNING_RECORD: PruningRecord, RECOVERY_RECORD: RecoveryRecord}
+_KINDS = {PRUNING_RECORD: PruningRecord, RECOVERY_RECORD: RecoveryRecord, PROBE_RECORD: ProbeRecord}
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -181,3 +183,35 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys):
     (tmp_path / "pruning.json").write_text("{")
     assert "is not as a run writes it" in refused(capsys, wanda, str(tmp_path))
     assert not torch.distributed.is_initialized()
+
+
+OTHER_RECORDS = {
+    "no Linears": ({"linears": {}}, "does not say which weights"),
+    "an empty Linear": ({"linears": {"a.0.b": {"shape": [0, 8], "achieved": 0.5}}}, "does not say which weights"),
+    "a Linear that is not there": ({"linears": {"a.0.b": {"shape": [8, 8], "achieved": 0.5}}}, "names a.0.b"),
+    "a fingerprint that is none": ({"model": {"fingerprint": [1]}}, "is not as a run writes it"),
+    "data that are none": ({"calibration": {}, "data": {"examined": 5}}, "is not as a run writes it"),
+}
+
+
+@pytest.mark.parametrize(("changed", "problem"), OTHER_RECORDS.values(), ids=OTHER_RECORDS)
+def test_a_record_that_somebody_changed_is_one_line(changed, problem, folders, tmp_path, capsys):
+    folder = tmp_path / "changed"
+    shutil.copytree(folders / "wanda", folder)
+    record = json.loads((folder / "pruning.json").read_text())
+    (folder / "pruning.json").write_text(json.dumps(record | changed))
+    assert problem in refused(capsys, str(folder), str(folder))
+
+
+def test_a_pipe_for_scores_is_not_waited_for(folders, tmp_path, capsys):
+    folder = tmp_path / "piped"
+    shutil.copytree(folders / "wanda", folder)
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "evaluation.json")
+    assert "no regular file" in refused(capsys, str(folder), str(folders / "das"))
+
+
+def test_nothing_is_written_into_a_compared_folder(folders, capsys):
+    wanda, das = str(folders / "wanda"), str(folders / "das")
+    assert "lies inside" in refused(capsys, wanda, das, f"--output={das}/compared")
+    assert not (folders / "das" / "compared").exists()

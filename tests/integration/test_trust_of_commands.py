@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lvlm_prune.cli import main
+from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.runs.recover.fitting import FittingRun
 from tests.conftest import GOLDEN_MODEL
 from tests.families import tiny_model
@@ -91,6 +93,24 @@ def is_newline(name: str, damage: Callable) -> bool:
 def test_a_whole_probe_says_so(probed, capsys):
     assert main([*PROBE, f"--output={probed}", "--resume=true"]) == 0
     assert "\nverified: " in capsys.readouterr().out
+
+
+def test_a_probe_that_goes_on_with_scores_scores_every_cell(tmp_path, monkeypatch):
+    """Cells that were measured without scores are measured again: a table cannot have both kinds."""
+    arguments = [*PROBE, "--probing.pools=[text, visual]", f"--output={tmp_path / 'out'}"]
+    assert main([*arguments, "--evaluate=false"]) == 0
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())
+    record |= {"status": "probing", "grid": record["grid"][:1]}
+    (tmp_path / "out" / "probe.json").write_text(json.dumps(record))
+    scores = Scores({"color": 1.0}, {"color": 4}, {"color": "vision"})
+    monkeypatch.setattr("lvlm_prune.runs.probe.run.NAMES", [PROBE[1].partition("=")[2]])
+    monkeypatch.setattr(
+        "lvlm_prune.runs.probe.scoring.EmbeddedScoring",
+        lambda *_: SimpleNamespace(dense=lambda: scores, cell=lambda _: scores),
+    )
+    assert main([*arguments, "--resume=true"]) == 0
+    grid = json.loads((tmp_path / "out" / "probe.json").read_text())["grid"]
+    assert [(cell["pool"], "scores" in cell) for cell in grid] == [("text", True), ("visual", True)]
 
 
 SWEEP = ["sweep", *GOLDEN_MODEL, "--data.num_samples=2", "--engine=tests.engines.ShareLeft", "--keep=true"]

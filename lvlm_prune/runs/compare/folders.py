@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
@@ -50,6 +51,8 @@ class ComparedFolder:
             raise InputError(_OPTION, path, "its run is not finished; go on with --resume true first")
         self.verb = "prune" if name == PRUNING_RECORD else "recover"
         self.linears: Mapping[str, Mapping[str, Any]] = self.record.get("linears", {})
+        if not self.linears or not all(map(_is_measured, self.linears.values())):
+            raise InputError(_OPTION, path, f"its {name} does not say which weights were pruned")
 
     @property
     def origin(self) -> str | None:
@@ -115,11 +118,20 @@ class ComparedFolder:
         return zeros / max(sum(sizes.values()), 1)
 
     def kept(self, name: str) -> Tensor:
-        """Bool of the shape of a Linear, or of an expert's matrix: True where its weight is not zero."""
+        """Bool of the shape of a Linear, or of an expert's matrix: True where its weight is not zero.
+
+        Raises:
+            InputError: The checkpoint has none of that name and shape.
+        """
         matrix = self._experts.get(name)
-        if matrix is None:
-            return self._weights.stored(f"{name}.weight") != 0
-        return matrix.of(self._weights.stored(matrix.parameter_of(name))) != 0
+        try:
+            weight = self._weights.stored(f"{name}.weight" if matrix is None else matrix.parameter_of(name))
+        except KeyError:
+            weight = torch.empty(0)
+        weight = weight if matrix is None else matrix.of(weight)
+        if list(weight.shape) != list(self.linears[name]["shape"]):
+            raise InputError(_OPTION, self.path, f"its record names {name}, which its weights have otherwise")
+        return weight != 0
 
     @cached_property
     def _in_tower(self) -> set[int]:
@@ -145,6 +157,10 @@ class ComparedFolder:
         module = self._module
         assert module.folder is not None
         return StreamedWeights(module.model, module.runner.decoder, module.folder, "cpu")
+
+
+def _is_measured(linear: Mapping[str, Any]) -> bool:
+    return "achieved" in linear and all(linear.get("shape", ()) or [0])
 
 
 def _option(key: str) -> str:

@@ -8,8 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.folder import writing
+from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
@@ -24,11 +25,11 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     if len(folders) < 2:
         raise InputError("", " ".join(["compare", *folders]), "name two folders or more")
     target = Path(output) if output else None
-    if target is not None and target.exists():
-        if not target.is_dir():
-            raise InputError("output", target, "is a file")
-        if any(target.iterdir()) and not (target / COMPARISON_RECORD).is_file():
-            raise InputError("output", target, "exists, is not empty and holds no comparison; choose another folder")
+    if target is not None:
+        refuse_undecodable(target, "output")
+        refuse_other_content(target, [COMPARISON_RECORD], "comparison")
+        for folder in folders:
+            refuse_overlap(target, Path(folder))
     record = comparison([ComparedFolder(path) for path in folders])
     table = comparison_markdown(record)
     print(table, flush=True)
@@ -36,7 +37,7 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
         from lvlm_prune.report.comparison import comparison_page
         from lvlm_prune.report.page import write_page
 
-        with writing(target):
+        with writing(target, "the tables are above"):
             target.mkdir(parents=True, exist_ok=True)
             replace_durably(target / COMPARISON_RECORD, (json.dumps(record, indent=1) + "\n").encode())
             replace_durably(target / COMPARISON_TABLE, (table + "\n").encode())

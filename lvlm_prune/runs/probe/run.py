@@ -21,7 +21,7 @@ from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import choose_folder, make_folder, refuse_unusable, write_config, writing
+from lvlm_prune.output.folder import FolderLock, choose_folder, make_folder, refuse_unusable, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_changed
@@ -73,6 +73,7 @@ class ProbeRun:
         self.evaluates = evaluate and (engine is not None or model.path in NAMES)
         self.engine = engine
         self.scoring: CellScoring | None = None
+        self._lock: FolderLock | None = None
         config = trainer.config or described_config(model, datamodule, probing=self.probe)
         self.run = Run(RunOptions(resume, evaluate), config, Hardware.of(trainer), [self.probe], folder=self.folder)
         self.started = command_began()
@@ -109,8 +110,12 @@ class ProbeRun:
                 self._verify_again(earlier)
                 return earlier
             threads = suitable_threads(model.block_weights, run.hardware.devices)
-            with self.trainer.watched_memory() as run.memory, threads:
-                self._measure(launch.fabric, names, cells, earlier)
+            try:
+                with self.trainer.watched_memory() as run.memory, threads:
+                    self._measure(launch.fabric, names, cells, earlier)
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
         return run.record
 
     def _way_on(self) -> str:
@@ -137,10 +142,21 @@ class ProbeRun:
         stream.survey()
         self._note("probing")
         self._score_dense()
+        manifest["grid"] = self._finished(cells)
         for cell in cells[len(manifest["grid"]) :]:
             manifest["grid"].append(self._cell(cell))
             self._note("probing")
         self._finish()
+
+    def _finished(self, cells: list[PathwayPruning]) -> list[dict[str, Any]]:
+        """The cells that an interrupted probe finished as this one does: with scores, or without."""
+        finished = []
+        for cell, found in zip(cells, self.run.record["grid"]):
+            same = (found["pathway"], found["pool"], found["sparsity"]) == (cell.pathway, cell.pool_name, cell.sparsity)
+            if not same or ("scores" in found) != (self.scoring is not None):
+                break
+            finished.append(found)
+        return finished
 
     def _sets(self) -> dict[int, str]:
         """Number of each sample -> name of the data set that it comes from."""
@@ -220,8 +236,20 @@ class ProbeRun:
         self.run.record["status"] = status
         if self.run.processes.is_main:
             with writing(self.folder):
-                make_folder(self.folder)
+                if self._lock is None:
+                    self._keep_others_out()
                 self.run.record.write(self.folder, PROBE_RECORD)
+
+    def _keep_others_out(self) -> None:
+        """From here on no other run writes the folder, and none did since this one looked.
+
+        Raises:
+            InputError: Another run is writing it, or has written it.
+        """
+        make_folder(self.folder)
+        self._lock = FolderLock(self.folder)
+        if not self.resume and (self.folder / PROBE_RECORD).is_file():
+            raise InputError("output", self.folder, "was written by another run meanwhile; choose another folder")
 
     def _verify_again(self, earlier: Manifest) -> None:
         """Nothing is to be done, but exit status 0 is to say that the folder holds what was found.
