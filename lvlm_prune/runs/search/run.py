@@ -157,7 +157,7 @@ class SearchRun:
         """What an earlier command found, whose last run was interrupted."""
         if not self.options.resume or not (self.folder / PRUNING_RECORD).is_file():
             return None
-        found = Manifest.read(self.folder).get("search")
+        found: dict[str, Any] = Manifest.read(self.folder).get("search") or {}
         if not conforms(found, TriedRecord) or found["recipe"] not in self.candidates or found.get("keep") != self.keep:
             problem = f"{self.folder} was not begun with this search"
             raise InputError("keep", self.keep, f"{problem}; repeat the command that began it, or write elsewhere")

@@ -79,7 +79,7 @@ def _is_finished(record: Any, kind: str) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("identity"), str):
         return False
     digest = record.pop("digest", None)
-    shape = SweptRecord if kind == "sweep" else TriedRecord
+    shape: type = SweptRecord if kind == "sweep" else TriedRecord
     if kind == "sweep" and record["identity"].startswith(DENSE):
         shape = DenseRecord
     try:
