@@ -14,13 +14,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.records import conforms
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 MARKER_NAME = "sparse_adapter.json"
 _PEFT_PREFIX = "base_model.model."
+_CONFIG_NAME, _WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+
+class _Marker(TypedDict):
+    gradient: str
+    masks: dict[str, str]
 
 
 def mask_digest(weight: Tensor) -> str:
@@ -68,7 +75,7 @@ def save_sparse_adapter(
     config.base_model_name_or_path = base or config.base_model_name_or_path
     config.save_pretrained(str(folder))
     named = {_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): tensor.cpu() for name, tensor in tensors.items()}
-    replace_durably(folder / "adapter_model.safetensors", save({k: v.contiguous() for k, v in named.items()}))
+    replace_durably(folder / _WEIGHTS_NAME, save({k: v.contiguous() for k, v in named.items()}))
     marker = {
         "mask_bound": True,
         "note": "Load with lvlm_prune.recovery.load_sparse_adapter; plain PEFT would revive pruned weights.",
@@ -105,10 +112,34 @@ def load_sparse_adapter(model: nn.Module, folder: str | Path, is_trainable: bool
             raise InputError("adapter", folder, f"belongs to another base: this model has no Linear {name}")
         if mask_digest(linear.weight) != digest:
             raise InputError("adapter", folder, f"belongs to another base: {name} has its zeros in other places")
-    saved: Any = LoraConfig.from_pretrained(str(folder))
-    config = sparse_lora_config(marker["gradient"])
-    saved._custom_modules = config._custom_modules
-    return PeftModel.from_pretrained(model, str(folder), config=saved, is_trainable=is_trainable)
+    _refuse_incomplete(folder, marker["masks"])
+    try:
+        saved: Any = LoraConfig.from_pretrained(str(folder))
+        saved._custom_modules = sparse_lora_config(marker["gradient"])._custom_modules
+        return PeftModel.from_pretrained(model, str(folder), config=saved, is_trainable=is_trainable)
+    except MemoryError:
+        raise
+    except Exception as error:  # of PEFT, about files that somebody changed
+        raise InputError("adapter", folder, f"PEFT cannot load it ({first_line(error)})") from error
+
+
+def _refuse_incomplete(folder: Path, masks: Mapping[str, str]) -> None:
+    """Refuse an adapter that lacks matrices: PEFT would leave those Linears as they are, and only warn."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in (_CONFIG_NAME, _WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise InputError("adapter", folder, f"has no {name}")
+    try:
+        with safe_open(folder / _WEIGHTS_NAME, framework="pt") as file:
+            keys = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        problem = f"{_WEIGHTS_NAME} is truncated or not a safetensors file ({first_line(error)})"
+        raise InputError("adapter", folder, problem) from None
+    for name in masks:
+        for part in ("lora_A", "lora_B"):
+            if f"{_PEFT_PREFIX}{name}.{part}.weight" not in keys:
+                raise InputError("adapter", folder, f"{_WEIGHTS_NAME} lacks {part} of {name}")
 
 
 def _read_marker(folder: Path) -> dict[str, Any]:
@@ -116,8 +147,8 @@ def _read_marker(folder: Path) -> dict[str, Any]:
         marker = json.loads((folder / MARKER_NAME).read_text())
     except OSError:
         raise InputError("adapter", folder, f"has no {MARKER_NAME}: not an adapter that `recover` wrote") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError("adapter", folder, f"its {MARKER_NAME} cannot be read") from None
-    if not isinstance(marker, dict) or not isinstance(marker.get("masks"), dict) or "gradient" not in marker:
+    if not conforms(marker, _Marker):
         raise InputError("adapter", folder, f"its {MARKER_NAME} cannot be read")
     return marker

@@ -37,6 +37,30 @@ def test_an_adapter_of_another_base(bases, recover, tmp_path):
         load_sparse_adapter(load(bases / "2:4-float32"), tmp_path / "out")
 
 
+def without_a_matrix(adapter: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors[next(name for name in tensors if "lora_B" in name)]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+ADAPTERS = {
+    "a matrix less": (without_a_matrix, "lacks lora_B of "),
+    "no weights": (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+    "no configuration": (lambda adapter: (adapter / "adapter_config.json").unlink(), "has no adapter_config"),
+    "a configuration that is none": (lambda adapter: (adapter / "adapter_config.json").write_text("5"), "PEFT cannot"),
+    "a marker without an end": (lambda adapter: (adapter / "sparse_adapter.json").write_text("[" * 9999), "cannot be"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), ADAPTERS.values(), ids=ADAPTERS)
+def test_a_damaged_adapter_is_one_line(damage, said, bases, recover, tmp_path):
+    """PEFT leaves Linears as they are whose matrices are missing, and only warns."""
+    assert recover(bases / "2:4-float32", tmp_path / "out") == 0
+    damage(tmp_path / "out" / "adapter")
+    with pytest.raises(InputError, match=said):
+        load_sparse_adapter(load(bases / "2:4-float32"), tmp_path / "out" / "adapter")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
