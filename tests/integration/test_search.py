@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
 from lvlm_prune.output.manifest import Manifest
@@ -111,6 +113,16 @@ def test_the_recipe_that_gets_sparsest_is_taken(tmp_path: Path, fake_quality) ->
     assert 0.45 in of["magnitude"]
 
 
+def test_with_a_vision_tower_the_last_run_is_what_its_configuration_gives(tmp_path: Path, fake_quality) -> None:
+    """Behind a pruned tower the samples are others in each try; nothing of them is shared."""
+    both = "--model.targets=[vision, language]"
+    assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0", both)) == 0
+    config = f"--config={tmp_path / 'out.private' / 'config.yaml'}"
+    assert main(["prune", config, "--report=false", "--held_back=0", f"--output={tmp_path / 'again'}"]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_no_try_begins_that_would_end_too_late(tmp_path: Path, fake_quality, capsys) -> None:
     assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0", "--keep_minutes=1e-6")) == 0
     assert fake_quality == [sparsity_of((LEVELS + 1) // 2)]
@@ -131,6 +143,8 @@ def test_a_plan_says_how_many_runs_it_takes(tmp_path: Path, capsys) -> None:
         (["--keep=-1"], "--keep -1"),
         (["--keep=0.9", "--keep_minutes=-1"], "--keep_minutes -1"),
         (["--keep=0.9", "--keep_recipes=[wandaa]"], "--keep_recipes wandaa"),
+        (["--keep=0.9", f"--keep_recipes=[{'a' * 300}]"], "--keep_recipes aaa"),
+        (["--keep=0.9", "--keep_recipes=[atv_2of4]"], "--keep_recipes atv_2of4: prunes 2:4"),
         (["--keep_recipes=[fast]"], "--keep_recipes "),
         (["--keep=0.9", "--pruning.pattern=2:4"], "--pruning.pattern 2:4"),
     ],

@@ -85,7 +85,7 @@ class SampleQuality:
             rows += catch_batch(model, batch, torch.device(self._device))
         weights.release_non_block_weights(any(row.batch.needs_token_embedding for row in rows))
         weights.load_block(0)
-        tail = RemainingDecoderBlocks(model.parts[-1].runner, weights, [waiting_sample(row) for row in rows], 0)
+        tail = RemainingDecoderBlocks(model.runner, weights, [waiting_sample(row) for row in rows], 0)
         found = tail.answers()
         weights.release_block(0)
         return found, tail.targets()

@@ -125,6 +125,8 @@ class PruneRun:
             The manifest of a finished run that is asked to go on; None where there is something to do.
         """
         run, model, data = self.run, self.model, self.datamodule
+        if self.participants.pruning is None:
+            raise InputError("trainer.callbacks", len(self.callbacks), "callbacks, and none of them prunes")
         model.open()
         data.setup("prune")
         run.folder = None if model.folder is None else self._choose_folder()

@@ -49,7 +49,9 @@ class CalibrationStream:
         shared: SharedCalibration | None = None,
     ) -> None:
         self._run, self._model, self._participants, self._raise_hook = run, model, participants, raise_hook
-        self._shared, self._device, self._datamodule = shared, device, datamodule
+        # Behind a tower that is pruned first the samples are others in each run.
+        self._shared = shared if len(model.parts) == 1 else None
+        self._device, self._datamodule = device, datamodule
         self._catcher = Catcher(model, datamodule, device, run.processes, run.memory, participants.visual())
 
     def catch(self, part: Part) -> None:

@@ -144,6 +144,9 @@ class SearchRun:
                 content = yaml.safe_load(recipe_file(name).read_text())["pruning"]
             except InputError as error:
                 raise InputError("keep_recipes", name, error.problem) from None
+            if content.get("pattern", "unstructured") != "unstructured":
+                problem = f"prunes {content['pattern']}, which gives the sparsity that --keep is to find"
+                raise InputError("keep_recipes", name, problem)
             found[name] = {**content, **common}
         return found | {str(self.pruning.get("name") or "configured"): self.pruning}
 
