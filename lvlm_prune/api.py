@@ -27,25 +27,46 @@ from lvlm_prune.run import RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.publishing import Publication
 
+_METHOD = f"{BlockwisePruning.__module__}.{BlockwisePruning.__qualname__}"
+
 
 class InputsSource(CalibrationSource):
     """Model inputs that are already in memory, one dictionary per calibration sample.
 
     Args:
         samples: What `model(**inputs)` takes, each with `input_ids` of shape (1, T).
+
+    Raises:
+        InputError: They are none.
     """
 
     default_num_samples = None
     needs_processor = False
 
     def __init__(self, samples: Iterable[Mapping[str, Tensor]]) -> None:
-        self._samples = [dict(sample) for sample in samples]
+        if isinstance(samples, (str, Mapping)) or not isinstance(samples, Iterable):
+            raise InputError("calibration", samples, "expected a data module, a source, or model inputs of each sample")
+        self._samples = [_checked_inputs(sample, number) for number, sample in enumerate(samples)]
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._samples[index]
+
+
+def _checked_inputs(sample: Any, number: int) -> dict[str, Tensor]:
+    """The model inputs of a sample.
+
+    Raises:
+        InputError: There is no `input_ids` of shape (1, T) with whole numbers.
+    """
+    ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1 or not ids.numel() or ids.is_floating_point():
+        found = type(ids).__name__ if not isinstance(ids, Tensor) else f"{ids.dtype} of shape {tuple(ids.shape)}"
+        problem = f"expected model inputs with `input_ids` of shape (1, T), whole numbers; it has {found}"
+        raise InputError("calibration", f"sample {number}", problem)
+    return dict(sample)
 
 
 @contextmanager
@@ -88,7 +109,7 @@ def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
         parsed = parser.parse_object({"pruning": values})
     except ArgumentError as error:
         raise InputError("config", config, explain(str(error))) from None
-    refuse_values(parsed.as_dict())
+    refuse_values({"pruning": {"class_path": _METHOD, "init_args": parsed.pruning.as_dict()}})
     with built_from(parsed.as_dict()):
         return parser.instantiate(parsed).pruning
 
@@ -97,7 +118,7 @@ def prune(
     model: nn.Module | str | Path,
     calibration: CalibrationDataModule | CalibrationSource | Iterable[Mapping[str, Tensor]],
     pruning: BlockwisePruning | None = None,
-    output: str | Path = "",
+    output: str | Path | None = "",
     processor: Any = None,
     callbacks: Sequence[Callback] = (),
     trainer: RunTrainer | None = None,
@@ -113,7 +134,8 @@ def prune(
         model: A transformers image-text-to-text model, or the path of a checkpoint folder (then `output` is needed).
         calibration: A data module, a source, or model inputs of the samples.
         pruning: The method; default: ATV-Pruning at 50%.
-        output: Folder to write when `model` is a path. A model in memory is not written; save it yourself.
+        output: Folder to write when `model` is a path; default: a new one in `runs`. A model in memory is not written;
+            save it yourself.
         processor: The model's processor, where a model in memory is calibrated from conversations.
         callbacks: More callbacks on the same lifecycle.
         trainer: A trainer of your own (devices, loggers); its callbacks must hold the method then.
@@ -143,6 +165,9 @@ def prune(
         >>> bool((model.get_decoder().layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5)
         True
     """
+    if pruning is not None and not isinstance(pruning, BlockwisePruning):
+        problem = 'must be a BlockwisePruning; `load_pruning("wanda", sparsity=0.6)` makes one'
+        raise InputError("pruning", pruning, problem)
     in_memory = isinstance(model, nn.Module)
     if isinstance(model, nn.Module):
         module = LVLMModule.from_model(model, processor, list(targets))
@@ -168,7 +193,7 @@ def prune(
                 callbacks=[pruning or BlockwisePruning(), *callbacks],
             )
     options = RunOptions(resume=resume, evaluate=False, report=report, quiet=quiet)
-    run = PruneRun(trainer, module, data, "" if in_memory else str(output), options)
+    run = PruneRun(trainer, module, data, "" if in_memory or output is None else str(output), options)
     manifest = run()
     Publication(publishable=publishable)(run.run.folder, quiet)
     return manifest

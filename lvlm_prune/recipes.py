@@ -37,14 +37,13 @@ def recipe_file(name: str, verb: str = "prune") -> Path:
         >>> recipe_file("atv").name
         'atv.yaml'
     """
-    file = CONFIGS / verb / f"{name}.yaml"
-    if not file.is_file():
-        known = recipe_names(verb)
+    known = recipe_names(verb)
+    if name not in known:
         close = get_close_matches(name, [*known, AUTO] if verb == "prune" else known, n=1)
         meant = f"; is {close[0]} meant?" if close else ""
         listed = "`lvlm-prune methods` lists them" if verb == "prune" else "there are " + ", ".join(known)
         raise InputError("method", name, f"no such recipe{meant} ({listed})")
-    return file
+    return CONFIGS / verb / f"{name}.yaml"
 
 
 def options_of_method(file: Path, option: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from lvlm_prune.plugins import built_from, describe, refuse_values
 from lvlm_prune.recipes import options_of_method, recipe_file, recipe_names
 
 SPARSITY, PATTERN, SEED = "pruning.sparsity", "pruning.pattern", "data.seed"
+_METHOD, _DATA = (f"{one.__module__}.{one.__qualname__}" for one in (BlockwisePruning, CalibrationDataModule))
 _MOST_RUNS = 10_000
 # What ends with `.help` is an option of the parser itself, which would print its help.
 _OPTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+(?<!\.help)")
@@ -274,7 +275,12 @@ def _meant(name: str) -> str:
 
 
 def _instantiate(config: Mapping[str, Any]) -> Namespace:
-    refuse_values(config)
+    refuse_values(
+        {
+            "pruning": {"class_path": _METHOD, "init_args": config["pruning"]},
+            "data": {"class_path": _DATA, "init_args": config["data"]},
+        }
+    )
     with built_from(config):
         return _parser().instantiate(_parser().parse_object(dict(config)))
 
