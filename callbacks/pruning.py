@@ -104,7 +104,7 @@ class BlockwisePruning(PruneCallback):
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
-        if not (isinstance(self.pattern, SemiStructured) and self.sparsity < self.pattern.sparsity):
+        if not self.pattern.leaves_dense(self.sparsity):
             allocation = allocation.under(self.pattern)
             if isinstance(self.pattern, SemiStructured) and not allocation.uniform:
                 name = plugin_class(allocation).__name__

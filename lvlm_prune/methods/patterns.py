@@ -81,6 +81,10 @@ class Pattern(ABC):
     def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
         """The matrix viewed as (number of comparison groups, group size)."""
 
+    def leaves_dense(self, mean: float) -> bool:
+        """Whether a mean sparsity is below what the pattern itself makes, so that some Linears stay dense."""
+        return False
+
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> ZeroCount:
         """What `mask` promises of a matrix of this shape."""
         count = self.pruned_per_group(shape, sparsity, group)
@@ -136,6 +140,10 @@ class SemiStructured(Pattern):
     def sparsity(self) -> float:
         """Share of weights that the pattern prunes, 1 - N/M."""
         return 1 - self.keep / self.group_size
+
+    def leaves_dense(self, mean: float) -> bool:
+        """See `Pattern.leaves_dense`."""
+        return mean < self.sparsity - 1e-9
 
     def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
         """See `Pattern.mask`; `sparsity` and `group` are given by the pattern itself, but nothing goes at 0."""

@@ -68,5 +68,5 @@ def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
     method = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if isinstance(pattern, SemiStructured):
         label = f"{method}-{pattern.keep}of{pattern.group_size}"
-        return label if sparsity >= pattern.sparsity else f"{label}-{100 * sparsity:g}"
+        return f"{label}-{100 * sparsity:g}" if pattern.leaves_dense(sparsity) else label
     return f"{method}-{100 * sparsity:g}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
+from lvlm_prune.methods.patterns import parse_pattern
 from lvlm_prune.output import markdown
 from lvlm_prune.runs.sweep.grid import PATTERN, SPARSITY, told_apart
 from lvlm_prune.runs.sweep.results import FinishedRun
@@ -103,9 +103,7 @@ def pattern_place(pattern: str, target: float) -> str:
         >>> pattern_place("2:4", 0.5), pattern_place("2:4", 0.4)
         ('2:4', '2:4 at 40%')
     """
-    pruned = parse_pattern(pattern)
-    lower = isinstance(pruned, SemiStructured) and target < pruned.sparsity - 1e-9
-    return f"{pattern} at {100 * target:g}%" if lower else pattern
+    return f"{pattern} at {100 * target:g}%" if parse_pattern(pattern).leaves_dense(target) else pattern
 
 
 def table_rows(runs: Sequence[FinishedRun], across: str) -> tuple[list[str], list[list[str]]]:
