@@ -45,10 +45,11 @@ class KLAllocation(Allocation):
               |s_g - s| \le \text{width}
 
     :math:`\mathrm{KL}_g(s)` is the divergence :math:`\sum_v p(v) \log p(v) / q(v)` of the pruned model's answers q from
-    the dense model's p, mean over the text positions of the survey's samples, where group g alone is pruned to s by the
-    method's own solver (`Solver.quick`) on statistics of the same samples. It is measured at a few levels, log KL runs
-    straight between them, and the constraint is met by one price per weight at which each group takes what costs it
-    least (Lagrange multiplier, found by bisection). The sum stands for the divergence of all changes together.
+    the dense model's p, mean over the text positions of the survey's samples, where group g alone is pruned to s on
+    statistics of the same samples, by the method's solver or a cheaper one (`Solver.quick`: for ALPS, SparseGPT). It is
+    measured at a few levels, log KL runs straight between them, and the constraint is met by one price per weight at
+    which each group takes what costs it least (Lagrange multiplier, found by bisection). The sum stands for the
+    divergence of all changes together.
 
     For B blocks with g groups each and l levels it costs about g l B (B + 1) / 2 block forwards and g l B losses per
     sample, which is printed before it starts. A checkpoint that streams from disk is read about B / 2 times more.

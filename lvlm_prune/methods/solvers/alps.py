@@ -18,6 +18,7 @@ from lvlm_prune.methods.products import inner_products_of_lower_, invert_lower_
 from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver, at_least, dense, sparse_weight
 from lvlm_prune.methods.solvers.refit import least_squares_
 from lvlm_prune.methods.solvers.scaling import UnitDiagonal, checked_damping, singular_line
+from lvlm_prune.methods.solvers.sparsegpt import SparseGPTSolver
 
 Schedule = Literal["fast", "paper"]
 
@@ -123,8 +124,8 @@ class ALPSSolver(Solver):
         return Solution(sparse_weight(scaled.unscaled(values), mask, problem.weight), mask, notes)
 
     def quick(self) -> Solver:
-        """Six iterations."""
-        return ALPSSolver(6, "fast", self.damping, self.keep_zeros)
+        """SparseGPT: it shares one factorisation among the sparsities that are tried."""
+        return SparseGPTSolver(damping=self.damping, keep_zeros=self.keep_zeros)
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
         """H and an inverse in float32, five and a half matrices of the weight's size, two for some rows only."""

@@ -143,7 +143,7 @@ class Solver(ABC):
         return not self.updates_weights
 
     def quick(self) -> Solver:
-        """Not required: a cheaper solver of the same kind, with which a survey tries many sparsities; default: self."""
+        """Not required: a cheaper one on the same sums, with which a survey tries many sparsities; default: self."""
         return self
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
