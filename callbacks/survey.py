@@ -20,6 +20,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.methods.survey import Surveyor, surveyed_samples
+from lvlm_prune.output.progress import readable_time
 from lvlm_prune.plugins import plugin_class
 from lvlm_prune.pruning.calibration import BlockCalibration
 
@@ -64,6 +65,25 @@ class PluginSurvey(PruneCallback):
         counts = [plugin.survey_samples for plugin in self.surveyors.values()]
         return None if None in counts else max((count for count in counts if count is not None), default=0)
 
+    def plan_lines(self, pl_module: "LVLMModule", samples: int) -> list[str]:
+        """What the survey of each plugin will cost, a line each; the Linears are known, no weight is read.
+
+        Args:
+            pl_module: The opened model.
+            samples: Number of calibration samples.
+        """
+        linears, lines = self._linears_of_blocks(pl_module), []
+        for name, plugin in self.surveyors.items():
+            count = min(samples, samples if plugin.survey_samples is None else plugin.survey_samples)
+            cost = plugin.survey_cost(linears, count)
+            forwards = cost.block_forwards + count * len(linears)
+            losses = f" and {cost.losses:,} losses" if cost.losses else ""
+            takes = f"{count} samples, {forwards:,} block forwards{losses}"
+            decides = "; it decides the sparsity of each Linear, and what stands below is the mean"
+            line = f"survey first, for {plugin_class(plugin).__name__}: {takes}"
+            lines.append(line + (decides if name == "allocation" else ""))
+        return lines
+
     def on_survey_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Draw the samples of each plugin."""
         numbers = trainer.run.samples.numbers
@@ -79,7 +99,9 @@ class PluginSurvey(PruneCallback):
             own = tail.of_samples(self._samples[name])
             if plugin.wants_survey_losses and block.place == 0:
                 trainer.run.weights.load_output_embedding()
-                trainer.run.say(plugin.announce_survey(self._linears_of_blocks(pl_module), own))
+                cost = plugin.survey_cost(self._linears_of_blocks(pl_module), own.num_samples)
+                takes = readable_time(cost.seconds(*own.seconds()))
+                trainer.run.say(f"survey for {plugin_class(plugin).__name__}: {cost} per process, about {takes}")
             plugin.survey_block_start(block.name, self._linears(block), own)
 
     @property

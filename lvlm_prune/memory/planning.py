@@ -47,6 +47,7 @@ class Plan:
         output_bytes: Size of the output folder.
         baseline: Memory of the libraries, part of the host's.
         free_bytes: What is free on the disk of the output folder.
+        surveys: What looks at the dense model first, and what that takes, a line each.
     """
 
     linears: tuple[PlannedLinear, ...]
@@ -59,6 +60,7 @@ class Plan:
     output_bytes: int
     baseline: int
     free_bytes: int
+    surveys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = self.weights / max(self.model_weights, 1)
@@ -80,7 +82,7 @@ class Plan:
             f"({readable_size(self.output_bytes)} of it the output folder, where "
             f"{readable_size(self.free_bytes)} are free)"
         )
-        return "\n".join([*lines, *self._kinds()])
+        return "\n".join([*lines, *self.surveys, *self._kinds()])
 
     def _kinds(self) -> Iterator[str]:
         """A line for each kind of Linear: its name with `*` for numbers, how many of which shape, target sparsity."""
@@ -102,6 +104,7 @@ def make_plan(
     shapes: Mapping[str, tuple[int, int]],
     footprints: Sequence[tuple[Footprint, Place]],
     free_bytes: int,
+    surveys: Sequence[str] = (),
 ) -> Plan:
     """Look at a model on the meta device; no weights are read.
 
@@ -112,6 +115,7 @@ def make_plan(
         shapes: Full name of each Linear to prune -> (C_out, C_in).
         footprints: For each part of the model that is pruned, what predicts the memory, and where the samples wait.
         free_bytes: What is free on the disk of the output folder.
+        surveys: What looks at the dense model first, a line each.
     """
     assert module.folder is not None
     phases: dict[str, int] = {}
@@ -129,6 +133,7 @@ def make_plan(
         output_bytes=footprint.output_bytes,
         baseline=footprint.baseline,
         free_bytes=free_bytes,
+        surveys=tuple(surveys),
     )
 
 

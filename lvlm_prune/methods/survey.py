@@ -11,6 +11,7 @@ pool ───────┴──────────────► one s
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -49,6 +50,30 @@ class RemainingBlocks(Protocol):
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of one forward of the first block and of one loss; 0.0 where this process has no sample."""
+
+
+@dataclass(frozen=True)
+class SurveyCost:
+    """What changed weights cost a survey, beside the forward of each sample through each block that every survey makes.
+
+    Args:
+        block_forwards: Forwards of one sample through one block.
+        losses: Losses, or answers that are compared: each a product with the output embedding at text positions.
+
+    Example:
+        >>> print(SurveyCost(280, 112))
+        280 block forwards and 112 losses
+    """
+
+    block_forwards: int = 0
+    losses: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.block_forwards} block forwards and {self.losses} losses"
+
+    def seconds(self, block: float, loss: float) -> float:
+        """How long it takes, with these seconds for one of each."""
+        return self.block_forwards * block + self.losses * loss
 
 
 def surveyed_samples(count: int | None, numbers: Sequence[int]) -> frozenset[int]:
@@ -104,14 +129,14 @@ class Surveyor:
     survey_depends_on_method: bool = False
     """True where findings depend on the method: sparsity, pattern, pool, scorer and solver."""
 
-    def announce_survey(self, linears: Mapping[str, list[str]], remaining: RemainingBlocks) -> str:
-        """What evaluating losses will cost, in a line for the user; asked before it starts.
+    def survey_cost(self, linears: Mapping[str, list[str]], samples: int) -> SurveyCost:
+        """What trying changed weights takes, for the plan and for a line before the survey starts; default: nothing.
 
         Args:
             linears: Path of each block -> names of its Linears that are going to be pruned, relative to the block.
-            remaining: All blocks, from the input of the first one; for measuring what a forward costs.
+            samples: How many samples are surveyed.
         """
-        return ""
+        return SurveyCost()
 
     def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """The samples of this process are at the input of the block; no sums over processes here.

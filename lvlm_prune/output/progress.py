@@ -77,11 +77,11 @@ class Progress:
         """What is printed so many seconds after the beginning."""
         share = self.done / max(self.total, 1e-9)
         counts = f"{self.done:.0f} of {self.total:.0f} {self.unit} ({share:.0%})" if self.unit else f"{share:.0%}"
-        text = f"{self.title}: {counts}{f' · {self._text}' if self._text else ''} after {_minutes(seconds)}"
+        text = f"{self.title}: {counts}{f' · {self._text}' if self._text else ''} after {readable_time(seconds)}"
         if self.done <= self.initial:
             return text
         left = seconds * (self.total - self.done) / (self.done - self.initial)
-        return f"{text}, about {_minutes(left)} left"
+        return f"{text}, about {readable_time(left)} left"
 
     def close(self, leave: bool | None = None) -> None:
         """Nothing more is shown; `leave` decides whether the bar stays, other than was said at first."""
@@ -98,8 +98,13 @@ class Progress:
         self.close()
 
 
-def _minutes(seconds: float) -> str:
-    """A time in the coarsest unit that says enough."""
+def readable_time(seconds: float) -> str:
+    """A time in the coarsest unit that says enough.
+
+    Example:
+        >>> readable_time(40), readable_time(200), readable_time(9000)
+        ('40 s', '3 min', '2.5 h')
+    """
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds < 59.5 else "1 min"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"

@@ -242,9 +242,9 @@ def test_ecoflap_says_its_cost_before_it_starts(golden_arguments, tmp_path, caps
     arguments = [*golden_arguments, "--pruning.allocation=ECoFLaPAllocation", "--pruning.allocation.samples=2"]
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    cost = next(index for index, line in enumerate(lines) if line.startswith("ECoFLaP: "))
+    cost = next(index for index, line in enumerate(lines) if line.startswith("survey for "))
     # 2 samples x 7 Linears x there and back x (4 + 3 + 2 + 1) blocks
-    assert lines[cost].startswith("ECoFLaP: 280 block forwards and 112 losses per process, about ")
+    assert lines[cost].startswith("survey for ECoFLaPAllocation: 280 block forwards and 112 losses per process, about ")
     assert any(line.startswith("surveyed: sparsity ") for line in lines[cost:])
 
 
@@ -318,13 +318,17 @@ def test_kl_says_its_cost_and_keeps_to_it(golden_arguments, tmp_path, capsys):
     """Two samples, 4 blocks of 7 Linears, 3 levels: 84 changes, each through its block and those after it."""
     arguments = [*golden_arguments, "--pruning.allocation=KLAllocation", "--pruning.allocation.samples=2"]
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("KL: "))
-    assert line.startswith("KL: 436 block forwards and 168 divergences per process, about ")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("survey for "))
+    # The dense model's logits are made once per sample and block.
+    assert line.startswith("survey for KLAllocation: 436 block forwards and 176 losses per process, about ")
     survey = json.loads((tmp_path / "out" / "pruning.json").read_text())["survey"]
     # Every sample goes once more through each block, as in every survey.
     assert survey["block_forwards"] == 436 + 2 * 4
     assert len(survey["allocation"]["kl"]) == 28
     assert all(len(values) == 3 for values in survey["allocation"]["kl"].values())
+    assert main([*arguments, f"--output={tmp_path / 'planned'}", "--plan=true"]) == 0
+    (planned,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("survey first")]
+    assert "for KLAllocation: 2 samples, 444 block forwards and 176 losses; it decides the sparsity" in planned
 
 
 @pytest.mark.parametrize("groups", ["kind", "block"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lvlm_prune.methods.allocation.base import block_of
 from lvlm_prune.methods.allocation.water_filling import WaterFillingAllocation
-from lvlm_prune.methods.survey import Change, RemainingBlocks, SumOverProcesses
+from lvlm_prune.methods.survey import Change, RemainingBlocks, SumOverProcesses, SurveyCost
 
 
 class ECoFLaPAllocation(WaterFillingAllocation):
@@ -70,15 +70,11 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         self._sums: dict[str, float] = {}
         self._importance: dict[str, float] = {}
 
-    def announce_survey(self, linears: Mapping[str, list[str]], remaining: RemainingBlocks) -> str:
-        """Block forwards and losses of this process, and the seconds that they will take about."""
-        samples = remaining.num_samples
+    def survey_cost(self, linears: Mapping[str, list[str]], samples: int) -> SurveyCost:
+        """Each Linear moved there and back, through its block and those after it."""
         changes = [2 * len(names) for names in linears.values()]
-        forwards = samples * sum(count * (len(changes) - index) for index, count in enumerate(changes))
-        losses = samples * sum(changes)
-        block_seconds, loss_seconds = remaining.seconds()
-        seconds = forwards * block_seconds + losses * loss_seconds
-        return f"ECoFLaP: {forwards} block forwards and {losses} losses per process, about {readable_seconds(seconds)}"
+        forwards = sum(count * (len(changes) - index) for index, count in enumerate(changes))
+        return SurveyCost(samples * forwards, samples * sum(changes))
 
     def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """Losses of each sample with each Linear of the block moved there and back."""
@@ -133,10 +129,3 @@ def in_attention(name: str) -> bool:
     """Whether a Linear belongs to its block's attention, or to what stands in for it (`linear_attn`, `mixer`)."""
     inside = name.removeprefix(block_of(name))
     return any(word in inside for word in ("attn", "attention", "mixer"))
-
-
-def readable_seconds(seconds: float) -> str:
-    """Seconds as a reader takes them in: `90 s`, `3 min`, `2.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_prune.methods.allocation.base import Allocation, block_of
-from lvlm_prune.methods.allocation.ecoflap import in_attention, readable_seconds
+from lvlm_prune.methods.allocation.ecoflap import in_attention
 from lvlm_prune.methods.allocation.uniform import UniformAllocation
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, Unstructured
 from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.methods.solvers import LinearProblem, Solver
 from lvlm_prune.methods.statistics import Statistic
-from lvlm_prune.methods.survey import Change, RemainingBlocks, SumOverProcesses
+from lvlm_prune.methods.survey import Change, RemainingBlocks, SumOverProcesses, SurveyCost
 
 Groups = Literal["linear", "kind", "block"]
 
@@ -116,20 +116,13 @@ class KLAllocation(Allocation):
         self._tried = sorted(set(self.levels or around))
 
     # ---- survey ------------------------------------------------------------------------------------------------------
-    def announce_survey(self, linears: Mapping[str, list[str]], remaining: RemainingBlocks) -> str:
-        """Block forwards and losses of this process, and the seconds that they will take about."""
-        samples, levels = remaining.num_samples, len(self._tried)
-        changes = [levels * len(self._groups_of(block, names)) for block, names in linears.items()]
-        # The dense model's answers, and the statistics of each block, take one forward more per block.
-        forwards = samples * (2 * len(changes) + sum(count * (len(changes) - at) for at, count in enumerate(changes)))
-        losses = samples * sum(changes)
-        block_seconds, loss_seconds = remaining.seconds()
-        # The dense model's logits are made once for all changes of a block.
-        seconds = forwards * block_seconds + (losses + samples * len(changes)) * loss_seconds
-        return (
-            f"KL: {forwards} block forwards and {losses} divergences per process, about {readable_seconds(seconds)}, "
-            f"and {levels} solves of each Linear"
-        )
+    def survey_cost(self, linears: Mapping[str, list[str]], samples: int) -> SurveyCost:
+        """Each group at each level, through its block and those after it."""
+        changes = [len(self._tried) * len(self._groups_of(block, names)) for block, names in linears.items()]
+        # The dense model's answers, and the statistics of each block, take one forward more per block; its logits are
+        # made once for all changes of a block.
+        forwards = 2 * len(changes) + sum(count * (len(changes) - at) for at, count in enumerate(changes))
+        return SurveyCost(samples * forwards, samples * (sum(changes) + len(changes)))
 
     def survey_block_changes(
         self,

@@ -84,7 +84,7 @@ def survey_of(plugin: Surveyor, samples: Iterable[int], sum_over_processes: SumO
             linear.weight.data = make_weight(linear.out_features, linear.in_features, seed=10 * place + seed)
         remaining = FewBlocks(linears, samples)
         if place == 0 and plugin.wants_survey_losses:
-            plugin.announce_survey({block: list(linears) for block in _BLOCKS}, remaining)
+            plugin.survey_cost({block: list(linears) for block in _BLOCKS}, len(samples))
         plugin.survey_block_start(block, linears, remaining)
         if plugin.wants_survey_statistics:
             # Summed over all processes already, so that of every sample.

@@ -18,6 +18,7 @@ from lvlm_prune.callbacks import (
     SparseCheckpointWriter,
 )
 from lvlm_prune.memory.sizes import MemoryDemand
+from lvlm_prune.module import LVLMModule
 
 
 def with_defaults(callbacks: Sequence[Callback], progress_bar: ProgressBar | None) -> list[Callback]:
@@ -72,6 +73,16 @@ class Participants:
     def surveying(self) -> list[Callback]:
         """Those that want a survey of the dense model."""
         return [callback for callback in self._callbacks if getattr(callback, "wants_survey", False)]
+
+    def survey_lines(self, module: LVLMModule, samples: int) -> list[str]:
+        """What the surveys of plugins will cost, a line each.
+
+        Args:
+            module: The opened model.
+            samples: Number of calibration samples.
+        """
+        surveys = (callback for callback in self.surveying() if isinstance(callback, PluginSurvey))
+        return [line for survey in surveys for line in survey.plan_lines(module, samples)]
 
     def samples(self) -> bool:
         """Whether calibration samples are needed at all."""

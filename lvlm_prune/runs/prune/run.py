@@ -182,7 +182,8 @@ class PruneRun:
             footprints.append(run.memory.predict(model, part, method))
         assert run.folder is not None
         free = free_bytes(run.folder)
-        return make_plan(model, weights, targets, pruning.shapes, footprints, free)
+        surveys = self.participants.survey_lines(model, len(self.datamodule.select()) if sizes else 0)
+        return make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
 
     # ---- the work ----------------------------------------------------------------------------------------------------
     def _carry_out(self, finished: Manifest | None) -> None:
