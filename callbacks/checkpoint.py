@@ -19,7 +19,6 @@ from torch import Tensor
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
-from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.output.folder import (
@@ -33,7 +32,7 @@ from lvlm_prune.output.folder import (
     writing,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, STATISTICS_NAME
+from lvlm_prune.output.names import PRUNING_RECORD, RUN_FILES, STATISTICS_NAME
 from lvlm_prune.output.own_files import record_of_content, refuse_changed
 from lvlm_prune.output.records import FileRecord
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
@@ -108,9 +107,8 @@ class SparseCheckpointWriter(PruneCallback):
         manifest["status"] = "copying"
         manifest.write(folder)
         write_config(folder, trainer.run.config)
-        # The input may have been pruned itself: its own records would be taken for ours.
-        records = (PRUNING_RECORD, "config.yaml", PAGE_NAME, FIGURE_FOLDER, STATISTICS_NAME, *EVALUATION_FILES)
-        manifest["files"] = copy_checkpoint(pl_module.folder, folder, leave_out=records)
+        # The input may have been pruned or recovered itself: its own records would be taken for ours.
+        manifest["files"] = copy_checkpoint(pl_module.folder, folder, leave_out=RUN_FILES)
         manifest["status"] = "pruning"
         manifest.write(folder)
         return manifest

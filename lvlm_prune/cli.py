@@ -148,7 +148,13 @@ def console() -> NoReturn:
 
 def _is_lost(stream: TextIO, error: OSError) -> bool:
     """Whether an error is that of a stream to which nothing can be written; what waits in it is dropped then."""
-    if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+    if error.filename is not None or error.errno not in (
+        errno.EPIPE,
+        errno.ENOSPC,
+        errno.EIO,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ):
         return False
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

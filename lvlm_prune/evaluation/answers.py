@@ -26,7 +26,7 @@ from lvlm_prune.data.conversation import Conversation, load_image
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.data.processing import encode, pad_token_of, refusals, render, tokenizer_of
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import RunError, one_line
+from lvlm_prune.errors import RunError, first_line, one_line
 from lvlm_prune.evaluation.metrics import METRICS
 from lvlm_prune.evaluation.scores import Question, Retention, Scores, retention
 
@@ -267,7 +267,12 @@ class _Answerer:
         return {**self._placed(made), **cache}
 
     def _generate(self, inputs: Any, limit: int) -> list[str]:
-        tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=limit, pad_token_id=self.padding)
+        # Greedily, whatever was saved with the checkpoint.
+        greedy = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        try:
+            tokens = self.model.generate(**inputs, **greedy, max_new_tokens=limit, pad_token_id=self.padding)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"the model cannot answer with its generation_config.json: {first_line(error)}") from error
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

@@ -20,3 +20,17 @@ PRIVATE_SUFFIX = ".private"
 STATISTICS_NAME = "statistics.safetensors"
 EXAMPLE = "example"
 """With a block's number: key there of how much each visual token of one sample counts, uint8 in steps of 1/255."""
+
+RUN_FILES = (
+    PRUNING_RECORD,
+    RECOVERY_RECORD,
+    PACKING_RECORD,
+    EVALUATION_RECORD,
+    EVALUATION_TABLE,
+    "config.yaml",
+    PAGE_NAME,
+    FIGURE_FOLDER,
+    STATISTICS_NAME,
+    "adapter",
+)
+"""What runs leave in a folder about the checkpoint there; in a copy that is changed it would be told of the copy."""

@@ -13,7 +13,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.report.comparison import comparison_page
 from lvlm_prune.runs.compare.folders import ComparedFolder
 from lvlm_prune.runs.compare.run import different
-from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
 from tests.pages import Page, refuse_other_numbers
 
 
@@ -164,6 +164,15 @@ def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path,
     )
     assert math.isclose(record["overlap"][0]["mean"], 1)
     assert record["sparsity"][0] == record["sparsity"][1]
+    again = tmp_path / "again"
+    data = ["--data.source=TensorSource", f"--data.source.path={GOLDEN / 'calib.safetensors'}"]
+    options = ["--pruning.sparsity=0.8", "--evaluate=false", "--report=false", "--trainer.accelerator=cpu"]
+    assert main(["prune", f"--model.path={out}", *data, *options, f"--output={again}"]) == 0
+    assert not (again / "recovery.json").exists(), "it tells of what the recovered model was before"
+    assert not (again / "adapter").exists()
+    capsys.readouterr()
+    assert main(["compare", str(base), str(again)]) == 0
+    assert f"| sparsity | {record['folders'][0]['sparsity']:.1%} | 79." in capsys.readouterr().out
 
 
 def refused(capsys, *arguments: str) -> str:

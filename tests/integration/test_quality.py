@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForImageTextToText
 
@@ -95,3 +96,18 @@ def test_families_with_tied_embeddings_and_streamed_towers(family, tmp_path):
     assert found["held_back"]
     assert found["samples"] == 3
     assert found["kl"] > 0
+
+
+def test_answers_that_are_not_a_number_are_not_the_same(tmp_path):
+    """The largest of NaN is the first: a broken model would agree with itself on every token."""
+    write_folder(tmp_path / "dense", "llava")
+    for shard in (tmp_path / "dense").glob("*.safetensors"):
+        tensors = load_file(shard)
+        head = [name for name in tensors if name.endswith("lm_head.weight")]
+        if head:
+            save_file(tensors | {head[0]: tensors[head[0]] * math.nan}, shard, metadata={"format": "pt"})
+    source = ["--data.source=LlavaJsonSource", f"--data.source.path={write_captions(tmp_path / 'images')}"]
+    options = ["--data.num_samples=5", "--trainer.accelerator=cpu", "--report=false"]
+    assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, f"--output={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]
+    assert found == {"not_measured": "logits of the dense model are NaN"}

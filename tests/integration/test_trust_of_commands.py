@@ -283,6 +283,22 @@ def test_what_template_or_model_refuse_of_a_question_is_one_line(change, problem
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_saved_for_generation_changes_no_answer_or_is_one_line(hub_folder, tmp_path, capsys):
+    """Answers are greedy ones, also of a model that was saved with a beam search."""
+    found = []
+    for number, saved in enumerate(({}, {"num_beams": 3, "num_return_sequences": 2, "do_sample": True})):
+        folder, output = tmp_path / f"model-{number}", tmp_path / str(number) / "out"
+        shutil.copytree(hub_folder, folder)
+        (folder / "generation_config.json").write_text(json.dumps(saved))
+        assert main(asked(folder, output)) == 0
+        found.append(json.loads((output / "evaluation.json").read_text())["tasks"])
+    assert found[0] == found[1]
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    capsys.readouterr()
+    assert main(asked(folder, tmp_path / "broken" / "out")) == 2
+    assert "generation_config.json" in one_line(capsys)
+
+
 @pytest.mark.parametrize("saved", ["truncation", "padding"])
 def test_what_training_left_in_a_tokenizer_changes_no_answer(saved, hub_folder, tmp_path):
     folder = tmp_path / "model"

@@ -24,7 +24,6 @@ from lvlm_prune.output.folder import (
     copy_checkpoint,
     folder_bytes,
     free_bytes,
-    make_folder,
     refuse_unusable,
     release,
 )
@@ -75,7 +74,6 @@ class Packing(ABC):
             self._say(f"{self.folder} is complete already")
             self._verify_again()
             return Manifest.read(self.folder, PACKING_RECORD)
-        make_folder(self.folder)
         with owning(self.folder):
             self._begin()
             shards = self.source.shards

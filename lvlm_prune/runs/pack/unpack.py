@@ -21,7 +21,6 @@ from lvlm_prune.output.folder import (
     copy_checkpoint,
     folder_bytes,
     free_bytes,
-    make_folder,
     refuse_unusable,
     release,
 )
@@ -60,7 +59,6 @@ class UnpackRun:
     def __call__(self) -> dict[str, Any]:
         """Unpack what is not yet unpacked; sizes before and after, in bytes, and seconds."""
         packed, shards = self.packed, self.packed.shards
-        make_folder(self.folder)
         with owning(self.folder):
             self.record.write(self.folder, UNPACKING_RECORD)
             left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)

@@ -106,11 +106,15 @@ class SampleQuality:
             parts = (one.split(size) for one in (dense[number], pruned[number], following))
             for before, after, tokens in zip(*parts):
                 expected, found = self._logits(before), self._logits(after)
+                if expected.isnan().any():
+                    weights.release_output_embedding()
+                    return {"not_measured": "logits of the dense model are NaN"}
                 losses = [cross_entropy(one, tokens, reduction="sum") for one in (expected, found)]
                 apart = kl_div(
                     found.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="sum", log_target=True
                 )
-                same = (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum()
+                # The largest of NaN is the first of them, which is no answer.
+                same = ((expected.argmax(dim=-1) == found.argmax(dim=-1)) & ~found.isnan().any(dim=-1)).sum()
                 sums += torch.stack([*losses, apart, same]).double().cpu()
         weights.release_output_embedding()
         count = sum(map(len, targets.values()))

@@ -23,7 +23,6 @@ from lvlm_prune.demo import NAMES
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.errors import InputError
-from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.methods.patterns import Pattern, parse_pattern
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.base_record import pruned_how, record_of
@@ -37,7 +36,7 @@ from lvlm_prune.output.folder import (
     writing,
 )
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD, STATISTICS_NAME
+from lvlm_prune.output.names import RECOVERY_RECORD, RUN_FILES
 from lvlm_prune.output.own_files import refuse_changed
 from lvlm_prune.output.provenance import origin_of, provenance
 from lvlm_prune.output.summaries import next_commands, summary
@@ -60,17 +59,7 @@ if TYPE_CHECKING:
 # Folders of an unfinished run, inside its output.
 CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
 # Of the run that made the base; they would be taken for records of this run.
-_RECORDS = (
-    PRUNING_RECORD,
-    RECOVERY_RECORD,
-    "config.yaml",
-    PAGE_NAME,
-    FIGURE_FOLDER,
-    STATISTICS_NAME,
-    *EVALUATION_FILES,
-    "adapter",
-    *WORK_FOLDERS,
-)
+_RECORDS = (*RUN_FILES, *WORK_FOLDERS)
 
 
 class RecoveryRun(ABC):
