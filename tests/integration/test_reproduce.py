@@ -118,6 +118,15 @@ BAD = {
         ["reproduce", "atv/table_3", MODEL, "--calibration={nothing: {}}"],
         ["--calibration nothing", "sharegpt4v"],
     ),
+    "no calibration set": (
+        ["reproduce", "atv/table_3", MODEL, "--calibration={sharegpt4v: 5}"],
+        ["--calibration sharegpt4v: expected options", "not 5"],
+    ),
+    "engine without tasks": (
+        ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft"],
+        ["--tasks {}", "for no column"],
+    ),
+    "no seed": (["reproduce", "atv/table_3", MODEL, "--seeds=[]"], ["--seeds []"]),
     "tasks without engine": (["reproduce", "atv/table_3", MODEL, "--tasks={MMB: mine}"], ["--tasks", "--engine"]),
     "parts of the probe": (
         ["reproduce", "atv/table_1", MODEL, "--engine=tests.engines.ShareLeft", "--part=1/2"],

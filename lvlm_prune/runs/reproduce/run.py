@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lvlm_prune.checkpoints.files import refuse_undecodable
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Scores
@@ -75,6 +75,10 @@ def table_points(part: Part, seeds: Sequence[int], calibration: Mapping[str, Map
     known = calibration_sets()
     if unknown := next((name for name in calibration if name not in known), None):
         raise InputError("calibration", unknown, f"no such set; there are {', '.join(known)}")
+    for name, given in calibration.items():
+        if not isinstance(given, Mapping):
+            problem = f"expected options of `data`, for example {{num_samples: 64}}, not {shortened(given)}"
+            raise InputError("calibration", name, problem)
     rows = []
     for row in part.rows:
         pruning = yaml.safe_load(recipe_file(row.recipe).read_text())["pruning"]
@@ -153,6 +157,9 @@ class ReproductionRun:
         known = {benchmark.name for entry in table.parts for benchmark in entry.benchmarks}
         if unknown := sorted(set(tasks) - known):
             raise InputError("tasks", unknown[0], f"is no column of {table.name}; there are {', '.join(sorted(known))}")
+        if engine is not None and not tasks:
+            problem = f"says for no column of {table.name} which task of --engine it is; there are"
+            raise InputError("tasks", "{}", f"{problem} {', '.join(sorted(known))}")
         self.points = [table_points(entry, seeds, calibration) for entry in table.parts]
         for entry in table.parts:
             engine_of_part = self._engine(entry)[0]

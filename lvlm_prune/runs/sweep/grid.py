@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -282,7 +283,7 @@ def _instantiate(config: Mapping[str, Any]) -> Namespace:
         }
     )
     with built_from(config):
-        return _parser().instantiate(_parser().parse_object(dict(config)))
+        return _parser().instantiate(_parser().parse_object(deepcopy(dict(config))))
 
 
 def _parse(recipe: str, pruning: Mapping[str, Any], options: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,7 +294,8 @@ def _parse(recipe: str, pruning: Mapping[str, Any], options: dict[str, Any], dat
     """
     parser = _parser()
     try:
-        base = parser.parse_object({"pruning": dict(pruning), "data": dict(data)})
+        # Of lists of plugins the parser makes objects of its own in place.
+        base = parser.parse_object(deepcopy({"pruning": dict(pruning), "data": dict(data)}))
     except ArgumentError as error:
         raise InputError("recipes", recipe, explain(str(error))) from None
     while options:

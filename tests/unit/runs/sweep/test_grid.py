@@ -1,5 +1,6 @@
 """Which runs a grid stands for."""
 
+import json
 from itertools import pairwise
 
 from lvlm_prune.data import CalibrationDataModule
@@ -51,6 +52,16 @@ def test_a_plugin_can_be_swept_with_its_options():
     ]
     first, _ = found[0].instantiate()
     assert (first.pool.k, first.pool.alpha) == (3, 0.5)
+
+
+def test_a_mixture_of_sources_stays_plain_data():
+    """The parser makes objects of the members of a list in place; a point is written, and compared, as data."""
+    members = [{"class_path": "TextSource", "init_args": {"path": f"{name}.txt"}} for name in ("a", "b")]
+    mixture = {"class_path": "MixtureSource", "init_args": {"sources": members, "ratios": [1, 1]}}
+    found = points("wanda", seeds=[0], data__source=[mixture], pruning__sparsity=[0.5, 0.6])
+    assert len({point.identity for point in found}) == 2
+    found[0].instantiate()
+    assert all(json.loads(json.dumps(point.config)) == point.config for point in found)
 
 
 def test_the_same_point_keeps_its_identity_under_another_name(tmp_path):
