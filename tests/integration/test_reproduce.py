@@ -122,6 +122,7 @@ BAD = {
         ["reproduce", "atv/table_3", MODEL, "--calibration={sharegpt4v: 5}"],
         ["--calibration sharegpt4v: expected options", "not 5"],
     ),
+    "a tower": (["reproduce", "atv/table_3", MODEL, "--model.targets=[vision]"], ["--model.targets"]),
     "engine without tasks": (
         ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft"],
         ["--tasks {}", "for no column"],

@@ -138,6 +138,7 @@ class ReproductionRun:
         self.trainer, self.table, self.model = trainer, table, model
         self.part, self.keep, self.engine = part, keep, engine
         self.harness, self.tasks = harness, dict(tasks)
+        model.refuse_vision("reproduce")
         self.folder = Path(output or f"runs/{table.name.replace('/', '-')}")
         refuse_undecodable(self.folder, "output")
         refuse_other_content(self.folder, [_TABLE, "*/sweep*.jsonl", f"*/*/{PROBE_RECORD}"], "reproduced table")
