@@ -64,7 +64,7 @@ class PruningReport(PruneCallback):
         pruning = trainer.run.find(BlockwisePruning)
         if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver, ALPSSolver):
             trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")
-        if trainer.owns_process and pl_module.path not in NAMES:
+        if trainer.owns_process and pl_module.path not in NAMES and not trainer.run.options.packed:
             trainer.run.say(next_commands(folder, pl_module.path))
 
     @staticmethod

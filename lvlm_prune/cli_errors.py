@@ -100,7 +100,7 @@ def explain(
     if value := re.search(r"Expected a dot import path string: (\S+)", rest):
         if value[1] in plugins:
             return f"{option} {value[1]}: is a class of another kind"
-        close = get_close_matches(value[1].rpartition(".")[2], plugins, n=1, cutoff=0.8)
+        close = _close_classes(value[1].rpartition(".")[2], option.rpartition(".")[2], plugins)
         way_out = "(a short class name, or the import path of a class of the right kind)"
         return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):
@@ -126,6 +126,23 @@ def explain(
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         return _unknown(_full_name(name, arguments), known, plugins)
     return f"{option}: {rest}" if key else rest
+
+
+def _close_classes(name: str, kind: str, plugins: Collection[str]) -> list[str]:
+    """The class that a misspelt name comes closest to, with the word for its kind or without; at most one.
+
+    Example:
+        >>> _close_classes("Wnda", "scorer", ["WandaScorer", "RIAScorer"])
+        ['WandaScorer']
+        >>> _close_classes("SparseGPT", "solver", ["SparseGPTSolver", "SparseGPTScorer"])
+        ['SparseGPTSolver']
+    """
+    # Of two with the same stem the last one counts.
+    whole = {
+        re.sub(r"[A-Z][a-z]+$", "", one): one for one in sorted(plugins, key=lambda one: one.lower().endswith(kind))
+    }
+    found = get_close_matches(name, [*plugins, *filter(None, whole)], n=1, cutoff=0.8)
+    return [whole.get(one, one) for one in found]
 
 
 def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:

@@ -44,6 +44,7 @@ class RunOptions:
         plan: Only say what would be done, and what memory and disk that needs.
         quiet: Print nothing.
         held_back: Samples on which the pruned model is measured against the dense one, where it is to be evaluated.
+        packed: The folder is packed afterwards; what comes next is said then.
     """
 
     resume: bool = False
@@ -52,6 +53,7 @@ class RunOptions:
     plan: bool = False
     quiet: bool = False
     held_back: int = 0
+    packed: bool = False
 
 
 @dataclass

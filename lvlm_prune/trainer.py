@@ -98,7 +98,7 @@ class LVLMTrainer(RunTrainer):
             raise InputError("held_back", held_back, "must be 0 or more")
         if not 0 <= keep_minutes < float("inf"):
             raise InputError("keep_minutes", keep_minutes, "must be 0 (no bound) or more")
-        options = RunOptions(resume, evaluate, report, plan, held_back=held_back)
+        options = RunOptions(resume, evaluate, report, plan, held_back=held_back, packed=packed)
         run: PruneRun | SearchRun
         if keep:
             run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
@@ -111,7 +111,7 @@ class LVLMTrainer(RunTrainer):
             run = PruneRun(self, model, datamodule, output, options, config=None if size is None else size.config)
         manifest = run()
         if packed and not plan:
-            pack_output(run.run, model)
+            pack_output(run.run, model, model.path if self.owns_process else "")
             if size is not None and run.run.folder is not None and self.is_global_zero:
                 size.refuse_missed(run.run.folder)
         if not plan:
@@ -176,10 +176,10 @@ class LVLMTrainer(RunTrainer):
             return Manifest.read(Path(output), RECOVERY_RECORD)
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
-        run = kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report))
+        run = kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report, packed=packed))
         record = run()
         if packed:
-            pack_output(run.run, model)
+            pack_output(run.run, model, run.dense_name if self.owns_process else "")
         publish(run.folder)
         return record
 

@@ -144,7 +144,9 @@ class Manifest(dict[str, Any]):
                     if key == "fingerprint":
                         raise _other_input(section, other, folder)
                     option = key if section == "config" else f"{section}.{key}"
-                    problem = f"the unfinished run in {folder} used {before.get(key)}; repeat it, or write elsewhere"
+                    state = "finished" if self.get("status") == "complete" else "unfinished"
+                    used = before.get(key, "") if before.get(key, "") != "" else "another, which has no name"
+                    problem = f"the {state} run in {folder} used {used}; repeat it, or write elsewhere"
                     raise InputError(option, now.get(key), problem)
 
     def _free_places(self) -> set[str]:

@@ -104,23 +104,31 @@ def private_line(folder: Path) -> str:
     return f"private: local paths, ids and pictures of samples are in {folder}{PRIVATE_SUFFIX}, and not in {folder}"
 
 
-def next_commands(folder: Path, dense: str, recovers: bool = True) -> str:
-    """What can be done with a sparse checkpoint, a command in each line.
+def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool = False) -> str:
+    """What can be done with a sparse checkpoint, a command in each line; words in capitals are the user's to fill in.
 
     Args:
         folder: The checkpoint.
         dense: What it was made from, as the user named it.
         recovers: Whether `recover` is among them.
+        packed: Whether it is packed: then it is unpacked before it is recovered.
 
     Example:
-        >>> print(next_commands(Path("out"), "me/llava"))
-        next: lvlm-prune evaluate --model.path out --baseline me/llava --engine.benchmark LocalBenchmark ...
-              lvlm-prune recover --model.path out --data.source ...
-              lvlm-prune pack --model.path out
+        >>> print(next_commands(Path("out"), "me/llava", packed=True))
+        next: lvlm-prune evaluate --model.path out --baseline me/llava --engine.benchmark LocalBenchmark \\
+                --engine.benchmark.source LlavaJsonSource --engine.benchmark.source.path QUESTIONS.json
+              lvlm-prune unpack --model.path out
     """
     sparse, origin = shlex.quote(str(folder)), shlex.quote(dense)
-    commands = [f"evaluate --model.path {sparse} --baseline {origin} --engine.benchmark LocalBenchmark ..."]
-    if recovers:
-        commands.append(f"recover --model.path {sparse} --data.source ...")
-    commands.append(f"pack --model.path {sparse}")
+    questions = "--engine.benchmark.source LlavaJsonSource --engine.benchmark.source.path QUESTIONS.json"
+    commands = [
+        f"evaluate --model.path {sparse} --baseline {origin} --engine.benchmark LocalBenchmark \\\n        {questions}"
+    ]
+    if packed:
+        commands.append(f"unpack --model.path {sparse}")
+    elif recovers:
+        answers = "--data.source LlavaJsonSource --data.source.path ANSWERS.json"
+        commands.append(f"recover --model.path {sparse} {answers}")
+    if not packed:
+        commands.append(f"pack --model.path {sparse}")
     return "next: " + "\n      ".join(f"lvlm-prune {command}" for command in commands)

@@ -323,8 +323,11 @@ def _loading(folder: Path, record: Mapping[str, Any], packing: Mapping[str, Any]
         f'model = {loader}.from_pretrained(THIS_MODEL, dtype="auto"{trust})',
         f"processor = AutoProcessor.from_pretrained(THIS_MODEL{trust})",
     ]
+    videos = takes_videos(folder)
+    if videos:
+        lines[-1] += "  # needs torchvision: it takes videos"
     code = "\n".join(lines)
-    return f"## Load it\n\n```python\n{code}\n```{_VIDEOS if takes_videos(folder) else ''}"
+    return f"## Load it\n\n```python\n{code}\n```{_VIDEOS if videos else ''}"
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -319,8 +319,16 @@ def test_prune_packs_what_it_writes(tmp_path: Path, capsys) -> None:
     plain, packed, unpacked = (tmp_path / name for name in ("plain", "packed", "unpacked"))
     arguments = [*GOLDEN_ARGUMENTS, "--report=false", "--pruning.sparsity=0.6"]
     assert main([*arguments, f"--output={plain}"]) == 0
+    capsys.readouterr()
     assert main([*arguments, f"--output={packed}", "--packed=true"]) == 0
-    assert "x smaller" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "x smaller" in said
+    # What comes next is said of the packed folder, once it is.
+    _, after = said.split("x smaller", 1)
+    first, *others = after[after.index("next: ") :].splitlines()
+    assert said.count("next: ") == 1
+    assert first.startswith(f"next: lvlm-prune evaluate --model.path {packed} --baseline ")
+    assert f"lvlm-prune unpack --model.path {packed}" in [line.strip() for line in others]
     assert main([*arguments, f"--output={packed}", "--packed=true", "--resume=true"]) == 0
     assert capsys.readouterr().out.count("is complete already") == 1
     assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0

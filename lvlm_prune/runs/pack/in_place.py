@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lvlm_prune.demo import NAMES
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PACKING_RECORD
+from lvlm_prune.output.summaries import next_commands
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.packed.format import Format
 from lvlm_prune.run import Run
@@ -23,12 +25,13 @@ def resumes_packing(output: str, packed: bool, resume: bool) -> bool:
     return packed and resume and bool(output) and (Path(output) / PACKING_RECORD).is_file()
 
 
-def pack_output(run: Run, model: LVLMModule) -> None:
+def pack_output(run: Run, model: LVLMModule, dense: str = "") -> None:
     """Pack the folder that a run has written, on one process.
 
     Args:
         run: The run, finished.
         model: What it started from.
+        dense: The dense model, where a user is to be told what comes next.
 
     Raises:
         InputError: It wrote no folder.
@@ -37,6 +40,8 @@ def pack_output(run: Run, model: LVLMModule) -> None:
         raise InputError("packed", "true", "is for checkpoint folders; save the model that is in memory, then pack it")
     if run.processes.is_main:
         pack_folder(run.folder, model, run.options.quiet)
+        if dense and dense not in NAMES:
+            run.say(next_commands(run.folder, dense, packed=True))
 
 
 def pack_folder(folder: Path | str, model: LVLMModule, quiet: bool = False) -> None:

@@ -28,7 +28,7 @@ from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_chang
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import describe, mounted, plugin_class
 from lvlm_prune.report.page import write_page
-from lvlm_prune.report.probe import grid_markdown, probe_page
+from lvlm_prune.report.probe import grid_markdown, probe_page, summarise
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.probe.pathways import PathwayPruning
 from lvlm_prune.runs.prune.participants import Participants
@@ -142,6 +142,8 @@ class ProbeRun:
         stream.survey()
         self._note("probing")
         self._score_dense()
+        if self.scoring is None:
+            run.say("pathways are pruned, but not scored: only the embedded model is, with --evaluate true")
         manifest["grid"] = self._finished(cells)
         for cell in cells[len(manifest["grid"]) :]:
             manifest["grid"].append(self._cell(cell))
@@ -277,6 +279,10 @@ class ProbeRun:
             manifest["files"] = records_of(self.folder, [self.folder / name for name in written])
         manifest["digest"] = _digest(manifest)
         self._note("complete")
+        for sparsity, overlap in summarise(manifest)["mean_iou"].items():
+            run.say(
+                f"masks from text and from visual tokens overlap by {overlap:.1%} at {float(sparsity):.0%} sparsity"
+            )
         run.say(
             (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {PROBE_RECORD}) · "
             f"{manifest['seconds']:.0f} s"

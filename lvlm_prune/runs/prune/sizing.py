@@ -78,8 +78,9 @@ class PackedSize:
         more = sum(rows * (mask_bytes(columns) + width) for rows, columns in shapes) + _HEADER * len(packable)
         sparsity = math.ceil(1e4 * (dense + more - self.wanted) / (width * weights)) / 1e4
         if sparsity > _MOST:
-            least = readable_size(dense + more - _MOST * width * weights)
-            problem = f"the smallest that {_MOST:.0%} zeros in its {len(pruning.shapes)} Linears give is {least}"
+            least = dense + more - _MOST * width * weights
+            said = f"{readable_size(least)}, {least / dense:.2f} of the dense shards"
+            problem = f"the smallest that {_MOST:.0%} zeros in its {len(pruning.shapes)} Linears give is {said}"
             raise InputError(_OPTION, self.size, problem)
         return sparsity
 

@@ -361,9 +361,13 @@ class RecoveryRun(ABC):
 
             write_page(self.folder, *recovery_page(self.record, self.folder))
         self._say(summary(self.record, self.folder))
-        dense = (self.base_record.get("dense") or {}).get("path") or "DENSE"
-        if "evaluation" not in self.record and dense not in NAMES:
-            self._say(next_commands(self.folder, dense, recovers=False))
+        if "evaluation" not in self.record and self.dense_name not in NAMES and not self.run.options.packed:
+            self._say(next_commands(self.folder, self.dense_name, recovers=False))
+
+    @property
+    def dense_name(self) -> str:
+        """The dense model, as far as the record of the base names it."""
+        return (self.base_record.get("dense") or {}).get("path") or "DENSE"
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.run.options.quiet:

@@ -175,6 +175,10 @@ class SearchRun:
         quality = SampleQuality(self.model, self.datamodule, self.count, launch.fabric.device)
         prepare_source(self.model, self.datamodule.source)
         self.datamodule.setup("prune")
+        if not quality.is_held_back:
+            self.run.say(
+                "tries are measured on calibration samples: the source has no others, give it more or take fewer"
+            )
         brackets: dict[str, Bracket] = {}
         tries: list[dict[str, Any]] = []
         seconds = 0.0
@@ -244,7 +248,9 @@ class SearchRun:
     def _final(self, point: Point, found: Mapping[str, Any], shared: SharedCalibration | None = None) -> PruneRun:
         # Measured on the samples of the tries, so that one number is said, not two.
         options = replace(self.options, held_back=self.count if self.options.held_back else 0)
-        return self._pruning_run(point, self.folder, options, _SearchRecord(found), shared=shared)
+        final = self._pruning_run(point, self.folder, options, _SearchRecord(found), shared=shared)
+        final.run.began = self.run.began  # the tries belong to the command's time
+        return final
 
     def _pruning_run(
         self, point: Point, folder: Path, options: RunOptions, *more: Callback, shared: SharedCalibration | None
