@@ -217,6 +217,9 @@ def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[s
     if method := how.get("method"):
         yield "method", _plugins(method)
         yield "calibration", _calibration(how.get("calibration", {}))
+    if search := record.get("search"):
+        share = f"{search['keep']:.1%} of the dense model's most likely tokens"
+        yield "sparsity", f"the highest of {len(search['tries'])} tries that keeps {share}"
     if "training" in record:
         yield "recovery", _RECOVERIES.get(record["method"], str(record["method"])) + _trained(record)
     elif "updates_weights" in how:

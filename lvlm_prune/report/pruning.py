@@ -64,6 +64,7 @@ def pruning_page(
         evaluated=evaluated_table(run),
         no_picture=_no_picture(run),
         repeat=repeat_command("prune", run),
+        tries=_tries(run),
         worst=_linears(run, run["summary"]["worst"]),
         linears=_linears(run, [name for name in run["linears"] if _experts_of(name) is None]),
         experts=_experts(run),
@@ -74,6 +75,18 @@ def pruning_page(
         left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
     )
     return text, plates
+
+
+def _tries(run: Mapping[str, Any]) -> Table:
+    """What a search for the sparsity tried, in order; no rows where none was made."""
+    heads = ["method", "sparsity", "agrees with the dense model", "KL"]
+    rows = []
+    for place, one in enumerate((run.get("search") or {}).get("tries", [])):
+        path = ("search", "tries", place)
+        apart = "" if one["kl"] is None else show(run, *path, "kl")
+        shares = (show(run, *path, name, unit="percent") for name in ("sparsity", "agreement"))
+        rows.append([one["recipe"], *shares, apart])
+    return Table(heads, rows)
 
 
 def _no_picture(run: Mapping[str, Any]) -> str:

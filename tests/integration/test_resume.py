@@ -382,7 +382,7 @@ def test_what_only_moved_is_no_other_input(begun, uninterrupted, tmp_path, monke
     here[1] = "--data.source.path=others.safetensors"
     capsys.readouterr()
     assert main([*begun, *here]) == 2
-    assert "--data.source.init_args.path others.safetensors: the unfinished run" in capsys.readouterr().err
+    assert "--data.source.init_args.path others.safetensors: the finished run" in capsys.readouterr().err
 
 
 def test_the_same_weights_in_other_shards_are_refused(begun, tmp_path, capsys):

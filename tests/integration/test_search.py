@@ -64,7 +64,7 @@ def arguments(output: Path, *more: str, method: str = "wanda") -> list[str]:
 
 
 def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(tmp_path / "out", "--keep=0.6", "--held_back=4")) == 0
+    assert main(arguments(tmp_path / "out", "--keep=0.6", "--held_back=4", "--report=true")) == 0
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     found = record["search"]
     assert found["agreement"] >= 0.6
@@ -72,6 +72,9 @@ def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pyt
     assert found["level"] == LEVELS or above[0]["agreement"] < 0.6
     assert record["sparsity"]["target"] == pytest.approx(found["sparsity"])
     assert record["verified"]
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert all(f'data-path="search/tries/{place}/agreement"' in page for place in range(len(found["tries"])))
+    assert f"the highest of {len(found['tries'])} tries that keeps 60.0% of the dense model's" in card
     assert f"at {found['sparsity']:.1%} keeps {found['agreement']:.1%}" in capsys.readouterr().out
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["pruning"]["sparsity"] == found["sparsity"]
