@@ -103,10 +103,11 @@ class LVLMTrainer(RunTrainer):
         if keep:
             run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
         elif keep_recipes or keep_minutes:
-            problem = "does nothing without --keep, the share to keep, for example 0.99"
             if keep_minutes:
+                problem = "does nothing without --keep, the share to keep, for example 0.99"
                 raise InputError("keep_minutes", keep_minutes, problem)
-            raise InputError("keep_recipes", keep_recipes, problem)
+            wanted = "--method auto and --keep_recipes want the share to keep, for example 0.99"
+            raise InputError("keep", keep, f"{wanted}; or --packed true with a --packed_size")
         else:
             run = PruneRun(self, model, datamodule, output, options, config=None if size is None else size.config)
         manifest = run()

@@ -148,7 +148,7 @@ def test_a_plan_says_how_many_runs_it_takes(tmp_path: Path, capsys) -> None:
         (["--keep=0.9", "--keep_recipes=[wandaa]"], "--keep_recipes wandaa"),
         (["--keep=0.9", f"--keep_recipes=[{'a' * 300}]"], "--keep_recipes aaa"),
         (["--keep=0.9", "--keep_recipes=[atv_2of4]"], "--keep_recipes atv_2of4: prunes 2:4"),
-        (["--keep_recipes=[fast]"], "--keep_recipes "),
+        (["--keep_recipes=[fast]"], "--keep 0.0: --method auto and --keep_recipes want the share"),
         (["--keep=0.9", "--pruning.pattern=2:4"], "--pruning.pattern 2:4"),
     ],
 )
