@@ -74,7 +74,7 @@ class PluginSurvey(PruneCallback):
         """
         linears, lines = self._linears_of_blocks(pl_module), []
         for name, plugin in self.surveyors.items():
-            count = min(samples, samples if plugin.survey_samples is None else plugin.survey_samples)
+            count = len(surveyed_samples(plugin.survey_samples, range(samples)))
             cost = plugin.survey_cost(linears, count)
             forwards = cost.block_forwards + count * len(linears)
             losses = f" and {cost.losses:,} losses" if cost.losses else ""

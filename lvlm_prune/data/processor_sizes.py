@@ -18,8 +18,6 @@ LARGEST_AREA = LARGEST_SIDE**2
 LARGEST_COUNT = 2**20
 
 _SIDES = {"height", "width", "shortest_edge", "longest_edge", "image_grid_pinpoints"}
-# Families that cut a picture into patches of its own resolution give these as numbers of pixels.
-_AREAS = {"min_pixels", "shortest_edge"}
 _COUNTS = re.compile(r"num_\w*tokens|(image|video)_seq_len(gth)?|max_\w*(tiles|patches|crops)|\w*_token_num")
 
 
@@ -37,12 +35,12 @@ def absurd_size(entries: Mapping[str, Any], by_area: bool) -> str | None:
 
 
 def _largest(name: str, beside: Mapping[str, Any], by_area: bool) -> float:
-    if name == "longest_edge" and "shortest_edge" in beside:
+    if name == "longest_edge" and (by_area or "shortest_edge" in beside):
         return float("inf")
-    if name in _AREAS and (by_area or name == "min_pixels"):
+    if name == "min_pixels" or (name == "shortest_edge" and by_area):
         return LARGEST_AREA
     if name in _SIDES:
-        return LARGEST_SIDE if not by_area or name != "longest_edge" else float("inf")
+        return LARGEST_SIDE
     return LARGEST_COUNT if _COUNTS.fullmatch(name) else float("inf")
 
 

@@ -14,8 +14,6 @@ from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE
 
-EVALUATION_FILES = EVALUATION_RECORD, EVALUATION_TABLE
-
 
 def evaluation_record(measured: Measurement) -> dict[str, Any]:
     """What was measured, as it stands in `evaluation.json`.

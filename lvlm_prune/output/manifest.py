@@ -145,8 +145,9 @@ class Manifest(dict[str, Any]):
                         raise _other_input(section, other, folder)
                     option = key if section == "config" else f"{section}.{key}"
                     state = "finished" if self.get("status") == "complete" else "unfinished"
-                    used = before.get(key, "") if before.get(key, "") != "" else "another, which has no name"
-                    problem = f"the {state} run in {folder} used {used}; repeat it, or write elsewhere"
+                    used = before.get(key, "")
+                    said = "another, which has no name" if used == "" else used
+                    problem = f"the {state} run in {folder} used {said}; repeat it, or write elsewhere"
                     raise InputError(option, now.get(key), problem)
 
     def _free_places(self) -> set[str]:

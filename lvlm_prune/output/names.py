@@ -21,12 +21,12 @@ STATISTICS_NAME = "statistics.safetensors"
 EXAMPLE = "example"
 """With a block's number: key there of how much each visual token of one sample counts, uint8 in steps of 1/255."""
 
+EVALUATION_FILES = EVALUATION_RECORD, EVALUATION_TABLE
 RUN_FILES = (
     PRUNING_RECORD,
     RECOVERY_RECORD,
     PACKING_RECORD,
-    EVALUATION_RECORD,
-    EVALUATION_TABLE,
+    *EVALUATION_FILES,
     "config.yaml",
     PAGE_NAME,
     FIGURE_FOLDER,

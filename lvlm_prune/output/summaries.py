@@ -126,9 +126,9 @@ def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool 
     ]
     if packed:
         commands.append(f"unpack --model.path {sparse}")
-    elif recovers:
-        answers = "--data.source LlavaJsonSource --data.source.path ANSWERS.json"
-        commands.append(f"recover --model.path {sparse} {answers}")
-    if not packed:
+    else:
+        if recovers:
+            answers = "--data.source LlavaJsonSource --data.source.path ANSWERS.json"
+            commands.append(f"recover --model.path {sparse} {answers}")
         commands.append(f"pack --model.path {sparse}")
     return "next: " + "\n      ".join(f"lvlm-prune {command}" for command in commands)

@@ -16,7 +16,6 @@ import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.clock import command_began
 from lvlm_prune.errors import InputError, RunError
-from lvlm_prune.evaluation.record import EVALUATION_FILES
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
@@ -28,7 +27,7 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import FIGURE_FOLDER, MODEL_CARD, PACKING_RECORD, PAGE_NAME
+from lvlm_prune.output.names import EVALUATION_FILES, FIGURE_FOLDER, MODEL_CARD, PACKING_RECORD, PAGE_NAME
 from lvlm_prune.output.private import RECORDS
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.evaluation.engine import Engine
@@ -22,7 +20,7 @@ from lvlm_prune.output.folder import refuse_other_content, writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import PROBE_RECORD
 from lvlm_prune.plugins import describe, mounted
-from lvlm_prune.recipes import recipe_file
+from lvlm_prune.recipes import options_of_method, recipe_file
 from lvlm_prune.runs.reproduce.harness import Harness
 from lvlm_prune.runs.reproduce.outcome import PartOutcome, part_outcome
 from lvlm_prune.runs.reproduce.page import write_table_page
@@ -30,7 +28,7 @@ from lvlm_prune.runs.reproduce.pathways import probe_rows
 from lvlm_prune.runs.reproduce.tables import Part, Table, calibration_sets
 from lvlm_prune.runs.reproduce.text import csv_text, heading, markdown_text
 from lvlm_prune.runs.sweep.grid import SPARSITY, Point, by_data, points_of
-from lvlm_prune.runs.sweep.run import SweepRun
+from lvlm_prune.runs.sweep.run import WAY_ON, SweepRun
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -81,7 +79,7 @@ def table_points(part: Part, seeds: Sequence[int], calibration: Mapping[str, Map
             raise InputError("calibration", name, problem)
     rows = []
     for row in part.rows:
-        pruning = yaml.safe_load(recipe_file(row.recipe).read_text())["pruning"]
+        pruning = options_of_method(recipe_file(row.recipe), "table")
         # The command line makes objects of what names a class; a point is plain data.
         data = describe(calibration.get(row.calibration, known[row.calibration]))
         points = points_of(row.recipe, pruning, row.options, data, seeds)
@@ -225,7 +223,7 @@ class ReproductionRun:
             raise InputError("output", self.folder, f"holds another table ({first}); choose another folder")
 
     def _write(self, outcomes: Sequence[PartOutcome]) -> None:
-        with writing(self.folder, "the same command goes on behind the last finished run"):
+        with writing(self.folder, WAY_ON):
             replace_durably(self.folder / _TABLE, markdown_text(self.table, outcomes).encode())
             replace_durably(self.folder / "table.csv", csv_text(outcomes).encode())
             write_table_page(self.folder, self.table, outcomes)

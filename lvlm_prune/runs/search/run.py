@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.callbacks import Callback
 
 from lvlm_prune.callbacks import BlockwisePruning
@@ -34,7 +33,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.records import TriedRecord, conforms
 from lvlm_prune.plugins import describe
-from lvlm_prune.recipes import recipe_file
+from lvlm_prune.recipes import options_of_method, recipe_file
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.participants import Participants
 from lvlm_prune.runs.prune.quality import SampleQuality
@@ -141,7 +140,7 @@ class SearchRun:
         found = {}
         for name in recipes:
             try:
-                content = yaml.safe_load(recipe_file(name).read_text())["pruning"]
+                content = options_of_method(recipe_file(name), "keep_recipes")
             except InputError as error:
                 raise InputError("keep_recipes", name, error.problem) from None
             if content.get("pattern", "unstructured") != "unstructured":

@@ -49,7 +49,8 @@ from lvlm_prune.runs.sweep.tables import csv_table, markdown_table, summary, swe
 
 # Bytes of the name of a checkpoint's folder, without what follows; a name may have 255.
 _LONGEST_NAME = 200
-_WAY_ON = "the same command goes on behind the last finished run"
+WAY_ON = "the same command goes on behind the last finished run"
+"""What an interrupted sweep says."""
 
 
 class SweepRun:
@@ -96,7 +97,7 @@ class SweepRun:
     def __call__(self) -> list[FinishedRun]:
         """Prune and score what is not yet done, and write what is known."""
         launch = Launch(self.run.hardware, [])
-        with session(self.trainer, self.run, launch, way_on=lambda: _WAY_ON) as run:
+        with session(self.trainer, self.run, launch, way_on=lambda: WAY_ON) as run:
             join(run, launch)
             return self._work(launch)
 
@@ -122,7 +123,7 @@ class SweepRun:
         return runs
 
     def _make_folder(self) -> None:
-        with writing(self.folder, _WAY_ON):
+        with writing(self.folder, WAY_ON):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     # ---- before the first run ----------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class SweepRun:
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.run.processes.is_main:
-            with writing(self.folder, _WAY_ON):
+            with writing(self.folder, WAY_ON):
                 self.results.add(record)
         self.results.records[record["identity"]] = record
 
@@ -262,7 +263,7 @@ class SweepRun:
         note = f"{missing} of {len(self.points)} runs are still to be done." if missing else ""
         table = markdown_table(runs, self.across) if runs else ""
         text = "\n\n".join(part for part in (summary(dense), table, note) if part) + "\n"
-        with writing(self.folder, _WAY_ON):
+        with writing(self.folder, WAY_ON):
             write_config(self.folder, self.run.config)
             replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
             replace_durably(self.folder / "sweep.md", text.encode())
