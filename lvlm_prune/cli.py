@@ -29,7 +29,8 @@ from typing import NoReturn, TextIO
 
 from lvlm_prune import __version__
 from lvlm_prune.clock import command
-from lvlm_prune.errors import LVLMPruneError
+from lvlm_prune.distributed.ranks import refuse_wrong_ranks
+from lvlm_prune.errors import LVLMPruneError, one_line
 from lvlm_prune.threads import wait_asleep
 
 _SHELLS = ("bash", "zsh", "tcsh", "fish")
@@ -39,6 +40,7 @@ def silence_libraries() -> None:
     """Nothing on the screen but what this program says: no banners, tips or warnings of libraries."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it cannot read is said in a line of ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -53,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done and verified, 2 something the user can mend. Exceptions of plugins and bugs are raised.
     """
     with command():
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        try:
+            return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        except LVLMPruneError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -68,11 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments == ["kernels"]:
         from lvlm_prune.packed.kernels import kernel_report
 
-        try:
-            print(kernel_report())
-        except LVLMPruneError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        print(kernel_report())
         return 0
     if arguments == ["methods"]:
         from lvlm_prune.recipes import recipes_table
@@ -94,6 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["reproduce"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments[1] = f"--table={arguments[1]}"
+    refuse_wrong_ranks()
     silence_libraries()
     wait_asleep()
     gc.disable()  # thousands of modules come in now, and none of them is garbage: a tenth of the time goes there

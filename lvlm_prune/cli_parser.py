@@ -19,7 +19,7 @@ from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, 
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
-from lvlm_prune.distributed.launching import is_first_process
+from lvlm_prune.distributed.ranks import is_first_process
 from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, one_line
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine

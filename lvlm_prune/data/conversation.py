@@ -70,17 +70,17 @@ class Document:
 
 
 def load_image(image: Image.Image | Path) -> Image.Image:
-    """The image, upright and in RGB, as transformers' own loader would give it.
+    """The image, upright and in RGB, as transformers' own loader would give it; 16 bits per pixel become 8.
 
     Raises:
-        RunError: The file is missing or is not an image.
+        RunError: The file is missing or is not an image, or its pixels are no brightness that is known.
     """
     name = (getattr(image, "filename", "") or "image") if isinstance(image, Image.Image) else str(image)
     if isinstance(image, Path) and exists(image) and not isfile(image):
         raise RunError(f"{shortened(name, _LONGEST_NAME)}: is no regular file")  # a pipe would be waited for
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return _in_eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
     except FileNotFoundError:
         raise RunError(f"{shortened(name, _LONGEST_NAME)}: no such image file") from None
     except MemoryError:
@@ -89,6 +89,20 @@ def load_image(image: Image.Image | Path) -> Image.Image:
     except Exception as error:
         reason = "not an image" if "cannot identify" in str(error) else first_line(error)
         raise RunError(f"{shortened(name, _LONGEST_NAME)}: cannot be read as an image ({reason})") from None
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """The image with brightness from 0 to 255, which Pillow takes for granted: brighter pixels become white.
+
+    Raises:
+        RunError: Its pixels are fractions, or wider than 16 bits.
+    """
+    if image.mode[0] not in "IF":
+        return image
+    low, high = image.convert(image.mode[0]).getextrema()
+    if image.mode == "F" or low < 0 or high >= 2**16:  # type: ignore[operator]  # one channel: a pair of numbers
+        raise RunError(f"its pixels lie between {low} and {high}; save it with 8 bits per channel")
+    return image if high < 256 else image.convert("I").point(lambda value: value * (1 / 257))  # type: ignore[operator]
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ class HFDatasetSource(CalibrationSource):
             if on_disk:
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
+                if file_type == "csv":
+                    _refuse_shifted(path)
                 loaded = datasets.load_dataset(file_type, data_files=str(path), split=self.split)
             else:
                 loaded = datasets.load_dataset(
@@ -202,6 +205,17 @@ class HFDatasetSource(CalibrationSource):
         if within["video"] or within["audio"] or (images and within["image"]):
             raise ValueError("the turns name videos, sounds, or images beside those of a column of their own")
         return images or [_image(reference, name, folder) for reference in within["image"]]
+
+
+def _refuse_shifted(path: Path) -> None:
+    """Raise where a table's first row has more fields than its header, which pandas takes for names of rows."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        header, first = next(rows, []), next(rows, [])
+    if len(first) > len(header):
+        raise ValueError(
+            f"the first row has {len(first)} fields, the header {len(header)}; quote commas inside a field"
+        )
 
 
 def _reason(error: BaseException) -> str:

@@ -18,6 +18,8 @@ _CHUNK = 1 << 20
 _OUTSIDE_STRINGS = re.compile(rb'["{}\[\]]')
 # Possessive: without backtracking a long string costs no memory.
 _REST_OF_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+# Two of them are one character.
+_HALF_CHARACTER = re.compile(rb"\\ud[89a-f]", re.IGNORECASE)
 
 
 class JsonRecords:
@@ -27,7 +29,8 @@ class JsonRecords:
         path: The file.
 
     Raises:
-        ValueError: No such file, neither of the two forms, an array of anything but objects, or cut off in its middle.
+        ValueError: No such file, neither of the two forms, an array of anything but objects, cut off in its middle, or
+            followed by something else.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +64,8 @@ class JsonRecords:
         """Record number `index`.
 
         Raises:
-            ValueError: It is not valid JSON, or not an object.
+            ValueError: It is not valid JSON, not an object, or holds half a character (`"\\ud83d"`), which JSON allows
+                and neither a tokenizer nor a file takes.
         """
         start, end = self._starts[index], self._ends[index]
         with self.path.open("rb") as file:
@@ -69,6 +73,8 @@ class JsonRecords:
             content = file.read(end - start)
         try:
             record = json.loads(content)
+            if _HALF_CHARACTER.search(content):
+                json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise ValueError(f"invalid JSON at byte {start} of {self.path} ({error})") from None
         if not isinstance(record, dict):
@@ -82,6 +88,15 @@ class JsonRecords:
                 self._starts.append(position)
                 self._ends.append(position + len(line))
             position += len(line)
+
+    def _refuse_more(self, file: BinaryIO) -> None:
+        """Raise where something follows the array: its samples would be left out in silence."""
+        position = file.tell()
+        while chunk := file.read(_CHUNK):
+            if rest := chunk.lstrip():
+                where = position + len(chunk) - len(rest)
+                raise ValueError(f"`path` {self.path}: goes on at byte {where}, behind its JSON array")
+            position += len(chunk)
 
     def _index_array(self, file: BinaryIO) -> None:
         """Follow nesting depth and strings, without building a single object.
@@ -122,6 +137,8 @@ class JsonRecords:
                     if depth == 1:
                         self._ends.append(base + match.end())
                     elif depth == 0:
+                        file.seek(base + position)
+                        self._refuse_more(file)
                         return
             base += len(chunk)
             position = max(0, position - len(chunk)) if in_string else 0

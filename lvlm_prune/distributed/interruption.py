@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
-from lvlm_prune.distributed.launching import Children, is_first_process
+from lvlm_prune.distributed.launching import Children
+from lvlm_prune.distributed.ranks import is_first_process
 from lvlm_prune.errors import Terminated, exit_status
 
 _PATIENCE = 0.7

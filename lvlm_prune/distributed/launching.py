@@ -27,22 +27,12 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.processes import Processes
+from lvlm_prune.distributed.ranks import refuse_wrong_port
 from lvlm_prune.errors import InputError, ProcessLost
 
 _PARENT = "_LVLM_PRUNE_PARENT"
 # How long a process may take to end by itself once the run is over, in seconds.
 _GRACE = 20.0
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of all processes of its run, by what launchers put into the environment.
-
-    It tells who speaks before the processes know of each other.
-    """
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return os.environ[name] == "0"
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 class Children:
@@ -265,10 +255,12 @@ def refuse_mismatch(hardware: Hardware) -> None:
     """Refuse another number of processes than devices times nodes, before they wait for each other in vain.
 
     Raises:
-        InputError: A launcher started more or fewer, or several nodes are wanted and nothing says where they meet.
+        InputError: A launcher started more or fewer, or several are wanted and nothing right says where they meet.
     """
     started = _started_processes()
     wanted = hardware.world_size
+    if wanted > 1:
+        refuse_wrong_port()
     if started is not None and started[1] != wanted:
         launcher, count = started
         asked = f"{hardware.devices} x {hardware.nodes}"

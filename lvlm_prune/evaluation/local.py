@@ -119,6 +119,8 @@ def _answer_of(sample: object) -> str:
         raise RunError("is no conversation: there is nothing to ask")
     if len(sample.messages) < 2 or sample.messages[-1]["role"] != "assistant":
         raise RunError("does not end with a turn of the assistant behind a question: there is no right answer")
+    if not any(part.get("text", part["type"]).strip() for turn in sample.messages[:-1] for part in turn["content"]):
+        raise RunError("asks nothing")
     answer = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
     if not answer:
         raise RunError("has an empty answer")

@@ -21,7 +21,7 @@ import yaml
 
 from lvlm_prune.checkpoints.files import files_within
 from lvlm_prune.checkpoints.hub import hub_name
-from lvlm_prune.distributed.launching import is_first_process
+from lvlm_prune.distributed.ranks import is_first_process
 from lvlm_prune.errors import InputError, RunError, first_line
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably

@@ -144,6 +144,13 @@ def test_questions_that_want_yes_or_no_are_scored_by_the_first_word(tmp_path):
     assert len(chosen.questions) == 5
 
 
+def test_a_question_that_asks_nothing_is_refused(tmp_path):
+    turns = [{"from": "human", "value": "\n"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}))
+    with pytest.raises(ValueError, match="sample 0 asks nothing"):
+        LocalBenchmark(LlavaJsonSource(str(tmp_path / "a.jsonl"))).check()
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "mllama", "qwen2_5_omni"])
 def test_any_familys_folder(family, tmp_path):
     """Random models: perplexity and divergence are those of plain forwards, one by one."""

@@ -235,6 +235,7 @@ def test_a_value_that_is_no_text_does_not_become_one(row, problem, tmp_path: Pat
 FILES = {
     "empty": ("rows.json", b"", "holds no samples"),
     "no JSON": ("rows.json", b"nothing", r"cannot be loaded \(.*JSON"),
+    "a comma": ("rows.csv", b"question,answer\nq,this, or that\n", r"cannot be loaded \(the first row has 3 fields"),
     "a saved folder": ("state.json", b"{}", r"cannot be loaded \("),
 }
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lvlm_prune.data import CalibrationDataModule, LlavaJsonSource, encode
 from lvlm_prune.data import json_records as json_records_module
+from lvlm_prune.data.conversation import load_image
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.errors import InputError, RunError
 
@@ -112,6 +113,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ('[{"id": 0, "image": "a.png"}]', "sample 0: no list `conversations`, only the keys id, image"),
         ('[{"id": 0 "image": "a.png"}]', "sample 0: invalid JSON at byte 1"),
         ("[[1, 2]]", "sample 0: list at byte 1"),
+        ('[{"id": 0}]\n\n[{"id": 1}]', "goes on at byte 13, behind its JSON array"),
+        ('{"id": "\\ud83d"}', "sample 0: invalid JSON at byte 0"),
         ('{"data": [\n{"id": 0}\n]}', "sample 0: invalid JSON at byte 0"),
         ('{"conversations": []}', "sample 0: the conversation is empty"),
         ('{"conversations": [{"from": "robot", "value": "x"}]}', "sample 0: turn 0 has the role 'robot'"),
@@ -166,6 +169,19 @@ def test_only_the_chosen_images_must_exist(tmp_path: Path, llava_json: Path):
     data.setup()
     with pytest.raises(InputError, match=r"is missing \(and \d more\)"):
         CalibrationDataModule(LlavaJsonSource(str(llava_json), str(tmp_path))).setup()
+
+
+@pytest.mark.parametrize(("mode", "value", "gray"), [("I;16", 40_000, 155), ("I;16B", 514, 2), ("I;16", 200, 200)])
+def test_images_with_16_bits_per_pixel_are_not_white(tmp_path: Path, mode, value, gray):
+    Image.new(mode, (4, 4), value).save(tmp_path / "a.tif")
+    assert load_image(tmp_path / "a.tif").getextrema() == ((gray, gray),) * 3
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", -1), ("I", 70_000)])
+def test_pixels_of_no_known_brightness_are_refused(tmp_path: Path, mode, value):
+    Image.new(mode, (4, 4), value).save(tmp_path / "a.tif")
+    with pytest.raises(RunError, match=f"its pixels lie between {value} and {value}"):
+        load_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])

@@ -1,0 +1,47 @@
+"""What launchers put into the environment is understood, or refused before anything reads it."""
+
+import pytest
+
+from lvlm_prune.cli import main
+from lvlm_prune.distributed.ranks import refuse_wrong_port, refuse_wrong_ranks
+from lvlm_prune.errors import InputError
+
+_WRONG = [
+    {"LOCAL_RANK": "x"},
+    {"RANK": ""},
+    {"RANK": "-1", "WORLD_SIZE": "2"},
+    {"SLURM_PROCID": "1.5"},
+    {"NODE_RANK": "²"},
+    {"WORLD_SIZE": "two"},
+    {"LOCAL_RANK": "1"},  # of how many?
+    {"RANK": "2", "WORLD_SIZE": "2"},
+    {"SLURM_PROCID": "4", "SLURM_NTASKS": "4"},
+]
+
+
+@pytest.mark.parametrize("variables", _WRONG, ids=str)
+def test_an_environment_without_a_number_for_this_process_is_one_line(variables, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["prune", "--output", "nowhere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"error: {name}={value}: ") for name, value in variables.items())
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, {"SLURM_PROCID": "0"}, {"NODE_RANK": "1"}],
+    ids=str,
+)
+def test_what_launchers_set_is_taken(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refuse_wrong_ranks()
+
+
+@pytest.mark.parametrize("port", ["x", "", "0", "65536", "tcp://10.0.0.1:80"])
+def test_processes_meet_at_a_port(port, monkeypatch):
+    refuse_wrong_port()
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(InputError, match=r"^MASTER_PORT="):
+        refuse_wrong_port()
