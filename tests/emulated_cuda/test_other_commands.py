@@ -49,7 +49,8 @@ def assert_same_numbers(folders: list[Path], name: str, tolerance: float = 1e-5)
 
 
 def test_a_probe_shows_the_same(run, tmp_path):
-    options = [*GOLDEN_MODEL, "--data.num_samples=3", "--evaluate=false"]
+    options = ["--data.num_samples=3", "--probing.images=1", "--probing.texts=4", "--probing.sparsities=[0.5]"]
+    options += ["--probing.pathways=[text]", "--probing.pools=[mixed]"]
     assert_same_numbers(on_both(run, tmp_path, "probe", *options), "probe.json")
 
 

@@ -1,6 +1,7 @@
 """The modality probe: two pathways through each Linear, chosen by modality."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,8 +104,12 @@ def run(tmp_path_factory):
         prune(self, cell)
         weights[cell.pathway, cell.pool_name, cell.sparsity] = dict(cell.pruned)
 
+    def score_nothing(self):
+        self.scoring = SimpleNamespace(cell=lambda cell: None)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProbeRun, "_prune", keep)
+        patch.setattr(ProbeRun, "_score_dense", score_nothing)
         assert main([*ARGUMENTS, "--probing.map_tokens=40", "--probing.curve_samples=2", f"--output={folder}"]) == 0
     return folder, weights
 

@@ -69,7 +69,7 @@ def probed(tmp_path_factory) -> Path:
 
 def another_number(path: Path, offset: int) -> None:
     record = json.loads(path.read_text())
-    record["grid"][0]["sparsity"] = 0.6
+    next(iter(record["linears"].values()))["iou"]["0.5"] = 0.99
     path.write_text(json.dumps(record))
 
 
@@ -96,11 +96,12 @@ def test_a_whole_probe_says_so(probed, capsys):
 
 
 def test_a_probe_that_goes_on_with_scores_scores_every_cell(tmp_path, monkeypatch):
-    """Cells that were measured without scores are measured again: a table cannot have both kinds."""
+    """Without, no cell is made; a cell that an older version pruned for nothing is made again."""
     arguments = [*PROBE, "--probing.pools=[text, visual]", f"--output={tmp_path / 'out'}"]
     assert main([*arguments, "--evaluate=false"]) == 0
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
-    record |= {"status": "probing", "grid": record["grid"][:1]}
+    assert record["grid"] == []
+    record |= {"status": "probing", "grid": [{"pathway": "text", "pool": "text", "sparsity": 0.5}]}
     (tmp_path / "out" / "probe.json").write_text(json.dumps(record))
     scores = Scores({"color": 1.0}, {"color": 4}, {"color": "vision"})
     monkeypatch.setattr("lvlm_prune.runs.probe.run.NAMES", [PROBE[1].partition("=")[2]])

@@ -142,20 +142,21 @@ class ProbeRun:
         stream.survey()
         self._note("probing")
         self._score_dense()
-        if self.scoring is None:
-            run.say("pathways are pruned, but not scored: only the embedded model is, with --evaluate true")
         manifest["grid"] = self._finished(cells)
-        for cell in cells[len(manifest["grid"]) :]:
-            manifest["grid"].append(self._cell(cell))
-            self._note("probing")
+        if self.scoring is None:
+            run.say("no pathway is pruned, as none would be scored: only the embedded model is, with --evaluate true")
+        else:
+            for cell in cells[len(manifest["grid"]) :]:
+                manifest["grid"].append(self._cell(cell, self.scoring))
+                self._note("probing")
         self._finish()
 
     def _finished(self, cells: list[PathwayPruning]) -> list[dict[str, Any]]:
-        """The cells that an interrupted probe finished as this one does: with scores, or without."""
+        """The cells that an interrupted probe finished; those of older versions without scores are made again."""
         finished = []
         for cell, found in zip(cells, self.run.record["grid"]):
             same = (found["pathway"], found["pool"], found["sparsity"]) == (cell.pathway, cell.pool_name, cell.sparsity)
-            if not same or ("scores" in found) != (self.scoring is not None):
+            if not same or "scores" not in found:
                 break
             finished.append(found)
         return finished
@@ -191,7 +192,7 @@ class ProbeRun:
         ).fork()
         loop.run()
 
-    def _cell(self, cell: PathwayPruning) -> dict[str, Any]:
+    def _cell(self, cell: PathwayPruning, scoring: CellScoring) -> dict[str, Any]:
         """Prune one pathway, and score the model."""
         run = self.run
         self._prune(cell)
@@ -200,7 +201,7 @@ class ProbeRun:
             "pool": cell.pool_name,
             "sparsity": cell.sparsity,
         }
-        scores = None if self.scoring is None else self.scoring.cell(cell)
+        scores = scoring.cell(cell)
         if scores is not None:
             from lvlm_prune.evaluation.scores import Scores, retention
 
