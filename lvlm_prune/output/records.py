@@ -246,13 +246,27 @@ class TaskRecord(TypedDict):
     questions: Count
 
 
-class EvaluationRecord(TypedDict):
-    """`evaluation.json`."""
+class EvaluationRequired(TypedDict):
+    """What every `evaluation.json` has."""
 
     tasks: dict[str, TaskRecord]
     average: float
     baseline_average: float | None
     retention: float | None
+
+
+class PluginRecord(TypedDict, total=False):
+    """A plugin with its options."""
+
+    class_path: str
+    init_args: dict[str, Any]
+
+
+class EvaluationRecord(EvaluationRequired, total=False):
+    """`evaluation.json`; `asked` tells its questions from others that come from elsewhere, as a file that may change."""
+
+    engine: PluginRecord
+    asked: str
 
 
 class DenseRecord(TypedDict):

@@ -140,6 +140,25 @@ def test_retention_of_evaluated_folders_is_shown(folders, tmp_path, capsys):
     assert 'data-path="folders/0/retention"' in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("of_second", "warned"),
+    [
+        ({}, False),
+        ({"asked": "9a"}, True),
+        ({"tasks": {"color": {"score": 0.4, "baseline": 0.5, "retention": 0.8, "questions": 90}}}, True),
+    ],
+)
+def test_scores_on_other_questions_are_not_compared_in_silence(of_second, warned, folders, tmp_path, capsys):
+    task = {"score": 0.4, "baseline": 0.5, "retention": 0.8, "questions": 10}
+    found = {"tasks": {"color": task}, "average": 0.4, "baseline_average": 0.5, "retention": 0.8, "asked": "5c"}
+    evaluated = {"wanda": found, "das": found | of_second}
+    for name, record in evaluated.items():
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(record))
+    assert main(["compare", *(str(tmp_path / name) for name in evaluated)]) == 0
+    assert capsys.readouterr().out.startswith("warning: they were scored on different questions") == warned
+
+
 def test_models_that_have_nothing_in_common(folders, tmp_path, capsys):
     """Another model, with other shapes: sparsity is compared, masks are not."""
     manifest = json.loads((folders / "wanda" / "pruning.json").read_text())

@@ -74,20 +74,37 @@ class ComparedFolder:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """`average`, `retention` (or None) and `tasks`: task -> score; None where nobody scored the checkpoint.
+        """What the checkpoint scores; None where nobody scored it.
 
         What `evaluate` wrote comes before what the run itself found.
+
+        Returns:
+            `average`; `retention`, or None; `tasks`: task -> score; `questions`: task -> how many were asked; `asked`:
+            what else tells the questions from others, or None.
         """
         if (found := read_record(self.path)) is not None:
-            tasks = {task: entry["score"] for task, entry in found["tasks"].items()}
-            return {"average": found["average"], "retention": found["retention"], "tasks": tasks}
+            of_tasks = found["tasks"].items()
+            engine = found.get("engine", {}).get("init_args", {})
+            return {
+                "average": found["average"],
+                "retention": found["retention"],
+                "tasks": {task: entry["score"] for task, entry in of_tasks},
+                "questions": {task: entry["questions"] for task, entry in of_tasks},
+                "asked": found.get("asked") or engine.get("benchmark"),
+            }
         scored = self.record.get("evaluation")
         if scored is None:
             return None
         which = "pruned" if self.verb == "prune" else "recovered"
         kept = scored["retention"] if self.verb == "prune" else scored["retention"][which]
         own = scored[which]
-        return {"average": own["average"], "retention": kept["average"], "tasks": own["tasks"]}
+        return {
+            "average": own["average"],
+            "retention": kept["average"],
+            "tasks": own["tasks"],
+            "questions": own["counts"],
+            "asked": None,
+        }
 
     def place_of(self, name: str) -> tuple[str, int]:
         """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block."""

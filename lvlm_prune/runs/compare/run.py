@@ -16,7 +16,8 @@ from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
-_OTHER_MODELS = "warning: the folders come from different models; what differs is not the method alone"
+_OTHER_MODELS = "the folders come from different models, so what differs is not the method alone"
+_OTHER_QUESTIONS = "they were scored on different questions, so averages and retained shares do not compare the methods"
 
 
 def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
@@ -63,21 +64,23 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
 
     Returns:
         `warning`: what is wrong with comparing them, or empty; `folders`: per folder `name`, `path`, `command`,
-        `sparsity`, and of its scores `average`, `retention` and `tasks`, or null; `settings`: option -> its value in
-        each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) -> block -> share of zeros;
+        `sparsity`, and of its scores `average`, `retention`, `tasks`, `questions` and `asked`, or null; `settings`: option -> its
+        value in each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) -> block -> share of zeros;
         `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have, `mean` over all their
         weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights that both kept.
     """
     names = _names([folder.path for folder in folders])
     described = []
     for name, folder in zip(names, folders, strict=True):
-        scores = folder.scores or {"average": None, "retention": None, "tasks": None}
+        scores = folder.scores or dict.fromkeys(("average", "retention", "tasks", "questions", "asked"))
         described.append(
             {"name": name, "path": str(folder.path), "command": folder.verb, "sparsity": folder.mean_sparsity} | scores
         )
-    origins = {folder.origin for folder in folders} - {None}
+    problems = [_OTHER_MODELS] if len({folder.origin for folder in folders} - {None}) > 1 else []
+    if any(were_asked_otherwise(first, second) for first, second in combinations(described, 2)):
+        problems.append(_OTHER_QUESTIONS)
     return {
-        "warning": _OTHER_MODELS if len(origins) > 1 else "",
+        "warning": f"warning: {'; '.join(problems)}" if problems else "",
         "folders": described,
         "settings": different([folder.settings for folder in folders]),
         "sparsity": [_with_text_keys(folder.sparsity()) for folder in folders],
@@ -86,6 +89,18 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
             for first, second in combinations(range(len(folders)), 2)
         ],
     }
+
+
+def were_asked_otherwise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two folders were both scored, and on other questions, by their `scores`.
+
+    Example:
+        >>> one, other = {"questions": {"color": 8}}, {"questions": {"color": 40}}
+        >>> were_asked_otherwise(one, other), were_asked_otherwise(one, {})
+        (True, False)
+    """
+    pairs = [(first.get(name), second.get(name)) for name in ("questions", "asked")]
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
 
 def different(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:

@@ -73,7 +73,8 @@ class EvaluationRun:
             join(run, launch)
             with suitable_threads(self.model.block_weights, run.hardware.devices), mounted(engine=self.engine):
                 measured = self.engine.measure(self.model, self.baseline, run.processes, run.hardware.device)
-            record = evaluation_record(measured) | self._provenance()
+                asked = self.engine.fingerprint()
+            record = evaluation_record(measured) | ({"asked": asked} if asked else {}) | self._provenance()
             run.processes.on_main(lambda: self._write(record))
         return record
 
