@@ -202,19 +202,28 @@ class BlockwisePruning(PruneCallback):
         if stage == "prune":
             self.plan(pl_module)
 
-    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
-        """Say what will be done; refuse a pool of visual tokens where there are none."""
+    def headline(self, pl_module: "LVLMModule", num_samples: int) -> str:
+        """What is to be done, in a line: model, blocks, Linears, method, sparsity, samples.
+
+        Args:
+            pl_module: The opened model, after :meth:`plan`.
+            num_samples: Of the calibration set; not said where no statistic needs them.
+        """
         weights = sum(rows * columns for rows, columns in self.shapes.values())
         blocks, share = f"{pl_module.num_blocks} blocks", f"{100 * self.sparsity:.4g}%"
         if "vision" in pl_module.targets:
             blocks += f" ({sum(map(len, pl_module.towers))} of the vision tower)"
             if self.sparsity_of("vision") != self.sparsity:
                 share += f" (vision tower {100 * self.sparsity_of('vision'):.4g}%)"
-        trainer.run.say(
+        return (
             f"{pl_module.label} · {blocks} · {len(self.shapes)} Linears · "
             f"{readable_count(weights)} weights · {self.name} · {share} {self.pattern}"
-            + (f" · {trainer.run.record['calibration']['num_samples']} samples" if self.wants_activations else "")
+            + (f" · {num_samples} samples" if self.wants_activations else "")
         )
+
+    def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
+        """Say what will be done; refuse a pool of visual tokens where there are none."""
+        trainer.run.say(self.headline(pl_module, trainer.run.record["calibration"].get("num_samples", 0)))
         if trainer.run.folder is not None and trainer.run.processes.is_main:
             zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, trainer.run.weights, self.shapes)
             if zeros >= NOTICED_ZEROS:

@@ -16,7 +16,7 @@ import yaml
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.errors import InputError, RunError
-from lvlm_prune.output.manifest import replace_durably, sync_file, sync_folder
+from lvlm_prune.output.manifest import read_run, replace_durably, sync_file, sync_folder
 from lvlm_prune.output.own_files import HELD_BACK, record_of
 from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
@@ -75,7 +75,8 @@ def refuse_unusable(
         refuse_overlap(folder, source.path)
     occupied = is_occupied(folder, record)
     if occupied and not resume:
-        way_out = "go on with --resume true, or " if (folder / record).is_file() else ""
+        left = read_run(folder / record) or {}
+        way_out = "go on with --resume true, or " if left.get("status", "complete") != "complete" else ""
         raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
     refuse_unwritable(folder)
     refuse_foreign(folder)

@@ -263,7 +263,7 @@ class PluginRecord(TypedDict, total=False):
 
 
 class EvaluationRecord(EvaluationRequired, total=False):
-    """`evaluation.json`; `asked` tells its questions from others that come from elsewhere, as a file that may change."""
+    """`evaluation.json`; `asked` tells questions apart that come from elsewhere, as a file that may change."""
 
     engine: PluginRecord
     asked: str

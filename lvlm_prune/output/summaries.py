@@ -132,3 +132,17 @@ def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool 
             commands.append(f"recover --model.path {sparse} {answers}")
         commands.append(f"pack --model.path {sparse}")
     return "next: " + "\n      ".join(f"lvlm-prune {command}" for command in commands)
+
+
+def size_ratio(sizes: Mapping[str, int]) -> str:
+    """What packing brought, for people.
+
+    Args:
+        sizes: `dense` and `packed`, in bytes.
+
+    Example:
+        >>> size_ratio({"dense": 300, "packed": 200}), size_ratio({"dense": 96, "packed": 100})
+        ('1.50x smaller', '1.04x larger')
+    """
+    dense, packed = sizes["dense"], sizes["packed"]
+    return f"{dense / packed:.2f}x smaller" if packed <= dense else f"{packed / dense:.2f}x larger"

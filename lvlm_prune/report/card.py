@@ -10,7 +10,6 @@ Nothing in it depends on the clock, so a run that was interrupted and went on wr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from lvlm_prune.checkpoints.hub import hub_name
-from lvlm_prune.data.processing import takes_videos
 from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
 from lvlm_prune.output.base_record import pruned_how
@@ -26,7 +24,8 @@ from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
-from lvlm_prune.output.summaries import quality_line, readable_count
+from lvlm_prune.output.summaries import quality_line, readable_count, size_ratio
+from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
@@ -38,10 +37,6 @@ _EMBEDDED = {
     DEMO: "The embedded model of lvlm-prune",
     OUTLIERS: "The embedded model of lvlm-prune with outlier channels",
 }
-_VIDEOS = """
-
-The processor takes videos too, for which transformers wants torchvision (`pip install torchvision`). Without it
-`lvlm_prune.data.load_processor(THIS_MODEL)` loads the processor of a folder for texts and images."""
 _RECOVERIES = {
     "lora": "sparse LoRA adapters, merged into the weights",
     "full": "fine-tuning of the weights that are not zero",
@@ -122,7 +117,7 @@ def card_of(
         _introduction(made_by, base, packing),
         markdown_table(["", ""], list(_facts(made_by, how, packing))),
         _scores(folder, made_by),
-        _loading(folder, made_by, packing),
+        loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(_TEXT_ONLY)),
         _zeros(packing, how),
         _private(made_by or packing),
         "---\n\n*Below is the card of the dense model, as it was: its results are not those of this model.*",
@@ -229,8 +224,7 @@ def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[s
         yield "stayed dense", _stayed_dense(record, how)
     if packing:
         form, sizes_of = packing["config"]["format"], packing["packed"]
-        smaller = sizes_of["dense"] / max(sizes_of["packed"], 1)
-        yield "packed", f"{sizes_of['tensors']} tensors as `{form}`, {smaller:.2f} times smaller"
+        yield "packed", f"{sizes_of['tensors']} tensors as {form}, {size_ratio(sizes_of)}"
 
 
 def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
@@ -311,34 +305,6 @@ def _scores(folder: Path, record: Mapping[str, Any]) -> str:
 def _count(dense: Mapping[str, Any], group: str) -> str:
     tasks = list(dense.get("task_groups", {}).values()).count(group)
     return f" ({tasks} tasks)" if tasks else ""
-
-
-def _loading(folder: Path, record: Mapping[str, Any], packing: Mapping[str, Any]) -> str:
-    kind = str(record.get("model", {}).get("class", ""))
-    loader = "AutoModelForCausalLM" if kind.endswith(_TEXT_ONLY) else "AutoModelForImageTextToText"
-    lines = ["import lvlm_prune  # lets transformers read packed checkpoints"] if packing else []
-    config = _json(folder / "config.json") or _json(folder / "config.json.unfinished")
-    trust = ", trust_remote_code=True" if "auto_map" in config else ""
-    lines += [
-        f"from transformers import {loader}, AutoProcessor",
-        "",
-        'THIS_MODEL = "."  # the name of this repository, or the folder that it was downloaded to',
-        f'model = {loader}.from_pretrained(THIS_MODEL, dtype="auto"{trust})',
-        f"processor = AutoProcessor.from_pretrained(THIS_MODEL{trust})",
-    ]
-    videos = takes_videos(folder)
-    if videos:
-        lines[-1] += "  # needs torchvision: it takes videos"
-    code = "\n".join(lines)
-    return f"## Load it\n\n```python\n{code}\n```{_VIDEOS if videos else ''}"
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _zeros(packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:

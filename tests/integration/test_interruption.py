@@ -57,7 +57,13 @@ def test_sweep(tmp_path):
 def test_probe(tmp_path):
     """In the second cell: the survey makes two masks for each of 24 Linears, a cell one."""
     output = tmp_path / "out"
-    arguments = ["probe", "--data.num_samples=2", "--probing.images=1", "--probing.texts=4", "--probing.sparsities=[0.5]"]
+    arguments = [
+        "probe",
+        "--data.num_samples=2",
+        "--probing.images=1",
+        "--probing.texts=4",
+        "--probing.sparsities=[0.5]",
+    ]
     arguments += ["--probing.pathways=[text]", "--probing.pools=[text,mixed]", "--probing.map_tokens=0"]
     arguments += ["--probing.scorer=tests.busy.BusyScorer", f"--probing.scorer.weight={2 * 24 + 24 + 5}"]
     arguments += ["--probing.curve_samples=0", f"--output={output}"]

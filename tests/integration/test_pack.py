@@ -166,7 +166,8 @@ def test_bad_input_is_one_line(sparse: Path, packed: Path, tmp_path: Path, capsy
     assert "expected one of bitmask, coded" in refused(
         capsys, "pack", f"--model.path={sparse}", "--format=zip", f"--output={tmp_path / 'a'}"
     )
-    assert "exists and is not empty" in refused(capsys, "pack", f"--model.path={sparse}", f"--output={packed}")
+    finished = refused(capsys, "pack", f"--model.path={sparse}", f"--output={packed}")
+    assert "exists and is not empty; choose another folder" in finished, "there is nothing to go on with"
     assert "lies inside the input checkpoint" in refused(
         capsys, "pack", f"--model.path={sparse}", f"--output={sparse / 'inside'}"
     )

@@ -50,7 +50,8 @@ def test_a_plan_counts_every_tensor_and_writes_nothing(golden_arguments, tmp_pat
         planned += keys
     assert len(planned) == 24
     weights = sum(prod(folder[key].shape) for key in planned)
-    assert lines[0].startswith(f"24 Linears · {weights:,} weights")
+    assert lines[0] == "model · 4 blocks · 24 Linears · 163.8 k weights · ATV · 60% unstructured · 8 samples"
+    assert lines[1].startswith(f"24 Linears · {weights:,} weights")
     assert "hidden states of the calibration samples: " in "\n".join(lines)
 
 

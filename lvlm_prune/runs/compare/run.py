@@ -64,10 +64,11 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
 
     Returns:
         `warning`: what is wrong with comparing them, or empty; `folders`: per folder `name`, `path`, `command`,
-        `sparsity`, and of its scores `average`, `retention`, `tasks`, `questions` and `asked`, or null; `settings`: option -> its
-        value in each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) -> block -> share of zeros;
-        `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have, `mean` over all their
-        weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights that both kept.
+        `sparsity`, and of its scores `average`, `retention`, `tasks`, `questions` and `asked`, or null; `settings`:
+        option -> its value in each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) ->
+        block -> share of zeros; `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have,
+        `mean` over all their weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights
+        that both kept.
     """
     names = _names([folder.path for folder in folders])
     described = []

@@ -31,6 +31,7 @@ from lvlm_prune.output.names import EVALUATION_FILES, FIGURE_FOLDER, MODEL_CARD,
 from lvlm_prune.output.private import RECORDS
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
+from lvlm_prune.output.summaries import size_ratio
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
@@ -236,8 +237,8 @@ def summary(record: Manifest, folder: Path, shards: int) -> str:
         (
             f"packed {weights['tensors']} pruned weights ({record['config']['format']}): "
             f"{readable_size(weights['dense'])} → {readable_size(weights['packed'])}, "
-            f"{weights['dense'] / weights['packed']:.2f}x smaller · whole folder: {readable_size(whole['dense'])} → "
-            f"{readable_size(whole['packed'])}, {whole['dense'] / whole['packed']:.2f}x smaller",
+            f"{size_ratio(weights)} · whole folder: {readable_size(whole['dense'])} → "
+            f"{readable_size(whole['packed'])}, {size_ratio(whole)}",
             f"dense as before: {remainder}",
             f"verified: every tensor comes back byte for byte from {shards} shard{'' if shards == 1 else 's'}",
             f"wrote {folder} ({PACKING_RECORD}) · {record['seconds']:.0f} s",

@@ -24,7 +24,7 @@ from lvlm_prune.distributed.launching import Launch, SharedLaunch
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop.catching import CaughtSamples
 from lvlm_prune.memory.measuring import Stopwatch
-from lvlm_prune.memory.planning import Plan, make_plan
+from lvlm_prune.memory.planning import make_plan
 from lvlm_prune.memory.sizes import BatchSize
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, free_bytes
@@ -99,7 +99,7 @@ class PruneRun:
             run.processes = launch.processes
             with self.trainer.watched_memory() as run.memory:
                 if run.options.plan:
-                    run.say(str(self._plan()))
+                    run.say(self._plan())
                 else:
                     with suitable_threads(self.model.block_weights, run.hardware.devices):
                         self._carry_out(finished)
@@ -157,8 +157,8 @@ class PruneRun:
         found.setdefault("seconds", 0.0)
         return found
 
-    def _plan(self) -> Plan:
-        """What would be pruned. Calibration samples are read, for their lengths; weights are not.
+    def _plan(self) -> str:
+        """What would be pruned, in lines. Calibration samples are read, for their lengths; weights are not.
 
         Raises:
             InputError: The model is in memory already, or no callback prunes.
@@ -171,8 +171,8 @@ class PruneRun:
         sizes: list[BatchSize] = []
         if self.participants.samples():
             limits = ModelLimits.of(model.model)
-            count = run.hardware.world_size
-            batches = self.datamodule.calibration_batches(model.processor, 0, count, limits=limits)
+            processes = run.hardware.world_size
+            batches = self.datamodule.calibration_batches(model.processor, 0, processes, limits=limits)
             sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
         footprints = []
@@ -182,8 +182,10 @@ class PruneRun:
             footprints.append(run.memory.predict(model, part, method))
         assert run.folder is not None
         free = free_bytes(run.folder)
-        surveys = self.participants.survey_lines(model, len(self.datamodule.select()) if sizes else 0)
-        return make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
+        count = len(self.datamodule.select()) if sizes else 0
+        surveys = self.participants.survey_lines(model, count)
+        plan = make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
+        return f"{pruning.headline(model, count)}\n{plan}"
 
     # ---- the work ----------------------------------------------------------------------------------------------------
     def _carry_out(self, finished: Manifest | None) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
-from lvlm_prune.data import Conversation, encode, load_processor
+from lvlm_prune.data import load_processor
 from lvlm_prune.report.card import DENSE_CARD, card_of, refresh_card, write_adapter_card, write_card
 from tests.hub_folders import write_folder
 
@@ -128,8 +128,11 @@ def test_the_code_on_a_card_loads_the_model_or_the_card_says_what_is_missing(fam
             exec(loads_processor, names)
         assert "`lvlm_prune.data.load_processor(THIS_MODEL)`" in card
         names["processor"] = load_processor(names["THIS_MODEL"])
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
-    assert "pixel_values" in encode(names["processor"], Conversation([turn], [Image.new("RGB", (40, 30))]), True)
+    asking = re.search("## Ask it\n\n```python\n(.*?)\n```", card, re.DOTALL)[1]
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.jpg")
+    exec(asking, names)
+    assert "pixel_values" in names["inputs"]
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_a_card_of_somebody_else_is_left_alone(tmp_path):
@@ -190,7 +193,7 @@ def test_a_packed_checkpoint_needs_this_package_to_load(tmp_path):
     assert card.data.library_name == "lvlm-prune"
     assert "packed" in card.data.tags
     assert "import lvlm_prune" in card.text
-    assert "2.00 times smaller" in card.text
+    assert "42 tensors as bitmask, 2.00x smaller" in card.text
 
 
 @pytest.mark.parametrize("dense", ["", "Text alone.", DENSE.replace("name: dense", "nothing: 1")])
