@@ -14,10 +14,15 @@ class ShareLeft(Engine):
 
     Args:
         files: Pattern of its weight files.
+        questions: A file that stands for what is asked; empty for none.
     """
 
-    def __init__(self, files: str = "*.safetensors") -> None:
-        self.files = files
+    def __init__(self, files: str = "*.safetensors", questions: str = "") -> None:
+        self.files, self.questions = files, questions
+
+    def fingerprint(self) -> str:
+        """What stands in the file."""
+        return Path(self.questions).read_text() if self.questions else ""
 
     def score(self, folder, processes=None, device="cpu", title=""):
         """One task per kind of projection."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.output.names import PROBE_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import LEFT_OUT, private_folder
 from lvlm_prune.output.records import (
@@ -126,10 +126,18 @@ class Manifest(dict[str, Any]):
             name: File name of this one; what was left out of it lies beside the folder.
 
         Raises:
-            InputError: Configuration, input checkpoint or calibration data differ; names the first difference.
+            InputError: Configuration, input checkpoint, calibration data or questions differ, which names the first
+                difference; or another version began it, which may prune otherwise.
         """
+        began, goes_on = (record.get("versions", {}).get("lvlm_prune") for record in (self, other))
+        if self.get("status") != "complete" and None not in (began, goes_on) and began != goes_on:
+            problem = f"is the unfinished run of lvlm-prune {shortened(began)}, and this is {goes_on}"
+            raise InputError("output", folder, f"{problem}; go on with that version, or write elsewhere")
         if other.get("config") and not self.get("config"):
             raise InputError("output", folder, f"its {name} is not as a run writes it")
+        if self.get("asked") != other.get("asked"):
+            engine = other.get("asked", {}).get("engine", "(none)")
+            raise InputError("engine", engine, f"asks other questions now than in the run in {folder}; write elsewhere")
         moved, beside = self._free_places(), read_beside(folder, name)
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))

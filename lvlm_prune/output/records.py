@@ -164,6 +164,13 @@ class TrainingDataRecord(TypedDict, total=False):
     examined: ExaminedRecord
 
 
+class AskedRecord(TypedDict):
+    """What scored a run's models, where it reads its questions from a file that may change."""
+
+    engine: str
+    fingerprint: str
+
+
 class RunRecord(TypedDict, total=False):
     """What every command that reads it again expects in the record of a run; there is more in it."""
 
@@ -172,6 +179,7 @@ class RunRecord(TypedDict, total=False):
     model: OriginRecord
     calibration: CalibrationRecord
     data: TrainingDataRecord
+    asked: AskedRecord
     versions: dict[str, Any]
     survey: dict[str, Any]
     blocks: list[BlockRecord]

@@ -9,13 +9,18 @@ from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.blocks import modality_of_tokens
 from lvlm_prune.blocks.routing import routed, tokens_of
+from lvlm_prune.callbacks import ModalityProbe
 from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.cli import main
-from lvlm_prune.data import TensorSource
+from lvlm_prune.data import CalibrationDataModule, TensorSource
+from lvlm_prune.errors import InputError
+from lvlm_prune.module import LVLMModule
 from lvlm_prune.report.probe import probe_page, summarise
 from lvlm_prune.runs.probe.pathways import is_probed
 from lvlm_prune.runs.probe.run import ProbeRun
+from lvlm_prune.trainer import LVLMTrainer
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.engines import ShareLeft
 from tests.pages import Page, refuse_other_numbers
 
 ARGUMENTS = [
@@ -220,3 +225,22 @@ def test_an_occupied_folder_is_refused(tmp_path, capsys):
     assert main([*ARGUMENTS, f"--output={tmp_path}"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_probe_whose_questions_changed_does_not_go_on(tmp_path):
+    """A reproduced table would compare scores of different questions."""
+    questions, folder = tmp_path / "questions", tmp_path / "out"
+    probe = ModalityProbe(["text"], ["text"], [0.5], map_tokens=0, curve_samples=0)
+    trainer = LVLMTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+
+    def run(text: str, resume: bool):
+        questions.write_text(text)
+        data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=1)
+        engine = ShareLeft(questions=str(questions))
+        model = LVLMModule(str(GOLDEN / "model"), "float32")
+        return ProbeRun(trainer, model, data, str(folder), resume, True, probe, engine)()
+
+    found = run("a", resume=False)
+    assert run("a", resume=True)["grid"] == found["grid"]
+    with pytest.raises(InputError, match=r"--engine ShareLeft: asks other questions now than in the run in"):
+        run("b", resume=True)

@@ -265,6 +265,19 @@ def test_samples_that_changed_meanwhile_are_refused(tmp_path, count, capsys):
     assert count["run"] == 3
 
 
+def test_runs_of_other_questions_or_of_another_version_are_made_again(tmp_path, count, monkeypatch, no_pages):
+    questions, out = tmp_path / "questions", tmp_path / "out"
+    arguments = [*BASE, recipes("magnitude"), grid(pruning__sparsity=[0.5]), f"--output={out}"]
+    arguments.append(f"--engine.questions={questions}")
+    for text, version, runs in (("a", "1", 1), ("a", "1", 1), ("b", "1", 2), ("b", "2", 3)):
+        questions.write_text(text)
+        monkeypatch.setattr("lvlm_prune.__version__", version)
+        assert main(arguments) == 0
+        assert count["run"] == runs
+        assert len((out / "sweep.csv").read_text().splitlines()) == 2
+    assert len((out / "sweep.jsonl").read_text().splitlines()) == 3 * 2
+
+
 def test_classes_are_swept_with_their_import_paths_and_options(tmp_path):
     """The command line makes objects of what names a class in full."""
     scorer = "lvlm_prune.methods.scorers.RIAScorer"

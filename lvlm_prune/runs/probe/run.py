@@ -104,7 +104,7 @@ class ProbeRun:
         with session(self.trainer, run, launch, self._way_on):
             join(run, launch)
             if earlier is not None and earlier.get("status") == "complete":
-                now = provenance(run.config, run.hardware, model, data)
+                now = self._provenance()
                 earlier.refuse_other({**now, "calibration": earlier["calibration"]}, self.folder, PROBE_RECORD)
                 run.say(f"{self.folder} is complete already")
                 self._verify_again(earlier)
@@ -127,7 +127,7 @@ class ProbeRun:
     ) -> None:
         run, model, data, manifest = self.run, self.model, self.datamodule, self.run.record
         run.weights = model.weights(fabric.device)
-        manifest.update(provenance(run.config, run.hardware, model, data) | {"probe": describe(self.probe), "grid": []})
+        manifest.update(self._provenance() | {"probe": describe(self.probe), "grid": []})
 
         def raise_hook(name: str, **arguments: Any) -> None:
             with mounted(probing=self.probe):
@@ -150,6 +150,13 @@ class ProbeRun:
                 manifest["grid"].append(self._cell(cell, self.scoring))
                 self._note("probing")
         self._finish()
+
+    def _provenance(self) -> dict[str, Any]:
+        found = provenance(self.run.config, self.run.hardware, self.model, self.datamodule)
+        asked = self.engine.fingerprint() if self.engine is not None and self.evaluates else ""
+        return found | (
+            {"asked": {"engine": plugin_class(self.engine).__name__, "fingerprint": asked}} if asked else {}
+        )
 
     def _finished(self, cells: list[PathwayPruning]) -> list[dict[str, Any]]:
         """The cells that an interrupted probe finished; those of older versions without scores are made again."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.distributed.hardware import Hardware
@@ -238,9 +239,9 @@ class SearchRun:
         return {**found, "calibration": calibration, "seconds": time.monotonic() - began}
 
     def _identity(self, point: Point) -> str:
-        """What a try depends on: its configuration, the model, and what it is measured on."""
+        """What a try depends on: its configuration, the model, what it is measured on, and which version does it."""
         assert self.model.folder is not None
-        common = [self.model.folder.fingerprint(), str(self.model.compute_dtype), self.count]
+        common = [self.model.folder.fingerprint(), str(self.model.compute_dtype), self.count, lvlm_prune.__version__]
         return hashlib.sha256(json.dumps([point.identity, *common]).encode()).hexdigest()[:32]
 
     # ---- the run -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import lvlm_prune
 from lvlm_prune.callbacks import RetentionEvaluation
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.distributed.hardware import Hardware
@@ -128,7 +129,7 @@ class SweepRun:
 
     # ---- before the first run ----------------------------------------------------------------------------------------
     def _key(self) -> str:
-        """What all runs have in common: the checkpoint, how it is run, the engine and what it asks."""
+        """What all runs have in common: the checkpoint, how and by which version it is run, and what is asked."""
         model = self.model
         assert model.folder is not None
         common = {
@@ -136,6 +137,7 @@ class SweepRun:
             "dtype": str(model.compute_dtype),
             "attention": model.attn_implementation,
             "engine": describe(self.engine),
+            "version": lvlm_prune.__version__,  # another one may prune otherwise
         }
         if asked := self.engine.fingerprint():
             common["asked"] = asked

@@ -11,6 +11,7 @@ from lvlm_prune.output.names import PRUNING_RECORD
 def written(tmp_path):
     config = {"pruning": {"sparsity": 0.5, "pool": {"init_args": {"alpha": 1.0}}}, "trainer": {"devices": 1}}
     manifest = Manifest(config=config, model={"fingerprint": "a"}, calibration={"seed": 0}, blocks=[{"index": 0}])
+    manifest["versions"] = {"lvlm_prune": "0.1", "torch": "2.8"}
     manifest.write(tmp_path)
     return manifest, tmp_path
 
@@ -40,6 +41,8 @@ def test_the_same_run_may_go_on_with_other_devices(written):
         ("model", {"fingerprint": "b"}, "model.path .*: has changed"),
         ("calibration", {"fingerprint": "b"}, "data.source .*: gives other calibration samples"),
         ("calibration", {"seed": 1}, "calibration.seed"),
+        ("asked", {"engine": "BuiltinEngine", "fingerprint": "b"}, "--engine BuiltinEngine: asks other questions now"),
+        ("versions", {"lvlm_prune": "0.2"}, "is the unfinished run of lvlm-prune 0.1, and this is 0.2"),
     ],
 )
 def test_another_run_is_refused_with_the_first_difference(written, section, changed, named):
