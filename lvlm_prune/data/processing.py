@@ -248,7 +248,7 @@ def _without_video(base: Any) -> Any:
 
 
 def _processor_class(folder: Path) -> Any:
-    """The processor class that a checkpoint folder asks for; None if it is not one of transformers."""
+    """The processor class that a checkpoint folder asks for; None if there is none, or its library lacks."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -256,7 +256,9 @@ def _processor_class(folder: Path) -> Any:
         entries = _entries(folder / file)
         name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(str(entries.get("model_type")))
         if isinstance(name, str):
-            return getattr(transformers, name, None)
+            found = getattr(transformers, name, None)
+            # In the place of a class whose library is missing stands one that raises at every attribute.
+            return None if hasattr(found, "_backends") else found
     return None
 
 

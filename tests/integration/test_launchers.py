@@ -71,6 +71,14 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def are_gone(pids: list[int]) -> bool:
+    """Whether processes end within another second: a busy machine takes a while to end what was killed."""
+    deadline = time.monotonic() + 1
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(is_alive, pids))
+
+
 INTERRUPTIONS = [
     pytest.param([], signal.SIGINT, id="one process"),
     pytest.param(TWO, signal.SIGINT, id="two processes"),
@@ -88,7 +96,7 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(devices, number, tmp_
     assert run.returncode == 128 + number
     assert said == f"interrupted: go on with --resume true --output {output}\n"
     assert seconds < about_a_second()
-    assert not any(is_alive(pid) for pid in pids)
+    assert are_gone(pids)
     assert not (output / "config.json").exists()
     assert main([*arguments, "--resume=true"]) == 0
     assert (output / "model.safetensors").read_bytes() == (one / "wanda" / "model.safetensors").read_bytes()
@@ -123,7 +131,7 @@ def test_recovery_with_two_processes_ends_within_a_second_and_goes_on(number, re
     assert run.returncode == 128 + number
     assert said == f"interrupted: go on with --resume true --output {output}\n"
     assert seconds < about_a_second()
-    assert not any(is_alive(pid) for pid in pids)
+    assert are_gone(pids)
     assert not (output / "config.json").exists()
     finished = run_cli(*arguments, "--resume=true")
     assert finished.returncode == 0, finished.stderr

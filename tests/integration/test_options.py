@@ -33,7 +33,7 @@ COMMANDS = {
     "recover": [],
     "evaluate": [],
     "sweep": [],
-    "reproduce": ["--table=atv/table_2", "--engine=BuiltinEngine"],
+    "reproduce": ["--table=atv/table_2", "--engine=BuiltinEngine", '--tasks={"GQA": "place"}'],
 }
 # What a plugin needs to be tried; files of texts are made by the test.
 REQUIRED = {

@@ -227,6 +227,12 @@ def test_a_damaged_configuration_of_the_processor(content: bytes, tmp_path: Path
         load_processor(tmp_path)
 
 
+def test_a_processor_without_its_library_ends_no_run(tmp_path: Path):
+    """The card of every output asks whether the processor takes videos; without torchvision Pixtral's says nothing."""
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "PixtralProcessor"}')
+    assert not takes_videos(tmp_path)
+
+
 def test_what_the_processor_refuses_is_named(tmp_path: Path, byte_tokenizer):
     class Strip(CalibrationSource):
         def __len__(self) -> int:
