@@ -12,17 +12,20 @@ from typing import Any, BinaryIO, cast
 from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.output.names import PROBE_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import LEFT_OUT, private_folder
+from lvlm_prune.output.reading import conforms, read_record
 from lvlm_prune.output.records import (
     BlockRecord,
+    CompletePruning,
+    CompleteRecovery,
     LinearRecord,
     ProbeRecord,
     PruningRecord,
     RecoveryRecord,
     RunRecord,
-    read_record,
 )
 
 _KINDS = {PRUNING_RECORD: PruningRecord, RECOVERY_RECORD: RecoveryRecord, PROBE_RECORD: ProbeRecord}
+_WHEN_COMPLETE = {PRUNING_RECORD: CompletePruning, RECOVERY_RECORD: CompleteRecovery}
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""
@@ -172,10 +175,14 @@ def read_beside(folder: Path, name: str) -> dict[str, Any]:
 def read_run(path: Path) -> dict[str, Any] | None:
     """The record of a run, or None where there is none, or where it is not as a run writes it."""
     found = read_record(path, _KINDS.get(path.name, RunRecord))
-    if found is None or not all("index" in block for block in found.get("blocks", [])):
-        return None
-    measured = {"shape", "achieved"} if path.name == PRUNING_RECORD else set()
-    return found if all(measured <= entry.keys() for entry in found.get("linears", {}).values()) else None
+    if found is not None and found.get("status") == "complete":
+        if not conforms(found, _WHEN_COMPLETE.get(path.name, RunRecord)):
+            return None
+        if path.name == PRUNING_RECORD and not all(
+            {"pruned", "note"} & one.keys() for one in found["linears"].values()
+        ):
+            return None
+    return found
 
 
 def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputError:

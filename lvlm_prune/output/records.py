@@ -1,13 +1,9 @@
-"""What stands in `pruning.json` and its like, and whether a file that is read is of that kind.
+"""What stands in `pruning.json` and its like, as far as it is read again; `docs/file_formats.md` has the whole files.
 
-`docs/file_formats.md` has the whole files.
+A file that is read is held against these types: it may be of another version, or of another tool.
 """
 
-import json
-from functools import lru_cache
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, TypedDict
 
 Count = Annotated[int, (0, 2**63 - 1)]
 Share = Annotated[float, (0.0, 1.0)]
@@ -31,14 +27,17 @@ class PhaseSeconds(TypedDict, total=False):
     write: float
 
 
-class BlockRecord(TypedDict, total=False):
+class BlockRequired(TypedDict):
+    index: Count
+    """Its number among all blocks of the run; those of a vision tower come before those of the decoder."""
+
+
+class BlockRecord(BlockRequired, total=False):
     """A block that is finished: its weights are completely written.
 
     Plugins add numbers of their own under names of their own, for example `mean_drift`.
     """
 
-    index: Count
-    """Its number among all blocks of the run; those of a vision tower come before those of the decoder."""
     name: str
     """Its module path."""
     target: str
@@ -60,18 +59,28 @@ class BlockRecord(TypedDict, total=False):
     """The most that the process, or its GPU, held so far."""
 
 
-class LinearRecord(TypedDict, total=False):
-    """A Linear, or a matrix of a routed expert, that was to be pruned."""
+class MeasuredLinear(TypedDict):
+    """A Linear, or a matrix of a routed expert, and how much of it is zero."""
 
     shape: tuple[Count, Count]
     """(out, in)."""
-    block: Count
-    target: float
-    """Share of its weights that was to go."""
-    pruned: Count
-    """Weights that were set to zero."""
     achieved: Share
     """Share that is zero."""
+
+
+class LinearRequired(MeasuredLinear):
+    """One that was to be pruned."""
+
+    block: Count
+    target: Share
+    """Share of its weights that was to go."""
+
+
+class LinearRecord(LinearRequired, total=False):
+    """All that is known of one that was to be pruned."""
+
+    pruned: Count
+    """Weights that were set to zero; missing where there is a `note`."""
     zeros: Count
     """Zeros that were counted when the output was read again."""
     digest: str
@@ -84,6 +93,19 @@ class LinearRecord(TypedDict, total=False):
     """Calibration tokens that were sent to the expert, where they were few."""
     note: str
     """Why it was left dense."""
+
+
+class RecoveredLinear(MeasuredLinear):
+    """A pruned Linear that was recovered."""
+
+    zeros: Count
+
+
+class ProbedLinear(TypedDict):
+    """A Linear that was probed: its block, and the overlap of masks at each sparsity."""
+
+    block: Count
+    iou: dict[str, float]
 
 
 class CalibrationRecord(TypedDict, total=False):
@@ -161,6 +183,7 @@ class ExaminedRecord(TypedDict, total=False):
 class TrainingDataRecord(TypedDict, total=False):
     """What a recovery trained on."""
 
+    source: dict[str, Any]
     examined: ExaminedRecord
 
 
@@ -169,6 +192,20 @@ class AskedRecord(TypedDict):
 
     engine: str
     fingerprint: str
+
+
+class TrainingRecord(TypedDict):
+    """What a recovery did; there is more in it, by its method."""
+
+    trainable_parameters: Count
+    steps: Count
+
+
+class VerifiedRecord(TypedDict):
+    """What verification found."""
+
+    sparsity: Share
+    untouched_tensors: Count
 
 
 class RunRecord(TypedDict, total=False):
@@ -183,10 +220,10 @@ class RunRecord(TypedDict, total=False):
     versions: dict[str, Any]
     survey: dict[str, Any]
     blocks: list[BlockRecord]
-    linears: dict[str, LinearRecord]
     files: dict[str, FileRecord]
     quality: QualityRecord
-    verified: dict[str, Any]
+    verified: VerifiedRecord
+    pattern: str
     seconds: float
 
 
@@ -202,8 +239,21 @@ class PruningRecord(RunRecord, total=False):
     """`pruning.json`."""
 
     method: MethodRecord
+    linears: dict[str, LinearRecord]
     sparsity: SparsityRecord
     evaluation: PruningEvaluation
+    search: "FoundRecord"
+
+
+class CompletePruning(TypedDict):
+    """What the record of a finished run has in any case."""
+
+    model: OriginRecord
+    calibration: CalibrationRecord
+    method: MethodRecord
+    linears: dict[str, LinearRecord]
+    sparsity: SparsityRecord
+    verified: VerifiedRecord
 
 
 class RecoveryEvaluation(TypedDict):
@@ -217,15 +267,36 @@ class RecoveryRecord(RunRecord, total=False):
     """`recovery.json`."""
 
     method: str
-    training: dict[str, Any]
+    training: TrainingRecord
+    linears: dict[str, RecoveredLinear]
     dense: OriginRecord
-    pruned: dict[str, Any]
+    pruned: "PrunedHow"
     evaluation: RecoveryEvaluation
 
 
-class CellRequired(TypedDict):
-    """Which cell of the grid of a probe."""
+class CompleteRecovery(TypedDict):
+    """What the record of a finished recovery has in any case."""
 
+    model: OriginRecord
+    data: TrainingDataRecord
+    method: str
+    training: TrainingRecord
+    linears: dict[str, RecoveredLinear]
+    verified: VerifiedRecord
+    pattern: str
+    seconds: float
+
+
+class PrunedHow(TypedDict, total=False):
+    """What the record of a recovery keeps of how its base was pruned."""
+
+    method: MethodRecord
+    calibration: CalibrationRecord
+    sparsity: SparsityRecord
+    pattern: str
+
+
+class CellRequired(TypedDict):
     pathway: str
     pool: str
     sparsity: float
@@ -241,6 +312,7 @@ class CellRecord(CellRequired, total=False):
 class ProbeRecord(RunRecord, total=False):
     """`probe.json`."""
 
+    linears: dict[str, ProbedLinear]
     dense: ScoresRecord
     grid: list[CellRecord]
 
@@ -318,59 +390,8 @@ class TriedRecord(TypedDict):
     seconds: float
 
 
-def read_record(path: Path, kind: type) -> dict[str, Any] | None:
-    """A JSON file that is of a kind of record, or None where it is not: of another tool or version, or cut short.
+class FoundRecord(TriedRecord):
+    """What a search found, and how."""
 
-    Args:
-        path: The file; there may be none.
-        kind: A `TypedDict`.
-    """
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if conforms(found, kind) else None
-
-
-def conforms(value: Any, kind: Any) -> bool:
-    """Whether what was read from JSON is of a type: keys that a `TypedDict` does not name may be anything.
-
-    Args:
-        value: Mappings, lists, strings, numbers, null.
-        kind: A type, as in the classes above; `Annotated[number, (low, high)]` for a range.
-
-    Example:
-        >>> conforms({"bytes": 3, "sha256": "ab", "more": None}, FileRecord), conforms({"bytes": -3}, FileRecord)
-        (True, False)
-    """
-    if kind is Any:
-        return True
-    if is_typeddict(kind):
-        hints = _hints(kind)
-        return (
-            isinstance(value, dict)
-            and kind.__required_keys__ <= value.keys()
-            and all(conforms(value[key], hints[key]) for key in hints.keys() & value.keys())
-        )
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        low, high = parts[1]
-        return conforms(value, parts[0]) and low <= value <= high
-    if origin in (Union, UnionType):
-        return any(conforms(value, part) for part in parts)
-    if origin is dict:
-        return isinstance(value, dict) and all(conforms(item, parts[1]) for item in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(conforms(item, parts[0]) for item in value)
-    if origin is tuple:
-        return isinstance(value, list) and len(value) == len(parts) and all(map(conforms, value, parts))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-@lru_cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+    keep: Share
+    tries: list[TriedRecord]

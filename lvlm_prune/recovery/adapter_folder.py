@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.output.manifest import replace_durably
-from lvlm_prune.output.records import conforms
+from lvlm_prune.output.reading import conforms
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

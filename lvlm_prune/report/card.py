@@ -65,9 +65,10 @@ def refresh_card(folder: Path) -> bool:
     """Write a card once more, now that there is something new to say of the checkpoint.
 
     Returns:
-        Whether there was one.
+        Whether there was one, and records that can be read: without them it would say less than it did.
     """
-    if not has_own_card(folder):
+    names = [name for name in (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD) if (folder / name).is_file()]
+    if not has_own_card(folder) or not all(read_run(folder / name) for name in names):
         return False
     write_card(folder)
     return True

@@ -33,7 +33,7 @@ def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tupl
         sparsity_figure(run, "Sparsity of each kind of Linear in each block, that of the base."),
     )
     plates = {plate.name: plate for plate in drawn if plate is not None}
-    title = f"{model_name(run)}: recovered by {_METHODS[run['method']]}"
+    title = f"{model_name(run)}: recovered by {_METHODS.get(run['method'], run['method'])}"
     text = render_page(
         "recovery.html.j2",
         title,
@@ -76,7 +76,7 @@ def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "base": model_name(run),
-        "method": _METHODS[run["method"]],
+        "method": _METHODS.get(run["method"], run["method"]),
         "sparsity": show(run, "verified", "sparsity", unit="percent"),
         "pattern": run["pattern"],
     }

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.manifest import Manifest, read_run
 from lvlm_prune.output.names import PAGE_NAME, PRUNING_RECORD, RECOVERY_RECORD
 
 
@@ -19,7 +19,7 @@ def refresh_page(folder: Path, same_numbers: bool = False) -> bool:
         same_numbers: Whether no number is new, so that the figures are those that are drawn already.
 
     Returns:
-        Whether there is one.
+        Whether there is one, and a record beside it that can be read.
     """
     if not (folder / PAGE_NAME).is_file():
         return False
@@ -31,9 +31,10 @@ def refresh_page(folder: Path, same_numbers: bool = False) -> bool:
     pages: dict[str, Callable[[Manifest, Path], Any]] = {RECOVERY_RECORD: recovery_page, PRUNING_RECORD: pruning_page}
     for name, page in pages.items():
         if (folder / name).is_file():
-            record = Manifest.read(folder, name)
+            record = Manifest(read_run(folder / name) or {})
             if record.get("status") == "complete":
                 with drawn_again(folder) if same_numbers else nullcontext():
                     write_page(folder, *page(record, folder))
                 return True
+            return False
     return False

@@ -213,10 +213,12 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys):
     assert not torch.distributed.is_initialized()
 
 
+LINEAR = {"shape": [8, 8], "achieved": 0.5, "block": 0, "target": 0.5, "pruned": 32}
 OTHER_RECORDS = {
     "no Linears": ({"linears": {}}, "does not say which weights"),
-    "an empty Linear": ({"linears": {"a.0.b": {"shape": [0, 8], "achieved": 0.5}}}, "does not say which weights"),
-    "a Linear that is not there": ({"linears": {"a.0.b": {"shape": [8, 8], "achieved": 0.5}}}, "names a.0.b"),
+    "an empty Linear": ({"linears": {"a.0.b": LINEAR | {"shape": [0, 8]}}}, "does not say which weights"),
+    "a Linear that is not there": ({"linears": {"a.0.b": LINEAR}}, "names a.0.b"),
+    "a Linear of which little is said": ({"linears": {"a.0.b": {"shape": [8, 8]}}}, "is not as a run writes it"),
     "a fingerprint that is none": ({"model": {"fingerprint": [1]}}, "is not as a run writes it"),
     "data that are none": ({"calibration": {}, "data": {"examined": 5}}, "is not as a run writes it"),
 }

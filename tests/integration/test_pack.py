@@ -130,12 +130,15 @@ def test_a_packed_folder_is_evaluated_and_compared(small: Path, tmp_path: Path, 
         key.removesuffix(".weight").replace("model.layers", "model.language_model.layers"): {
             "shape": list(CheckpointFolder(small)[key].shape),
             "achieved": 0.6,
+            "target": 0.6,
+            "pruned": 0,
             "block": int(key.split(".")[2]),
         }
         for key in CheckpointFolder(small)
         if key.startswith("model.layers.") and key.endswith("proj.weight")
     }
-    record = {"status": "complete", "linears": linears, "blocks": [], "config": {}}
+    record = {"status": "complete", "linears": linears, "verified": {"sparsity": 0.6, "untouched_tensors": 0}}
+    record |= {name: {} for name in ("model", "calibration", "method", "sparsity")}
     for folder in (small, packed):
         (folder / "pruning.json").write_text(json.dumps(record))
     assert main(["compare", str(small), str(packed), f"--output={tmp_path / 'compared'}"]) == 0

@@ -19,7 +19,7 @@ from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, refuse_other_content, writing
-from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.manifest import read_run
 from lvlm_prune.output.names import (
     EVALUATION_RECORD,
     EVALUATION_TABLE,
@@ -94,9 +94,10 @@ class EvaluationRun:
         return folder
 
     def _is_publishable(self) -> bool:
-        """Whether the run that made the folder left private data out."""
+        """Whether the run that made the folder left private data out, or may have: its record cannot be read."""
         names = [name for name in (RECOVERY_RECORD, PRUNING_RECORD) if (self.folder / name).is_file()]
-        return any(is_left_out(Manifest.read(self.folder, name)) for name in names)
+        records = [read_run(self.folder / name) for name in names]
+        return any(record is None or is_left_out(record) for record in records)
 
     def _provenance(self) -> dict[str, Any]:
         return {

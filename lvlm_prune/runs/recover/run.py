@@ -161,7 +161,7 @@ class RecoveryRun(ABC):
         if self.model.path not in NAMES:
             return
         if earlier is not None:
-            self.model.path = earlier["model"]["path"]
+            self.model.path = earlier.get("model", {}).get("path") or self.model.path
         elif self.trainer.is_global_zero:
             self._refuse_unusable(CheckpointFolder(resolve(self.model.path)))
             self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
@@ -229,8 +229,9 @@ class RecoveryRun(ABC):
         Raises:
             InputError: A sample cannot be used, or is another one than the interrupted run had.
         """
-        if earlier is not None and "examined" in earlier["data"]:
-            examined = self.record["data"]["examined"] = earlier["data"]["examined"]
+        examined = {} if earlier is None else earlier.get("data", {}).get("examined", {})
+        if "sampled" in examined:
+            self.record["data"]["examined"] = examined
             if self.trainer.is_global_zero and self.datamodule.sampled() != examined["sampled"]:
                 problem = f"gives other samples now than in the unfinished run in {self.folder}"
                 raise InputError("data.source", plugin_class(self.datamodule.source).__name__, problem)

@@ -32,7 +32,8 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import choose_folder, refuse_unusable, remove_unfinished, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
-from lvlm_prune.output.records import TriedRecord, conforms
+from lvlm_prune.output.reading import conforms
+from lvlm_prune.output.records import TriedRecord
 from lvlm_prune.plugins import describe
 from lvlm_prune.recipes import options_of_method, recipe_file
 from lvlm_prune.run import Run, RunOptions, RunTrainer

@@ -19,7 +19,8 @@ from lvlm_prune.evaluation.scores import Retention, Scores, retention
 from lvlm_prune.output.folder import refuse_other_content
 from lvlm_prune.output.manifest import sync_folder
 from lvlm_prune.output.own_files import digest_of_json
-from lvlm_prune.output.records import DenseRecord, SweptRecord, TriedRecord, conforms
+from lvlm_prune.output.reading import conforms
+from lvlm_prune.output.records import DenseRecord, SweptRecord, TriedRecord
 from lvlm_prune.runs.sweep.grid import Point
 
 DENSE = "dense-"

@@ -31,6 +31,9 @@ It scores 99.7.
 """
 
 
+_SIZE = {"shape": [100, 100], "achieved": 0.5991}
+
+
 def pruned(**more) -> dict:
     plugins = {"pool": "a.AsymmetricPool", "scorer": "a.WandaScorer", "allocation": "a.UniformAllocation"}
     options = {name: {"class_path": path, "init_args": {}} for name, path in plugins.items()}
@@ -47,10 +50,28 @@ def pruned(**more) -> dict:
         "sparsity": {"target": 0.6, "achieved": 0.5991},
         "pattern": "unstructured",
         "updates_weights": False,
-        "linears": {"layers.0.k_proj": {"shape": [100, 100], "achieved": 0.5991, "block": 0}},
+        "linears": {"layers.0.k_proj": {**_SIZE, "block": 0, "target": 0.6, "pruned": 5991}},
         "verified": {"sparsity": 0.5991, "untouched_tensors": 89},
         "seconds": 12.3,
     } | more
+
+
+def recovered() -> dict:
+    record = pruned()
+    how = {name: record[name] for name in ("method", "sparsity", "pattern", "calibration")}
+    return {
+        "status": "complete",
+        "method": "lora",
+        "pruned": how,
+        "model": {"path": "/mine/pruned", "folder": "/mine/pruned", "class": "LlavaForConditionalGeneration"},
+        "dense": {"path": "owner/dense", "folder": "/gone"},
+        "data": {"samples": 40, "source": {"class_path": "a.LlavaJsonSource"}},
+        "training": {"trainable_parameters": 2_000_000, "steps": 17},
+        "pattern": "unstructured",
+        "linears": {"layers.0.k_proj": {**_SIZE, "zeros": 5991}},
+        "verified": {"sparsity": 0.6, "untouched_tensors": 89},
+        "seconds": 3.4,
+    }
 
 
 def folder_of(tmp_path: Path, record: dict, name: str = "pruning.json") -> Path:
@@ -151,22 +172,8 @@ def test_a_local_model_has_no_name_on_the_hub(tmp_path):
 
 
 def test_a_recovered_checkpoint_says_how_it_was_pruned_and_trained(tmp_path):
-    record = pruned()
-    how = {name: record[name] for name in ("method", "sparsity", "pattern", "calibration")}
-    recovered = {
-        "status": "complete",
-        "method": "lora",
-        "pruned": how,
-        "model": {"path": "/mine/pruned", "folder": "/mine/pruned", "class": "LlavaForConditionalGeneration"},
-        "dense": {"path": "owner/dense", "folder": "/gone"},
-        "data": {"samples": 40, "source": {"class_path": "a.LlavaJsonSource"}},
-        "training": {"trainable_parameters": 2_000_000, "steps": 17},
-        "pattern": "unstructured",
-        "linears": {"layers.0.k_proj": {"shape": [100, 100], "achieved": 0.6}},
-        "verified": {"sparsity": 0.6, "untouched_tensors": 89},
-    }
     write_card(tmp_path, DENSE, pruned())
-    write_card(folder_of(tmp_path, recovered, "recovery.json"))
+    write_card(folder_of(tmp_path, recovered(), "recovery.json"))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "owner/dense"
     own, dense = card.text.split(DENSE_CARD)
@@ -174,7 +181,7 @@ def test_a_recovered_checkpoint_says_how_it_was_pruned_and_trained(tmp_path):
     assert "17 steps on 40 samples of LlavaJsonSource" in own
     assert dense.strip().startswith("# The dense model")
     (tmp_path / "adapter").mkdir()
-    write_adapter_card(tmp_path / "adapter", recovered)
+    write_adapter_card(tmp_path / "adapter", recovered())
     adapter = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert adapter.data.library_name == "peft"
     assert "load_sparse_adapter" in adapter.text
@@ -207,3 +214,32 @@ def test_a_card_whose_head_cannot_be_read_is_kept_as_text(tmp_path):
     card = ModelCard(card_of(folder_of(tmp_path, pruned()), broken))
     assert "license" not in card.data.to_dict()
     assert card.text.split(DENSE_CARD)[1].strip() == broken
+
+
+def places(value, path=()):
+    for key in value if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("whole", [pruned(search={"keep": 0.9, "tries": []}), recovered()], ids=["pruned", "recovered"])
+@pytest.mark.parametrize("wrong", [None, "x", [5], {}, "missing"], ids=str)
+def test_a_record_of_another_version_gives_a_card_or_counts_as_none(whole, wrong, tmp_path):
+    name = "recovery.json" if "training" in whole else "pruning.json"
+    for path in places(whole):
+        changed = json.loads(json.dumps(whole))
+        part = changed
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = wrong
+        if wrong == "missing":
+            del part[path[-1]]
+        assert "It scores 99.7." in card_of(folder_of(tmp_path, changed, name), DENSE), path
+
+
+def test_a_card_is_left_alone_where_its_record_cannot_be_read(tmp_path):
+    write_card(folder_of(tmp_path, pruned()), DENSE)
+    before = (tmp_path / "README.md").read_bytes()
+    assert refresh_card(folder_of(tmp_path, pruned()))
+    assert not refresh_card(folder_of(tmp_path, {"status": "complete"}))
+    assert (tmp_path / "README.md").read_bytes() == before

@@ -1,0 +1,66 @@
+"""Whether a file that is read is a record of a kind: it may be of another tool or version, or cut short."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+
+def read_record(path: Path, kind: type) -> dict[str, Any] | None:
+    """A JSON file that is of a kind of record, or None where it is not: of another tool or version, or cut short.
+
+    Args:
+        path: The file; there may be none.
+        kind: A `TypedDict`.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if conforms(found, kind) else None
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Whether what was read from JSON is of a type: keys that a `TypedDict` does not name may be anything.
+
+    Args:
+        value: Mappings, lists, strings, numbers, null.
+        kind: A type, as in `lvlm_prune.output.records`; `Annotated[number, (low, high)]` for a range.
+
+    Example:
+        >>> from lvlm_prune.output.records import FileRecord
+        >>> conforms({"bytes": 3, "sha256": "ab", "more": None}, FileRecord), conforms({"bytes": -3}, FileRecord)
+        (True, False)
+    """
+    if kind is Any:
+        return True
+    if is_typeddict(kind):
+        hints = _hints(kind)
+        return (
+            isinstance(value, dict)
+            and kind.__required_keys__ <= value.keys()
+            and all(conforms(value[key], hints[key]) for key in hints.keys() & value.keys())
+        )
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        low, high = parts[1]
+        return conforms(value, parts[0]) and low <= value <= high
+    if origin in (Union, UnionType):
+        return any(conforms(value, part) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(conforms(item, parts[1]) for item in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(conforms(item, parts[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(conforms, value, parts))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
