@@ -19,6 +19,7 @@ from torch import Tensor
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
+from lvlm_prune.errors import InputError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.output.folder import (
@@ -213,6 +214,9 @@ class SparseCheckpointWriter(PruneCallback):
         assert pl_module.folder is not None
         pruning = trainer.run.find(BlockwisePruning)
         assert pruning is not None
+        if others := trainer.run.record["linears"].keys() ^ pruning.shapes.keys():
+            problem = f"its {PRUNING_RECORD} does not name the Linears that are pruned ({min(others)})"
+            raise InputError("output", folder, problem)
         expectations = {
             name: Expectation(
                 entry["pruned"],

@@ -49,10 +49,12 @@ class PruningReport(PruneCallback):
             refresh_card(folder)
             if trainer.run.options.report:
                 # Matplotlib takes its time to load; who wants no page does not wait for it.
-                from lvlm_prune.report.page import write_page
+                from lvlm_prune.report.page import read_from, write_page
                 from lvlm_prune.report.pruning import pruning_page
 
-                write_page(folder, *pruning_page(trainer.run.record, folder, lambda: self._take_stock(trainer.run)))
+                with read_from(folder, PRUNING_RECORD, trainer.run.options.resume):
+                    drawn = pruning_page(trainer.run.record, folder, lambda: self._take_stock(trainer.run))
+                write_page(folder, *drawn)
             else:
                 self._take_stock(trainer.run)
             trainer.run.record.write(folder)

@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_OF_COMMAND: ContextVar[str] = ContextVar("_OF_COMMAND", default="")
 
 
 def choose_folder(output: str, name: str, resume: bool) -> Path:
@@ -269,12 +272,31 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
+def going_on(way_on: str) -> Iterator[None]:
+    """While the context is open, runs inside are parts of a command that goes on in its own way.
+
+    Args:
+        way_on: How, for people.
+    """
+    token = _OF_COMMAND.set(way_on)
+    try:
+        yield
+    finally:
+        _OF_COMMAND.reset(token)
+
+
+def way_on_of_command(own: str) -> str:
+    """How the command goes on: as a run does by itself (`own`), but for one that is a part of another command."""
+    return _OF_COMMAND.get() or own
+
+
+@contextmanager
 def writing(folder: Path, way_on: str = "resume with --resume true") -> Iterator[None]:
     """What goes wrong while something is written into the output folder becomes one line.
 
     Args:
         folder: The output folder.
-        way_on: How the command goes on.
+        way_on: How the command goes on, where it is not a part of another one.
 
     Raises:
         RunError: The disk is full, or cannot be written for another reason.
@@ -284,7 +306,7 @@ def writing(folder: Path, way_on: str = "resume with --resume true") -> Iterator
     except OSError as error:
         if error.errno is None:  # of a library, about something else than the disk
             raise
-        reason = f"{error.strerror or error} (nothing is lost; {way_on})"
+        reason = f"{error.strerror or error} (nothing is lost; {way_on_of_command(way_on)})"
         raise RunError(f"--output {folder}: {reason}") from None
 
 

@@ -175,14 +175,11 @@ def read_beside(folder: Path, name: str) -> dict[str, Any]:
 def read_run(path: Path) -> dict[str, Any] | None:
     """The record of a run, or None where there is none, or where it is not as a run writes it."""
     found = read_record(path, _KINDS.get(path.name, RunRecord))
-    if found is not None and found.get("status") == "complete":
-        if not conforms(found, _WHEN_COMPLETE.get(path.name, RunRecord)):
-            return None
-        if path.name == PRUNING_RECORD and not all(
-            {"pruned", "note"} & one.keys() for one in found["linears"].values()
-        ):
-            return None
-    return found
+    if found is None:
+        return None
+    is_whole = found.get("status") != "complete" or conforms(found, _WHEN_COMPLETE.get(path.name, RunRecord))
+    linears = found.get("linears", {}).values() if path.name == PRUNING_RECORD else ()
+    return found if is_whole and all({"pruned", "note"} & entry.keys() for entry in linears) else None
 
 
 def _other_input(section: str, other: Mapping[str, Any], folder: Path) -> InputError:

@@ -122,16 +122,22 @@ class CalibrationRecord(TypedDict, total=False):
     """Name and reason of each sample that could not be read; left out with what is private."""
 
 
-class QualityRecord(TypedDict, total=False):
-    """What pruning cost, on a few samples; numbers are null where they are infinite."""
-
+class QualityRequired(TypedDict):
     samples: Count
     tokens: Count
     held_back: bool
     dense_perplexity: float | None
     perplexity: float | None
     kl: float | None
+
+
+class QualityRecord(QualityRequired, total=False):
+    """What pruning cost, on a few samples; numbers are null where they are infinite."""
+
     agreement: Share
+
+
+class NoQuality(TypedDict):
     not_measured: str
 
 
@@ -221,7 +227,7 @@ class RunRecord(TypedDict, total=False):
     survey: dict[str, Any]
     blocks: list[BlockRecord]
     files: dict[str, FileRecord]
-    quality: QualityRecord
+    quality: QualityRecord | NoQuality
     verified: VerifiedRecord
     pattern: str
     seconds: float
@@ -357,15 +363,11 @@ class DenseRecord(TypedDict):
 
 
 class ReachedSparsity(TypedDict):
-    """What was to go, and what went."""
-
     target: Share
     achieved: Share
 
 
 class MethodCost(TypedDict):
-    """What the method alone took."""
-
     seconds: float
 
 

@@ -122,10 +122,12 @@ def refuse_other_findings(recorded: Mapping[str, Mapping[str, Any]], found: Mapp
         found: `zeros` and `digests` as verification gives them.
 
     Raises:
-        RunError: They differ; names the first one.
+        RunError: They differ, or nothing is recorded of one; names it.
     """
     for name, zeros in found["zeros"].items():
-        known, digest = recorded[name], found["digests"].get(name)
+        known, digest = recorded.get(name), found["digests"].get(name)
+        if known is None or (digest is not None and "digest" not in known):
+            raise RunError(f"verification failed: the record does not say how {name} was written")
         if known.get("zeros", zeros) != zeros or known.get("digest", digest) != digest:
             raise RunError(f"verification failed: {name} is not as it was written")
 

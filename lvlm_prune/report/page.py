@@ -18,12 +18,13 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import NAMES
+from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.output.private import is_left_out, left_out_options
@@ -208,6 +209,27 @@ def drawn_again(folder: Path) -> Iterator[None]:
         yield
     finally:
         _drawn.reset(token)
+
+
+@contextmanager
+def read_from(folder: Path, name: str, is_read: bool) -> Iterator[None]:
+    """While the context is open, a page is made of a record of an earlier run, maybe of another version.
+
+    Args:
+        folder: Where it is.
+        name: Of the record.
+        is_read: Whether it was read; what a run cannot make of its own numbers is an error of the program.
+
+    Raises:
+        InputError: No page can be made of it.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError) as error:
+        if not is_read:
+            raise
+        problem = f"no page can be made of its {name}, which is not as a run writes it ({first_line(error)})"
+        raise InputError("output", folder, problem) from error
 
 
 def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:

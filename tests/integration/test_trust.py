@@ -307,6 +307,21 @@ def test_a_record_of_another_shape_is_no_traceback(command, wrong, depth, finish
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.parametrize("name", ["left out", "another"])
+def test_a_record_of_other_linears_is_not_taken_for_verified(name, finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    record = json.loads((folder / "pruning.json").read_text())
+    linear = record["linears"].pop(next(iter(record["linears"])))
+    (folder / "pruning.json").write_text(
+        json.dumps(record | {"linears": record["linears"] | ({} if name == "left out" else {name: linear})})
+    )
+    capsys.readouterr()
+    assert resumed_as(finished, folder) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its pruning.json does not name the Linears that are pruned" in line
+
+
 def test_scores_of_another_shape_are_no_traceback(finished, tmp_path, capsys):
     """An `evaluation.json` that is not as `evaluate` writes it says nothing about the checkpoint."""
     folder = tmp_path / "out"

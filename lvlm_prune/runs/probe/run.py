@@ -21,13 +21,21 @@ from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import FolderLock, choose_folder, make_folder, refuse_unusable, write_config, writing
+from lvlm_prune.output.folder import (
+    FolderLock,
+    choose_folder,
+    make_folder,
+    refuse_unusable,
+    way_on_of_command,
+    write_config,
+    writing,
+)
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_changed
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import describe, mounted, plugin_class
-from lvlm_prune.report.page import write_page
+from lvlm_prune.report.page import read_from, write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page, summarise
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.probe.pathways import PathwayPruning
@@ -120,7 +128,7 @@ class ProbeRun:
 
     def _way_on(self) -> str:
         started = (self.folder / PROBE_RECORD).is_file()
-        return f"go on with --resume true --output {self.folder}" if started else ""
+        return way_on_of_command(f"go on with --resume true --output {self.folder}" if started else "")
 
     def _measure(
         self, fabric: Fabric, names: PathwayPruning, cells: list[PathwayPruning], earlier: Manifest | None
@@ -282,7 +290,9 @@ class ProbeRun:
             write_config(self.folder, run.config)
             if table:
                 replace_durably(self.folder / "probe.md", table.encode())
-            write_page(self.folder, *probe_page(manifest))
+            with read_from(self.folder, PROBE_RECORD, self.resume):
+                page = probe_page(manifest)
+            write_page(self.folder, *page)
             written = ("config.yaml", "probe.md", PAGE_NAME, FIGURE_FOLDER)
             manifest["files"] = records_of(self.folder, [self.folder / name for name in written])
         manifest["digest"] = _digest(manifest)

@@ -357,10 +357,12 @@ class RecoveryRun(ABC):
         self.record.write(self.folder, RECOVERY_RECORD)
         if self.run.options.report:
             # Matplotlib takes its time to load; who wants no page does not wait for it.
-            from lvlm_prune.report.page import write_page
+            from lvlm_prune.report.page import read_from, write_page
             from lvlm_prune.report.recovery import recovery_page
 
-            write_page(self.folder, *recovery_page(self.record, self.folder))
+            with read_from(self.folder, RECOVERY_RECORD, self.resume):
+                page = recovery_page(self.record, self.folder)
+            write_page(self.folder, *page)
         self._say(summary(self.record, self.folder))
         if "evaluation" not in self.record and self.dense_name not in NAMES and not self.run.options.packed:
             self._say(next_commands(self.folder, self.dense_name, recovers=False))

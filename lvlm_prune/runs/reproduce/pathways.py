@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, retention
+from lvlm_prune.output.folder import going_on
 from lvlm_prune.output.names import PROBE_RECORD
 from lvlm_prune.runs.probe.run import ProbeRun
 from lvlm_prune.runs.reproduce.tables import Part
 from lvlm_prune.runs.sweep.grid import Point
 from lvlm_prune.runs.sweep.results import FinishedRun
+from lvlm_prune.runs.sweep.run import WAY_ON
 
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe
@@ -52,7 +54,8 @@ def probe_rows(
         output = folder / f"seed-{point.seed}"
         resume = (output / PROBE_RECORD).is_file()
         run = ProbeRun(trainer, model, point.instantiate()[1], str(output), resume, True, probe_of(part), engine)
-        records.append((point, run()))
+        with going_on(WAY_ON):
+            records.append((point, run()))
     dense = Scores.from_dict(records[0][1]["dense"])
     return [[_finished(row.labels, *record) for record in records] for row in part.rows], dense
 

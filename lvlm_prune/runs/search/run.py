@@ -29,7 +29,7 @@ from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import choose_folder, refuse_unusable, remove_unfinished, writing
+from lvlm_prune.output.folder import choose_folder, going_on, refuse_unusable, remove_unfinished, writing
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.reading import conforms
@@ -228,7 +228,8 @@ class SearchRun:
         began, processes, folder = time.monotonic(), self.run.processes, self.results.folder / "try"
         processes.on_main(lambda: remove_unfinished(folder))
         options = RunOptions(evaluate=False, report=False, quiet=True)
-        manifest = self._pruning_run(point, folder, options, shared=shared)()
+        with going_on(_WAY_ON):
+            manifest = self._pruning_run(point, folder, options, shared=shared)()
         with suitable_threads(self.model.block_weights, self.run.hardware.devices):
             assert self.model.folder is not None
             written = self.model.folder.at(folder)

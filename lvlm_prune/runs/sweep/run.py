@@ -25,7 +25,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import refuse_overlap, remove_unfinished, write_config, writing
+from lvlm_prune.output.folder import going_on, refuse_overlap, remove_unfinished, write_config, writing
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.output.records import FileRecord
@@ -209,7 +209,8 @@ class SweepRun:
         config = point.run_config(self.run.config)
         single = PruneRun(self.trainer, self.model, data, str(folder), options, callbacks, config, shared=shared)
         try:
-            manifest = single()
+            with going_on(WAY_ON):
+                manifest = single()
         except RunError as error:
             wrapped = RunError(f"{point.label}: {error}")
             wrapped.agreed = error.agreed

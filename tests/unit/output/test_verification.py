@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lvlm_prune.blocks import BlockRunner, StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
 from lvlm_prune.errors import RunError
 from lvlm_prune.methods.patterns import SemiStructured, Unstructured, ZeroCount
-from lvlm_prune.output.verification import Expectation, verify_checkpoint
+from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from tests.conftest import GOLDEN
 
 PRUNED = "layers.1.mlp.up_proj.weight"
@@ -160,3 +161,19 @@ def test_a_block_of_columns_with_too_few_zeros(checkpoints):
     checkpoints.verify(Expectation(checkpoints.promise.pruned, [ZeroCount(8 * rows, zeros, columns=columns)]))
     with pytest.raises(RunError, match=f"has {zeros} zeros in a group, {zeros + 1} were to be there"):
         checkpoints.verify(Expectation(checkpoints.promise.pruned, [ZeroCount(8 * rows, zeros + 1, columns=columns)]))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "problem"),
+    [
+        ({"a": {"zeros": 3, "digest": "x"}}, ""),
+        ({"a": {"zeros": 4, "digest": "x"}}, "a is not as it was written"),
+        ({"a": {"zeros": 3, "digest": "y"}}, "a is not as it was written"),
+        ({"a": {"zeros": 3}}, "does not say how a was written"),
+        ({}, "does not say how a was written"),
+    ],
+)
+def test_what_a_record_does_not_say_is_not_verified(recorded, problem):
+    found = {"zeros": {"a": 3}, "digests": {"a": "x"}}
+    with pytest.raises(RunError, match=problem) if problem else nullcontext():
+        refuse_other_findings(recorded, found)

@@ -1,0 +1,99 @@
+"""Disks that are full, folders that are taken and inputs that change meanwhile: one line, and the command goes on."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lvlm_prune.cli import main
+from lvlm_prune.output.folder import FolderLock
+from lvlm_prune.runs.prune.quality import SampleQuality
+from lvlm_prune.runs.sweep.run import WAY_ON
+from tests.conftest import GOLDEN, GOLDEN_MODEL
+from tests.integration.test_reproduce import arguments as reproduce
+from tests.integration.test_sweep import BASE, grid, recipes
+
+PROBE = ["probe", *GOLDEN_MODEL, "--data.num_samples=1", "--probing.sparsities=[0.5]", "--probing.pathways=[text]"]
+PROBE += ["--probing.pools=[text]", "--probing.map_tokens=0", "--probing.curve_samples=0"]
+
+
+def one_line(capsys) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("file", ["sweep.csv", "model.safetensors", "sweep.jsonl", "table.md"])
+def test_a_full_disk_in_a_sweep_or_a_table_is_one_line_and_the_same_command_goes_on(
+    file, no_pages, tmp_path, monkeypatch, capsys
+):
+    """At the last file, in the middle of a checkpoint, at a line of results, at a table of a paper."""
+    out = tmp_path / "out"
+    table = file == "table.md"
+    command = reproduce("atv/table_3", out) if table else [*BASE, recipes("magnitude"), f"--output={out}"]
+    command += [] if table else [grid(pruning__sparsity=[0.5])]
+    replace, fsync = Path.replace, os.fsync
+
+    def full_for_names(self, target):
+        if Path(target).name == file or (file == "model.safetensors" and Path(target).name == "config.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    def full_for_lines(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full_for_names)
+        if file == "sweep.jsonl" and Path("/proc/self/fd").exists():
+            patched.setattr(os, "fsync", full_for_lines)
+        assert main(command) == 2
+    line = one_line(capsys)
+    assert "No space left on device" in line
+    assert WAY_ON in line
+    assert "--resume" not in line
+    assert main(command) == 0
+
+
+def test_a_folder_that_another_probe_writes_is_refused(tmp_path, capsys):
+    lock = FolderLock(tmp_path)
+    assert main([*PROBE, f"--output={tmp_path}"]) == 2
+    assert one_line(capsys) == f"error: --output {tmp_path}: is being written by another run"
+    assert not list(tmp_path.iterdir())
+    lock.release()
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main([*PROBE, "--output=out"]) == 2
+    assert "the working directory: cannot be used" in one_line(capsys)
+
+
+def test_a_search_whose_samples_changed_does_not_go_on(tmp_path, monkeypatch, capsys):
+    """Tries on other samples could not be compared."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    save_file(samples, tmp_path / "calib.safetensors")
+    command = ["prune", GOLDEN_MODEL[0], "--data.source=TensorSource", "--data.num_samples=2", "--keep=0.7"]
+    command += [f"--data.source.path={tmp_path / 'calib.safetensors'}", "--held_back=0", "--report=false"]
+    measured = []
+
+    def quality(self, written) -> dict:
+        measured.append(written)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"agreement": 0.5, "kl": 1.0, "samples": 1, "tokens": 9}
+
+    monkeypatch.setattr(SampleQuality, "__call__", quality)
+    assert main([*command, f"--output={tmp_path / 'out'}"]) == 130
+    changed = {name: -tensor if name.endswith("pixel_values") else tensor for name, tensor in samples.items()}
+    save_file(changed, tmp_path / "calib.safetensors")
+    capsys.readouterr()
+    assert main([*command, f"--output={tmp_path / 'out'}"]) == 2
+    assert "--data.source TensorSource: gives other calibration samples now" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
