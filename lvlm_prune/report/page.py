@@ -166,9 +166,22 @@ def render_page(template: str, title: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     return _with_contents(
         environment.get_template(template).render(title=title, theme_css=Markup(theme_css()), **values)
     )
+
+
+def _breakable(value: Any) -> Any:
+    """A name that a narrow screen breaks behind its dots and underscores, and not in the middle of a word.
+
+    Example:
+        >>> print(_breakable("self_attn.q_proj"))
+        self_<wbr>attn.<wbr>q_<wbr>proj
+    """
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(value))))
 
 
 def _with_contents(page: str) -> str:

@@ -219,7 +219,7 @@ def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     found = run.get("quality", {})
     facts = {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
     if "agreement" in found:
-        facts["the dense model's most likely token"] = show(run, "quality", "agreement", unit="percent")
+        facts["agreement with the dense model"] = show(run, "quality", "agreement", unit="percent")
     return facts
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
@@ -149,6 +150,7 @@ def test_two_parts_make_the_table_of_the_whole(tmp_path):
     assert main([*arguments, "--part=2/2", f"--output={tmp_path / 'parts'}"]) == 0
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     assert (tmp_path / "parts" / "sweep.md").read_text() == (tmp_path / "whole" / "sweep.md").read_text()
+    assert "part" not in yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text()), "it repeats the whole"
 
 
 def test_table_csv_and_page_tell_the_same(tmp_path):

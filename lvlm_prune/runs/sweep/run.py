@@ -267,7 +267,8 @@ class SweepRun:
         table = markdown_table(runs, self.across) if runs else ""
         text = "\n\n".join(part for part in (summary(dense), table, note) if part) + "\n"
         with writing(self.folder, WAY_ON):
-            write_config(self.folder, self.run.config)
+            # The folder is of all parts, and so is the command that its page repeats.
+            write_config(self.folder, {name: value for name, value in self.run.config.items() if name != "part"})
             replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
             replace_durably(self.folder / "sweep.md", text.encode())
             if runs:
