@@ -62,6 +62,8 @@ def prepare(model: PreTrainedModel) -> None:
         model.initialize_weights()
     else:
         model.tie_weights()
+        # As version 5 has them: which parameters are one is seen only as long as none of them is loaded.
+        model.all_tied_weights_keys = _same_parameters(model)
 
 
 def names_pattern(names: Iterable[str]) -> re.Pattern[str]:
@@ -74,18 +76,18 @@ def names_pattern(names: Iterable[str]) -> re.Pattern[str]:
 def tied_names(model: nn.Module) -> Mapping[str, list[str]]:
     """Name of a tied parameter to the names of the others that it is tied to."""
     partners: dict[str, list[str]] = defaultdict(list)
-    if VERSION_5:
-        for first, second in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            partners[first].append(second)
-            partners[second].append(first)
-        return partners
-    names_of: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of[id(parameter)].append(name)
-    for group in names_of.values():
-        for name in group:
-            partners[name] = [other for other in group if other != name]
+    ties = getattr(model, "all_tied_weights_keys", None)
+    for first, second in (_same_parameters(model) if ties is None else ties).items():
+        partners[first].append(second)
+        partners[second].append(first)
     return partners
+
+
+def _same_parameters(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter that the model has under an earlier name too, and that name."""
+    first: dict[int, str] = {}
+    every = [(name, first.setdefault(id(one), name)) for name, one in model.named_parameters(remove_duplicate=False)]
+    return {name: other for name, other in every if name != other}
 
 
 def names_on_disk(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

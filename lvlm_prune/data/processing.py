@@ -256,7 +256,10 @@ def _processor_class(folder: Path) -> Any:
         entries = _entries(folder / file)
         name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(str(entries.get("model_type")))
         if isinstance(name, str):
-            found = getattr(transformers, name, None)
+            try:
+                found = getattr(transformers, name, None)
+            except ImportError:  # in earlier versions the module of the class imports the library
+                return None
             # In the place of a class whose library is missing stands one that raises at every attribute.
             return None if hasattr(found, "_backends") else found
     return None
