@@ -3,7 +3,7 @@
     python benchmarks/recovery.py --seeds 3 --markdown
     python benchmarks/recovery.py --bases 2:4 --recipes lora blockwise     # a part; the rest can follow
 
-The embedded model is pruned by ATV to 70% and to 2:4. Each is recovered by every recipe on questions of the training
+The embedded model is pruned by ATV to 70% and to 2:4, and by `best` to 70%, 80% and 2:4. Each is recovered by every recipe on questions of the training
 split, and, for comparison, by `lora` on captions alone in equally many steps. Training never sees the test split that
 is scored. Finished runs stand in the JSON file and are not repeated.
 """
@@ -23,7 +23,15 @@ from lvlm_prune.cli import main as run_command
 from lvlm_prune.demo import CHECKPOINT
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recover"
-BASES = {"70%": ["--pruning.sparsity=0.7"], "2:4": ["--pruning.pattern=2:4"]}
+_ATV = "--method=atv"
+_BEST = "--method=best"
+BASES = {
+    "70%": [_ATV, "--pruning.sparsity=0.7"],
+    "2:4": [_ATV, "--pruning.pattern=2:4"],
+    "best 70%": [_BEST, "--pruning.sparsity=0.7"],
+    "best 80%": [_BEST, "--pruning.sparsity=0.8"],
+    "best 2:4": [_BEST, "--pruning.pattern=2:4"],
+}
 CAPTIONS = "lora on captions"
 # A quarter as many captions as questions, so four times: equally many steps.
 _CAPTION_OPTIONS = ["--data.source=EmbeddedSource", "--trainer.max_epochs=4"]
@@ -48,7 +56,7 @@ def pruned_base(base: str, runs: Path) -> Path:
     """The pruned embedded model; made only if it is not there yet."""
     folder = runs / folder_name("base", base)
     if not (folder / "config.json").is_file():
-        run("prune", "--pruning.name=ATV", *BASES[base], "--resume=false", f"--output={folder}")
+        run("prune", *BASES[base], "--resume=false", f"--output={folder}")
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import LARGEST_COUNT, LONGEST_FILE_NAME, InputError, first_line, refuse_huge
+from lvlm_prune.errors import InputError
+from lvlm_prune.option_files import count_values, read_yaml
 
-_MOST_VALUES = 100_000
-_DEEPEST = 50
-_LONGEST_PATH = 4095
-_OF_PATHS = re.compile(r"(path|folders?|output|baseline|scratch|dir|files?)$")
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
 
@@ -44,48 +40,6 @@ def refuse_devices(devices: Any) -> None:
         raise InputError("trainer.devices", devices, "expected `auto`, how many, or a list of their numbers")
 
 
-def refuse_immense(value: Any, option: str = "") -> None:
-    """Refuse whole numbers that nothing in the world counts, and names that no file can have.
-
-    Loops over the numbers would not end, and to look for such a file is an error of its own.
-
-    Args:
-        value: Options, as nested plain data; plugins as `{"class_path": ..., "init_args": ...}`.
-        option: Their place.
-
-    Raises:
-        InputError: One does not fit 32 bits, or is too long; names its option.
-
-    Example:
-        >>> refuse_immense({"engine": {"class_path": "BuiltinEngine", "init_args": {"batch_size": 10**20}}})
-        Traceback (most recent call last):
-        ...
-        lvlm_prune.errors.InputError: --engine.batch_size 100000000000000000000: must be at most 2147483647
-    """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            refuse_immense(item, option if name == "init_args" else f"{option}.{name}" if option else str(name))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            refuse_immense(item, option)
-    elif isinstance(value, str):
-        _refuse_no_path(option, value)
-    elif isinstance(value, int):
-        refuse_huge(option, value)
-        if value < -LARGEST_COUNT:
-            raise InputError(option, value, f"must be at least {-LARGEST_COUNT}")
-
-
-def _refuse_no_path(option: str, value: str) -> None:
-    if "\0" in value:
-        raise InputError(option, value, "holds a zero byte")
-    if not _OF_PATHS.search(option):
-        return
-    content = value.encode("utf-8", "surrogatepass")
-    if len(content) > _LONGEST_PATH or any(len(name) > LONGEST_FILE_NAME for name in content.split(b"/")):
-        raise InputError("" if option == "folders" else option, value, "is longer than any name of a file")
-
-
 def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
     """Refuse what no parser should be given: files that are pipes or no text, YAML that holds itself or no options.
 
@@ -100,7 +54,7 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
         if option.startswith("--") and value[:1] in ("[", "{"):
             try:
                 content = yaml.safe_load(value)
-                _count(content)
+                count_values(content)
             except (RecursionError, OverflowError):
                 raise InputError(option.removeprefix("--"), value, "is nested too deeply, or in itself") from None
             except (ValueError, yaml.YAMLError):
@@ -115,41 +69,6 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
             raise InputError("config", path, "holds no options; expected, for example, `pruning: {sparsity: 0.5}`")
         _refuse_no_names(content, path)
         _refuse_no_classes(content, "")
-
-
-def read_yaml(file: Path, option: str, shown: Any) -> Any:
-    """What a YAML file holds.
-
-    Args:
-        file: The file.
-        option: Option that names it.
-        shown: The file as it was given.
-
-    Raises:
-        InputError: It is no file, no text, or holds what cannot be read or has no end.
-        FileNotFoundError: There is none.
-        yaml.YAMLError: It is no YAML.
-    """
-    try:
-        os.stat(file)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError):  # too long a name, or none that can be one
-        raise InputError(option, shown, "no such YAML file") from None
-    if not file.is_file():  # a pipe would be waited for
-        raise InputError(option, shown, "is no file")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        _count(content)
-    except UnicodeDecodeError:
-        raise InputError(option, shown, "is no text in UTF-8") from None
-    except OSError as error:
-        raise InputError(option, shown, f"cannot be read ({error.strerror})") from None
-    except (RecursionError, OverflowError):
-        raise InputError(option, shown, "is nested too deeply, or in itself") from None
-    except ValueError as error:  # of dates and numbers that there are not
-        raise InputError(option, shown, f"holds a value that cannot be read ({first_line(error)})") from None
-    return content
 
 
 def _refuse_no_names(content: dict[Any, Any], file: Path, place: str = "") -> None:
@@ -191,21 +110,6 @@ def _refuse_no_classes(content: Any, place: str) -> None:
             raise InputError(f"{place}.{beside[0]}", content[beside[0]], problem)
     for key, value in inside.items():
         _refuse_no_classes(value, f"{place}.{key}" if place else str(key))
-
-
-def _count(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
-    """Number of values in nested mappings and lists, with those that an anchor repeats.
-
-    Raises:
-        OverflowError: They hold themselves, or are more or nested more deeply than any configuration has them.
-    """
-    count += 1
-    if isinstance(value, (dict, list)):
-        if id(value) in path or len(path) > _DEEPEST or count > _MOST_VALUES:
-            raise OverflowError
-        for item in value.values() if isinstance(value, dict) else value:
-            count = _count(item, (*path, id(value)), count)
-    return count
 
 
 def config_files(arguments: Sequence[str]) -> Iterator[Path]:

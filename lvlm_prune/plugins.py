@@ -25,8 +25,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse.typing import _LazyInitBaseClass
 
-from lvlm_prune.cli_checks import refuse_immense
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.option_files import refuse_immense
 
 Plugin = TypeVar("Plugin")
 

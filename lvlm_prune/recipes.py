@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from lvlm_prune.cli_checks import read_yaml
 from lvlm_prune.errors import InputError
+from lvlm_prune.option_files import read_yaml
 
 _BESIDE, _INSIDE = Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_prune.cli_checks import refuse_devices, refuse_immense, refuse_unreadable
+from lvlm_prune.cli_checks import refuse_devices, refuse_unreadable
 from lvlm_prune.errors import InputError, one_line, shortened
+from lvlm_prune.option_files import refuse_immense
 
 
 def run(body: str, stdout=subprocess.PIPE) -> subprocess.CompletedProcess:
