@@ -3,9 +3,9 @@
     python benchmarks/recovery.py --seeds 3 --markdown
     python benchmarks/recovery.py --bases 2:4 --recipes lora blockwise     # a part; the rest can follow
 
-The embedded model is pruned by ATV to 70% and to 2:4, and by `best` to 70%, 80% and 2:4. Each is recovered by every recipe on questions of the training
-split, and, for comparison, by `lora` on captions alone in equally many steps. Training never sees the test split that
-is scored. Finished runs stand in the JSON file and are not repeated.
+The embedded model is pruned by ATV to 70% and to 2:4, and by `best` to 70%, 80% and 2:4. Each is recovered by every
+recipe on questions of the training split, and, for comparison, by `lora` on captions alone in equally many steps.
+Training never sees the test split that is scored. Finished runs stand in the JSON file and are not repeated.
 """
 
 import argparse
