@@ -109,16 +109,6 @@ def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     return Markup(f'<data value="{value!r}" data-path="{where}" data-unit="{unit}">{text}</data>')
 
 
-def breakable(name: str) -> Markup:
-    """A dotted name that a narrow page breaks behind its dots.
-
-    Example:
-        >>> breakable("layers.0.mlp")
-        Markup('layers.<wbr>0.<wbr>mlp')
-    """
-    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\.)", name))
-
-
 def model_name(record: Mapping[str, Any]) -> str:
     """What a model is called on a page: the last part of its path, or its name on the hub where it lies in a cache.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from lvlm_prune.output.private import is_left_out
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.report.page import PageFigure, Table, breakable, model_name, render_page, repeat_command, show
+from lvlm_prune.report.linears import experts_of, experts_table, linears_table, summarise_experts
+from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
 
@@ -65,10 +65,10 @@ def pruning_page(
         no_picture=_no_picture(run),
         repeat=repeat_command("prune", run),
         tries=_tries(run),
-        worst=_linears(run, run["summary"]["worst"]),
-        linears=_linears(run, [name for name in run["linears"] if _experts_of(name) is None]),
-        experts=_experts(run),
-        worst_experts=_linears(run, run["summary"]["worst_experts"]),
+        worst=linears_table(run, run["summary"]["worst"]),
+        linears=linears_table(run, [name for name in run["linears"] if experts_of(name) is None]),
+        experts=experts_table(run),
+        worst_experts=linears_table(run, run["summary"]["worst_experts"]),
         show=show,
         uniform=is_uniform(run["summary"]["sparsity"]),
         span=sparsity_span(run),
@@ -154,40 +154,14 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
             for name in modalities
         },
         "seconds": seconds,
-        "worst": [name for name, entry in ranked if "error" in entry and _experts_of(name) is None][:_WORST],
-        "worst_experts": [name for name, entry in ranked if "error" in entry and _experts_of(name)][:_WORST],
-        "experts": _summarise_experts(manifest["linears"]),
+        "worst": [name for name, entry in ranked if "error" in entry and experts_of(name) is None][:_WORST],
+        "worst_experts": [name for name, entry in ranked if "error" in entry and experts_of(name)][:_WORST],
+        "experts": summarise_experts(manifest["linears"]),
         "num_linears": len(manifest["linears"]),
         "num_blocks": len(blocks),
         "num_vision_blocks": len(in_tower),
         "num_weights": sum(sum(of.values()) for of in sizes.values()),
     }
-
-
-def _experts_of(name: str) -> str | None:
-    """What a matrix of a routed expert is called together with those of the other experts; None for other Linears.
-
-    Example:
-        >>> _experts_of("model.layers.0.mlp.experts.7.down_proj"), _experts_of("model.layers.0.mlp.up_proj")
-        ('model.layers.0.mlp.experts.*.down_proj', None)
-    """
-    together, experts = re.subn(r"\.(\w*experts\w*)\.\d+\.", r".\1.*.", name)
-    return together if experts else None
-
-
-def _summarise_experts(linears: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for name, entry in linears.items():
-        if (together := _experts_of(name)) is not None:
-            groups[together].append(entry)
-    found: dict[str, dict[str, Any]] = {}
-    for together, entries in groups.items():
-        numbers = {key: sum(entry[key] for entry in entries) / len(entries) for key in ("target", "achieved")}
-        found[together] = {"experts": len(entries), "shape": entries[0]["shape"]} | numbers
-        errors = [entry["error"] for entry in entries if "error" in entry]
-        if errors:
-            found[together] |= {"error": sum(errors) / len(errors), "largest_error": max(errors)}
-    return found
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,33 +214,6 @@ def _scores(run: Mapping[str, Any]) -> Table | None:
         + [show(run, "evaluation", which, "average", unit="percent") for which in ("dense", "pruned", "retention")]
     )
     return Table(["task", "dense", "pruned", "retained"], rows)
-
-
-def _linears(run: Mapping[str, Any], names: Any) -> Table:
-    rows = []
-    for name in names:
-        entry = run["linears"][name]
-        numbers = [show(run, "linears", name, key, unit="share") for key in ("target", "achieved")]
-        error = show(run, "linears", name, "error", unit="share") if "error" in entry else "–"
-        rows.append([breakable(name), error, *numbers, _shape(run, "linears", name)])
-    return Table(["Linear", "error", "target", "achieved", "shape"], rows)
-
-
-def _shape(run: Mapping[str, Any], *path: str) -> Markup:
-    """Outputs times inputs of a matrix, `512 × 192`."""
-    return Markup(" × ").join(show(run, *path, "shape", place, unit="count") for place in (0, 1))
-
-
-def _experts(run: Mapping[str, Any]) -> Table:
-    rows = []
-    for together, entry in run["summary"]["experts"].items():
-        path = ("summary", "experts", together)
-        errors = [show(run, *path, key, unit="share") if key in entry else "–" for key in ("error", "largest_error")]
-        numbers = [show(run, *path, key, unit="share") for key in ("target", "achieved")]
-        count = show(run, *path, "experts", unit="count")
-        rows.append([breakable(together), count, *errors, *numbers, _shape(run, *path)])
-    names = ["experts", "number", "mean error", "largest error", "target", "achieved", "shape"]
-    return Table(names, rows)
 
 
 def _plates(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]:
