@@ -13,6 +13,7 @@ from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch, peak_memory
+from lvlm_prune.output.private import without_private
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -25,7 +26,8 @@ class BlockMetrics(PruneCallback):
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Log the options of the run."""
         for logger in trainer.loggers:
-            logger.log_hyperparams(dict(trainer.run.config))
+            # Without paths: what a logger writes into the folder of the run may be published with it.
+            logger.log_hyperparams(without_private(trainer.run.config))
 
     def on_survey_block_start(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks

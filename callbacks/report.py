@@ -8,6 +8,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.demo import NAMES
 from lvlm_prune.memory.measuring import peak_memory
 from lvlm_prune.methods.solvers import ALPSSolver
+from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
@@ -67,7 +68,10 @@ class PruningReport(PruneCallback):
         if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver, ALPSSolver):
             trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")
         if trainer.owns_process and pl_module.path not in NAMES and not trainer.run.options.packed:
-            trainer.run.say(next_commands(folder, pl_module.path))
+            assert pl_module.folder is not None
+            # What the input was pruned from itself, where it says so: retention is of that.
+            earlier = record_of(pl_module.folder.path).get("dense") or {}
+            trainer.run.say(next_commands(folder, earlier.get("path") or pl_module.path))
 
     @staticmethod
     def _take_stock(run: "Run") -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -28,7 +28,7 @@ from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.private import LEFT_OUT, left_out_options, whole_config
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_values
-from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe
+from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe, without_log_folder
 from lvlm_prune.trainer import LVLMTrainer
 
 _DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
@@ -275,6 +275,8 @@ class LVLMCLI(LightningCLI):
             InputError: One of them is not at its default.
         """
         config = self._hand_over("recover")
+        if config["method"] == "blockwise":
+            self._refuse_training_options("recover", _OF_TRAINING - {"gradient_clip_val"}, " --method blockwise")
         defaults = self._parser("recover").get_defaults()
         for section in _LEFT_OUT[config["method"]]:
             for name, value in config.pop(section).items():
@@ -286,10 +288,10 @@ class LVLMCLI(LightningCLI):
         self.trainer.owns_process = True
         self.trainer.config = config = self._run_config(verb)
         if verb != "recover":
-            self._refuse_training_options(verb)
+            self._refuse_training_options(verb, _OF_TRAINING, ", which trains nothing")
         return config
 
-    def _refuse_training_options(self, verb: str) -> None:
+    def _refuse_training_options(self, verb: str, names: Collection[str], why: str) -> None:
         """Refuse options of the Trainer that only training heeds.
 
         Raises:
@@ -297,14 +299,14 @@ class LVLMCLI(LightningCLI):
         """
         parser = self._parser(verb)
         for name, value in self._get(self.config, "trainer").as_dict().items():
-            if name in _OF_TRAINING and value != parser.get_default(f"trainer.{name}"):
-                raise InputError(f"trainer.{name}", value, f"does nothing with {verb}, which trains nothing")
+            if name in names and value != parser.get_default(f"trainer.{name}"):
+                raise InputError(f"trainer.{name}", value, f"does nothing with {verb}{why}")
 
     def _run_config(self, verb: str) -> dict[str, Any]:
         parser, values = self._parser(verb), self.config[verb]
         config = json.loads(parser.dump(values, format="json", skip_none=True, skip_check=True))
         config.pop("config", None)
-        return config
+        return without_log_folder(config)
 
 
 def run(arguments: Sequence[str]) -> int:

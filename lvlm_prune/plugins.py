@@ -25,7 +25,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse.typing import _LazyInitBaseClass
 
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, RunError, first_line
 from lvlm_prune.option_files import refuse_immense
 
 Plugin = TypeVar("Plugin")
@@ -147,6 +147,9 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except ValueError as raised:
+        logger = (config.get("trainer") or {}).get("logger")
+        if isinstance(logger, Mapping) and (missing := _missing_module(raised)):
+            raise InputError("trainer.logger", logger.get("class_path"), missing) from None
         # Of a plugin that may be left out jsonargparse reports a choice between it and nothing, and this as its cause.
         error = raised.__cause__ if isinstance(raised.__cause__, ValueError) else raised
         if (refused := _REFUSED.fullmatch(str(error))) is None:
@@ -162,6 +165,13 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
         exact = [option for option, values in places if said.startswith(f"{values[argument]}: ")]
         option = next(iter([*exact, *(option for option, _ in places)]), argument)
         raise InputError(option, refused["value"], refused["problem"]) from None
+
+
+def _missing_module(error: BaseException | None) -> str:
+    """What a class said of a library that it wants when it is made, as loggers do; empty where none did."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    return "" if error is None else first_line(error)
 
 
 def refuse_values(config: Mapping[str, Any]) -> None:

@@ -105,11 +105,32 @@ def with_log_folder(arguments: Sequence[str]) -> list[str]:
     """
     given = dict(zip(arguments, [*arguments[1:], ""])) | dict(one.split("=", 1) for one in arguments if "=" in one)
     logger = given.get(_LOGGER, "").rpartition(".")[2]
-    if logger not in _LOGGERS or _LOG_FOLDER in given:
+    if _LOG_FOLDER in given or (logger not in _LOGGERS and not _logs_without_folder(given.get("--config"))):
         return list(arguments)
+    if logger not in _LOGGERS:
+        return [*arguments, _LOG_FOLDER, given.get("--output") or "runs"]
     place = next(number for number, one in enumerate(arguments) if one.split("=")[0] == _LOGGER)
     end = place + (1 if "=" in arguments[place] else 2)
     return [*arguments[:end], _LOG_FOLDER, given.get("--output") or "runs", *arguments[end:]]
+
+
+def _logs_without_folder(file: str | None) -> bool:
+    """Whether a configuration has such a logger as :func:`without_log_folder` leaves it."""
+    content = read_yaml(Path(file), "config", file) if file and Path(file).is_file() else None
+    section = content.get("trainer") if isinstance(content, dict) else None
+    logger = section.get("logger") if isinstance(section, dict) else None
+    if not isinstance(logger, dict) or str(logger.get("class_path")).rpartition(".")[2] not in _LOGGERS:
+        return False
+    return "save_dir" not in (logger.get("init_args") or {})
+
+
+def without_log_folder(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose logger writes into the folder of the run that it repeats, which is another one."""
+    logger = (config.get("trainer") or {}).get("logger")
+    if isinstance(logger, dict) and (logger.get("init_args") or {}).get("save_dir") in (config.get("output"), "runs"):
+        options = {name: value for name, value in logger["init_args"].items() if name != "save_dir"}
+        return config | {"trainer": config["trainer"] | {"logger": logger | {"init_args": options}}}
+    return config
 
 
 AUTO = "auto"

@@ -79,7 +79,9 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
     questions = sum(task["questions"] for task in record["tasks"].values())
     row = ["average", str(questions), "", _number(record["average"], 100)]
     rows.append(row + ([_number(record["baseline_average"], 100), _percent(record["retention"])] if compared else []))
-    return "\n\n".join([markdown_table(heads, rows), *_likelihood(record)])
+    nothing = ["the baseline gets none of these questions right, so no share of it can be retained"]
+    notes = nothing if record["baseline_average"] == 0 else []
+    return "\n\n".join([markdown_table(heads, rows), *notes, *_likelihood(record)])
 
 
 def _likelihood(record: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import read_run, replace_durably, sync_file, sync_folder
+from lvlm_prune.output.names import LOG_FOLDER
 from lvlm_prune.output.own_files import HELD_BACK, record_of
 from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
@@ -313,7 +314,8 @@ def writing(folder: Path, way_on: str = "resume with --resume true") -> Iterator
 def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collection[str]) -> dict[str, FileRecord]:
     """Copy a checkpoint folder, with `config.json` held back; the copy is on the disk when this returns.
 
-    Other copies of the weights (`pytorch_model.bin`, `consolidated*`, `original/`) are left out: they would stay dense.
+    Other copies of the weights (`pytorch_model.bin`, `consolidated*`, `original/`) are left out: they would stay dense;
+    and so are logs of the run that made the input.
 
     Args:
         source: The input checkpoint.
@@ -325,6 +327,7 @@ def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collectio
         Path in the folder -> size and digest of every file that is read along with the weights.
     """
     folders, copied = {folder}, {}
+    leave_out = {*leave_out, LOG_FOLDER}
     for relative in source.files():
         if str(relative) in leave_out or relative.parts[0] in leave_out:
             continue

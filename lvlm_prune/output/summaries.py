@@ -31,7 +31,7 @@ def summary(record: Manifest, folder: Path) -> str:
     if "teacher" in record:
         how += " with distillation"
     losses = [
-        f"{name.replace('_', ' ')} {training[name]:.3f}"
+        f"{name.replace('_', ' ')}{_mixed(record, name)} {training[name]:.3f}"
         for name in ("train_loss", "validation_loss", "error_before", "error_after")
         if training.get(name) is not None
     ]
@@ -102,6 +102,11 @@ def private_line(folder: Path) -> str:
         private: local paths, ids and pictures of samples are in out.private, and not in out
     """
     return f"private: local paths, ids and pictures of samples are in {folder}{PRIVATE_SUFFIX}, and not in {folder}"
+
+
+def _mixed(record: Mapping[str, Any], name: str) -> str:
+    """What a loss of training has in it besides cross-entropy, which that of validation is."""
+    return " with divergence" if name == "train_loss" and "teacher" in record else ""
 
 
 def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool = False) -> str:

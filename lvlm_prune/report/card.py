@@ -25,6 +25,7 @@ from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import quality_line, readable_count, size_ratio
+from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 
@@ -121,9 +122,9 @@ def card_of(
         loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(_TEXT_ONLY)),
         _zeros(packing, how),
         _private(made_by or packing),
-        "---\n\n*Below is the card of the dense model, as it was: its results are not those of this model.*",
+        f"---\n\n*Below is the card of the {_before(made_by)}, as it was: its results are not those of this model.*",
         DENSE_CARD,
-        body or "The dense model came without a card.",
+        body or f"The {_before(made_by)} came without a card.",
     ]
     return str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
@@ -137,7 +138,8 @@ def write_adapter_card(folder: Path, record: Mapping[str, Any]) -> None:
     """
     name = hub_name(record["model"]["path"], record["model"].get("folder", ""))
     head = merged_metadata({}, name, "adapter", "peft", [_PROJECT, "lora", "sparse"])
-    told = f"[{name}](https://huggingface.co/{name})" if name else "the pruned checkpoint that `recover` was given"
+    own_name = Path(str(record["model"]["path"])).name
+    told = f"[{name}](https://huggingface.co/{name})" if name else f"the pruned checkpoint `{own_name}`"
     parts = [
         "# A sparse LoRA adapter",
         f"Trained by {_link()} (method `{record['method']}`) on {told}, of whose pruned Linears "
@@ -186,7 +188,9 @@ def _title(
 
 
 def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[str, Any]) -> str:
-    made_from = f"[{base}](https://huggingface.co/{base})" if base else "the dense model whose card follows below"
+    made_from = (
+        f"[{base}](https://huggingface.co/{base})" if base else f"the {_before(record)} whose card follows below"
+    )
     text = f"Weights of {made_from} were set to zero after its training, by {_link()}"
     if "training" in record:
         text += "; those that remain were then trained to give back accuracy"
@@ -194,6 +198,15 @@ def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[
     if packing:
         return text + "The zeros are not stored: this is a packed checkpoint, of the same weights bit by bit."
     return text + "Names, shapes and dtypes of all tensors are the dense model's."
+
+
+def _was_sparse(record: Mapping[str, Any]) -> bool:
+    """Whether the model that was pruned had been pruned before."""
+    return record.get("input_zeros", 0.0) >= NOTICED_ZEROS
+
+
+def _before(record: Mapping[str, Any]) -> str:
+    return "sparse model" if _was_sparse(record) else "dense model"
 
 
 def _link() -> str:
@@ -277,7 +290,12 @@ def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
 
 def _scores(folder: Path, record: Mapping[str, Any]) -> str:
     """What the checkpoint scores: by `evaluate`, else as the run that made it found; or that nobody knows."""
-    parts = ["## What is left of the dense model"]
+    parts = [f"## What is left of the {_before(record)}"]
+    if _was_sparse(record):
+        parts.append(
+            f"It had {record['input_zeros']:.0%} zeros before this run. Where `dense` stands here it is that model: "
+            "these numbers do not say what is left of the one that was dense."
+        )
     if "perplexity" in record.get("quality", {}):
         line = quality_line(record["quality"])
         parts.append(f"{line[0].upper()}{line[1:]}.")

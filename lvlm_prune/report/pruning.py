@@ -15,6 +15,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
+from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.report.linears import experts_of, experts_table, linears_table, summarise_experts
@@ -189,11 +190,14 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What pruning cost on a few samples; empty where nothing was measured."""
-    names = {"dense_perplexity": "perplexity, dense", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
+    was_sparse = run.get("input_zeros", 0.0) >= NOTICED_ZEROS
+    before, model = ("before", "sparse model") if was_sparse else ("dense", "dense model")
+    names = {"dense_perplexity": f"perplexity, {before}", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
     found = run.get("quality", {})
-    facts = {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
+    facts = {"zeros before": show(run, "input_zeros", unit="percent")} if was_sparse else {}
+    facts |= {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
     if "agreement" in found:
-        facts["agreement with the dense model"] = show(run, "quality", "agreement", unit="percent")
+        facts[f"agreement with the {model}"] = show(run, "quality", "agreement", unit="percent")
     return facts
 
 

@@ -134,10 +134,13 @@ def _losses(run: Mapping[str, Any]) -> PageFigure | None:
         for name in history
     ]
     table = Table(["loss", "first step", "value", "last step", "value"], rows)
+    what = "cross-entropy of the answer tokens"
+    if "teacher" in run:
+        what += " alone; that of training is mixed with the divergence from the dense model, so the two do not compare"
     return PageFigure(
         "losses",
         loss_curves(history),
-        "Losses of training and, where samples were held back, of validation: cross-entropy of the answer tokens.",
+        f"Losses of training and, where samples were held back, of validation: {what}.",
         table,
     )
 

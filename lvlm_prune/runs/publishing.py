@@ -27,6 +27,7 @@ from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import (
     FIGURE_FOLDER,
+    LOG_FOLDER,
     PAGE_NAME,
     PICTURE_FIGURE,
     PICTURE_NAME,
@@ -99,6 +100,8 @@ def published(folder: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix="lvlm-prune-") as place:
         copy = Path(place) / "model"
         for relative in files_within(folder):
+            if relative.parts[0] == LOG_FOLDER:
+                continue
             (copy / relative).parent.mkdir(parents=True, exist_ok=True)
             if relative.suffix == ".safetensors":
                 _link(folder / relative, copy / relative)
@@ -175,7 +178,8 @@ def leave_out_private(folder: Path) -> None:
     written = {}
     if (folder / _ADAPTER_CONFIG).is_file():
         adapter = _read(folder / _ADAPTER_CONFIG)
-        adapter["base_model_name_or_path"] = hub_name(adapter.get("base_model_name_or_path") or "")
+        base = adapter.get("base_model_name_or_path") or ""
+        adapter["base_model_name_or_path"] = hub_name(base) or Path(base).name or None
         replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
         written = records_of(folder, [folder / _ADAPTER_CONFIG])
     for name in RECORDS:

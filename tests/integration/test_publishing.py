@@ -252,3 +252,17 @@ def test_figures_without_private_data_are_those_that_were_drawn(own):
     for name in pages[0].figures:
         assert (out / "report" / f"{name}.png").read_bytes() == (beside / "report" / f"{name}.png").read_bytes()
     assert not (out / "report" / "tokens.png").exists()
+
+
+def test_a_log_in_the_folder_holds_nothing_private_and_is_not_passed_on(own, tmp_path):
+    command, out = own
+    assert main([*command, "--trainer.logger=CSVLogger"]) == 0
+    assert (out / "lightning_logs" / "version_0" / "hparams.yaml").is_file()
+    for path in out.rglob("*"):
+        assert not path.is_file() or b"patients-of-2026" not in path.read_bytes(), path
+    packed, again = tmp_path / "packed", tmp_path / "again"
+    assert main(["pack", f"--model.path={out}", f"--output={packed}"]) == 0
+    assert main(["prune", f"--config={out / 'config.yaml'}", f"--output={again}"]) == 0
+    assert not (packed / "lightning_logs").exists()
+    assert (again / "lightning_logs" / "version_0").is_dir(), "the run that repeats it logs into its own folder"
+    assert [path.name for path in (out / "lightning_logs").iterdir()] == ["version_0"]

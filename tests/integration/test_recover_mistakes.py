@@ -175,3 +175,17 @@ def test_two_runs_do_not_write_one_folder(bases, recover, tmp_path, capsys, monk
     assert recover(bases / "2:4-float32", output) == 2
     assert f"error: --output {output}: exists and is not empty" in capsys.readouterr().err
     assert (output / "recovery.json").read_bytes() == content
+
+
+def test_stopping_by_a_loss_that_nothing_is_held_back_for_is_one_line(bases, recover, tmp_path, capsys):
+    stopping = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=validation_loss"]
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--data.validation_samples=0", *stopping) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: --trainer.callbacks: watch validation_loss, and no sample is held back")
+
+
+def test_options_that_block_wise_reconstruction_does_not_heed(bases, recover, tmp_path, capsys):
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--method=blockwise", "--trainer.max_epochs=3") == 2
+    said = "error: --trainer.max_epochs 3: does nothing with recover --method blockwise"
+    assert capsys.readouterr().err.strip() == said
+    assert not (tmp_path / "out").exists()

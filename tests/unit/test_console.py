@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lvlm_prune.cli import main
 from lvlm_prune.cli_checks import refuse_devices, refuse_unreadable
 from lvlm_prune.errors import InputError, one_line, shortened
 from lvlm_prune.option_files import refuse_immense
@@ -124,3 +125,12 @@ def test_a_pipe_as_a_configuration_file_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(InputError, match="is no file"):
         refuse_unreadable(["prune", "--config", "pipe.yaml"], tmp_path)
+
+
+def test_a_logger_without_its_library_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    assert main(["prune", "--trainer.logger=TensorBoardLogger"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: --trainer.logger ")
+    assert "tensorboard" in line

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
 from lvlm_prune.distributed.launching import TrainingLauncher
 from lvlm_prune.distributed.processes import is_lost_connection
-from lvlm_prune.errors import InputError, ProcessLost
+from lvlm_prune.errors import InputError, ProcessLost, RunError
 from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
@@ -156,9 +157,12 @@ class FittingRun(RecoveryRun):
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise self.children.settled(error.__context__) from None
             raise
-        except RuntimeError as error:
-            if is_lost_connection(error):
+        except (RuntimeError, MisconfigurationException) as error:
+            if isinstance(error, RuntimeError) and is_lost_connection(error):
                 raise self.children.settled(ProcessLost()) from None
+            if "validation_loss" in str(error) and self.checkpoints.monitor is None:
+                problem = "watch validation_loss, and no sample is held back to measure it on; use more samples"
+                raise RunError(f"--trainer.callbacks: {problem}, or --data.validation_samples") from None
             raise
         self.children.release()
         best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""

@@ -243,3 +243,12 @@ def test_a_card_is_left_alone_where_its_record_cannot_be_read(tmp_path):
     assert refresh_card(folder_of(tmp_path, pruned()))
     assert not refresh_card(folder_of(tmp_path, {"status": "complete"}))
     assert (tmp_path / "README.md").read_bytes() == before
+
+
+def test_a_model_that_was_sparse_before_is_not_called_dense(tmp_path):
+    quality = {"samples": 4, "held_back": True, "tokens": 9, "perplexity": 5.0, "dense_perplexity": 4.0, "kl": 0.1}
+    record = {**pruned(), "input_zeros": 0.5, "quality": quality | {"agreement": 0.9}}
+    card = card_of(folder_of(tmp_path, record), DENSE)
+    assert "What is left of the sparse model" in card
+    assert "It had 50% zeros before this run." in card
+    assert "Below is the card of the sparse model" in card
