@@ -1,5 +1,5 @@
 # docker build -t lvlm-prune . && docker run --rm -v "$PWD/runs:/work/runs" lvlm-prune prune --pruning.sparsity 0.6
-# Tests:      docker run --rm --workdir /source --entrypoint python lvlm-prune -m pytest -n 2
+# Tests:      docker run --rm --workdir /source --entrypoint python lvlm-prune -m pytest -n 2 --dist loadfile
 # With a GPU: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 ..., docker run --gpus all ...
 FROM python:3.11-slim
 

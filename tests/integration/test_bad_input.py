@@ -390,8 +390,7 @@ def test_without_a_command_all_commands_are_named(arguments, capsys):
 def test_help_and_printed_configuration_work(run_cli, golden_arguments, tmp_path):
     assert "prune" in run_cli("--help").stdout
     shown = run_cli("prune", "--help").stdout
-    assert "--pruning.sparsity" in shown
-    assert "--output" in shown
+    assert all(option in shown for option in ("--pruning.sparsity", "--output"))
     printed = run_cli(*golden_arguments, "--pruning.pattern=2:4", "--print_config")
     assert "AsymmetricPool" in printed.stdout
     (tmp_path / "printed.yaml").write_text(printed.stdout)

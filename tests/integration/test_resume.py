@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -396,10 +395,3 @@ def test_the_same_weights_in_other_shards_are_refused(begun, tmp_path, capsys):
     said = "has changed: the unfinished run in out started from another model.safetensors"
     assert capsys.readouterr().err == f"error: --model.path model: {said}\n"
     assert before == {path: path.read_bytes() for path in Path("out").iterdir()}
-
-
-def test_resuming_a_complete_run_changes_nothing(uninterrupted, golden_arguments):
-    before = {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.suffix == ".safetensors"}
-    assert main([*golden_arguments, "--pruning.record=true", f"--output={uninterrupted}", "--resume=true"]) == 0
-    assert before == {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.suffix == ".safetensors"}
-    assert json.loads((uninterrupted / "pruning.json").read_text())["status"] == "complete"
