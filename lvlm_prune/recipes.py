@@ -116,7 +116,10 @@ def with_log_folder(arguments: Sequence[str]) -> list[str]:
 
 def _logs_without_folder(file: str | None) -> bool:
     """Whether a configuration has such a logger as :func:`without_log_folder` leaves it."""
-    content = read_yaml(Path(file), "config", file) if file and Path(file).is_file() else None
+    try:
+        content = read_yaml(Path(file), "config", file) if file and Path(file).is_file() else None
+    except yaml.YAMLError:  # said by the parser, with the place
+        return False
     section = content.get("trainer") if isinstance(content, dict) else None
     logger = section.get("logger") if isinstance(section, dict) else None
     if not isinstance(logger, dict) or str(logger.get("class_path")).rpartition(".")[2] not in _LOGGERS:
