@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lvlm_prune.checkpoints.allocator import keeping_freed
 from lvlm_prune.data.processing import load_processor
 from lvlm_prune.demo import is_embedded
 from lvlm_prune.distributed.processes import Processes
@@ -147,10 +148,11 @@ class BuiltinEngine(Engine):
         module.load_whole()
         assert module.folder is not None
         processor = load_processor(module.folder.path, module.trust_remote_code)
-        try:
-            yield module.to(device), processor
-        finally:
-            module.unload()
+        with keeping_freed():
+            try:
+                yield module.to(device), processor
+            finally:
+                module.unload()
 
     def _answer(self, module: LVLMModule, processor: Any, processes: Processes, title: str) -> Scores:
         questions = self.benchmark.questions

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks.routing import routed
+from lvlm_prune.checkpoints.allocator import keeping_freed
 from lvlm_prune.evaluation.pathways import routed_when_loaded, write_pathways
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.run import Run
@@ -54,7 +55,8 @@ class EmbeddedScoring:
         """See `CellScoring`."""
         from lvlm_prune.evaluation.answers import score
 
-        return score(self.model, self.processor, self.questions) if self.scores else None
+        with keeping_freed():
+            return score(self.model, self.processor, self.questions) if self.scores else None
 
     def cell(self, cell: PathwayPruning) -> Scores | None:
         """See `CellScoring`."""

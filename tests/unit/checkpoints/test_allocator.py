@@ -1,6 +1,7 @@
 """What glibc's allocator keeps."""
 
 import platform
+import resource
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from benchmarks.memory import decoder_sizes
 from benchmarks.prune_speed import random_config
+from lvlm_prune.checkpoints.allocator import give_back_from, keeping_freed
 from tests.conftest import REPOSITORY
 
 _CHILD = """
@@ -38,3 +40,24 @@ def test_a_skeleton_leaves_no_holes_in_the_heap(tmp_path):
     weights, grown = map(int, said.split())
     assert weights > 6e8
     assert grown < 0.03 * weights
+
+
+def faults_of_growing(tensor: torch.Tensor) -> int:
+    """How often the system gave a page while a tensor was copied to a new place, as a cache is that grows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensor = torch.cat([tensor, tensor.new_zeros(1)])[:-1].clone()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_where_freed_memory_is_kept_the_system_gives_no_new_pages():
+    tensor = torch.zeros(2**22)  # 16 MiB
+    give_back_from()
+    given_back = faults_of_growing(tensor)
+    with keeping_freed():
+        faults_of_growing(tensor)  # makes the places that are kept
+        kept = faults_of_growing(tensor)
+    again = faults_of_growing(tensor)
+    assert kept < given_back / 4
+    assert again > given_back / 2, "afterwards it is as before"
