@@ -107,11 +107,7 @@ def with_log_folder(arguments: Sequence[str]) -> list[str]:
     logger = given.get(_LOGGER, "").rpartition(".")[2]
     if _LOG_FOLDER in given or (logger not in _LOGGERS and not _logs_without_folder(given.get("--config"))):
         return list(arguments)
-    if logger not in _LOGGERS:
-        return [*arguments, _LOG_FOLDER, given.get("--output") or "runs"]
-    place = next(number for number, one in enumerate(arguments) if one.split("=")[0] == _LOGGER)
-    end = place + (1 if "=" in arguments[place] else 2)
-    return [*arguments[:end], _LOG_FOLDER, given.get("--output") or "runs", *arguments[end:]]
+    return [*arguments, _LOG_FOLDER, given.get("--output") or "runs"]
 
 
 def _logs_without_folder(file: str | None) -> bool:

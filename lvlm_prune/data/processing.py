@@ -69,7 +69,7 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
 def _refuse_absurd_sizes(processor: Any, folder: Path) -> None:
     by_area = "image_grid_thw" in getattr(processor, "model_input_names", ())
     for file in _IMAGE_FILES:
-        size = absurd_size(_entries(folder / file), by_area)
+        size = absurd_size(entries_of(folder / file), by_area)
         if size is not None:
             raise InputError("model.path", folder, f"no sample can be made with {shortened(size)} of its {file}")
 
@@ -253,7 +253,7 @@ def _processor_class(folder: Path) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"):
-        entries = _entries(folder / file)
+        entries = entries_of(folder / file)
         name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(str(entries.get("model_type")))
         if isinstance(name, str):
             try:
@@ -265,7 +265,7 @@ def _processor_class(folder: Path) -> Any:
     return None
 
 
-def _entries(file: Path) -> dict[str, Any]:
+def entries_of(file: Path) -> dict[str, Any]:
     """A JSON object; without entries where there is none, which transformers refuses when it loads the processor."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -276,7 +276,7 @@ def _entries(file: Path) -> dict[str, Any]:
 
 def takes_images(folder: Path) -> bool:
     """Whether the checkpoint in a folder has a vision tower."""
-    return "vision_config" in _entries(folder / "config.json")
+    return "vision_config" in entries_of(folder / "config.json")
 
 
 def takes_videos(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 
 def read_record(path: Path, kind: type) -> dict[str, Any] | None:
@@ -63,4 +63,5 @@ def conforms(value: Any, kind: Any) -> bool:
 
 @lru_cache
 def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: get_args(hint)[0] if get_origin(hint) is Required else hint for name, hint in hints.items()}

@@ -3,7 +3,7 @@
 A file that is read is held against these types: it may be of another version, or of another tool.
 """
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Required, TypedDict
 
 Count = Annotated[int, (0, 2**63 - 1)]
 Share = Annotated[float, (0.0, 1.0)]
@@ -27,17 +27,14 @@ class PhaseSeconds(TypedDict, total=False):
     write: float
 
 
-class BlockRequired(TypedDict):
-    index: Count
-    """Its number among all blocks of the run; those of a vision tower come before those of the decoder."""
-
-
-class BlockRecord(BlockRequired, total=False):
+class BlockRecord(TypedDict, total=False):
     """A block that is finished: its weights are completely written.
 
     Plugins add numbers of their own under names of their own, for example `mean_drift`.
     """
 
+    index: Required[Count]
+    """Its number among all blocks of the run; those of a vision tower come before those of the decoder."""
     name: str
     """Its module path."""
     target: str
@@ -68,17 +65,12 @@ class MeasuredLinear(TypedDict):
     """Share that is zero."""
 
 
-class LinearRequired(MeasuredLinear):
+class LinearRecord(MeasuredLinear, total=False):
     """One that was to be pruned."""
 
-    block: Count
-    target: Share
+    block: Required[Count]
+    target: Required[Share]
     """Share of its weights that was to go."""
-
-
-class LinearRecord(LinearRequired, total=False):
-    """All that is known of one that was to be pruned."""
-
     pruned: Count
     """Weights that were set to zero; missing where there is a `note`."""
     zeros: Count
@@ -122,22 +114,21 @@ class CalibrationRecord(TypedDict, total=False):
     """Name and reason of each sample that could not be read; left out with what is private."""
 
 
-class QualityRequired(TypedDict):
-    samples: Count
-    tokens: Count
-    held_back: bool
-    dense_perplexity: float | None
-    perplexity: float | None
-    kl: float | None
-
-
-class QualityRecord(QualityRequired, total=False):
+class QualityRecord(TypedDict, total=False):
     """What pruning cost, on a few samples; numbers are null where they are infinite."""
 
+    samples: Required[Count]
+    tokens: Required[Count]
+    held_back: Required[bool]
+    dense_perplexity: Required[float | None]
+    perplexity: Required[float | None]
+    kl: Required[float | None]
     agreement: Share
 
 
 class NoQuality(TypedDict):
+    """Why it could not be measured."""
+
     not_measured: str
 
 
@@ -157,8 +148,8 @@ class RetentionRecord(TypedDict):
     tasks: dict[str, float]
 
 
-class MethodRecord(TypedDict, total=False):
-    """A callback with every plugin and parameter."""
+class PluginRecord(TypedDict, total=False):
+    """A plugin, or a callback with every plugin, and the parameters."""
 
     class_path: str
     init_args: dict[str, Any]
@@ -244,7 +235,7 @@ class PruningEvaluation(TypedDict):
 class PruningRecord(RunRecord, total=False):
     """`pruning.json`."""
 
-    method: MethodRecord
+    method: PluginRecord
     linears: dict[str, LinearRecord]
     sparsity: SparsityRecord
     evaluation: PruningEvaluation
@@ -256,7 +247,7 @@ class CompletePruning(TypedDict):
 
     model: OriginRecord
     calibration: CalibrationRecord
-    method: MethodRecord
+    method: PluginRecord
     linears: dict[str, LinearRecord]
     sparsity: SparsityRecord
     verified: VerifiedRecord
@@ -296,21 +287,18 @@ class CompleteRecovery(TypedDict):
 class PrunedHow(TypedDict, total=False):
     """What the record of a recovery keeps of how its base was pruned."""
 
-    method: MethodRecord
+    method: PluginRecord
     calibration: CalibrationRecord
     sparsity: SparsityRecord
     pattern: str
 
 
-class CellRequired(TypedDict):
-    pathway: str
-    pool: str
-    sparsity: float
-
-
-class CellRecord(CellRequired, total=False):
+class CellRecord(TypedDict, total=False):
     """A cell of the grid of a probe, with its scores where they were measured."""
 
+    pathway: Required[str]
+    pool: Required[str]
+    sparsity: Required[float]
     scores: ScoresRecord
     retention: RetentionRecord
 
@@ -332,25 +320,13 @@ class TaskRecord(TypedDict):
     questions: Count
 
 
-class EvaluationRequired(TypedDict):
-    """What every `evaluation.json` has."""
-
-    tasks: dict[str, TaskRecord]
-    average: float
-    baseline_average: float | None
-    retention: float | None
-
-
-class PluginRecord(TypedDict, total=False):
-    """A plugin with its options."""
-
-    class_path: str
-    init_args: dict[str, Any]
-
-
-class EvaluationRecord(EvaluationRequired, total=False):
+class EvaluationRecord(TypedDict, total=False):
     """`evaluation.json`; `asked` tells questions apart that come from elsewhere, as a file that may change."""
 
+    tasks: Required[dict[str, TaskRecord]]
+    average: Required[float]
+    baseline_average: Required[float | None]
+    retention: Required[float | None]
     engine: PluginRecord
     asked: str
 
@@ -363,11 +339,15 @@ class DenseRecord(TypedDict):
 
 
 class ReachedSparsity(TypedDict):
+    """What was to go, and what went."""
+
     target: Share
     achieved: Share
 
 
 class MethodCost(TypedDict):
+    """What the method alone took."""
+
     seconds: float
 
 

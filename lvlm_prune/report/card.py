@@ -25,7 +25,7 @@ from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import quality_line, readable_count, size_ratio
-from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS
+from lvlm_prune.pruning.input_zeros import was_pruned_before
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 
@@ -200,13 +200,8 @@ def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[
     return text + "Names, shapes and dtypes of all tensors are the dense model's."
 
 
-def _was_sparse(record: Mapping[str, Any]) -> bool:
-    """Whether the model that was pruned had been pruned before."""
-    return record.get("input_zeros", 0.0) >= NOTICED_ZEROS
-
-
 def _before(record: Mapping[str, Any]) -> str:
-    return "sparse model" if _was_sparse(record) else "dense model"
+    return "sparse model" if was_pruned_before(record) else "dense model"
 
 
 def _link() -> str:
@@ -291,7 +286,7 @@ def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
 def _scores(folder: Path, record: Mapping[str, Any]) -> str:
     """What the checkpoint scores: by `evaluate`, else as the run that made it found; or that nobody knows."""
     parts = [f"## What is left of the {_before(record)}"]
-    if _was_sparse(record):
+    if was_pruned_before(record):
         parts.append(
             f"It had {record['input_zeros']:.0%} zeros before this run. Where `dense` stands here it is that model: "
             "these numbers do not say what is left of the one that was dense."

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from lvlm_prune.data.processing import takes_videos
+from lvlm_prune.data.processing import entries_of, takes_videos
 
 _TEMPLATE = "chat_template.jinja"
 _TEMPLATE_ENTRIES = "chat_template.json", "processor_config.json", "tokenizer_config.json"
@@ -29,7 +27,7 @@ def loading(folder: Path, is_packed: bool, is_text_only: bool) -> str:
     """
     loader = "AutoModelForCausalLM" if is_text_only else "AutoModelForImageTextToText"
     lines = ["import lvlm_prune  # lets transformers read packed checkpoints"] if is_packed else []
-    config = _json(folder / "config.json") or _json(folder / "config.json.unfinished")
+    config = entries_of(folder / "config.json") or entries_of(folder / "config.json.unfinished")
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
     lines += [
         f"from transformers import {loader}, AutoProcessor",
@@ -70,13 +68,5 @@ def _chat_template(folder: Path) -> str:
     try:
         return (folder / _TEMPLATE).read_text(encoding="utf-8")
     except (OSError, ValueError):
-        found = (_json(folder / name).get("chat_template") for name in _TEMPLATE_ENTRIES)
+        found = (entries_of(folder / name).get("chat_template") for name in _TEMPLATE_ENTRIES)
         return next((json.dumps(template) for template in found if template), "")
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -15,7 +15,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
-from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS
+from lvlm_prune.pruning.input_zeros import was_pruned_before
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.report.linears import experts_of, experts_table, linears_table, summarise_experts
@@ -190,7 +190,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What pruning cost on a few samples; empty where nothing was measured."""
-    was_sparse = run.get("input_zeros", 0.0) >= NOTICED_ZEROS
+    was_sparse = was_pruned_before(run)
     before, model = ("before", "sparse model") if was_sparse else ("dense", "dense model")
     names = {"dense_perplexity": f"perplexity, {before}", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
     found = run.get("quality", {})
