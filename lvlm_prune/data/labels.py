@@ -75,6 +75,8 @@ def only_last(labels: Tensor) -> Tensor:
 
 
 def _label_answers(processor: Any, sample: Conversation, input_ids: Tensor) -> Tensor:
+    if sample.messages[0]["role"] == "assistant":
+        raise AnswersNotLocated("the conversation begins with an answer: there is no question before it")
     labels = torch.full_like(input_ids, IGNORED)
     whole = render(processor, sample.messages)
     ids = input_ids[0].tolist()

@@ -191,8 +191,11 @@ class RecoveryDataModule(L.LightningDataModule):
     def _refuse_unlabelled(self, sample: Any) -> None:
         """Raise for a sample that says nowhere what is to be learnt."""
         if isinstance(sample, Conversation):
-            if not any(message["role"] == "assistant" for message in sample.messages):
+            roles = [message["role"] for message in sample.messages]
+            if "assistant" not in roles:
                 raise RunError("has no answer: no turn of the assistant to learn from")
+            if roles[0] == "assistant":
+                raise RunError("has no question: it begins with an answer")
         elif not isinstance(sample, Document):
             if "labels" not in sample:
                 raise RunError("has no answer tokens: ready-made inputs need an entry `labels` (-100 where none is)")

@@ -12,11 +12,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
+from lvlm_prune.data.content import digests_of_media
 from lvlm_prune.data.conversation import Conversation
 from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.metrics import suitable_metric
 from lvlm_prune.evaluation.scores import Benchmark, Question
+from lvlm_prune.output.questions import OF_CONTENT
 from lvlm_prune.plugins import plugin_class
 
 
@@ -61,12 +63,13 @@ class LocalBenchmark(Benchmark):
         self.questions  # noqa: B018  (read here, and refused where they are none)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the questions, of their answers and of the names of their images."""
+        """SHA-256 of the questions, of their answers and of what their images, videos and sounds hold."""
+        known: dict[Path, str] = {}
         asked = [
-            (each.task, each.group, each.question, each.answer, each.metric, each.image_names)
+            (each.task, each.group, each.question, each.answer, each.metric, digests_of_media(each.asked, known))
             for each in self.questions
         ]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return OF_CONTENT + hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _chosen(self) -> list[int]:
         available = self.source.available

@@ -7,7 +7,7 @@ batches of this process ─► model up to block 0 ─► held ─► numbers, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,12 @@ from lvlm_prune.memory.run_memory import RunMemory
 from lvlm_prune.memory.sizes import BatchSize
 from lvlm_prune.methods.modality import IMAGE, MODALITIES, VIDEO
 from lvlm_prune.module import LVLMModule
+
+_NOT_FINITE = "NaN or infinity before the first block"
+
+
+class NotFinite(RunError):
+    """NaN or infinity reaches the first block: made of a sample by embeddings or a vision tower."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Catcher:
             batches = self.datamodule.calibration_batches(
                 self.model.processor, *ranks, batch_size=batch_size, limits=limits
             )
-            for batch, caught in self._caught(batches, part):
+            taken = taken_batches(self.model, self.datamodule, batches, lambda one: self._catch_and_hold(one, part))
+            for batch, caught in taken:
                 rows += caught
                 modality = modality_of_tokens(config, batch.inputs["input_ids"], batch.inputs.get("attention_mask"))
                 tokens += torch.bincount(modality[modality >= 0], minlength=len(MODALITIES)).cpu()
@@ -110,31 +117,6 @@ class Catcher:
         self.processes.agree(error)
         weights.release_non_block_weights(not in_tower and any(row.batch.needs_token_embedding for row in rows))
         return self._of_all(rows, digests, tokens, picture)
-
-    def _caught(
-        self, batches: Iterable[CalibrationBatch], part: Part
-    ) -> Iterator[tuple[CalibrationBatch, list[SampleRow]]]:
-        """Each batch with its samples; one that the model itself refuses counts as one that cannot be read.
-
-        Whether image features and the tokens that stand for them match, and much else, only the model's code knows.
-
-        Raises:
-            RunError: The model refuses a sample, and none is to be left out.
-        """
-        for batch in batches:
-            try:
-                rows = self._catch_and_hold(batch, part)
-            except torch.OutOfMemoryError:
-                raise
-            except (ValueError, IndexError, RuntimeError, TypeError, KeyError) as error:
-                if len(batch) == 1:
-                    self.datamodule.leave_out(batch.indices[0], f"the model refuses it: {first_line(error)}")
-                else:  # which one it is shows when each comes alone
-                    limits = ModelLimits.of(self.model.model)
-                    alone = self.datamodule.one_by_one(batch.indices, self.model.processor, limits)
-                    yield from self._caught(alone, part)
-                continue
-            yield batch, rows
 
     def _catch_and_hold(self, batch: CalibrationBatch, part: Part) -> list[SampleRow]:
         if in_tower := isinstance(part.runner, TowerRunner):
@@ -173,12 +155,48 @@ class Catcher:
         )
 
 
+def taken_batches(
+    model: LVLMModule,
+    datamodule: CalibrationDataModule,
+    batches: Iterable[CalibrationBatch],
+    catch: Callable[[CalibrationBatch], list[SampleRow]],
+) -> Iterator[tuple[CalibrationBatch, list[SampleRow]]]:
+    """Each batch with its samples; one that the model itself cannot do with counts as one that cannot be read.
+
+    Whether image features and the tokens that stand for them match, whether a number overflows, and much else, only the
+    model's code knows.
+
+    Args:
+        model: The opened model.
+        datamodule: Where the batches come from.
+        batches: The batches.
+        catch: Gives the samples of a batch at the input of the first block.
+
+    Raises:
+        RunError: The model refuses a sample, or makes NaN or infinity of it, and none is to be left out.
+    """
+    for batch in batches:
+        try:
+            rows = catch(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, IndexError, RuntimeError, TypeError, KeyError, NotFinite) as error:
+            if len(batch) == 1:
+                said = _NOT_FINITE if isinstance(error, NotFinite) else f"the model refuses it: {first_line(error)}"
+                datamodule.leave_out(batch.indices[0], said)
+            else:  # which one it is shows when each comes alone
+                alone = datamodule.one_by_one(batch.indices, model.processor, ModelLimits.of(model.model))
+                yield from taken_batches(model, datamodule, alone, catch)
+            continue
+        yield batch, rows
+
+
 @torch.no_grad()
 def catch_batch(model: LVLMModule, batch: CalibrationBatch, device: torch.device) -> list[SampleRow]:
     """The samples of a batch at the input of the decoder's first block; the non-block weights are loaded.
 
     Raises:
-        RunError: NaN or infinity is what reaches the block.
+        NotFinite: NaN or infinity is what reaches the block.
     """
     caught = model.runner.catch(_on_device(model, batch, device))
     _refuse_not_finite(caught, batch)
@@ -206,7 +224,7 @@ def _on_device(model: LVLMModule, batch: CalibrationBatch, device: torch.device)
 def _refuse_not_finite(caught: CaughtBatch, batch: CalibrationBatch) -> None:
     if not torch.isfinite(caught.hidden).all():
         samples = ", ".join(map(str, batch.indices))
-        raise RunError(f"NaN or infinity before the first block for calibration sample {samples}")
+        raise NotFinite(f"{_NOT_FINITE} for calibration sample {samples}")
 
 
 def _first_picture(batch: CalibrationBatch, modality: Tensor, config: Any) -> Picture | None:

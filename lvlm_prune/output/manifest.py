@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.output.names import PROBE_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import LEFT_OUT, private_folder
+from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.output.reading import conforms, read_record
 from lvlm_prune.output.records import (
     BlockRecord,
@@ -140,7 +141,11 @@ class Manifest(dict[str, Any]):
             raise InputError("output", folder, f"its {name} is not as a run writes it")
         if self.get("asked") != other.get("asked"):
             engine = other.get("asked", {}).get("engine", "(none)")
-            raise InputError("engine", engine, f"asks other questions now than in the run in {folder}; write elsewhere")
+            before, now = (record.get("asked", {}).get("fingerprint") for record in (self, other))
+            problem = f"asks other questions now than in the run in {folder}"
+            if is_of_names(before) and not is_of_names(now):
+                problem = f"an older version wrote {folder}, and noted names of pictures, not what is in them"
+            raise InputError("engine", engine, f"{problem}; write elsewhere")
         moved, beside = self._free_places(), read_beside(folder, name)
         for section in ("config", "model", "calibration"):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))

@@ -372,8 +372,9 @@ class TriedRecord(TypedDict):
     seconds: float
 
 
-class FoundRecord(TriedRecord):
+class FoundRecord(TriedRecord, total=False):
     """What a search found, and how."""
 
-    keep: Share
-    tries: list[TriedRecord]
+    keep: Required[Share]
+    measured_on: str
+    tries: Required[list[TriedRecord]]

@@ -1,12 +1,15 @@
 """`evaluate`: scores, retention and likelihoods are those of plain transformers; harnesses are run and read."""
 
+import base64
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lvlm_prune.cli import main
@@ -142,6 +145,30 @@ def test_questions_that_want_yes_or_no_are_scored_by_the_first_word(tmp_path):
     assert set(metrics.values()) == {"exact_match"}
     chosen = LocalBenchmark(LlavaJsonSource(str(tmp_path / "questions.jsonl")), num_samples=5, seed=1)
     assert len(chosen.questions) == 5
+
+
+def test_questions_about_other_pictures_of_the_same_names_are_others(tmp_path):
+    """Also those that a record holds itself; where the files are does not matter."""
+    path = write_questions(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    inside = tmp_path / "inside.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def prints(*files: Path) -> list[str]:
+        return [LocalBenchmark(LlavaJsonSource(str(file))).fingerprint() for file in files]
+
+    def with_data_uris() -> None:
+        encoded = {name: base64.b64encode((path.parent / name).read_bytes()).decode() for name in ("0.png", "1.png")}
+        lines = [one | {"image": f"data:image/png;base64,{encoded[one['image']]}"} for one in records[:9]]
+        inside.write_text("\n".join(map(json.dumps, lines)))
+
+    with_data_uris()
+    before = prints(path, tmp_path / "moved" / "questions.jsonl", inside)
+    assert before[0] == before[1] == prints(path)[0]
+    Image.new("RGB", Image.open(path.parent / "0.png").size, "teal").save(path.parent / "0.png")
+    with_data_uris()
+    after = prints(path, tmp_path / "moved" / "questions.jsonl", inside)
+    assert [first == second for first, second in zip(before, after)] == [False, True, False]
 
 
 def test_a_question_that_asks_nothing_is_refused(tmp_path):

@@ -153,7 +153,7 @@ def spoken(said: list[dict]) -> str:
 
 
 FAILURES = {
-    "nan": (2, ["error: NaN or infinity before the first block for calibration sample 5"]),
+    "nan": (2, ["error: calibration sample 5: NaN or infinity before the first block (--data.on_error skip "]),
     "plugin": (1, ["Traceback", "a mistake of the plugin's author"]),
     "hook": (1, ["Traceback", "a mistake in a callback"]),
     "disk": (2, ["error: --output", "No space left on device", "--resume true"]),

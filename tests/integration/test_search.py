@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.recipes import with_recipe
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.search.levels import LEVELS, Bracket, best_of, sparsity_of
-from tests.conftest import GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 
 
 def tried(bracket: Bracket, most: int) -> list[int]:
@@ -102,6 +103,50 @@ def test_an_interrupted_search_goes_on_behind_the_last_try(tmp_path: Path, fake_
     records = [json.loads((tmp_path / name / "pruning.json").read_text())["search"] for name in ("whole", "out")]
     assert records[0]["level"] == records[1]["level"]
     assert records[1]["sparsity"] == 0.55  # 1.3 - 0.55 is 0.75, 1.3 - 0.575 too little
+
+
+@pytest.mark.parametrize("interrupted", ["search", "last run"])
+def test_tries_on_other_held_back_samples_are_not_gone_on_with(
+    interrupted: str, tmp_path: Path, fake_quality, monkeypatch, capsys
+) -> None:
+    """The samples that calibrate are the same: begun anew, or refused once something was found."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    save_file(samples, tmp_path / "samples.safetensors")
+    more = ["--keep=0.745", "--held_back=2", "--data.num_samples=3", "--data.source=TensorSource"]
+    more.append(f"--data.source.path={tmp_path / 'samples.safetensors'}")
+    quality, write = SampleQuality.__call__, Manifest.write
+
+    def stopped_try(self, written) -> dict:
+        if len(fake_quality) == 2:
+            raise KeyboardInterrupt
+        return quality(self, written)
+
+    def stopped_run(self, folder: Path, *name: str) -> None:
+        write(self, folder, *name)
+        if folder.name == "out" and len(self.get("blocks", [])) == 2:
+            raise KeyboardInterrupt
+
+    if interrupted == "search":
+        monkeypatch.setattr(SampleQuality, "__call__", stopped_try)
+    else:
+        monkeypatch.setattr(Manifest, "write", stopped_run)
+    assert main(arguments(tmp_path / "out", *more)) == 130
+    monkeypatch.setattr(SampleQuality, "__call__", quality)
+    monkeypatch.setattr(Manifest, "write", write)
+    chosen = set(TensorSource(str(tmp_path / "samples.safetensors")).choose(3, 0))
+    for number in set(range(8)) - chosen:
+        samples[f"s{number}.input_ids"][0, -1] ^= 1
+    save_file(samples, tmp_path / "samples.safetensors")
+    fake_quality.clear()
+    capsys.readouterr()
+    again = main(arguments(tmp_path / "out", *more, f"--resume={'true' if interrupted == 'last run' else 'false'}"))
+    if interrupted == "search":
+        assert again == 0
+        assert fake_quality[0] == sparsity_of((LEVELS + 1) // 2)
+    else:
+        assert again == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --data.source TensorSource: gives other samples to measure on now")
 
 
 def test_the_recipe_that_gets_sparsest_is_taken(tmp_path: Path, fake_quality) -> None:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
 from lvlm_prune.evaluation.scores import Scores, retention
+from lvlm_prune.recipes import with_recipe
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 
 
@@ -261,6 +263,29 @@ def test_what_only_the_model_refuses_names_the_sample_and_can_be_skipped(tmp_pat
     assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}", "--data.on_error=skip"]) == 0
     calibration = json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]
     assert (calibration["num_samples"], len(calibration["skipped"])) == (7, 1)
+
+
+@pytest.mark.parametrize("target", ["language", "vision"])
+def test_a_sample_that_overflows_before_the_first_block_can_be_skipped(target, tmp_path, capsys):
+    """Of a batch only that one, and of those that are held back for measuring too."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    chosen = TensorSource(str(GOLDEN / "calib.safetensors")).choose(5, 0)
+    held_back = sorted(set(range(8)) - set(chosen))
+    for number in (chosen[1], held_back[0]):
+        samples[f"s{number}.pixel_values"][:] = float("nan")
+    save_file(samples, tmp_path / "samples.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'samples.safetensors'}"]
+    options = [f"--model.path={GOLDEN / 'model'}", "--report=false", "--data.batch_size=2", "--data.num_samples=5"]
+    options += [f"--model.targets=[{target}]", "--held_back=3", f"--output={tmp_path / 'out'}"]
+    verb = with_recipe(["prune", "--method", "wanda"])
+    assert main([*verb, *source, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"sample {chosen[1]}: NaN or infinity before the first block (--data.on_error skip" in line
+    assert not (tmp_path / "out").exists()
+    assert main([*verb, *source, *options, "--data.on_error=skip"]) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (record["calibration"]["num_samples"], len(record["calibration"]["skipped"])) == (4, 1)
+    assert record["quality"]["samples"] == len(held_back) - 1
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:

@@ -16,6 +16,14 @@ _WRONG = [
     {"LOCAL_RANK": "1"},  # of how many?
     {"RANK": "2", "WORLD_SIZE": "2"},
     {"SLURM_PROCID": "4", "SLURM_NTASKS": "4"},
+    # Half of what a launcher sets, left over in a shell.
+    {"RANK": "3", "WORLD_SIZE": "8"},
+    {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+    {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    {"LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+    {"SLURM_NTASKS": "4"},
+    {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
+    {"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0"},
 ]
 
 
@@ -30,7 +38,26 @@ def test_an_environment_without_a_number_for_this_process_is_one_line(variables,
 
 @pytest.mark.parametrize(
     "variables",
-    [{}, {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, {"SLURM_PROCID": "0"}, {"NODE_RANK": "1"}],
+    [
+        {},
+        {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"},  # torchrun
+        {
+            "LOCAL_RANK": "1",
+            "NODE_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "node0",
+            "MASTER_PORT": "1",
+        },  # Lightning
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "7"},
+        {"RANK": "3", "WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+        | {"SLURM_NODEID": "1", "SLURM_JOB_ID": "7"},  # a job's script sets the first two
+        {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"},
+        {"SLURM_PROCID": "0"},
+        {"NODE_RANK": "1"},
+        {"LOCAL_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "8"},
+    ],
     ids=str,
 )
 def test_what_launchers_set_is_taken(variables, monkeypatch):

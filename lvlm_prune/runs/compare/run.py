@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError
@@ -14,10 +14,15 @@ from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, writi
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
+from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
 _OTHER_MODELS = "the folders come from different models, so what differs is not the method alone"
 _OTHER_QUESTIONS = "they were scored on different questions, so averages and retained shares do not compare the methods"
+_UNKNOWN_QUESTIONS = (
+    "one was scored by an older version, which noted names of pictures and not what is in them: whether the questions "
+    "are the same is not known"
+)
 
 
 def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
@@ -78,8 +83,8 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
             {"name": name, "path": str(folder.path), "command": folder.verb, "sparsity": folder.mean_sparsity} | scores
         )
     problems = [_OTHER_MODELS] if len({folder.origin for folder in folders} - {None}) > 1 else []
-    if any(were_asked_otherwise(first, second) for first, second in combinations(described, 2)):
-        problems.append(_OTHER_QUESTIONS)
+    asked = {what_was_asked(first, second) for first, second in combinations(described, 2)}
+    problems += [_OTHER_QUESTIONS] if "other" in asked else [_UNKNOWN_QUESTIONS] if "unknown" in asked else []
     return {
         "warning": f"warning: {'; '.join(problems)}" if problems else "",
         "folders": described,
@@ -92,16 +97,23 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
     }
 
 
-def were_asked_otherwise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two folders were both scored, and on other questions, by their `scores`.
+def what_was_asked(first: Mapping[str, Any], second: Mapping[str, Any]) -> Literal["same", "other", "unknown"]:
+    """Whether two folders were scored on the same questions, by their `scores`; `same` where one was not scored.
 
     Example:
         >>> one, other = {"questions": {"color": 8}}, {"questions": {"color": 40}}
-        >>> were_asked_otherwise(one, other), were_asked_otherwise(one, {})
-        (True, False)
+        >>> what_was_asked(one, other), what_was_asked(one, {})
+        ('other', 'same')
+        >>> what_was_asked(one | {"asked": "9a0f"}, one | {"asked": "content:5c1b"})
+        'unknown'
     """
     pairs = [(first.get(name), second.get(name)) for name in ("questions", "asked")]
-    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+    counts, asked = [None in pair or pair[0] == pair[1] for pair in pairs]
+    if not counts:
+        return "other"
+    if not asked:
+        return "unknown" if len({is_of_names(each) for each in pairs[1]}) > 1 else "other"
+    return "same"
 
 
 def different(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ which is as large as the token embedding, and the logits of a few positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch.nn.functional import cross_entropy, kl_div
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.blocks.remaining import RemainingDecoderBlocks
 from lvlm_prune.checkpoints import CheckpointFolder
-from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.data import CalibrationBatch, CalibrationDataModule, fingerprint
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.errors import first_line
 from lvlm_prune.loop.block_loop import waiting_sample
-from lvlm_prune.loop.catching import catch_batch
+from lvlm_prune.loop.catching import catch_batch, taken_batches
 from lvlm_prune.module import LVLMModule
 
 # Bytes of the logits of a few positions, in float32; four such tensors are held at once.
@@ -49,6 +49,10 @@ class SampleQuality:
         self._samples, self.is_held_back = datamodule.held_back(count)
         self._dense: tuple[Mapping[int, Tensor], Mapping[int, Tensor]] | None = None
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the samples that are measured on: other samples give other numbers."""
+        return fingerprint(one for batch in self._batches() for one in batch.digests)
+
     def __call__(self, written: CheckpointFolder) -> dict[str, Any]:
         """Measure.
 
@@ -67,6 +71,8 @@ class SampleQuality:
             self._dense = self._dense or self._answers(weights)
             dense, targets = self._dense
             pruned, _ = self._answers(weights.at(written))
+            if lost := len(dense.keys() - pruned.keys()):
+                return {"not_measured": f"the pruned model does not take {lost} of {len(dense)} samples"}
             return self._compared(weights, dense, pruned, targets)
         except Exception as error:  # of a model's own code too: the checkpoint is whole without these numbers
             weights.release_block(0)
@@ -74,15 +80,20 @@ class SampleQuality:
             weights.release_output_embedding()
             return {"not_measured": first_line(error)}
 
+    def _batches(self) -> Iterator[CalibrationBatch]:
+        model = self._model
+        return self._samples.calibration_batches(model.processor, batch_size=1, limits=ModelLimits.of(model.model))
+
     @torch.no_grad()
     def _answers(self, weights: StreamedWeights) -> tuple[Mapping[int, Tensor], Mapping[int, Tensor]]:
         """Number of each sample -> hidden states (n, D) behind the last norm, and the tokens (n,) that follow."""
         model, rows = self._model, []
         weights.load_non_block_weights()
-        for batch in self._samples.calibration_batches(
-            model.processor, batch_size=1, limits=ModelLimits.of(model.model)
+        device = torch.device(self._device)
+        for _, caught in taken_batches(
+            model, self._samples, self._batches(), lambda one: catch_batch(model, one, device)
         ):
-            rows += catch_batch(model, batch, torch.device(self._device))
+            rows += caught
         weights.release_non_block_weights(any(row.batch.needs_token_embedding for row in rows))
         weights.load_block(0)
         tail = RemainingDecoderBlocks(model.runner, weights, [waiting_sample(row) for row in rows], 0)

@@ -34,7 +34,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.reading import conforms
 from lvlm_prune.output.records import TriedRecord
-from lvlm_prune.plugins import describe
+from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.recipes import options_of_method, recipe_file
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.participants import Participants
@@ -89,7 +89,7 @@ class SearchRun:
         self.trainer, self.model, self.datamodule, self.options = trainer, model, datamodule, options
         self.keep, self.minutes, self.count = keep, minutes, max(HELD_BACK, options.held_back)
         self.run = Run(RunOptions(), trainer.config or {"model": model.options()}, Hardware.of(trainer))
-        self.started = time.monotonic()
+        self.started, self.measured_on = time.monotonic(), ""
         model.open()
         if model.folder is None:
             raise InputError("keep", keep, "needs a checkpoint folder; a model in memory is pruned in place")
@@ -111,8 +111,11 @@ class SearchRun:
         with session(self.trainer, self.run, launch, way_on=lambda: _WAY_ON):
             join(self.run, launch)
             shared = SharedCalibration(launch)
-            known = self.run.processes.on_main(self._found_before)
-            found = known or self._search(launch, shared)
+            found = self.run.processes.on_main(self._found_before)
+            if found is None:
+                found = self._search(launch, shared)
+            elif not found.pop("is_complete"):
+                self._refuse_other_held_back(found, launch)
             self.run.say(f"{found['recipe']} at {found['sparsity']:.1%} keeps {found['agreement']:.1%}")
             point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
             final = self._final(point, found, shared)
@@ -161,11 +164,31 @@ class SearchRun:
         """What an earlier command found, whose last run was interrupted."""
         if not self.options.resume or not (self.folder / PRUNING_RECORD).is_file():
             return None
-        found: dict[str, Any] = Manifest.read(self.folder).get("search") or {}
+        record = Manifest.read(self.folder)
+        found: dict[str, Any] = record.get("search") or {}
         if not conforms(found, TriedRecord) or found["recipe"] not in self.candidates or found.get("keep") != self.keep:
             problem = f"{self.folder} was not begun with this search"
             raise InputError("keep", self.keep, f"{problem}; repeat the command that began it, or write elsewhere")
-        return found
+        return found | {"is_complete": record.get("status") == "complete"}
+
+    def _quality(self, launch: Launch) -> SampleQuality:
+        """What tries are measured with; from here on it is known on which samples."""
+        quality = SampleQuality(self.model, self.datamodule, self.count, launch.fabric.device)
+        prepare_source(self.model, self.datamodule.source)
+        self.measured_on = self.run.processes.on_main(quality.fingerprint)
+        return quality
+
+    def _refuse_other_held_back(self, found: Mapping[str, Any], launch: Launch) -> None:
+        """Refuse to go on with what was found on other samples than those that are held back now.
+
+        Raises:
+            InputError: They are others.
+        """
+        self._quality(launch)
+        if found.get("measured_on") != self.measured_on:
+            name = plugin_class(self.datamodule.source).__name__
+            problem = f"gives other samples to measure on now than when {self.folder} was begun; write elsewhere"
+            raise InputError("data.source", name, problem)
 
     def _search(self, launch: Launch, shared: SharedCalibration) -> dict[str, Any]:
         """The sparsest try that keeps enough.
@@ -173,8 +196,7 @@ class SearchRun:
         Raises:
             RunError: There is none.
         """
-        quality = SampleQuality(self.model, self.datamodule, self.count, launch.fabric.device)
-        prepare_source(self.model, self.datamodule.source)
+        quality = self._quality(launch)
         self.datamodule.setup("prune")
         if not quality.is_held_back:
             self.run.say(
@@ -196,7 +218,7 @@ class SearchRun:
             said = f"{closest['recipe']} at {closest['sparsity']:.1%} keeps {closest['agreement']:.1%}"
             raise RunError(f"--keep {self.keep}: no try keeps as much; {said}")
         chosen = next(one for one in tries if (one["recipe"], one["level"]) == best)
-        return {"keep": self.keep, **chosen, "tries": tries}
+        return {"keep": self.keep, "measured_on": self.measured_on, **chosen, "tries": tries}
 
     def _is_late(self, seconds: float) -> bool:
         """Whether another try as long as the last one, and the run itself, would end too late."""
@@ -243,7 +265,8 @@ class SearchRun:
     def _identity(self, point: Point) -> str:
         """What a try depends on: its configuration, the model, what it is measured on, and which version does it."""
         assert self.model.folder is not None
-        common = [self.model.folder.fingerprint(), str(self.model.compute_dtype), self.count, lvlm_prune.__version__]
+        dtype = str(self.model.compute_dtype)
+        common = [self.model.folder.fingerprint(), dtype, self.measured_on, lvlm_prune.__version__]
         return hashlib.sha256(json.dumps([point.identity, *common]).encode()).hexdigest()[:32]
 
     # ---- the run -----------------------------------------------------------------------------------------------------

@@ -51,9 +51,18 @@ def tensors(folder, *answers):
     return TensorSource(str(folder / "tensors.safetensors"))
 
 
+def without_a_question(folder):
+    """Two conversations, of which the second begins with the answer."""
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"c{n}", "conversations": turns[n:] + turns[:2] * n} for n in range(2)]
+    (folder / "conversations.json").write_text(json.dumps(records))
+    return LlavaJsonSource(str(folder / "conversations.json"))
+
+
 LONG = "red " * 400
 CASES = {
     "conversation, no answer": (lambda f: llava(f, "yes", None), "c1: has no answer"),
+    "conversation, no question": (without_a_question, "c1: has no question: it begins with an answer"),
     "conversation, long": (lambda f: llava(f, "yes", "no", LONG), "c2: has .* tokens, the model's context is 300"),
     "text, long": (lambda f: text(f, "red", LONG), "document 1: has .* tokens, the model's context is 300"),
     "text, one token": (lambda f: text(f, "red and blue", "."), "document 1: has no answer tokens"),

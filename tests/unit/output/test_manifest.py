@@ -51,6 +51,13 @@ def test_another_run_is_refused_with_the_first_difference(written, section, chan
         manifest.refuse_other(Manifest(manifest | {section: changed}), folder)
 
 
+def test_questions_that_an_older_version_noted_are_not_said_to_be_others(written):
+    manifest, folder = written
+    noted, now = ({"engine": "BuiltinEngine", "fingerprint": text} for text in ("9a0f", "content:9a0f"))
+    with pytest.raises(InputError, match=r"an older version wrote .*, and noted names of pictures, not what is in"):
+        Manifest(manifest | {"asked": noted}).refuse_other(Manifest(manifest | {"asked": now}), folder)
+
+
 def test_a_folder_without_a_readable_manifest_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a folder that"):
         Manifest.read(tmp_path)
