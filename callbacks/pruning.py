@@ -224,6 +224,9 @@ class BlockwisePruning(PruneCallback):
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Say what will be done; refuse a pool of visual tokens where there are none."""
         trainer.run.say(self.headline(pl_module, trainer.run.record["calibration"].get("num_samples", 0)))
+        if not self.wants_activations and type(self.pool) is not AsymmetricPool:
+            name = plugin_class(self.pool).__name__
+            trainer.run.say(f"--pruning.pool {name} is not used: {self.name} needs no calibration samples")
         if trainer.run.folder is not None and trainer.run.processes.is_main:
             zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, trainer.run.weights, self.shapes)
             if zeros >= NOTICED_ZEROS:

@@ -219,7 +219,7 @@ def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[s
     if "pattern" in record:
         yield "pattern", str(record["pattern"])
     if method := how.get("method"):
-        yield "method", _plugins(method)
+        yield "method", _plugins(method, bool(how.get("calibration", {}).get("num_samples")))
         yield "calibration", _calibration(how.get("calibration", {}))
     if search := record.get("search"):
         share = f"{search['keep']:.1%} of the dense model's most likely tokens"
@@ -243,12 +243,13 @@ def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
     return f"{achieved:.2%} of these weights{asked}, counted in the written files"
 
 
-def _plugins(method: Mapping[str, Any]) -> str:
-    """The method's name and what it is composed of."""
+def _plugins(method: Mapping[str, Any], is_calibrated: bool) -> str:
+    """The method's name and what it is composed of; without samples no pool is asked."""
     options = method.get("init_args", {})
+    kinds = (*(["pool"] if is_calibrated else []), "scorer", "solver", "allocation")
     parts = [
         str(options[name]["class_path"]).rpartition(".")[2]
-        for name in ("pool", "scorer", "solver", "allocation")
+        for name in kinds
         if isinstance(options.get(name), Mapping) and "class_path" in options[name]
     ]
     name = str(options.get("name") or "")

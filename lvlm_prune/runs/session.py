@@ -43,14 +43,19 @@ def session(
             trainer.run = earlier
 
 
+def is_foreign(source: CalibrationSource, model: LVLMModule) -> bool:
+    """Whether a source shows the embedded model's world to another model."""
+    world = isinstance(source, (EmbeddedSource, EmbeddedQuestions))
+    return world and model.folder is not None and not is_embedded(model.folder.path)
+
+
 def prepare_source(model: LVLMModule, source: CalibrationSource) -> None:
     """Load the processor that a source needs.
 
     Raises:
         InputError: The processor cannot be loaded; or the source shows the embedded model's world to another model.
     """
-    world = isinstance(source, (EmbeddedSource, EmbeddedQuestions))
-    if world and model.folder is not None and not is_embedded(model.folder.path):
+    if is_foreign(source, model):
         problem = (
             f"shows the embedded model's own world, and {model.path} is another model; say what its samples are, "
             "for example --data.source LlavaJsonSource --data.source.path samples.json"

@@ -111,3 +111,22 @@ def test_answers_that_are_not_a_number_are_not_the_same(tmp_path):
     assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, f"--output={tmp_path / 'out'}"]) == 0
     found = json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]
     assert found == {"not_measured": "logits of the dense model are NaN"}
+
+
+def test_a_method_without_calibration_is_measured_where_samples_are_named(small, tmp_path, capsys):
+    magnitude = ["--pruning.scorer=MagnitudeScorer", "--pruning.pool=MixedPool"]
+    assert main([*small, *magnitude, "--held_back=5"]) == 0
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert found["calibration"].get("num_samples", 0) == 0
+    assert found["quality"]["held_back"]
+    assert found["quality"]["perplexity"] > 0
+    assert "--pruning.pool MixedPool is not used" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "MixedPool" not in card
+    assert f"{found['quality']['kl']:.4g} nats per token" in card
+
+
+def test_without_samples_the_lack_of_numbers_is_said(tmp_path, capsys):
+    arguments = ["prune", f"--model.path={GOLDEN / 'model'}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
+    assert main([*arguments, *MEASURED]) == 0
+    assert "perplexity and KL not measured: the method needs no samples, and none were given" in capsys.readouterr().out

@@ -40,13 +40,20 @@ class SampleQuality:
         datamodule: The calibration set, whose source has more samples.
         count: Samples to measure on.
         device: Where blocks run.
+        calibrated: Whether samples of the set calibrate at all; where none do, all are held back.
     """
 
     def __init__(
-        self, model: LVLMModule, datamodule: CalibrationDataModule, count: int, device: torch.device | str
+        self,
+        model: LVLMModule,
+        datamodule: CalibrationDataModule,
+        count: int,
+        device: torch.device | str,
+        calibrated: bool = True,
     ) -> None:
         self._model, self._device = model, device
-        self._samples, self.is_held_back = datamodule.held_back(count)
+        self._samples, has_others = datamodule.held_back(count)
+        self.is_held_back = has_others or not calibrated
         self._dense: tuple[Mapping[int, Tensor], Mapping[int, Tensor]] | None = None
 
     def fingerprint(self) -> str:

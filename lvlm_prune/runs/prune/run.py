@@ -21,7 +21,7 @@ from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.demo import NAMES
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch, SharedLaunch
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.loop.catching import CaughtSamples
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.memory.planning import make_plan
@@ -37,7 +37,7 @@ from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
-from lvlm_prune.runs.session import ended, prepare_source, session
+from lvlm_prune.runs.session import ended, is_foreign, prepare_source, session
 from lvlm_prune.threads import suitable_threads
 
 
@@ -232,14 +232,30 @@ class PruneRun:
     def _measure(self) -> None:
         """What pruning cost, on samples that did not calibrate; one process is enough for a few."""
         run, model = self.run, self.model
-        wanted = run.options.evaluate and run.options.held_back and self.participants.samples()
+        wanted = run.options.evaluate and run.options.held_back
         if not wanted or run.folder is None or model.folder is None or model.path in NAMES:
+            return
+        if problem := self._lacks_samples():
+            run.record["quality"] = {"not_measured": problem}
             return
         run.samples = CaughtSamples()
         run.memory.forget()
         written, count = model.folder.at(run.folder), run.options.held_back
-        measure = SampleQuality(model, self.datamodule, count, self.launch.fabric.device)
+        measure = SampleQuality(model, self.datamodule, count, self.launch.fabric.device, self.participants.samples())
         run.record["quality"] = run.processes.on_main(lambda: measure(written))
+
+    def _lacks_samples(self) -> str:
+        """Why a method that needs no samples cannot be measured on any; empty where there are some."""
+        if self.participants.samples():
+            return ""
+        source = self.datamodule.source
+        if is_foreign(source, self.model):
+            return "the method needs no samples, and none were given; --data.source says which"
+        try:
+            prepare_source(self.model, source)
+        except InputError as error:
+            return first_line(error)
+        return ""
 
     def _finished_blocks(self) -> set[int]:
         """Blocks that an interrupted run finished, where it is to go on."""
