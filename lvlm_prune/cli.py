@@ -66,11 +66,11 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"lvlm-prune {__version__}")
         return 0
-    if arguments and arguments[0] in ("--help", "-h"):
+    if not arguments or arguments[0] in ("--help", "-h"):
         from lvlm_prune.cli_help import commands_help
 
-        print(commands_help(__version__))
-        return 0
+        print(commands_help(__version__), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
     if arguments == ["kernels"]:
         from lvlm_prune.packed.kernels import kernel_report
 

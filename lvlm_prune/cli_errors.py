@@ -1,6 +1,7 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -106,7 +107,7 @@ def explain(
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):
         return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments), known, plugins)
     if missing := re.search(r"Problem with given class_path '([^']*)': (.*)", rest):
-        return f"{option} {missing[1]}: {missing[2]}"
+        return f"{option} {missing[1]}: {missing[2]}{_close_in_module(missing[2])}"
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
         expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
         return f"{option} {_shown(union[2])}: expected {expected}"
@@ -145,6 +146,20 @@ def _close_classes(name: str, kind: str, plugins: Collection[str]) -> list[str]:
     return [whole.get(one, one) for one in found]
 
 
+def _close_in_module(problem: str) -> str:
+    """What a class may be meant to be that a module has not, to go on with a sentence; empty where nothing is close.
+
+    Example:
+        >>> _close_in_module("module 'pathlib' has no attribute 'Paht'")
+        '; is pathlib.Path meant?'
+    """
+    lacks = re.fullmatch(r"module '([\w.]+)' has no attribute '(\w+)'", problem)
+    if not lacks or lacks[1] not in sys.modules:
+        return ""
+    classes = [name for name, value in vars(sys.modules[lacks[1]]).items() if isinstance(value, type)]
+    return "".join(f"; is {lacks[1]}.{name} meant?" for name in get_close_matches(lacks[2], classes, n=1))
+
+
 def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
     return f"{option}: unknown option{hint(option, known, plugins)}"
 
@@ -160,9 +175,14 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
     Example:
         >>> hint("--pruning.sparsty", ["--pruning.sparsity", "--data.seed"], {})
         '; is --pruning.sparsity meant?'
+        >>> hint("--prunning.sparsity", ["--pruning.sparsity", "--data.seed"], {})
+        '; is --pruning.sparsity meant?'
         >>> hint("--pruning.solver.damping", [], {"ALPSSolver": ["damping"]})
         ' of the class in use; ALPSSolver takes it'
     """
+    option = _with_close_section(option, known)
+    if option in known:
+        return f"; is {option} meant?"
     meant = [candidate for candidate in known if candidate.endswith(f".{option.removeprefix('--')}")]
     if not meant:
         place, dot, name = option.rpartition(".") if "." in option else ("", "--", option.removeprefix("--"))
@@ -176,6 +196,15 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
         close = [one for one in get_close_matches(name, beside, n=1, cutoff=0.75) if one != name]
         meant = [f"{place}{dot}{one}" for one in close]
     return f"; is {' or '.join(meant)} meant?" if meant else ""
+
+
+def _with_close_section(option: str, known: Collection[str]) -> str:
+    """An option whose first word is the closest one that there is: `--model.pth` for `--modle.pth`."""
+    section, dot, rest = option.partition(".")
+    sections = {candidate.partition(".")[0] for candidate in known if "." in candidate}
+    if not dot or section in sections:
+        return option
+    return "".join([*get_close_matches(section, sections, n=1, cutoff=0.75), section][:1]) + dot + rest
 
 
 def _missing(names: Sequence[str], arguments: Sequence[str], plugins: Plugins) -> str:

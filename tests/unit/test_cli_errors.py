@@ -41,6 +41,12 @@ def test_one_line(argument, line):
         ("prune --pruning.pool.saliency.scal 2", "--pruning.pool.saliency.scal: unknown option{}"),
         ("prune --data.source LlavaJsonSorce", "{}; is LlavaJsonSource meant?"),
         ("prune --trainer.acelerator cpu", "{}; is --trainer.accelerator meant?"),
+        ("prune --modle.path x", "--modle.path: {}; is --model.path meant?"),
+        ("recover --lroa.rnak 3", "--lroa.rnak: {}; is --lora.rank meant?"),
+        (
+            "prune --pruning.scorer lvlm_prune.methods.scorers.WandScorer",
+            "{}; is lvlm_prune.methods.scorers.WandaScorer meant?",
+        ),
         ("evaluate --engine BuiltinEngin", "{}; is BuiltinEngine meant?"),
         ("method", "method: no such command, expected {} is methods meant?"),
         ("methods wanda", "methods wanda: `methods` takes nothing"),
@@ -141,3 +147,10 @@ def test_a_value_that_is_nested_deeply_is_one_short_line(depth, capsys):
     assert line.startswith("error: --grid ")
     assert line.endswith(": is nested too deeply, or in itself")
     assert len(line) < 400
+
+
+def test_without_a_command_there_is_help_and_a_failure(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert "usage: lvlm-prune COMMAND" in said.err
