@@ -288,7 +288,7 @@ class CheckpointFolder:
             raise self._error(f"{self._weights} has no weight_map")
         for shard in weight_map.values():
             # A name with a folder in it could lead out of the checkpoint.
-            if not isinstance(shard, str) or Path(shard).name != shard or len(shard) > LONGEST_FILE_NAME:
+            if not isinstance(shard, str) or not shard or Path(shard).name != shard or len(shard) > LONGEST_FILE_NAME:
                 raise self._error(f"{self._weights} names {shortened(repr(shard))}, which is not a file in this folder")
         for shard in set(weight_map.values()):
             if not (self.path / shard).is_file():

@@ -83,7 +83,8 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo]]:
         content = file.read(length)
     try:
         header = json.loads(content.decode("utf-8"))
-        header.pop("__metadata__", None)
+        if not all(isinstance(text, str) for text in (header.pop("__metadata__", None) or {}).values()):
+            raise TypeError("metadata that safetensors does not take")
         tensors = sorted(
             ((key, _place(path.name, 8 + length, entry)) for key, entry in header.items()),
             key=lambda item: (item[1].start, item[1].nbytes),
@@ -103,11 +104,11 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo]]:
 
 
 def _place(shard: str, data_start: int, entry: dict[str, Any]) -> TensorInfo:
-    first, last = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    if any(length < 0 for length in shape):
-        raise ValueError("a negative length")
-    return TensorInfo(shard, str(entry["dtype"]), shape, data_start + int(first), int(last) - int(first))
+    """As strict as safetensors: what it would not load would be written again, and called verified."""
+    (first, last), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)) or not isinstance(dtype, str):
+        raise TypeError("no whole number")
+    return TensorInfo(shard, dtype, shape, data_start + first, last - first)
 
 
 def _fits(tensor: TensorInfo) -> bool:

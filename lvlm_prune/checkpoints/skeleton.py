@@ -52,6 +52,7 @@ def build_skeleton(
     refuse_absurd_sizes(folder)
     config = _load_config(folder, trust_remote_code)
     model_class, config = _model_class(folder, config, trust_remote_code)
+    _refuse_dtype(folder, config)
     torch_dtype = _resolve_dtype(folder, dtype)
     options: dict[str, Any] = {"dtype": torch_dtype}
     if attn_implementation is not None:
@@ -172,6 +173,16 @@ def _resolve_dtype(folder: CheckpointFolder, dtype: torch.dtype | str) -> torch.
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise InputError("model.dtype", dtype, "must be auto, float32, bfloat16 or float16")
     return resolved
+
+
+def _refuse_dtype(folder: CheckpointFolder, config: PretrainedConfig) -> None:
+    """Raise where the configuration names a dtype in which transformers loads no model: nor would it the output."""
+    named = getattr(config, "dtype", None)
+    if named is None or isinstance(named, (str, dict)):
+        return
+    if not isinstance(named, torch.dtype) or not named.is_floating_point or named.itemsize == 1:
+        problem = f"its config.json gives the dtype {shortened(named)}, in which no model can be loaded"
+        raise InputError("model.path", folder.path, problem)
 
 
 def _stored_dtype(folder: CheckpointFolder) -> torch.dtype:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.checkpoints.versions import VERSION_5, names_on_disk
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, RunError, first_line
 
 if VERSION_5:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -83,7 +83,11 @@ def find_sources(model: PreTrainedModel, folder: CheckpointFolder) -> dict[str, 
     """
     if not VERSION_5:
         return _renamed_sources(model, folder)
-    transforms = get_model_conversion_mapping(model)
+    try:
+        transforms = get_model_conversion_mapping(model)
+    except Exception as error:  # of transformers, about names of types in the configuration
+        problem = f"transformers cannot say what its tensors are called ({type(error).__name__}: {first_line(error)})"
+        raise InputError("model.path", folder.path, problem) from error
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -5,6 +5,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -288,6 +289,10 @@ def shard_elsewhere(folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "../single/model.safetensors"}}))
 
 
+def shard_without_a_name(folder: Path) -> None:
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {"a": ""}}))
+
+
 def index_of_lists(folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": ["model-00001-of-00002.safetensors"]}}))
 
@@ -338,6 +343,18 @@ def negative_lengths(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").write_bytes(content)
 
 
+def odd_header(**changes: Any) -> Callable[[Path], None]:
+    """A header as safetensors would not read it, though numbers can be made of what it says."""
+
+    def damage(folder: Path) -> None:
+        entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+        header = json.dumps({"__metadata__": {"format": changes.pop("format", "pt")}, "a": entry | changes}).encode()
+        content = struct.pack("<Q", len(header)) + header + bytes(8)
+        (folder / "model-00002-of-00002.safetensors").write_bytes(content)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -358,6 +375,7 @@ def negative_lengths(folder: Path) -> None:
         (index_without_metadata, "has no metadata"),
         (drop_shard, "model-00002-of-00002.safetensors, which does not exist"),
         (shard_elsewhere, "not a file in this folder"),
+        (shard_without_a_name, "names '', which is not a file in this folder"),
         (index_of_lists, "not a file in this folder"),
         (index_with_a_key_too_many, "fourth.weight"),
         (truncate_shard, "model-00002-of-00002.safetensors is truncated"),
@@ -368,6 +386,12 @@ def negative_lengths(folder: Path) -> None:
         (huge_header, "model-00002-of-00002.safetensors is truncated"),
         (negative_lengths, "model-00002-of-00002.safetensors has a corrupt header"),
         (header_that_does_not_fit_itself, "model-00002-of-00002.safetensors has a corrupt header"),
+        (odd_header(shape=[2.4]), "has a corrupt header"),
+        (odd_header(shape=["2"]), "has a corrupt header"),
+        (odd_header(shape=[True, 2]), "has a corrupt header"),
+        (odd_header(data_offsets=[0.0, 8.0]), "has a corrupt header"),
+        (odd_header(dtype=32), "has a corrupt header"),
+        (odd_header(format=5), "has a corrupt header"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(sharded: Path, damage: Callable[[Path], None], problem: str) -> None:

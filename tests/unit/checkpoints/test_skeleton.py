@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
+from lvlm_prune.checkpoints.sources import find_sources
 from lvlm_prune.errors import InputError
 from tests.families import tiny_model
 
@@ -54,6 +55,9 @@ def test_the_attention_implementation_can_be_chosen(folder: Path) -> None:
         ({"model_type": None, "architectures": None}, "model.path", "cannot read its configuration"),
         ({"model_type": "nonesuch", "auto_map": {"AutoConfig": "a.B"}}, "model.trust_remote_code", "own model code"),
         ({"quantization_config": {"quant_method": "awq"}}, "model.path", "quantized"),
+        ({"dtype": "int8"}, "model.path", "dtype torch.int8, in which no model can be loaded"),
+        ({"dtype": "float8_e4m3fn"}, "model.path", "in which no model can be loaded"),
+        ({"dtype": 5}, "model.path", "dtype 5, in which no model can be loaded"),
         ({"model_type": "clip_vision_model", "architectures": ["Nonesuch"]}, "model.path", "no model class"),
     ],
 )
@@ -63,6 +67,12 @@ def test_a_model_that_cannot_be_built_is_refused(folder: Path, changes: dict, op
         build_skeleton(checkpoint)
     assert caught.value.option == option
     assert "\n" not in str(caught.value)
+
+
+def test_a_type_without_a_name_is_refused(folder: Path) -> None:
+    checkpoint = change_config(folder, model_type={"name": "llava"})
+    with pytest.raises(InputError, match=r"cannot say what its tensors are called|cannot read its configuration"):
+        find_sources(build_skeleton(checkpoint), checkpoint)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "nn", ""])
