@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.blocks import (
     BlockRunner,
@@ -29,6 +28,7 @@ from lvlm_prune.blocks import (
     prunable_linears,
 )
 from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton, resolve
+from lvlm_prune.checkpoints.whole import load_whole_model
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
@@ -224,16 +224,7 @@ class LVLMModule(L.LightningModule):
         """
         self.open()
         if self.folder is not None:
-            attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-            disable_progress_bar()
-            loaded = type(self.model).from_pretrained(
-                self.folder.path,
-                dtype=self.model.dtype,
-                trust_remote_code=self.trust_remote_code,
-                local_files_only=True,
-                **attention,
-            )
-            self.model = loaded.eval().requires_grad_(False)
+            self.model = load_whole_model(self.model, self.folder, self.trust_remote_code, self.attn_implementation)
             self._find_blocks()
             self._refuse_incomplete()
 

@@ -294,10 +294,17 @@ def test_what_was_saved_for_generation_changes_no_answer_or_is_one_line(hub_fold
         assert main(asked(folder, output)) == 0
         found.append(json.loads((output / "evaluation.json").read_text())["tasks"])
     assert found[0] == found[1]
-    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    capsys.readouterr()
-    assert main(asked(folder, tmp_path / "broken" / "out")) == 2
-    assert "generation_config.json" in one_line(capsys)
+    for broken in (
+        '{"eos_token_id": "x"}',
+        "5",
+        '{"max_new_tokens": "x"}',
+        '{"watermarking_config": {"x": 1}}',
+        "[" * 99999,
+    ):
+        (folder / "generation_config.json").write_text(broken)
+        capsys.readouterr()
+        assert main(asked(folder, tmp_path / "broken" / "out")) == 2
+        assert "generation_config.json" in one_line(capsys)
 
 
 @pytest.mark.parametrize("saved", ["truncation", "padding"])
