@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.evaluation.scores import Benchmark, Scores
 from lvlm_prune.output.progress import Progress
+from lvlm_prune.output.temporary import temporary_folder
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import lazy_default, own_instance
 
@@ -101,9 +101,9 @@ class BuiltinEngine(Engine):
                 refuse_other_tokens(baseline, model)
             except InputError as error:
                 raise InputError("baseline", error.value, error.problem) from None
-        with TemporaryDirectory(prefix="lvlm-prune-") as scratch:
+        with temporary_folder() as scratch:
             questions = self.benchmark.questions
-            likelihood = AnswerLikelihood(questions, self.batch_size, self.top_k, Path(scratch), processes)
+            likelihood = AnswerLikelihood(questions, self.batch_size, self.top_k, scratch, processes)
             share = len(likelihood.numbers)
             if baseline is not None:
                 with self._loaded(baseline, device) as (module, processor):

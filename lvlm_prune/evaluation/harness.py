@@ -16,7 +16,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.pathways import PATHWAY_FILE
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.output.temporary import temporary_folder
 from lvlm_prune.packed.folder import packing_of
 
 if TYPE_CHECKING:
@@ -187,13 +188,13 @@ class HarnessEngine(Engine):
             for name, value in os.environ.items()
             if name not in _OF_LAUNCHERS and not name.startswith(foreign)
         }
-        with TemporaryDirectory(prefix=f"{self.package}-") as scratch:
+        with temporary_folder(self.package) as scratch:
             if through:
-                environment["PYTHONPATH"] = _with_own_package(Path(scratch) / "own", environment.get("PYTHONPATH", ""))
-            log = Path(scratch) / "log"
+                environment["PYTHONPATH"] = _with_own_package(scratch / "own", environment.get("PYTHONPATH", ""))
+            log = scratch / "log"
             with log.open("wb") as said:
                 child = subprocess.run(
-                    [*command, "--output_path", scratch],
+                    [*command, "--output_path", str(scratch)],
                     stdin=subprocess.DEVNULL,
                     stdout=said,
                     stderr=subprocess.STDOUT,
@@ -204,7 +205,7 @@ class HarnessEngine(Engine):
                 if child.returncode != 0:
                     raise RunError(f"{self.package} ended with status {child.returncode}")
                 # Several files: one for each model, or of several calls; here there was one call.
-                files = sorted(path for path in Path(scratch).rglob("*results*.json"))
+                files = sorted(path for path in scratch.rglob("*results*.json"))
                 if not files:
                     raise RunError(f"{self.package} wrote no results")
                 return read_results(json.loads(files[-1].read_text()), tasks, self.metrics, self.package)

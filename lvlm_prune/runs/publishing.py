@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -44,6 +43,7 @@ from lvlm_prune.output.private import (
     without_private,
 )
 from lvlm_prune.output.summaries import private_line
+from lvlm_prune.output.temporary import temporary_folder
 from lvlm_prune.report.card import refresh_card
 from lvlm_prune.report.refreshing import refresh_page
 
@@ -84,7 +84,8 @@ class Publication:
         if self.publishable or (self.publishable is None and _is_private(folder)):
             with writing(private_folder(folder)):
                 keep_private(folder)
-            leave_out_private(folder)
+            with writing(folder):
+                leave_out_private(folder)
             if not quiet and private_folder(folder).is_dir():
                 print(private_line(folder), flush=True)
         if self.push:
@@ -97,8 +98,8 @@ class Publication:
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
     """While the context is open: a folder with what of `folder` may be published; weights are links to its own."""
-    with TemporaryDirectory(prefix="lvlm-prune-") as place:
-        copy = Path(place) / "model"
+    with temporary_folder(way_on=f"{folder} is complete; the same command with --resume true pushes it") as place:
+        copy = place / "model"
         for relative in files_within(folder):
             if relative.parts[0] == LOG_FOLDER:
                 continue

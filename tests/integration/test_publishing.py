@@ -1,6 +1,8 @@
 """A finished folder on its way to the hub: checked before the run, nothing private in it, one line where it fails."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lvlm_prune.cli import main
 from lvlm_prune.output.base_record import record_of
+from lvlm_prune.runs import publishing
 from tests.conftest import GOLDEN
 from tests.pages import Page
 
@@ -239,6 +242,29 @@ def test_a_failed_upload_leaves_a_complete_folder(own, hub, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "--resume true pushes it" in line
     assert json.loads((out / "pruning.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize("full", ["folder", "temporary"])
+def test_a_full_disk_while_publishing_is_one_line_and_can_be_gone_on_with(full, own, hub, monkeypatch, capsys):
+    command, out = own
+
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        if full == "folder":
+            patched.setattr(publishing, "leave_out_private", no_room)
+        else:
+            patched.setattr(publishing, "_link", no_room)
+        status = main([*command, "--push=me/sparse", "--report=false"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert "No space left on device" in line
+    assert "with --resume true" in line
+    assert not hub.files
+    assert main([*command, "--push=me/sparse", "--report=false", "--resume=true"]) == 0
+    assert "config.json" in hub.files
+    assert "patients" not in (out / "pruning.json").read_text()
 
 
 def test_figures_without_private_data_are_those_that_were_drawn(own):
