@@ -159,6 +159,8 @@ class Manifest(dict[str, Any]):
                 if before.get(key) != now.get(key):
                     if key == "fingerprint":
                         raise _other_input(section, other, folder)
+                    if not key:  # nothing at all stands there
+                        raise InputError("output", folder, f"its {name} is not as a run writes it")
                     option = key if section == "config" else f"{section}.{key}"
                     state = "finished" if self.get("status") == "complete" else "unfinished"
                     used = before.get(key, "")

@@ -41,6 +41,7 @@ def test_the_same_run_may_go_on_with_other_devices(written):
         ("model", {"fingerprint": "b"}, "model.path .*: has changed"),
         ("calibration", {"fingerprint": "b"}, "data.source .*: gives other calibration samples"),
         ("calibration", {"seed": 1}, "calibration.seed"),
+        ("calibration", {}, "is not as a run writes it"),
         ("asked", {"engine": "BuiltinEngine", "fingerprint": "b"}, "--engine BuiltinEngine: asks other questions now"),
         ("versions", {"lvlm_prune": "0.2"}, "is the unfinished run of lvlm-prune 0.1, and this is 0.2"),
     ],
