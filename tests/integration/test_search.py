@@ -83,14 +83,17 @@ def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pyt
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.private"}
 
 
-def test_an_interrupted_search_goes_on_behind_the_last_try(tmp_path: Path, fake_quality, monkeypatch) -> None:
+@pytest.mark.parametrize("tries", [0, 2])
+def test_an_interrupted_search_goes_on_behind_the_last_try(
+    tries: int, tmp_path: Path, fake_quality, monkeypatch
+) -> None:
     assert main(arguments(tmp_path / "whole", "--keep=0.745", "--held_back=0")) == 0
     whole = list(fake_quality)
     fake_quality.clear()
     quality = SampleQuality.__call__
 
     def interrupted(self, written) -> dict:
-        if len(fake_quality) == 2:
+        if len(fake_quality) == tries:
             raise KeyboardInterrupt
         return quality(self, written)
 

@@ -248,6 +248,8 @@ class SearchRun:
     def _measured(self, point: Point, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:
         """Prune, measure, and remove what was written."""
         began, processes, folder = time.monotonic(), self.run.processes, self.results.folder / "try"
+        with writing(self.results.folder, _WAY_ON):
+            processes.on_main(self.results.begin)
         processes.on_main(lambda: remove_unfinished(folder))
         options = RunOptions(evaluate=False, report=False, quiet=True)
         with going_on(_WAY_ON):

@@ -61,6 +61,13 @@ class Results:
                     self.records[record["identity"]] = record
         return self
 
+    def begin(self) -> None:
+        """Make the folder one of its kind before anything is finished, so that it can be gone on with."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            self.path.touch()
+            sync_folder(self.folder)
+
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a finished run; it is on the disk when this returns."""
         self.records[record["identity"]] = dict(record)
