@@ -52,22 +52,22 @@ def folder_name(*parts: object) -> str:
     return "-".join(map(str, parts)).replace("%", "").replace(":", "of").replace(" ", "-")
 
 
-def pruned_base(base: str, runs: Path) -> Path:
+def pruned_base(base: str, runs: Path, dtype: str) -> Path:
     """The pruned embedded model; made only if it is not there yet."""
     folder = runs / folder_name("base", base)
     if not (folder / "config.json").is_file():
-        run("prune", *BASES[base], "--resume=false", f"--output={folder}")
+        run("prune", *BASES[base], "--resume=false", f"--model.dtype={dtype}", f"--output={folder}")
     return folder
 
 
-def recover(base: str, recipe: str, seed: int, samples: int | None, runs: Path) -> dict[str, Any]:
+def recover(base: str, recipe: str, seed: int, samples: int | None, runs: Path, dtype: str) -> dict[str, Any]:
     """One recovery: scores of the dense, the pruned and the recovered model, and what it cost."""
     captions = recipe == CAPTIONS
     config = RECIPES / f"{'lora' if captions else recipe}.yaml"
     output = runs / folder_name(base, recipe, seed)
     if not (output / "config.json").is_file():
-        arguments = [f"--config={config}", f"--model.path={pruned_base(base, runs)}", f"--output={output}"]
-        arguments += [f"--data.seed={seed}", "--trainer.enable_progress_bar=false"]
+        arguments = [f"--config={config}", f"--model.path={pruned_base(base, runs, dtype)}", f"--output={output}"]
+        arguments += [f"--model.dtype={dtype}", f"--data.seed={seed}", "--trainer.enable_progress_bar=false"]
         arguments += [f"--resume={str((output / 'recovery.json').is_file()).lower()}"]
         arguments += [] if recipe == "full" else [f"--lora.seed={seed}"]
         arguments += _CAPTION_OPTIONS if captions else []
@@ -81,7 +81,7 @@ def recover(base: str, recipe: str, seed: int, samples: int | None, runs: Path) 
 
 
 def run_all(
-    bases: Sequence[str], recipes: Sequence[str], seeds: int, samples: int | None, runs: Path, path: Path
+    bases: Sequence[str], recipes: Sequence[str], seeds: int, samples: int | None, runs: Path, path: Path, dtype: str
 ) -> dict[str, Any]:
     """Every recipe on every base with every seed; goes on where the file ends."""
     setting = {"model": CheckpointFolder(CHECKPOINT).fingerprint(), "samples": samples}
@@ -94,7 +94,8 @@ def run_all(
             for recipe in recipes:
                 key = f"{base} | {recipe} | {seed}"
                 if key not in results["runs"]:
-                    results["runs"][key] = recover(base, recipe, seed, samples, runs)
+                    found = recover(base, recipe, seed, samples, runs, dtype)
+                    results["runs"][key] = found if dtype == "auto" else found | {"dtype": dtype}
                     path.write_text(json.dumps(results, indent=1) + "\n")
                     print(f"{key}: {100 * regained(results['runs'][key]):.0f}% regained", flush=True)
     return results
@@ -136,10 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, help="samples to train and validate on; default: all there are")
+    parser.add_argument("--dtype", default="auto", help="float32 where products of bfloat16 are slow")
     parser.add_argument("--markdown", action="store_true", help="print the table")
-    options = parser.parse_args(arguments)
-    results = run_all(options.bases, options.recipes, options.seeds, options.samples, options.runs, options.json)
-    if options.markdown:
+    given = parser.parse_args(arguments)
+    results = run_all(given.bases, given.recipes, given.seeds, given.samples, given.runs, given.json, given.dtype)
+    if given.markdown:
         print(f"\n{table(results)}")
 
 
