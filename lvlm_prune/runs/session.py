@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from lvlm_prune.data.embedded import EmbeddedQuestions, EmbeddedSource
 from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.demo import is_embedded
@@ -13,6 +15,7 @@ from lvlm_prune.distributed.launching import Children, Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import plugin_class
+from lvlm_prune.processor import multiplies
 from lvlm_prune.run import Run, RunTrainer
 
 
@@ -69,6 +72,26 @@ def join(run: Run, launch: Launch) -> None:
     """Bring all processes of a run together; from here on they can talk."""
     launch.start()
     run.processes = launch.processes
+
+
+def slow_products_line(model: LVLMModule, device: torch.device) -> str:
+    """How to have an answer sooner, where products of the model's dtype are slow; else empty.
+
+    Measured on a processor with AVX2, one thread, 300 tokens through a Linear of 4096 x 4096: bfloat16 takes six times
+    as long as float32, float16 five times.
+
+    Args:
+        model: The opened model.
+        device: Where blocks run.
+    """
+    dtype = model.model.dtype
+    if device.type != "cpu" or multiplies(dtype):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"products of {name} are slow on this processor: with --model.dtype float32 blocks are several times as fast, "
+        "and take twice the memory"
+    )
 
 
 @contextmanager

@@ -5,7 +5,6 @@ tokens the arithmetic does, and a dense product is best at that: rows are unpack
 caches, multiplied, and unpacked over by the next ones.
 """
 
-import functools
 import threading
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional
 from lvlm_prune.packed.kernels import cpu, gpu
 from lvlm_prune.packed.kernels.matrix import PackedMatrix, unpack
 from lvlm_prune.packed.kernels.native import Level, level
+from lvlm_prune.processor import multiplies
 
 PACKED_TOKENS = {Level.PLAIN: 2, Level.AVX2: 16, Level.AVX512: 16}
 """Tokens up to which the packed kernel is faster than unpacking and a dense product, measured at 50% to 70% zeros."""
@@ -113,14 +113,9 @@ def _product(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x.to(precise), dense.to(precise), None if bias is None else bias.to(precise)).to(x.dtype)
 
 
-@functools.cache
 def _product_dtype(x: torch.dtype, values: torch.dtype) -> torch.dtype:
     """What a dense product is fastest in: 16 bits only where the processor multiplies them itself."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return x if x == values and x in supported and supported[x]() else torch.float32
+    return x if x == values and multiplies(x) else torch.float32
 
 
 def _fake_linear(x, values, mask, start, bias, rows) -> Tensor:

@@ -37,7 +37,7 @@ from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
-from lvlm_prune.runs.session import ended, is_foreign, prepare_source, session
+from lvlm_prune.runs.session import ended, is_foreign, prepare_source, session, slow_products_line
 from lvlm_prune.threads import suitable_threads
 
 
@@ -219,6 +219,7 @@ class PruneRun:
             if part is parts[0]:
                 self.raise_hook("on_prune_start")
                 self._say_of_few_samples()
+                self._say_of_slow_products()
             if self.participants.surveying():
                 stream.survey()
             stream.prune(part)
@@ -228,6 +229,11 @@ class PruneRun:
         default = source.default_num_samples
         if self.participants.samples() and self.datamodule.num_samples is None and default and count < default:
             self.run.say(f"calibration: {count} samples, all that the source has; {default} would be taken of more")
+
+    def _say_of_slow_products(self) -> None:
+        line = slow_products_line(self.model, self.launch.fabric.device)
+        if line and self.trainer.owns_process and self.shared is None:
+            self.run.say(line)
 
     def _measure(self) -> None:
         """What pruning cost, on samples that did not calibrate; one process is enough for a few."""

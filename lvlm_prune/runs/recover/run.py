@@ -49,7 +49,7 @@ from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.report.card import write_adapter_card, write_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.recover.embedded import DEMO_SPARSITY, prune_embedded, scored_beside_dense
-from lvlm_prune.runs.session import prepare_source, session
+from lvlm_prune.runs.session import prepare_source, session, slow_products_line
 from lvlm_prune.threads import suitable_threads
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ class RecoveryRun(ABC):
         """Train, write, score."""
         with writing(self.folder):
             self._begin(earlier)
+            if self.trainer.owns_process and (
+                line := slow_products_line(self.model, self.trainer.strategy.root_device)
+            ):
+                self._say(line)
             self._train()
             if self.trainer.is_global_zero:
                 self._write()
