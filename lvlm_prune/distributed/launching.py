@@ -267,6 +267,10 @@ def refuse_mismatch(hardware: Hardware) -> None:
         counted = f"{count} process" + ("es" if count > 1 else "")
         problem = f"{launcher} started {counted}, devices x num_nodes is {asked} = {wanted}"
         raise InputError("trainer.devices", hardware.devices, problem)
+    if started is None and hardware.nodes == 1 and (node := os.environ.get("NODE_RANK", "0")) != "0":
+        error = InputError("trainer.num_nodes", 1, f"NODE_RANK is {node}: give the number of nodes, or unset it")
+        error.agreed = True  # of the process of each node, since they never meet
+        raise error
     if started is None and hardware.nodes > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
         if missing and isinstance(hardware.environment, LightningEnvironment):

@@ -11,6 +11,7 @@ _COUNTS = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "WORLD_SIZE", "SLURM_PROCID": "SL
 """Number of a process -> how many there are."""
 _OTHERS = ("NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID", "SLURM_NODEID", "JSM_NAMESPACE_RANK")
 _OF_TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_NODES = ("MASTER_ADDR", "MASTER_PORT")
 _OF_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
 
 
@@ -47,10 +48,12 @@ def _refuse_half_a_launch() -> None:
     # A shell in an allocation knows how many tasks there may be, and is none of them; Lightning knows it by its name.
     if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         launchers.append(("srun", "SLURM_NTASKS", _OF_SRUN))
+    if int(os.environ.get("NODE_RANK", 0)) > 0:
+        launchers.append(("who starts a process on each node", "NODE_RANK", _OF_NODES))
     for launcher, name, others in launchers:
         missing = [other for other in others if other not in os.environ]
         if name in os.environ and missing:
-            problem = f"set without {', '.join(missing)}: {launcher} sets all of them; start with it, or unset {name}"
+            problem = f"set without {', '.join(missing)}: {launcher} sets all of them; unset {name} to run alone"
             raise InputError("", f"{name}={os.environ[name]}", problem)
 
 

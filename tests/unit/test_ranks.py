@@ -24,6 +24,7 @@ _WRONG = [
     {"SLURM_NTASKS": "4"},
     {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
     {"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0"},
+    {"NODE_RANK": "1"},
 ]
 
 
@@ -53,7 +54,8 @@ def test_an_environment_without_a_number_for_this_process_is_one_line(variables,
         | {"SLURM_NODEID": "1", "SLURM_JOB_ID": "7"},  # a job's script sets the first two
         {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"},
         {"SLURM_PROCID": "0"},
-        {"NODE_RANK": "1"},
+        {"NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"},
+        {"NODE_RANK": "0"},
         {"LOCAL_RANK": "0"},
         {"RANK": "0", "WORLD_SIZE": "1"},
         {"WORLD_SIZE": "8"},
@@ -64,6 +66,15 @@ def test_what_launchers_set_is_taken(variables, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     refuse_wrong_ranks()
+
+
+def test_the_number_of_a_node_without_other_nodes_is_one_line(monkeypatch, capsys):
+    """A process on a node that is not the first says nothing, and would be alone."""
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["prune", "--trainer.accelerator=cpu", "--trainer.devices=1", "--output", "nowhere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --trainer.num_nodes 1: NODE_RANK is 1: give the number of nodes, or unset it"
 
 
 @pytest.mark.parametrize("port", ["x", "", "0", "65536", "tcp://10.0.0.1:80"])
