@@ -40,7 +40,7 @@ def _refuse_half_a_launch() -> None:
     Raises:
         InputError: A part of what a launcher sets is missing; names it.
     """
-    launchers = []
+    launchers: list[tuple[str, str, tuple[str, ...]]] = []
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # The script of a job may number its tasks as SLURM does.
     if not is_alone and os.environ.get("RANK") != os.environ.get("SLURM_PROCID", ""):

@@ -11,6 +11,7 @@ is started through this module:
 
 from __future__ import annotations
 
+import errno
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lvlm_prune.blocks.routing import Pathway, routed
+from lvlm_prune.errors import first_line
 
 PATHWAY_FILE = "pathway.safetensors"
 
@@ -36,12 +38,18 @@ def write_pathways(dense: Path, folder: Path, pruned: Mapping[str, Tensor], path
         folder: Where to write; must not exist.
         pruned: Full name of each Linear -> weight of the second pathway.
         pathway: Whose tokens take it.
+
+    Raises:
+        OSError: It cannot be written.
     """
     folder.mkdir(parents=True)
     for file in dense.iterdir():
         (folder / file.name).symlink_to(file.resolve())
     weights = {f"{name}.weight": weight.contiguous() for name, weight in pruned.items()}
-    save_file(weights, folder / PATHWAY_FILE, metadata={"pathway": pathway})
+    try:
+        save_file(weights, folder / PATHWAY_FILE, metadata={"pathway": pathway})
+    except SafetensorError as error:  # which tells of a full disk in its own way
+        raise OSError(errno.EIO, first_line(error), str(folder / PATHWAY_FILE)) from None
 
 
 @contextmanager

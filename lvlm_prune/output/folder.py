@@ -58,7 +58,7 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
 
 
 def refuse_unusable(
-    folder: Path, source: CheckpointFolder | None, record: str, resume: bool, copies: bool = True
+    folder: Path, source: CheckpointFolder | None, record: str, resume: bool, copies: bool = True, scratch: str = ""
 ) -> None:
     """Refuse an output folder that cannot be written.
 
@@ -68,6 +68,7 @@ def refuse_unusable(
         record: Name of the manifest that an unfinished run of the same kind left.
         resume: Whether such a run goes on.
         copies: Whether a copy of the input is going to be written, which needs room.
+        scratch: A folder in it of links to the input, which is removed and made anew.
 
     Raises:
         InputError: The folder exists and is not empty, lies in the input, shares files with it or with another
@@ -85,7 +86,7 @@ def refuse_unusable(
     refuse_unwritable(folder)
     refuse_foreign(folder)
     if source is not None and occupied:
-        refuse_shared_files(folder, source)
+        refuse_shared_files(folder, source, scratch)
     if source is not None and copies:
         _refuse_full_disk(folder, source, occupied)
 
@@ -158,10 +159,15 @@ def refuse_overlap(folder: Path, source: Path) -> None:
         raise InputError("output", folder, f"holds the input checkpoint {source}")
 
 
-def refuse_shared_files(folder: Path, source: CheckpointFolder) -> None:
+def refuse_shared_files(folder: Path, source: CheckpointFolder, scratch: str = "") -> None:
     """Refuse an output folder with links in it: written through one, the input or another checkpoint would be lost.
 
     Tools that remove duplicates and some file systems make such links, symbolic and hard ones.
+
+    Args:
+        folder: The output folder.
+        source: The input checkpoint.
+        scratch: A folder in the output folder that is removed before anything is written there; empty for none.
 
     Raises:
         InputError: A file is, or may be, one of the input's or of another checkpoint's too; names it.
@@ -169,6 +175,8 @@ def refuse_shared_files(folder: Path, source: CheckpointFolder) -> None:
     inputs = {_identity(source.path / file): file for file in files_within(source.path)}
     copied = set(source.files()) | {Path(HELD_BACK)}
     for relative in files_within(folder):
+        if relative.parts[0] == scratch:
+            continue
         found, problem = (folder / relative).lstat(), ""
         if stat.S_ISLNK(found.st_mode):
             target = (folder / relative).resolve()

@@ -1,10 +1,12 @@
 """The modality probe: two pathways through each Linear, chosen by modality."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.blocks import modality_of_tokens
@@ -13,8 +15,10 @@ from lvlm_prune.callbacks import ModalityProbe
 from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, TensorSource
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation import pathways
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.report.probe import probe_page, summarise
 from lvlm_prune.runs.probe.pathways import is_probed
 from lvlm_prune.runs.probe.run import ProbeRun
@@ -227,20 +231,57 @@ def test_an_occupied_folder_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def scored_by_an_engine(folder: Path, resume: bool, questions: str = "") -> Manifest:
+    """What a probe with one cell finds that an engine scores."""
+    probe = ModalityProbe(["text"], ["text"], [0.5], map_tokens=0, curve_samples=0)
+    trainer = LVLMTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=1)
+    model = LVLMModule(str(GOLDEN / "model"), "float32")
+    return ProbeRun(trainer, model, data, str(folder), resume, True, probe, ShareLeft(questions=questions))()
+
+
 def test_a_probe_whose_questions_changed_does_not_go_on(tmp_path):
     """A reproduced table would compare scores of different questions."""
     questions, folder = tmp_path / "questions", tmp_path / "out"
-    probe = ModalityProbe(["text"], ["text"], [0.5], map_tokens=0, curve_samples=0)
-    trainer = LVLMTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
 
     def run(text: str, resume: bool):
         questions.write_text(text)
-        data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=1)
-        engine = ShareLeft(questions=str(questions))
-        model = LVLMModule(str(GOLDEN / "model"), "float32")
-        return ProbeRun(trainer, model, data, str(folder), resume, True, probe, engine)()
+        return scored_by_an_engine(folder, resume, str(questions))
 
     found = run("a", resume=False)
     assert run("a", resume=True)["grid"] == found["grid"]
     with pytest.raises(InputError, match=r"--engine ShareLeft: asks other questions now than in the run in"):
         run("b", resume=True)
+
+
+@pytest.mark.parametrize("ended", ["killed", "disk"])
+def test_a_probe_that_ended_while_an_engine_scored_goes_on(ended, tmp_path, monkeypatch):
+    """What the engine was given is full of links to the input, and is removed."""
+    score = ShareLeft.score
+
+    class Killed(BaseException):
+        """Nothing tidies up behind it."""
+
+    def killed(self, folder, *arguments):
+        if folder.name == "unfinished":
+            raise Killed
+        return score(self, folder, *arguments)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    whole = scored_by_an_engine(tmp_path / "whole", resume=False)
+    with monkeypatch.context() as patched:
+        if ended == "killed":
+            patched.setattr(ShareLeft, "score", killed)
+        else:
+            patched.setattr(pathways, "save_file", full)
+        with pytest.raises(Killed if ended == "killed" else RunError) as error:
+            scored_by_an_engine(tmp_path / "out", resume=False)
+    if ended == "disk":
+        assert "No space left on device" in str(error.value)
+        assert "--resume true" in str(error.value)
+    assert (tmp_path / "out" / "unfinished" / "config.json").is_symlink()
+    found = scored_by_an_engine(tmp_path / "out", resume=True)
+    assert found["grid"] == whole["grid"]
+    assert not (tmp_path / "out" / "unfinished").exists()

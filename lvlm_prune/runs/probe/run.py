@@ -6,6 +6,7 @@ check ─► catch block-0 inputs ─► survey of the dense model ─► for ea
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from itertools import product
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 # What a resumed probe takes from the record that an interrupted one left.
 _FINDINGS = ("survey", "blocks", "linears", "map", "contributions", "dense", "grid")
 
+# Where a model with two pathways lies while an engine scores it.
+_SCRATCH = "unfinished"
+
 
 class ProbeRun:
     """See `LVLMTrainer.probe` for the arguments.
@@ -95,7 +99,7 @@ class ProbeRun:
         run, model, data = self.run, self.model, self.datamodule
         model.refuse_vision("probe")
         model.open()
-        refuse_unusable(self.folder, model.folder, PROBE_RECORD, self.resume, copies=False)
+        refuse_unusable(self.folder, model.folder, PROBE_RECORD, self.resume, copies=False, scratch=_SCRATCH)
         earlier = Manifest.read(self.folder, PROBE_RECORD) if self.resume else None
         data.setup("prune")
         prepare_source(model, data.source)
@@ -240,7 +244,7 @@ class ProbeRun:
         self.scoring = (
             EmbeddedScoring(self.run, dense, probe.images, probe.texts)
             if self.engine is None
-            else EngineScoring(self.run, dense, self.folder / "unfinished", self.engine)
+            else EngineScoring(self.run, dense, self.folder / _SCRATCH, self.engine)
         )
         if "dense" not in self.run.record:
             scores = self.scoring.dense()
@@ -286,6 +290,7 @@ class ProbeRun:
         if not run.processes.is_main:
             return
         table = grid_markdown(manifest)
+        shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)  # of an interrupted one, where nothing is scored now
         with writing(self.folder):
             write_config(self.folder, run.config)
             if table:

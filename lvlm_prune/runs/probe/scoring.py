@@ -14,6 +14,7 @@ from lvlm_prune.blocks.routing import routed
 from lvlm_prune.checkpoints.allocator import keeping_freed
 from lvlm_prune.evaluation.pathways import routed_when_loaded, write_pathways
 from lvlm_prune.evaluation.scores import Scores
+from lvlm_prune.output.folder import writing
 from lvlm_prune.run import Run
 from lvlm_prune.runs.probe.pathways import PathwayPruning
 
@@ -87,7 +88,7 @@ class EngineScoring:
         """See `CellScoring`."""
         processes = self.run.processes
         processes.on_main(self._clear)
-        processes.on_main(lambda: write_pathways(self.dense_folder, self.scratch, cell.pruned, cell.pathway))
+        processes.on_main(lambda: self._write(cell))
         with routed_when_loaded(self.scratch):
             found = self._score(self.scratch, "pruned")
         processes.on_main(self._clear)
@@ -95,6 +96,10 @@ class EngineScoring:
 
     def _score(self, folder: Path, title: str) -> Scores:
         return self.engine.score(folder, self.run.processes, self.run.hardware.device, title)
+
+    def _write(self, cell: PathwayPruning) -> None:
+        with writing(self.scratch.parent):
+            write_pathways(self.dense_folder, self.scratch, cell.pruned, cell.pathway)
 
     def _clear(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
