@@ -91,8 +91,9 @@ class SparseCheckpointWriter(PruneCallback):
         assert pl_module.folder is not None
         if copies := ", ".join(pl_module.folder.other_copies()):
             trainer.run.say(f"left out: {copies} (copies of the weights, which are dense)")
-        if "survey" in started:
-            trainer.run.record["survey"] = started["survey"]
+        for key in ("survey", "surveying"):
+            if key in started:
+                trainer.run.record[key] = started[key]
 
     def _start(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
@@ -113,6 +114,12 @@ class SparseCheckpointWriter(PruneCallback):
         manifest["status"] = "pruning"
         manifest.write(folder)
         return manifest
+
+    def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
+        """Keep what the survey found so far: an interrupted run goes on behind this block."""
+        folder = trainer.run.folder
+        if folder is not None and "surveying" in trainer.run.record:
+            _on_main(trainer, folder, lambda: trainer.run.record.write(folder))
 
     def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the survey found: an interrupted run that goes on does not survey again."""

@@ -34,7 +34,9 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
     def on_survey_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """A bar of its own, in the place of the one of pruning: one step per block, too."""
         self._bar.close(leave=False)
-        self._bar = self._open(trainer, "Surveying", self._blocks)
+        self._bar = self._open(
+            trainer, "Surveying", self._blocks, trainer.run.record.get("surveying", {}).get("blocks", 0)
+        )
 
     def on_survey_block_start(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks

@@ -9,6 +9,7 @@ on_survey_end             findings -> manifest -> plugins -> sparsity of each Li
 on_survey_restored                 manifest -> plugins -> sparsity of each Linear
 """
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
+from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.methods.survey import Surveyor, surveyed_samples
 from lvlm_prune.output.progress import readable_time
 from lvlm_prune.plugins import plugin_class
@@ -90,19 +92,25 @@ class PluginSurvey(PruneCallback):
         self._samples = {
             name: surveyed_samples(plugin.survey_samples, numbers) for name, plugin in self.surveyors.items()
         }
+        self._is_first = True
+        self._clock = Stopwatch(trainer.strategy.root_device)
+        for name, found in trainer.run.record.get("surveying", {}).get("found", {}).items():
+            self.surveyors[name].continue_survey(found)
 
     def on_survey_block_start(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
-        """Let the plugins try changed weights; before the first block, let them say what that costs."""
+        """Let the plugins try changed weights; before the first block that is left, let them say what that costs."""
+        left = dict(islice(self._linears_of_blocks(pl_module).items(), block.place, None))
         for name, plugin in self.surveyors.items():
             own = tail.of_samples(self._samples[name])
-            if plugin.wants_survey_losses and block.place == 0:
+            if plugin.wants_survey_losses and self._is_first:
                 trainer.run.weights.load_output_embedding()
-                cost = plugin.survey_cost(self._linears_of_blocks(pl_module), own.num_samples)
+                cost = plugin.survey_cost(left, own.num_samples)
                 takes = readable_time(cost.seconds(*own.seconds()))
                 trainer.run.say(f"survey for {plugin_class(plugin).__name__}: {cost} per process, about {takes}")
             plugin.survey_block_start(block.name, self._linears(block), own)
+        self._is_first = False
 
     @property
     def wants_survey_activations(self) -> bool:  # type: ignore[override]
@@ -161,9 +169,20 @@ class PluginSurvey(PruneCallback):
             plugin.survey_sample(block.name, tokens, inputs)
 
     def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
-        """Let the plugins sum over processes."""
+        """Let the plugins sum over processes, and note what an interrupted run can go on from."""
         for plugin in self.surveyors.values():
             plugin.survey_block_end(block.name, self._linears(block), trainer.run.processes.sum)
+        found = {name: plugin.survey_so_far() for name, plugin in self.surveyors.items()}
+        if None in found.values():
+            return
+        forwards = trainer.run.processes.sum(torch.tensor([block.forwards], dtype=torch.float64))
+        before = trainer.run.record.get("surveying", {})
+        trainer.run.record["surveying"] = {
+            "blocks": block.place + 1,
+            "block_forwards": before.get("block_forwards", 0) + int(forwards.item()),
+            "seconds": before.get("seconds", 0.0) + self._clock.lap(),
+            "found": found,
+        }
 
     def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the plugins found, and deal out the sparsity."""

@@ -143,14 +143,22 @@ class BlockLoop:
             self.weights.release_block(place)
 
     @torch.no_grad()
-    def survey(self) -> int:
+    def survey(self, done: int = 0) -> int:
         """Go through all blocks of the dense model: each sample runs once through each block, and nothing changes.
 
+        Args:
+            done: Blocks that an interrupted run surveyed; samples only pass through them, and no hook is raised.
+
         Returns:
-            Forwards of blocks: one per calibration batch and block, and those that plugins ask for.
+            Forwards of the other blocks: one per calibration batch and block, and those that plugins ask for.
         """
+        for place in range(done):
+            self.weights.load_block(place)
+            self._together(self._propagate, self._block(place), hooks=False)
+            self.weights.release_block(place)
         before = self.runner.forwards
-        for place in range(len(self.runner)):
+        for place in range(done, len(self.runner)):
+            forwards = self.runner.forwards
             self.weights.load_block(place)
             block = self._block(place)
             start = {"block": block, "tail": self.tail(place)}
@@ -162,6 +170,7 @@ class BlockLoop:
             if place + 1 < len(self.runner):
                 self.weights.prefetch_block(place + 1)
             self._together(self._gather, block, "on_survey_batch_end", moves_on=True)
+            block.forwards = self.runner.forwards - forwards
             self.raise_hook("on_survey_block_end", block=block)
             self.weights.release_block(place)
         return self.runner.forwards - before

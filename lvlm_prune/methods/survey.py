@@ -5,6 +5,7 @@ pool ───────┴──────────────► one s
                                                       survey_block_changes    statistics of its Linears are at hand
                                                       survey_sample           each sample, once
                                                       survey_block_end        sums over processes
+                                                      survey_so_far           what an interrupted run goes on from
                              survey_end ──► findings ──► manifest ──► use_survey      (also after --resume true)
 """
 
@@ -183,6 +184,23 @@ class Surveyor:
             block: Path of the block.
             linears: Its Linears that are going to be pruned, the same on all processes.
             sum_over_processes: Sums a float64 tensor over all processes (the identity with one).
+        """
+
+    def survey_so_far(self) -> dict[str, Any] | None:
+        """Not required: what the finished blocks gave, for an interrupted run to go on behind the last of them.
+
+        Asked after each `survey_block_end`. No hook is raised for these blocks again.
+
+        Returns:
+            Plain data for the manifest, the same on all processes; None: a survey that was interrupted begins anew.
+        """
+        return None
+
+    def continue_survey(self, found: dict[str, Any]) -> None:
+        """Take what `survey_so_far` returned in the interrupted run; the blocks after it follow.
+
+        Args:
+            found: As it was returned, read from the manifest.
         """
 
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:

@@ -205,6 +205,15 @@ class VerifiedRecord(TypedDict):
     untouched_tensors: Count
 
 
+class SurveyingRecord(TypedDict):
+    """How far a survey has come: what an interrupted run goes on from, by option of each plugin."""
+
+    blocks: Count
+    block_forwards: Count
+    seconds: float
+    found: dict[str, dict[str, Any]]
+
+
 class RunRecord(TypedDict, total=False):
     """What every command that reads it again expects in the record of a run; there is more in it."""
 
@@ -216,6 +225,7 @@ class RunRecord(TypedDict, total=False):
     asked: AskedRecord
     versions: dict[str, Any]
     survey: dict[str, Any]
+    surveying: SurveyingRecord
     blocks: list[BlockRecord]
     files: dict[str, FileRecord]
     quality: QualityRecord | NoQuality

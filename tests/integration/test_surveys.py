@@ -78,50 +78,6 @@ def test_a_survey_sees_each_sample_once_per_block_as_the_dense_model_computes_it
     assert dict(zip(onlooker.seen, onlooker.sums)) == dict(expected)
 
 
-ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocation"]
-
-
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
-    allocation, golden_arguments, tmp_path, monkeypatch, capsys
-):
-    arguments = [*golden_arguments, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
-    if allocation in ("ECoFLaPAllocation", "KLAllocation"):
-        arguments.append("--pruning.allocation.samples=2")
-    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
-    folder = tmp_path / "interrupted"
-
-    def interrupt(self, trainer, pl_module, block):
-        if block.index == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BlockwisePruning, "on_block_end", interrupt)
-        assert main([*arguments, f"--output={folder}"]) == 130
-    for hook in ("on_survey_block_start", "on_survey_batch_end", "on_survey_end"):
-        monkeypatch.setattr(PluginSurvey, hook, lambda *_, **__: pytest.fail("surveyed again"))
-    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    surveys = [json.loads((path / "pruning.json").read_text())["survey"] for path in (folder, tmp_path / "whole")]
-    assert surveys[0]["allocation"] == surveys[1]["allocation"]
-
-
-def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, monkeypatch):
-    arguments = [*golden_arguments, "--pruning.allocation=OWLAllocation"]
-    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
-    folder = tmp_path / "interrupted"
-
-    def interrupt(self, trainer, pl_module, block):
-        if block.index == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PluginSurvey, "on_survey_block_end", interrupt)
-        assert main([*arguments, f"--output={folder}"]) == 130
-    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "make",

@@ -110,6 +110,14 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         sums = torch.tensor([self._sums.pop(name, 0.0) for name in names], dtype=torch.float64)
         self._importance.update(zip(names, sum_over_processes(sums).tolist()))
 
+    def survey_so_far(self) -> dict[str, Any]:
+        """Importance of each Linear of the finished blocks."""
+        return {"importance": self._importance}
+
+    def continue_survey(self, found: dict[str, Any]) -> None:
+        """Importances of the finished blocks."""
+        self.use_survey(found)
+
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
         """Importance of each Linear."""
         return {"importance": self._importance}

@@ -168,6 +168,14 @@ class KLAllocation(Allocation):
         for group, values in zip(groups, sums[1:] / sums[0, 0]):
             self._divergences[group] = values.tolist()
 
+    def survey_so_far(self) -> dict[str, Any]:
+        """Levels, and the divergence of each group of the finished blocks."""
+        return {"levels": self._tried, "kl": self._divergences}
+
+    def continue_survey(self, found: dict[str, Any]) -> None:
+        """Divergences of the finished blocks."""
+        self.use_survey(found)
+
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
         """Levels, and the divergence of each group at each of them."""
         self._dense = {}

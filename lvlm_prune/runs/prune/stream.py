@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -99,6 +100,7 @@ class CalibrationStream:
             return
         clock = Stopwatch(self._device)
         record["survey"] = {}
+        done = self._surveyed_already()
         counts = [getattr(callback, "survey_samples", None) for callback in self._participants.surveying()]
         wanted = frozenset().union(*(surveyed_samples(count, run.samples.numbers) for count in counts))
         rows = [row for row in run.samples.rows if row.sample in wanted]
@@ -106,11 +108,25 @@ class CalibrationStream:
         part, needs, gathers = self._model.parts[-1], asking.survey_needs, asking.survey_gathers
         loop = self._loop(part, run.weights, rows, needs, gathers).fork()
         self._raise_hook("on_survey_start")
-        forwards = run.processes.sum(torch.tensor([float(loop.survey())], dtype=torch.float64))
-        record["survey"] |= {"block_forwards": int(forwards.item()), "seconds": clock.lap()}
+        forwards = run.processes.sum(torch.tensor([float(loop.survey(done.get("blocks", 0)))], dtype=torch.float64))
+        record.pop("surveying", None)
+        record["survey"] |= {
+            "block_forwards": done.get("block_forwards", 0) + int(forwards.item()),
+            "seconds": done.get("seconds", 0.0) + clock.lap(),
+        }
         self._raise_hook("on_survey_end")
         if shared is not None and key is not None:
             shared.keep_survey(key, record["survey"])
+
+    def _surveyed_already(self) -> dict[str, Any]:
+        """What an interrupted run noted after the last block that it surveyed; empty where the survey begins anew."""
+        found, asking = self._run.record.get("surveying", {}), self._participants.surveying()
+        known = {name for callback in asking if isinstance(callback, PluginSurvey) for name in callback.surveyors}
+        # Others that take part would miss the blocks.
+        if found and all(isinstance(callback, PluginSurvey) for callback in asking) and known == found["found"].keys():
+            return dict(found)
+        self._run.record.pop("surveying", None)
+        return {}
 
     def _survey_key(self) -> str | None:
         """What the survey depends on; None where that is not known."""

@@ -1,0 +1,89 @@
+"""What a survey found is not lost where a run is interrupted."""
+
+import json
+
+import pytest
+
+from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruningReport
+from lvlm_prune.cli import main
+
+ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocation"]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
+    allocation, golden_arguments, tmp_path, monkeypatch, capsys
+):
+    arguments = [*golden_arguments, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
+    if allocation in ("ECoFLaPAllocation", "KLAllocation"):
+        arguments.append("--pruning.allocation.samples=2")
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    folder = tmp_path / "interrupted"
+
+    def interrupt(self, trainer, pl_module, block):
+        if block.index == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockwisePruning, "on_block_end", interrupt)
+        assert main([*arguments, f"--output={folder}"]) == 130
+    for hook in ("on_survey_block_start", "on_survey_batch_end", "on_survey_end"):
+        monkeypatch.setattr(PluginSurvey, hook, lambda *_, **__: pytest.fail("surveyed again"))
+    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    surveys = [json.loads((path / "pruning.json").read_text())["survey"] for path in (folder, tmp_path / "whole")]
+    assert surveys[0]["allocation"] == surveys[1]["allocation"]
+
+
+def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, monkeypatch):
+    arguments = [*golden_arguments, "--pruning.allocation=OWLAllocation"]
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    folder = tmp_path / "interrupted"
+
+    def interrupt(self, trainer, pl_module, block):
+        if block.index == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PluginSurvey, "on_survey_block_end", interrupt)
+        assert main([*arguments, f"--output={folder}"]) == 130
+    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("killed_at", [0, 2, 3])
+@pytest.mark.parametrize("allocation", ["ECoFLaPAllocation", "KLAllocation"])
+def test_a_survey_that_tries_changes_goes_on_behind_the_last_finished_block(
+    allocation, killed_at, golden_arguments, tmp_path, monkeypatch, capsys
+):
+    """These surveys take most of a run; the dense model has four blocks."""
+    arguments = [*golden_arguments, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
+    arguments.append("--pruning.allocation.samples=2")
+    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    folder = tmp_path / "interrupted"
+
+    def interrupt(self, trainer, pl_module, block):
+        if block.index == killed_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PruningReport, "on_survey_block_end", interrupt)
+        assert main([*arguments, f"--output={folder}"]) == 130
+    assert json.loads((folder / "pruning.json").read_text())["surveying"]["blocks"] == killed_at + 1
+    seen: list[int] = []
+    started = PluginSurvey.on_survey_block_start
+
+    def note(self, trainer, pl_module, block, tail):
+        seen.append(block.index)
+        started(self, trainer, pl_module, block, tail)
+
+    monkeypatch.setattr(PluginSurvey, "on_survey_block_start", note)
+    assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
+    assert seen == list(range(killed_at + 1, 4))
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    records = [json.loads((path / "pruning.json").read_text()) for path in (folder, tmp_path / "whole")]
+    assert "surveying" not in records[0]
+    assert records[0]["survey"]["allocation"] == records[1]["survey"]["allocation"]
+    # The answers of the dense model may have been asked for again.
+    again = records[0]["survey"]["block_forwards"] - records[1]["survey"]["block_forwards"]
+    assert 0 <= again <= 2 * (3 - killed_at)
