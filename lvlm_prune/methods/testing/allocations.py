@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,19 +72,37 @@ def check_survey(make: Callable[[], Any]) -> Mapping[str, Any]:
     for found in on_two_processes(lambda rank, total: survey_of(make(), range(rank, _SAMPLES, 2), total)):
         if not _same(together, found):
             raise PluginFault(f"{where}: {found} on one of two processes, {together} on a single one")
+    _check_interruption(make, together)
     return restored
+
+
+def _check_interruption(make: Callable[[], Any], whole: Mapping[str, Any]) -> None:
+    """A survey that goes on behind its first block finds what one that was not interrupted does."""
+    begun, goes_on = make(), make()
+    _survey_blocks(begun, range(_SAMPLES), alone, range(1))
+    if (found := begun.survey_so_far()) is None:
+        return
+    goes_on.continue_survey(json.loads(json.dumps(found)))
+    _survey_blocks(goes_on, range(_SAMPLES), alone, range(1, len(_BLOCKS)))
+    if not _same(whole, ended := goes_on.survey_end(alone)):
+        raise PluginFault(f"{name_of(begun)}.continue_survey: {ended} after an interruption, {whole} without one")
 
 
 def survey_of(plugin: Surveyor, samples: Iterable[int], sum_over_processes: SumOverProcesses) -> dict[str, Any]:
     """What a plugin finds in two small blocks, with these samples."""
-    samples = list(samples)
-    linears = {name: nn.Linear(columns, rows, bias=False) for name, (rows, columns) in _LINEARS.items()}
-    for place, block in enumerate(_BLOCKS):
-        for seed, linear in enumerate(linears.values()):
-            linear.weight.data = make_weight(linear.out_features, linear.in_features, seed=10 * place + seed)
-        remaining = FewBlocks(linears, samples)
-        if place == 0 and plugin.wants_survey_losses:
-            plugin.survey_cost({block: list(linears) for block in _BLOCKS}, len(samples))
+    _survey_blocks(plugin, list(samples), sum_over_processes, range(len(_BLOCKS)))
+    return plugin.survey_end(sum_over_processes)
+
+
+def _survey_blocks(
+    plugin: Surveyor, samples: Sequence[int], sum_over_processes: SumOverProcesses, places: Iterable[int]
+) -> None:
+    answers = FewBlocks(_linears(0), samples).answers()
+    for turn, place in enumerate(places):
+        block, linears = _BLOCKS[place], _linears(place)
+        remaining = FewBlocks(linears, samples, answers)
+        if turn == 0 and plugin.wants_survey_losses:
+            plugin.survey_cost({block: list(linears) for block in _BLOCKS[place:]}, len(samples))
         plugin.survey_block_start(block, linears, remaining)
         if plugin.wants_survey_statistics:
             # Summed over all processes already, so that of every sample.
@@ -100,7 +118,13 @@ def survey_of(plugin: Surveyor, samples: Iterable[int], sum_over_processes: SumO
                 tokens = replace(tokens, outputs=outputs)
             plugin.survey_sample(block, tokens, inputs)
         plugin.survey_block_end(block, linears, sum_over_processes)
-    return plugin.survey_end(sum_over_processes)
+
+
+def _linears(place: int) -> dict[str, nn.Linear]:
+    linears = {name: nn.Linear(columns, rows, bias=False) for name, (rows, columns) in _LINEARS.items()}
+    for seed, linear in enumerate(linears.values()):
+        linear.weight.data = make_weight(linear.out_features, linear.in_features, seed=10 * place + seed)
+    return linears
 
 
 def _inputs(sample: int, count: int) -> torch.Tensor:

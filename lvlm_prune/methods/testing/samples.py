@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -79,10 +79,18 @@ def make_weight(rows: int, columns: int, dtype: torch.dtype = torch.float32, see
 
 
 class FewBlocks:
-    """Stands for `RemainingBlocks`: one block, whose loss is a smooth function of its weights and the sample."""
+    """Stands for `RemainingBlocks`: one block, whose loss is a smooth function of its weights and the sample.
 
-    def __init__(self, linears: dict[str, nn.Linear], samples: list[int]) -> None:
-        self._linears, self._samples = linears, samples
+    Args:
+        linears: Of the block.
+        samples: Their numbers.
+        answers: Of the unchanged model, the same at each block; default: what this block makes of the samples.
+    """
+
+    def __init__(
+        self, linears: dict[str, nn.Linear], samples: Sequence[int], answers: dict[int, Tensor] | None = None
+    ) -> None:
+        self._linears, self._samples, self._answers = linears, samples, answers
         self.block = nn.ModuleDict({name.replace(".", "_"): linear for name, linear in linears.items()})
 
     def __len__(self) -> int:
@@ -105,7 +113,7 @@ class FewBlocks:
 
     @torch.no_grad()
     def answers(self) -> dict[int, Tensor]:
-        return {sample: torch.cat(list(self._outputs(sample)), dim=1) for sample in self._samples}
+        return self._answers or {sample: torch.cat(list(self._outputs(sample)), dim=1) for sample in self._samples}
 
     @torch.no_grad()
     def divergences(self, changes: Any, dense: Mapping[int, Tensor]) -> dict[int, list[float]]:

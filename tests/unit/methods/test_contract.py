@@ -309,6 +309,11 @@ class LastLinearOnly(Allocation):
         return {list(shapes)[-1]: sparsity}
 
 
+class LosesFinishedBlocks(ECoFLaPAllocation):
+    def continue_survey(self, found):
+        """Forgets it."""
+
+
 WRONG = {
     ColumnScorer(): r"ColumnScorer.score: float32 of shape \(24,\), expected float32 of shape \(8, 24\)",
     HalfScorer(): r"HalfScorer.score: bfloat16 of shape \(8, 24\), expected float32",
@@ -341,6 +346,7 @@ WRONG = {
     OwnMeanPool(alpha=20.0): "OwnMeanPool.cutoffs: .* on one process, .* on two; sum over processes before deciding",
     UnplannedPool(): "UnplannedPool.held_tokens: 0 for the plan, but",
     GreedyAllocation(): "GreedyAllocation.allocate: a mean of 0.4 over all weights, expected the target 0.3",
+    LosesFinishedBlocks(): "LosesFinishedBlocks.continue_survey: .* after an interruption, .* without one",
     LastLinearOnly(): "LastLinearOnly.allocate: .* expected a sparsity for each Linear",
 }
 
