@@ -84,7 +84,7 @@ def slow_products_line(model: LVLMModule, device: torch.device) -> str:
         model: The opened model.
         device: Where blocks run.
     """
-    dtype = model.model.dtype
+    dtype = model.compute_dtype
     if device.type != "cpu" or multiplies(dtype):
         return ""
     name = str(dtype).removeprefix("torch.")
