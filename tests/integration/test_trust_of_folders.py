@@ -95,5 +95,5 @@ def test_a_search_whose_samples_changed_does_not_go_on(tmp_path, monkeypatch, ca
     save_file(changed, tmp_path / "calib.safetensors")
     capsys.readouterr()
     assert main([*command, f"--output={tmp_path / 'out'}"]) == 2
-    assert "--data.source TensorSource: gives other calibration samples now" in one_line(capsys)
+    assert "--data.source TensorSource: gives other samples to measure on now" in one_line(capsys)
     assert not (tmp_path / "out").exists()

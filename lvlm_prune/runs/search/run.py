@@ -52,6 +52,9 @@ HELD_BACK = 64
 
 _WAY_ON = "the same command goes on behind the last try"
 
+# What a line of results has for going on, and the record of the run need not repeat for each try.
+_OF_LINE = ("identity", "calibration", "measured_on")
+
 # What a recipe decides; other options of `pruning` are the user's for every recipe.
 _OF_RECIPE = {"name", "sparsity", "pattern", "pool", "scorer", "solver", "allocation"}
 
@@ -115,7 +118,8 @@ class SearchRun:
             if found is None:
                 found = self._search(launch, shared)
             elif not found.pop("is_complete"):
-                self._refuse_other_held_back(found, launch)
+                self._quality(launch)
+                self._refuse_other_held_back(found)
             self.run.say(f"{found['recipe']} at {found['sparsity']:.1%} keeps {found['agreement']:.1%}")
             point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
             final = self._final(point, found, shared)
@@ -178,13 +182,12 @@ class SearchRun:
         self.measured_on = self.run.processes.on_main(quality.fingerprint)
         return quality
 
-    def _refuse_other_held_back(self, found: Mapping[str, Any], launch: Launch) -> None:
+    def _refuse_other_held_back(self, found: Mapping[str, Any]) -> None:
         """Refuse to go on with what was found on other samples than those that are held back now.
 
         Raises:
             InputError: They are others.
         """
-        self._quality(launch)
         if found.get("measured_on") != self.measured_on:
             name = plugin_class(self.datamodule.source).__name__
             problem = f"gives other samples to measure on now than when {self.folder} was begun; write elsewhere"
@@ -236,14 +239,16 @@ class SearchRun:
         if record is None:
             record = self._measured(point, quality, shared)
             record |= {"identity": identity, "recipe": recipe, "level": level, "sparsity": sparsity_of(level)}
+            record["measured_on"] = self.measured_on
             if processes.is_main:
                 with writing(self.results.folder, _WAY_ON):
                     self.results.add(record)
+        self._refuse_other_held_back(record)
         shared.expect(record.get("calibration"), self.datamodule.source)
         apart = float("inf") if record["kl"] is None else record["kl"]
         kept = f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {apart:.3g}"
         self.run.say(f"try: {recipe} at {record['sparsity']:.1%}: {kept} · {record['seconds']:.0f} s")
-        return {name: value for name, value in record.items() if name not in ("identity", "calibration")}
+        return {name: value for name, value in record.items() if name not in _OF_LINE}
 
     def _measured(self, point: Point, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:
         """Prune, measure, and remove what was written."""
@@ -267,8 +272,7 @@ class SearchRun:
     def _identity(self, point: Point) -> str:
         """What a try depends on: its configuration, the model, what it is measured on, and which version does it."""
         assert self.model.folder is not None
-        dtype = str(self.model.compute_dtype)
-        common = [self.model.folder.fingerprint(), dtype, self.measured_on, lvlm_prune.__version__]
+        common = [self.model.folder.fingerprint(), str(self.model.compute_dtype), self.count, lvlm_prune.__version__]
         return hashlib.sha256(json.dumps([point.identity, *common]).encode()).hexdigest()[:32]
 
     # ---- the run -----------------------------------------------------------------------------------------------------
