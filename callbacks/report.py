@@ -71,7 +71,9 @@ class PruningReport(PruneCallback):
             assert pl_module.folder is not None
             # What the input was pruned from itself, where it says so: retention is of that.
             earlier = record_of(pl_module.folder.path).get("dense") or {}
-            trainer.run.say(next_commands(folder, earlier.get("path") or pl_module.path))
+            dense, source = earlier.get("path") or pl_module.path, trainer.run.config.get("data", {}).get("source", {})
+            images = source.get("init_args", {}).get("image_folder")
+            trainer.run.say(next_commands(folder, dense, image_folder=images))
 
     @staticmethod
     def _take_stock(run: "Run") -> None:

@@ -90,6 +90,11 @@ def explain(
         inner_key, rest = _split_key(re.sub(r"^Option '([\w.]+)'", r'Parser key "\1": Option', inner[1]))
         key = f"{key}.{inner_key}" if inner_key else key
     option = _full_name(key, arguments)
+    if (absent := re.match(r"File does not exist: '(.*)'", rest)) and option == "--config":
+        path = Path(absent[1])
+        is_recipe = path.parent.parent.name == "configs"
+        way_out = f"; recipes that come with the package are taken by name: --method {path.stem}" if is_recipe else ""
+        return f"--config {path}: no such file{way_out}"
     if loop := re.match(r"Config file loop detected: .* -> (.*)", rest):
         return f"--config {loop[1]}: names itself as a configuration of its own"
     if unknown := re.match(r"Subcommand '\w+' does not accept option '(.*)'", rest):

@@ -229,8 +229,8 @@ class LVLMTrainer(RunTrainer):
         Args:
             model: The model to prune.
             datamodule: The calibration set.
-            recipes: YAML files like those in `configs/prune`, or patterns of such; their `pruning` key is read.
-                Default: ATV.
+            recipes: Names of recipes, YAML files like those in `configs/prune`, or patterns of such; their `pruning`
+                key is read. Default: ATV.
             grid: Option to vary -> its values, `{pruning.sparsity: [0.5, 0.6], pruning.pool.alpha: [1, 2]}`; any option
                 under `pruning` or `data`. A recipe that does not know an option runs without it.
             seeds: Calibration seeds. Default: that of `data`.

@@ -79,15 +79,25 @@ def quality_line(quality: Mapping[str, Any]) -> str:
     """
     if "not_measured" in quality:
         return f"perplexity and KL not measured: {quality['not_measured']}"
-    which = "held back from calibration" if quality["held_back"] else "of the calibration set (there are no others)"
     before, after, apart = (_written(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
     line = (
-        f"on {quality['samples']} samples {which} ({quality['tokens']} text tokens): "
+        f"on {measured_on(quality)} ({quality['tokens']} text tokens): "
         f"perplexity {before} → {after}, KL(dense ‖ pruned) {apart} nats per token"
     )
     if "agreement" in quality:
         line += f", the dense model's most likely token at {quality['agreement']:.1%}"
     return line
+
+
+def measured_on(quality: Mapping[str, Any]) -> str:
+    """Which samples a quality is of.
+
+    Example:
+        >>> measured_on({"samples": 8, "held_back": False})
+        '8 samples of the calibration set (there are no others)'
+    """
+    which = "held back from calibration" if quality["held_back"] else "of the calibration set (there are no others)"
+    return f"{quality['samples']} samples {which}"
 
 
 def _written(value: float | None) -> str:
@@ -109,7 +119,9 @@ def _mixed(record: Mapping[str, Any], name: str) -> str:
     return " with divergence" if name == "train_loss" and "teacher" in record else ""
 
 
-def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool = False) -> str:
+def next_commands(
+    folder: Path, dense: str, recovers: bool = True, packed: bool = False, image_folder: str | None = None
+) -> str:
     """What can be done with a sparse checkpoint, a command in each line; words in capitals are the user's to fill in.
 
     Args:
@@ -117,6 +129,7 @@ def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool 
         dense: What it was made from, as the user named it.
         recovers: Whether `recover` is among them.
         packed: Whether it is packed: then it is unpacked before it is recovered.
+        image_folder: Where the images of the user's data are, if that was said.
 
     Example:
         >>> print(next_commands(Path("out"), "me/llava", packed=True))
@@ -125,7 +138,9 @@ def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool 
               lvlm-prune unpack --model.path out
     """
     sparse, origin = shlex.quote(str(folder)), shlex.quote(dense)
+    images = f".image_folder {shlex.quote(image_folder)}" if image_folder else ""
     questions = "--engine.benchmark.source LlavaJsonSource --engine.benchmark.source.path QUESTIONS.json"
+    questions += f" \\\n        --engine.benchmark.source{images}" if images else ""
     commands = [
         f"evaluate --model.path {sparse} --baseline {origin} --engine.benchmark LocalBenchmark \\\n        {questions}"
     ]
@@ -134,6 +149,7 @@ def next_commands(folder: Path, dense: str, recovers: bool = True, packed: bool 
     else:
         if recovers:
             answers = "--data.source LlavaJsonSource --data.source.path ANSWERS.json"
+            answers += f" --data.source{images}" if images else ""
             commands.append(f"recover --model.path {sparse} {answers}")
         commands.append(f"pack --model.path {sparse}")
     return "next: " + "\n      ".join(f"lvlm-prune {command}" for command in commands)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.output.private import is_left_out
+from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.pruning.input_zeros import was_pruned_before
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
@@ -92,6 +93,8 @@ def _tries(run: Mapping[str, Any]) -> Table:
 
 def _no_picture(run: Mapping[str, Any]) -> str:
     """Why no sample is drawn."""
+    if not run["calibration"].get("num_samples"):
+        return "the method uses no samples"
     if is_left_out(run):
         return "pictures of samples are left out of this page"
     return "no sample has exactly one image whose tokens lie on a grid that can be told from the model's inputs"
@@ -194,8 +197,12 @@ def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     before, model = ("before", "sparse model") if was_sparse else ("dense", "dense model")
     names = {"dense_perplexity": f"perplexity, {before}", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
     found = run.get("quality", {})
-    facts = {"zeros before": show(run, "input_zeros", unit="percent")} if was_sparse else {}
+    facts: dict[str, Any] = {"zeros before": show(run, "input_zeros", unit="percent")} if was_sparse else {}
     facts |= {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
+    if "held_back" in found:
+        facts["measured on"] = measured_on(found)
+    elif found:
+        facts["perplexity"] = "not measured"
     if "agreement" in found:
         facts[f"agreement with the {model}"] = show(run, "quality", "agreement", unit="percent")
     return facts
@@ -313,8 +320,8 @@ def _score_distribution(run: dict[str, Any]) -> PageFigure | None:
         if "scores" in block
     ]
     caption = (
-        "Scores of the weights of each block before any is changed, and the threshold under which they go. Every row "
-        "has its own threshold: its largest score that went. Of large Linears evenly spaced rows are shown."
+        "Scores of the weights of each block before any is changed, and the threshold under which they go: "
+        "of each row the largest score that went. Of large Linears evenly spaced rows are shown."
     )
     table = Table(["block", "lowest tenth of thresholds", "median", "highest tenth"], rows)
     return PageFigure("scores", score_distribution(found, BINS_PER_DECADE), caption, table)

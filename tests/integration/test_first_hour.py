@@ -117,4 +117,10 @@ def test_a_small_calibration_set_is_said_to_be_one(tmp_path, capsys):
         f"--output={tmp_path / 'out'}",
     ]
     assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options]) == 0
-    assert "calibration: 4 samples, all that the source has; 128 would be taken of more" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "calibration: 4 samples, all that the source has; 128 would be taken of more" in said
+    assert f"--engine.benchmark.source.image_folder {data.parent}" in said
+    assert f"ANSWERS.json --data.source.image_folder {data.parent}" in said
+    options[-1] = f"--output={tmp_path / 'fewer'}"
+    assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, "--data.num_samples=3"]) == 0
+    assert "calibration: 3 samples, as --data.num_samples says; 128 are the default" in capsys.readouterr().out

@@ -63,7 +63,9 @@ def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys):
     assert "on 2 samples held back from calibration" in said
     assert f"next: lvlm-prune evaluate --model.path {tmp_path / 'out'} --baseline {GOLDEN / 'model'}" in said
     assert "`--method best` keeps more" in said
-    assert "perplexity, pruned" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "perplexity, pruned" in page
+    assert "2 samples held back from calibration" in page
     assert f"{found['kl']:.4g} nats per token" in (tmp_path / "out" / "README.md").read_text()
 
 

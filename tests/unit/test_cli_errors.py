@@ -41,6 +41,7 @@ def test_one_line(argument, line):
         ("prune --pruning.pool.saliency.scal 2", "--pruning.pool.saliency.scal: unknown option{}"),
         ("prune --data.source LlavaJsonSorce", "{}; is LlavaJsonSource meant?"),
         ("prune --trainer.acelerator cpu", "{}; is --trainer.accelerator meant?"),
+        ("prune --config nowhere/configs/prune/atv.yaml", "--config {}by name: --method atv"),
         ("prune --modle.path x", "--modle.path: {}; is --model.path meant?"),
         ("recover --lroa.rnak 3", "--lroa.rnak: {}; is --lora.rank meant?"),
         (

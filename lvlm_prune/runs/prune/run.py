@@ -225,10 +225,14 @@ class PruneRun:
             stream.prune(part)
 
     def _say_of_few_samples(self) -> None:
-        source, count = self.datamodule.source, len(self.datamodule.select())
-        default = source.default_num_samples
-        if self.participants.samples() and self.datamodule.num_samples is None and default and count < default:
-            self.run.say(f"calibration: {count} samples, all that the source has; {default} would be taken of more")
+        count, asked = len(self.datamodule.select()), self.datamodule.num_samples
+        default = self.datamodule.source.default_num_samples
+        if not self.participants.samples() or not default or count >= default:
+            return
+        why = f"as --data.num_samples says; {default} are the default"
+        if asked is None:
+            why = f"all that the source has; {default} would be taken of more"
+        self.run.say(f"calibration: {count} sample{'s' * (count != 1)}, {why}")
 
     def _say_of_slow_products(self) -> None:
         line = slow_products_line(self.model, self.launch.fabric.device)
