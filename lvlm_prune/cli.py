@@ -71,6 +71,12 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(commands_help(__version__), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if len(arguments) == 2 and arguments[1] in ("--help", "-h"):
+        from lvlm_prune.cli_help import stored_help
+
+        if text := stored_help(arguments[0]):
+            print(text, end="")
+            return 0
     if arguments == ["kernels"]:
         from lvlm_prune.packed.kernels import kernel_report
 

@@ -1,7 +1,8 @@
 """What `--help` prints: one line for each command, and a sentence for each option of a command, our own first.
 
 lvlm-prune --help                 the commands; nothing is imported for it
-lvlm-prune prune --help           the command's own options, with the classes that they take
+lvlm-prune prune --help           the command's own options, with the classes that they take; stored in `help/`,
+                                  since it takes all libraries to find them out (`python -m tests.help_texts`)
 lvlm-prune prune --help-trainer   the options of Lightning's Trainer
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any, get_args
 from lvlm_prune.cli_errors import ALONE, VERBS
 
 TRAINER_HELP = "--help-trainer"
+
+STORED_HELP = Path(__file__).parent / "help"
+"""The folder of what `lvlm-prune COMMAND --help` prints, a text for each command."""
 
 _WIDTH = 118
 _COLUMN = 34
@@ -44,6 +49,17 @@ def commands_help(version: str) -> str:
             "lvlm-prune COMMAND --help says what a command takes; lvlm-prune --version prints the version.",
         ]
     )
+
+
+def stored_help(verb: str) -> str:
+    """What `lvlm-prune VERB --help` prints; empty for no command, and where variables of the environment set options.
+
+    Args:
+        verb: Name of a command.
+    """
+    if verb not in VERBS or any(name.startswith("LVLM_") for name in os.environ):
+        return ""
+    return (STORED_HELP / f"{verb}.txt").read_text(encoding="utf-8")
 
 
 def command_help(parser: Any, verb: str, trainer: bool) -> str:

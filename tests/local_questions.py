@@ -1,8 +1,12 @@
 """A local data set to evaluate on."""
 
+import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 
+from lvlm_prune.data import LlavaJsonSource
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 
 
@@ -27,3 +31,42 @@ def local(path: Path, *options: str) -> list[str]:
     """Options of `evaluate` that ask the questions of a file."""
     arguments = ["--engine.benchmark=LocalBenchmark", "--engine.benchmark.source=LlavaJsonSource"]
     return [*arguments, f"--engine.benchmark.source.path={path}", *options]
+
+
+WITHOUT_LM_EVAL = "lm_eval is not installed here, and LM_EVAL_PYTHON names no interpreter that has it"
+LM_EVAL = os.environ.get("LM_EVAL_PYTHON", "") or (sys.executable if importlib.util.find_spec("lm_eval") else "")
+
+
+def write_lm_eval_task(folder: Path, questions: Path) -> int:
+    """Write the questions with an image as the task `mine` in lm-eval's own format; how many there are."""
+    from datasets import Dataset, Image
+
+    source = LlavaJsonSource(str(questions))
+    source.setup()
+    rows = [source[index] for index in range(len(source))]
+    rows = [row for row in rows if row.images]
+    table = Dataset.from_dict(
+        {
+            "image": [str(row.images[0]) for row in rows],
+            "question": [row.messages[0]["content"][-1]["text"] for row in rows],
+            "answer": [row.messages[1]["content"][0]["text"] for row in rows],
+        }
+    ).cast_column("image", Image())
+    folder.mkdir()
+    table.to_parquet(folder / "questions.parquet")
+    (folder / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder / "questions.parquet"}}}}}
+test_split: test
+output_type: generate_until
+doc_to_image: [image]
+doc_to_text: "<image>{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: " "
+generation_kwargs: {{until: ["</s>"], do_sample: false, max_gen_toks: 12}}
+filter_list: [{{name: none, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    return len(rows)

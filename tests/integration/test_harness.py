@@ -1,8 +1,6 @@
 """`evaluate` with a harness: it is called as asked, and what it wrote is read."""
 
-import importlib.util
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -10,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from lvlm_prune.cli import main
-from lvlm_prune.data import LlavaJsonSource
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.evaluation.harness import PAPER_TASKS, LMEvalEngine
 from lvlm_prune.evaluation.scores import Scores
-from tests.local_questions import local, write_questions
+from tests.local_questions import LM_EVAL, WITHOUT_LM_EVAL, local, write_lm_eval_task, write_questions
 
 FAKE = '''
 """Writes what the harness of this name would write; the test says what."""
@@ -171,45 +168,10 @@ def test_a_harness_that_fails_is_an_error(results, plan, said, harness, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-SKIPPED = "lm_eval is not installed here, and LM_EVAL_PYTHON names no interpreter that has it"
-LM_EVAL = os.environ.get("LM_EVAL_PYTHON", "") or (sys.executable if importlib.util.find_spec("lm_eval") else "")
-
-
-@pytest.mark.skipif(
-    not LM_EVAL, reason="lm_eval is not installed here, and LM_EVAL_PYTHON names no interpreter with it"
-)
+@pytest.mark.skipif(not LM_EVAL, reason=WITHOUT_LM_EVAL)
 def test_lm_eval_gives_the_same_exact_match(pruned, tmp_path):
     """The same questions of a pruned model, asked by both."""
-    from datasets import Dataset, Image
-
-    source = LlavaJsonSource(str(write_questions(tmp_path / "data", 6)))
-    source.setup()
-    rows = [source[index] for index in range(len(source))]
-    rows = [row for row in rows if row.images]
-    table = Dataset.from_dict(
-        {
-            "image": [str(row.images[0]) for row in rows],
-            "question": [row.messages[0]["content"][-1]["text"] for row in rows],
-            "answer": [row.messages[1]["content"][0]["text"] for row in rows],
-        }
-    ).cast_column("image", Image())
-    table.to_parquet(tmp_path / "questions.parquet")
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "mine.yaml").write_text(
-        f"""task: mine
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {tmp_path / "questions.parquet"}}}}}
-test_split: test
-output_type: generate_until
-doc_to_image: [image]
-doc_to_text: "<image>{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: " "
-generation_kwargs: {{until: ["</s>"], do_sample: false, max_gen_toks: 12}}
-filter_list: [{{name: none, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
-    )
+    count = write_lm_eval_task(tmp_path / "tasks", write_questions(tmp_path / "data", 6))
     keep = [json.loads(line) for line in (tmp_path / "data" / "questions.jsonl").read_text().splitlines()]
     lines = [json.dumps({**row, "task": "mine"}) for row in keep if "image" in row]
     (tmp_path / "data" / "images.jsonl").write_text("\n".join(lines))
@@ -223,5 +185,5 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
         assert main(["evaluate", f"--model.path={pruned}", *options, f"--output={output}"]) == 0
         found[name] = json.loads((output / "evaluation.json").read_text())["tasks"]["mine"]
     assert found["lm_eval"]["score"] == pytest.approx(found["builtin"]["score"])
-    assert found["lm_eval"]["questions"] == found["builtin"]["questions"] == len(rows)
+    assert found["lm_eval"]["questions"] == found["builtin"]["questions"] == count
     assert 0 < found["builtin"]["score"] < 1

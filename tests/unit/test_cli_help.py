@@ -2,22 +2,25 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
 from lvlm_prune.cli import main
 from lvlm_prune.cli_errors import VERBS
+from lvlm_prune.cli_help import stored_help
+from tests.conftest import REPOSITORY
 
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
 
 
-@pytest.mark.parametrize("argument", ["--version", "--help", "methods"])
-def test_what_needs_no_library_loads_none(argument):
+@pytest.mark.parametrize("arguments", ["--version", "--help", "methods", "prune --help", "evaluate -h"])
+def test_what_needs_no_library_loads_none(arguments):
     code = (
         "import sys; from lvlm_prune.cli import main; status = main(sys.argv[1:]); "
         f"print('loaded', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(status)"
     )
-    shown = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert lines[-1] == "loaded"
@@ -68,10 +71,22 @@ def test_the_shell_completes_commands_options_and_classes(tmp_path):
         assert found.stdout.split() == expected, found.stderr
 
 
+def test_the_stored_help_is_what_the_parser_says():
+    """`python -m tests.help_texts` stores it anew. In a process of its own, which knows no other plugins."""
+    command = [sys.executable, "-m", "tests.help_texts", "--check"]
+    checked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert checked.returncode == 0, f"other help is stored of: {checked.stdout}{checked.stderr[-2000:]}"
+
+
+def test_where_the_environment_sets_options_the_parser_is_asked(monkeypatch):
+    monkeypatch.setenv("LVLM_PRUNE__OUTPUT", "elsewhere")
+    assert stored_help("prune") == ""
+
+
 def shown(capsys, *arguments: str) -> list[str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    assert ended.value.code == 0
+    """What a command prints that does nothing else; argparse ends the process after its own help."""
+    with suppress(SystemExit):
+        assert main(list(arguments)) == 0
     return capsys.readouterr().out.splitlines()
 
 
