@@ -92,25 +92,25 @@ class PluginSurvey(PruneCallback):
         self._samples = {
             name: surveyed_samples(plugin.survey_samples, numbers) for name, plugin in self.surveyors.items()
         }
-        self._is_first = True
         self._clock = Stopwatch(trainer.strategy.root_device)
-        for name, found in trainer.run.record.get("surveying", {}).get("found", {}).items():
+        done = trainer.run.record.get("surveying", {})
+        self._first = done.get("blocks", 0)
+        for name, found in done.get("found", {}).items():
             self.surveyors[name].continue_survey(found)
 
     def on_survey_block_start(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
     ) -> None:
         """Let the plugins try changed weights; before the first block that is left, let them say what that costs."""
-        left = dict(islice(self._linears_of_blocks(pl_module).items(), block.place, None))
         for name, plugin in self.surveyors.items():
             own = tail.of_samples(self._samples[name])
-            if plugin.wants_survey_losses and self._is_first:
+            if plugin.wants_survey_losses and block.place == self._first:
                 trainer.run.weights.load_output_embedding()
+                left = dict(islice(self._linears_of_blocks(pl_module).items(), block.place, None))
                 cost = plugin.survey_cost(left, own.num_samples)
                 takes = readable_time(cost.seconds(*own.seconds()))
                 trainer.run.say(f"survey for {plugin_class(plugin).__name__}: {cost} per process, about {takes}")
             plugin.survey_block_start(block.name, self._linears(block), own)
-        self._is_first = False
 
     @property
     def wants_survey_activations(self) -> bool:  # type: ignore[override]

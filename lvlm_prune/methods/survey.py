@@ -197,11 +197,12 @@ class Surveyor:
         return None
 
     def continue_survey(self, found: dict[str, Any]) -> None:
-        """Take what `survey_so_far` returned in the interrupted run; the blocks after it follow.
+        """Take what `survey_so_far` returned in the interrupted run; the blocks after it follow. Default: `use_survey`.
 
         Args:
             found: As it was returned, read from the manifest.
         """
+        self.use_survey(found)
 
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
         """What was found, as plain data for the manifest, the same on all processes."""

@@ -10,6 +10,18 @@ from lvlm_prune.cli import main
 ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocation"]
 
 
+def interrupt_behind(owner: type, hook: str, at: int, arguments: list[str], monkeypatch) -> None:
+    """Run a command that is interrupted where the callback would hear of a block; it can be gone on with."""
+
+    def interrupt(self, trainer, pl_module, block):
+        if block.index == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, hook, interrupt)
+        assert main(arguments) == 130
+
+
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
     allocation, golden_arguments, tmp_path, monkeypatch, capsys
@@ -19,14 +31,7 @@ def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
         arguments.append("--pruning.allocation.samples=2")
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
     folder = tmp_path / "interrupted"
-
-    def interrupt(self, trainer, pl_module, block):
-        if block.index == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BlockwisePruning, "on_block_end", interrupt)
-        assert main([*arguments, f"--output={folder}"]) == 130
+    interrupt_behind(BlockwisePruning, "on_block_end", 1, [*arguments, f"--output={folder}"], monkeypatch)
     for hook in ("on_survey_block_start", "on_survey_batch_end", "on_survey_end"):
         monkeypatch.setattr(PluginSurvey, hook, lambda *_, **__: pytest.fail("surveyed again"))
     assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
@@ -39,14 +44,7 @@ def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, m
     arguments = [*golden_arguments, "--pruning.allocation=OWLAllocation"]
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
     folder = tmp_path / "interrupted"
-
-    def interrupt(self, trainer, pl_module, block):
-        if block.index == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PluginSurvey, "on_survey_block_end", interrupt)
-        assert main([*arguments, f"--output={folder}"]) == 130
+    interrupt_behind(PluginSurvey, "on_survey_block_end", 2, [*arguments, f"--output={folder}"], monkeypatch)
     assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
@@ -61,14 +59,7 @@ def test_a_survey_that_tries_changes_goes_on_behind_the_last_finished_block(
     arguments.append("--pruning.allocation.samples=2")
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
     folder = tmp_path / "interrupted"
-
-    def interrupt(self, trainer, pl_module, block):
-        if block.index == killed_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PruningReport, "on_survey_block_end", interrupt)
-        assert main([*arguments, f"--output={folder}"]) == 130
+    interrupt_behind(PruningReport, "on_survey_block_end", killed_at, [*arguments, f"--output={folder}"], monkeypatch)
     assert json.loads((folder / "pruning.json").read_text())["surveying"]["blocks"] == killed_at + 1
     seen: list[int] = []
     started = PluginSurvey.on_survey_block_start

@@ -33,5 +33,5 @@ def test_a_harness_scores_a_table_of_each_paper_and_the_pathways(table, tmp_path
     assert asked >= {(part.model.path, row.label) for part in parts for row in part.rows}
     assert all(row["measured"] for row in rows)
     dense = [float(row["measured"]) for row in rows if row["row"] == "dense"]
-    assert all(score > 0 for score in dense)
+    assert min(dense) > 0
     assert {float(row["measured"]) for row in rows} - set(dense), "pruned models answer otherwise"

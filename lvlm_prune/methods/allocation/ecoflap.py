@@ -114,13 +114,9 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         """Importance of each Linear of the finished blocks."""
         return {"importance": self._importance}
 
-    def continue_survey(self, found: dict[str, Any]) -> None:
-        """Importances of the finished blocks."""
-        self.use_survey(found)
-
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
         """Importance of each Linear."""
-        return {"importance": self._importance}
+        return self.survey_so_far()
 
     def use_survey(self, findings: Mapping[str, Any]) -> None:
         """Importances from the survey."""

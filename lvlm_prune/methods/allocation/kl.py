@@ -172,14 +172,10 @@ class KLAllocation(Allocation):
         """Levels, and the divergence of each group of the finished blocks."""
         return {"levels": self._tried, "kl": self._divergences}
 
-    def continue_survey(self, found: dict[str, Any]) -> None:
-        """Divergences of the finished blocks."""
-        self.use_survey(found)
-
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
         """Levels, and the divergence of each group at each of them."""
         self._dense = {}
-        return {"levels": self._tried, "kl": self._divergences}
+        return self.survey_so_far()
 
     def use_survey(self, findings: Mapping[str, Any]) -> None:
         """Divergences from the survey."""

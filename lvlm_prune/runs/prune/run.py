@@ -235,8 +235,8 @@ class PruneRun:
         self.run.say(f"calibration: {count} sample{'s' * (count != 1)}, {why}")
 
     def _say_of_slow_products(self) -> None:
-        line = slow_products_line(self.model, self.launch.fabric.device)
-        if line and self.trainer.owns_process and self.shared is None:
+        line = slow_products_line(self.trainer, self.model, self.launch.fabric.device)
+        if line and self.shared is None:
             self.run.say(line)
 
     def _measure(self) -> None:

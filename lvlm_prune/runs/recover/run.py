@@ -132,9 +132,7 @@ class RecoveryRun(ABC):
         """Train, write, score."""
         with writing(self.folder):
             self._begin(earlier)
-            if self.trainer.owns_process and (
-                line := slow_products_line(self.model, self.trainer.strategy.root_device)
-            ):
+            if line := slow_products_line(self.trainer, self.model, self.trainer.strategy.root_device):
                 self._say(line)
             self._train()
             if self.trainer.is_global_zero:
