@@ -24,13 +24,13 @@ AVX2 static inline float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-template <class V, int B> AVX2 static void group_avx2(const uint64_t* mask, i64 words, const void* values, const void* input, i64 stride, float* out) {
+template <class V, int B> AVX2 static void group_avx2(const uint64_t* mask, i64 words, const void* values, const float* input, i64 stride, float* out) {
     const V* p = (const V*)values;
     __m256 sum[8][B];
     for (int r = 0; r < 8; r++)
         for (int b = 0; b < B; b++) sum[r][b] = _mm256_setzero_ps();
     for (i64 w = 0; w < words; w++) {
-        const float* x = (const float*)input + 64 * w;
+        const float* x = input + 64 * w;
         _mm_prefetch((const char*)(mask + 8 * w) + AHEAD / 4, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
@@ -90,8 +90,8 @@ template <class V> AVX2 static inline __m256 eight(const V* p) {
         else return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
     }
 }
-template <class V> AVX2 static void dense_avx2(const void* rows, const void* input, i64 columns, float* out) {
-    const float* x = (const float*)input;
+template <class V> AVX2 static void dense_avx2(const void* rows, const float* input, i64 columns, float* out) {
+    const float* x = input;
     __m256 sum[4][2];
     for (auto& s : sum) s[0] = s[1] = _mm256_setzero_ps();
     for (i64 c = 0; c < columns; c += 64)

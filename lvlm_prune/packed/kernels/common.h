@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #ifndef LVLM_EMULATED  // tests replace the intrinsics of instruction sets that their machine lacks
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,popcnt,bmi,bmi2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,popcnt,bmi,bmi2")))
 #endif
 #endif
 

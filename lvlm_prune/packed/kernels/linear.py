@@ -14,13 +14,16 @@ from torch.nn import functional
 from lvlm_prune.packed.kernels import cpu, gpu
 from lvlm_prune.packed.kernels.matrix import PackedMatrix, unpack
 from lvlm_prune.packed.kernels.native import Level, level
-from lvlm_prune.processor import multiplies
+from lvlm_prune.packed.kernels.products import fastest_dtype
 
 PACKED_TOKENS = {Level.PLAIN: 2, Level.AVX2: 16, Level.AVX512: 16}
 """Tokens up to which the packed kernel is faster than unpacking and a dense product, measured at 50% to 70% zeros."""
 
-PIECE_BYTES = 2**22
-"""Dense rows that are unpacked at once."""
+BFLOAT16_TOKENS = 32
+"""The same for bfloat16 values with AVX-512, which has a kernel of its own."""
+
+PIECE_BYTES, PIECE_ROWS = 2**22, 256
+"""What is unpacked at once: dense rows of so many bytes, and as many rows as a product needs to be fast."""
 
 _OF_THREAD = threading.local()
 
@@ -76,17 +79,23 @@ def _linear(x: Tensor, values: Tensor, mask: Tensor, start: Tensor | None, bias:
         y = gpu.linear(flat, values, mask, start, bias, rows)
     elif start is None or start.ndim == 2:
         y = _product(flat, unpack(values, mask, start, rows, x.shape[-1]), bias)
-    elif len(flat) <= PACKED_TOKENS[max(level(), Level.PLAIN)]:
+    elif len(flat) <= _packed_tokens(values.dtype):
         y = cpu.linear(flat, values, mask, start, bias, rows)
     else:
         y = _by_pieces(flat, values, mask, start, bias, rows)
     return y.view(*x.shape[:-1], rows)
 
 
+def _packed_tokens(values: torch.dtype) -> int:
+    if level() == Level.AVX512 and values == torch.bfloat16:
+        return BFLOAT16_TOKENS
+    return PACKED_TOKENS[max(level(), Level.PLAIN)]
+
+
 def _by_pieces(x: Tensor, values: Tensor, mask: Tensor, start: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    dtype = _product_dtype(x.dtype, values.dtype)
+    dtype = fastest_dtype(x.dtype) if x.dtype == values.dtype else torch.float32
     columns = x.shape[-1]
-    at_once = max(PIECE_BYTES // (cpu.HEIGHT * columns * dtype.itemsize), 1)
+    at_once = max(PIECE_BYTES // (columns * dtype.itemsize), PIECE_ROWS) // cpu.HEIGHT
     piece = _workspace(at_once * cpu.HEIGHT * columns * dtype.itemsize).view(dtype).view(-1, columns)
     y, factor = x.new_empty(len(x), rows), x.to(dtype)
     for first in range(0, len(mask), at_once):
@@ -111,11 +120,6 @@ def _product(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, dense, bias)
     precise = torch.promote_types(x.dtype, dense.dtype)
     return functional.linear(x.to(precise), dense.to(precise), None if bias is None else bias.to(precise)).to(x.dtype)
-
-
-def _product_dtype(x: torch.dtype, values: torch.dtype) -> torch.dtype:
-    """What a dense product is fastest in: 16 bits only where the processor multiplies them itself."""
-    return x if x == values and multiplies(x) else torch.float32
 
 
 def _fake_linear(x, values, mask, start, bias, rows) -> Tensor:

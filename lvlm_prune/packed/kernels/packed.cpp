@@ -16,8 +16,8 @@
 
 // ---------------------------------------------------------------------------------------------------- choice
 
-typedef void (*Group)(const uint64_t* mask, i64 words, const void* values, const void* input, i64 stride, float* out);
-typedef void (*Rows)(const void* rows, const void* input, i64 columns, float* out);
+typedef void (*Group)(const uint64_t* mask, i64 words, const void* values, const float* input, i64 stride, float* out);
+typedef void (*Rows)(const void* rows, const float* input, i64 columns, float* out);
 
 template <class V, int B> static Group group_of(int level) {
 #ifdef AVX512
@@ -38,8 +38,9 @@ template <class V> static Group group_of(int level, int tokens) {
     }
 }
 
-// Whether activations stay bfloat16: the processor multiplies them with bfloat16 values itself.
-static bool pairs(int level, int values, int x) { return level == WITH_AVX512 && values == BFLOAT && x == BFLOAT; }
+// Whether a product wants even and odd columns apart: bfloat16 stand in pairs, and are made floats two by two.
+static bool apart(int level, int values) { return level == WITH_AVX512 && values == BFLOAT; }
+static i64 place(i64 column) { return (column & ~31) | (column & 1) << 4 | (column & 31) >> 1; }
 
 static float read(const void* p, i64 i, int kind) {
     return kind == FLOAT ? ((const float*)p)[i] : kind == BFLOAT ? widen(((const Bfloat*)p)[i]) : widen(((const Half*)p)[i]);
@@ -52,19 +53,19 @@ static void write(float f, void* p, i64 i, int kind) {
 
 struct Freed { void operator()(void* p) const { free(p); } };
 
-// The activations as a product reads them: float or bfloat16, each token padded with zeros to whole words, at whole lines.
-static std::unique_ptr<void, Freed> prepared(const void* x, int kind, i64 tokens, i64 columns, i64 stride, bool as_bfloat) {
-    std::unique_ptr<void, Freed> to(aligned_alloc(64, tokens * stride * 4));
+// The activations as a product reads them: float, each token padded with zeros to whole words, at whole lines.
+template <class X> static void prepare(const X* x, i64 columns, bool pairs, float* row) {
+    if (pairs) for (i64 c = 0; c < columns; c++) row[place(c)] = widen(x[c]);
+    else for (i64 c = 0; c < columns; c++) row[c] = widen(x[c]);
+}
+static std::unique_ptr<float, Freed> prepared(const void* x, int kind, i64 tokens, i64 columns, i64 stride, bool pairs) {
+    std::unique_ptr<float, Freed> to((float*)aligned_alloc(64, tokens * stride * 4));
     for (i64 t = 0; t < tokens; t++) {
-        if (as_bfloat) {
-            Bfloat* row = (Bfloat*)to.get() + t * stride;
-            memcpy(row, (const Bfloat*)x + t * columns, 2 * columns);
-            memset(row + columns, 0, 2 * (stride - columns));
-        } else {
-            float* row = (float*)to.get() + t * stride;
-            for (i64 c = 0; c < columns; c++) row[c] = read(x, t * columns + c, kind);
-            memset(row + columns, 0, 4 * (stride - columns));
-        }
+        float* row = to.get() + t * stride;
+        memset(row + columns / 64 * 64, 0, 4 * (stride - columns / 64 * 64));
+        if (kind == FLOAT) prepare((const float*)x + t * columns, columns, pairs, row);
+        else if (kind == BFLOAT) prepare((const Bfloat*)x + t * columns, columns, pairs, row);
+        else prepare((const Half*)x + t * columns, columns, pairs, row);
     }
     return to;
 }
@@ -158,7 +159,7 @@ int lvlm_best_level() {
 #elif defined(AVX2)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
     return avx512 ? WITH_AVX512 : avx2 ? WITH_AVX2 : PLAIN;
 #else
     return PLAIN;
@@ -261,18 +262,16 @@ void lvlm_unpack(const uint64_t* mask, const void* values, const i64* start, i64
 // y (tokens, rows) = x (tokens, columns) times a matrix in tiles, plus bias (rows, or null); y is of the kind of x.
 void lvlm_linear(const uint64_t* mask, const void* values, const i64* start, i64 rows, i64 columns, int kind, const void* x, int x_kind, i64 tokens, const void* bias, int bias_kind, void* y, int level, int threads) {
     i64 words = (columns + 63) / 64, stride = 64 * words;
-    bool paired = pairs(level, kind, x_kind);
-    if (level == WITH_AVX512 && !paired) level = WITH_AVX2;
-    i64 size = kind == FLOAT ? 4 : 2, x_size = paired ? 2 : 4;
+    i64 size = kind == FLOAT ? 4 : 2;
     auto group_of_kind = kind == FLOAT ? group_of<float> : kind == BFLOAT ? group_of<Bfloat> : group_of<Half>;
-    auto input = prepared(x, x_kind, tokens, columns, stride, paired);
-    const char* in = (const char*)input.get();
+    auto input = prepared(x, x_kind, tokens, columns, stride, apart(level, kind));
+    const float* in = input.get();
     share((rows + 7) / 8, threads, [=](i64 first, i64 last) {
         float out[8 * MOST];
         for (i64 g = first; g < last; g++)
             for (i64 t = 0; t < tokens; t += MOST) {
                 i64 n = tokens - t < MOST ? tokens - t : MOST;
-                group_of_kind(level, (int)n)(mask + 8 * words * g, words, (const char*)values + start[g] * size, in + t * stride * x_size, stride, out);
+                group_of_kind(level, (int)n)(mask + 8 * words * g, words, (const char*)values + start[g] * size, in + t * stride, stride, out);
                 for (i64 i = 0; i < 8 && 8 * g + i < rows; i++)
                     for (i64 b = 0; b < n; b++) {
                         i64 r = 8 * g + i;
@@ -286,16 +285,15 @@ void lvlm_linear(const uint64_t* mask, const void* values, const i64* start, i64
 // False where there is none for this instruction set.
 int lvlm_dense(const void* w, i64 rows, i64 columns, int kind, const void* x, int x_kind, void* y, int level, int threads) {
     Rows four = nullptr;
-    bool paired = pairs(level, kind, x_kind);
 #ifdef AVX2
     if (level >= WITH_AVX2) four = kind == FLOAT ? dense_avx2<float> : kind == BFLOAT ? dense_avx2<Bfloat> : dense_avx2<Half>;
 #endif
 #ifdef AVX512
-    if (paired) four = dense_avx512;
+    if (apart(level, kind)) four = dense_avx512;
 #endif
     if (!four || rows % 4 || columns % 64) return false;
-    auto input = prepared(x, x_kind, 1, columns, columns, paired);
-    const void* in = input.get();
+    auto input = prepared(x, x_kind, 1, columns, columns, apart(level, kind));
+    const float* in = input.get();
     i64 size = kind == FLOAT ? 4 : 2;
     share(rows / 4, threads, [=](i64 first, i64 last) {
         for (i64 r = 4 * first; r < 4 * last; r += 4) {

@@ -23,12 +23,12 @@ template <class U> static uint64_t gather_plain(const U* w, U* to, const U*) {
     return mask;
 }
 
-template <class V, int B> static void group_plain(const uint64_t* mask, i64 words, const void* values, const void* input, i64 stride, float* out) {
+template <class V, int B> static void group_plain(const uint64_t* mask, i64 words, const void* values, const float* input, i64 stride, float* out) {
     const V* p = (const V*)values;
     for (int i = 0; i < 8 * B; i++) out[i] = 0;
     for (i64 w = 0; w < words; w++)
         for (int r = 0; r < 8; r++) {
-            const float* x = (const float*)input + 64 * w;
+            const float* x = input + 64 * w;
             for (uint64_t m = mask[8 * w + r]; m; m &= m - 1, p++) {
                 int j = __builtin_ctzll(m);
                 for (int b = 0; b < B; b++) out[r * B + b] += widen(*p) * x[b * stride + j];

@@ -2,7 +2,7 @@
 
 from lvlm_prune.packed.kernels.native import FORCE, Level, level, library
 
-NAMES = {Level.PLAIN: "plain C++", Level.AVX2: "AVX2", Level.AVX512: "AVX-512 (VBMI2, BF16)"}
+NAMES = {Level.PLAIN: "plain C++", Level.AVX2: "AVX2", Level.AVX512: "AVX-512 (VBMI2)"}
 
 
 def kernel_report() -> str:

@@ -24,16 +24,21 @@ static inline Shorts emulated_expand(uint32_t mask, Shorts v) {
         if (mask >> i & 1) spread.at[i] = v.at[next++];
     return spread;
 }
-static inline float emulated_widen(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &wide, 4);
-    return f;
-}
-static inline Floats emulated_dot(Floats sum, Shorts a, Shorts b) {
-    for (int i = 0; i < 32; i++) sum.at[i / 2] += emulated_widen(a.at[i]) * emulated_widen(b.at[i]);
+static inline Floats emulated_add_product(Floats a, Floats b, Floats sum) {
+    for (int i = 0; i < 16; i++) sum.at[i] += a.at[i] * b.at[i];
     return sum;
 }
+static inline Floats emulated_floats(Shorts v) { Floats f; memcpy(&f, &v, 64); return f; }
+static inline Floats emulated_load_floats(const void* from) { return emulated_floats(emulated_aligned_load(from)); }
+template <class Change> static inline Shorts emulated_words(Shorts v, Change change) {
+    uint32_t words[16];
+    memcpy(words, &v, 64);
+    for (uint32_t& word : words) word = change(word);
+    memcpy(&v, words, 64);
+    return v;
+}
+static inline Shorts emulated_shift(Shorts v, int bits) { return emulated_words(v, [=](uint32_t word) { return word << bits; }); }
+static inline Shorts emulated_and(Shorts v, uint32_t bits) { return emulated_words(v, [=](uint32_t word) { return word & bits; }); }
 static inline float emulated_total(Floats v) {
     float total = 0;
     for (float f : v.at) total += f;
@@ -41,13 +46,17 @@ static inline float emulated_total(Floats v) {
 }
 
 #define __m512i Shorts
-#define __m512bh Shorts
 #define __m512 Floats
+#define __mmask32 uint32_t
 #define _mm512_loadu_si512 emulated_load
-#define _mm512_load_si512 emulated_aligned_load
+#define _mm512_load_ps emulated_load_floats
 #define _mm512_storeu_si512 emulated_store
 #define _mm512_maskz_expand_epi16 emulated_expand
-#define _mm512_dpbf16_ps emulated_dot
+#define _mm512_castsi512_ps emulated_floats
+#define _mm512_slli_epi32 emulated_shift
+#define _mm512_and_si512 emulated_and
+#define _mm512_set1_epi32(bits) bits
+#define _mm512_fmadd_ps emulated_add_product
 static inline Floats emulated_zero() { return Floats{}; }
 #define _mm512_setzero_ps emulated_zero
 #define _mm512_reduce_add_ps emulated_total
