@@ -64,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if arguments == ["--version"]:
-        print(f"lvlm-prune {__version__}")
+        from lvlm_prune.packed.library_file import library_file
+
+        built = "built" if library_file() else "not built (no compiler was there when this was installed)"
+        print(f"lvlm-prune {__version__}\npacked kernels: {built}; `lvlm-prune kernels` says which are used here")
         return 0
     if not arguments or arguments[0] in ("--help", "-h"):
         from lvlm_prune.cli_help import commands_help

@@ -97,7 +97,12 @@ def check_count(count: int, mask: Tensor, shape: Sequence[int]) -> None:
 
 def count_ones(mask: Tensor) -> np.ndarray:
     """Bits set in each row of a mask, int64 of shape (rows of all matrices,)."""
-    return _ONES[mask.numpy().reshape(-1, mask.shape[-1])].sum(axis=1, dtype=np.int64)
+    return _ones_of(mask.numpy().reshape(-1, mask.shape[-1])).sum(axis=1, dtype=np.int64)
+
+
+def _ones_of(octets: np.ndarray) -> np.ndarray:
+    """Bits set in each byte."""
+    return np.bitwise_count(octets) if hasattr(np, "bitwise_count") else _ONES[octets]  # new in numpy 2
 
 
 def as_bits(tensor: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from lvlm_prune.packed.format import Format, encode
 
 ORIGINAL_HEADER = "lvlm_prune_dense_header"
 """Entry of a packed shard's metadata: the header of the shard that it was made from, for unpacking byte by byte."""
+
+DENSE_CHECKSUM = "lvlm_prune_dense_crc32"
+"""Another entry: the CRC-32 of that whole file, eight hexadecimal digits; unpacking gives these bytes or an error."""
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 UNVERIFIED = ".unverified"
@@ -44,8 +48,7 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor that lies on the CPU."""
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self.add_bytes(name, _NAMES[tensor.dtype], tuple(tensor.shape), [content])
+        self.add_bytes(name, _NAMES[tensor.dtype], tuple(tensor.shape), [_bytes_of(tensor)])
 
     def add_bytes(self, name: str, dtype: str, shape: tuple[int, ...], content: Iterable[Any]) -> None:
         """Add a tensor as pieces of bytes.
@@ -93,8 +96,12 @@ def writing_shard(path: Path, metadata: Mapping[str, str]) -> Iterator[ShardWrit
 
 def header_bytes(text: str) -> bytes:
     """A header with its length in front, filled with spaces so that the tensors behind it are aligned to 8 bytes."""
+    return header_of(text + " " * (-len(text.encode()) % 8))
+
+
+def header_of(text: str) -> bytes:
+    """A header as it is, with its length in front."""
     encoded = text.encode()
-    encoded += b" " * (-len(encoded) % 8)
     return struct.pack("<Q", len(encoded)) + encoded
 
 
@@ -134,18 +141,29 @@ def pack_shard(
     view = one_shard(source.path, shard)
     text = read_header(source.path / shard)
     metadata = {"format": "pt", **json.loads(text).get("__metadata__", {}), ORIGINAL_HEADER: text}
+    checksum = zlib.crc32(header_of(text))
+
+    def summed(pieces: Iterable[bytearray]) -> Iterator[bytearray]:
+        nonlocal checksum
+        for piece in pieces:
+            checksum = zlib.crc32(piece, checksum)
+            yield piece
+
     packed: dict[str, int] = {}
     unverified = target / f"{shard}{UNVERIFIED}"
     with writing_shard(unverified, metadata) as writer:
-        for key, place in view.tensors.items():
+        for key, place in view.tensors.items():  # in the order of their bytes
             # Where two shards hold a tensor of the same name, the other one counts and this one is only kept.
-            parts = encode(view.read(key), form) if key in packable and source[key] == place else None
-            if parts is None:
-                writer.add_bytes(key, place.dtype, place.shape, view._parts(key, _COPIED))
+            tensor = view.read(key) if key in packable and source[key] == place else None
+            parts = None if tensor is None else encode(tensor, form)
+            if tensor is None or parts is None:
+                writer.add_bytes(key, place.dtype, place.shape, summed(view._parts(key, _COPIED)))
                 continue
+            checksum = zlib.crc32(_bytes_of(tensor), checksum)
             for end, part in parts.items():
                 writer.add(key + end, part)
             packed[key] = sum(part.nbytes for part in parts.values())
+        metadata[DENSE_CHECKSUM] = f"{checksum:08x}"
     _verify(view, PackedFolder(one_shard(target, unverified.name)))
     unverified.replace(target / shard)
     sync_folder(target)
@@ -189,21 +207,26 @@ def unpack_shard(source: Path, shard: str, target: Path, name: str = "") -> None
         name: Name to write under; default: that of the shard.
 
     Raises:
-        InputError: The shard is broken.
+        InputError: The shard is broken, or was changed since it was packed.
         OSError: The disk is full, or cannot be written.
     """
     packed = PackedFolder(one_shard(source, shard))
-    original = json.loads(read_header(source / shard)).get("__metadata__", {}).get(ORIGINAL_HEADER)
+    metadata = json.loads(read_header(source / shard)).get("__metadata__", {})
+    original = metadata.get(ORIGINAL_HEADER)
     if original is None:
         text, order = _fresh_header(packed)
         content = header_bytes(text)
     else:
-        content, order = struct.pack("<Q", len(original.encode())) + original.encode(), _order(packed, original)
+        content, order = header_of(original), _order(packed, original)
     with replacing(target / (name or shard)) as file:
         file.write(content)
+        checksum = zlib.crc32(content)
         for key in order:
             for piece in packed._parts(key, _COPIED):
                 file.write(piece)
+                checksum = zlib.crc32(piece, checksum)
+        if original is not None and metadata.get(DENSE_CHECKSUM, f"{checksum:08x}") != f"{checksum:08x}":
+            raise InputError("model.path", source, f"{shard} was changed since it was packed: it has another CRC-32")
 
 
 def _fresh_header(packed: PackedFolder) -> tuple[str, list[str]]:
@@ -238,6 +261,11 @@ def _order(packed: PackedFolder, original: str) -> list[str]:
         shard = packed.shards[0]
         raise InputError("model.path", packed.path, f"{shard} says it was made from a file with other tensors")
     return order
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _element_size(dtype: str) -> int:

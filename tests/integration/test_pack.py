@@ -194,6 +194,28 @@ def test_bad_input_is_one_line(sparse: Path, packed: Path, tmp_path: Path, capsy
         AutoModelForImageTextToText.from_pretrained(broken)
 
 
+@pytest.mark.parametrize("changed", ["value", "mask", "dense"])
+def test_a_bit_that_changed_since_packing_is_noticed(packed: Path, tmp_path: Path, capsys, changed: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(packed, broken)
+    shard = broken / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    folder = CheckpointFolder(broken)
+    key = next(key for key in folder if key + "_mask" in folder)
+    if changed == "mask":
+        masks = folder.read(key + "_mask").flatten()
+        at = folder[key + "_mask"].start + next(i for i, byte in enumerate(masks.tolist()) if 0 < byte < 255)
+        content[at] = content[at] << 1 & 0xFF | content[at] >> 7  # as many bits, others
+    else:
+        name = key if changed == "value" else next(k for k in folder if k.endswith("norm.weight"))
+        content[folder[name].start] ^= 1
+    assert content != shard.read_bytes()
+    shard.write_bytes(content)
+    said = refused(capsys, "unpack", f"--model.path={broken}", f"--output={tmp_path / 'unpacked'}")
+    assert "model.safetensors was changed since it was packed" in said
+    assert not (tmp_path / "unpacked" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("verb", ["pack", "unpack"])
 @pytest.mark.parametrize("after", [0, 1])
 def test_an_interrupted_run_goes_on(

@@ -11,13 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lvlm_prune.errors import LVLMPruneError
+from lvlm_prune.packed.library_file import library_file
 
 VERSION = 1
 """Of the interface; a library of another version is not used."""
@@ -54,9 +54,12 @@ def check_with(check: Callable[[], bool]) -> None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, ready to be called; None where it is not built or does not fit."""
+    path = library_file()
+    if path is None:
+        return None
     try:
-        return _prepare(ctypes.CDLL(str(_path())))
-    except (OSError, AttributeError):  # not there, built for another machine, or by another version of this package
+        return _prepare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError):  # built for another machine, or by another version of this package
         return None
 
 
@@ -86,11 +89,6 @@ def limited_to(name: str) -> Iterator[Level]:
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor on the CPU."""
     return None if tensor is None else tensor.data_ptr()
-
-
-def _path() -> Path:
-    places = [Path(__file__).with_name("_packed" + suffix) for suffix in EXTENSION_SUFFIXES]
-    return next((place for place in places if place.exists()), places[0])
 
 
 def _parse(name: str) -> Level:

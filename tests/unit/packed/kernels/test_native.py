@@ -1,7 +1,11 @@
 """Which kernels are used: the best ones of the machine, or lesser ones that were asked for."""
 
+from pathlib import Path
+
 import pytest
 
+from lvlm_prune import __version__
+from lvlm_prune.cli import main
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.packed.kernels import kernel_report, native
 
@@ -24,16 +28,26 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     native._from_environment.cache_clear()
 
 
-def test_the_version_says_which_kernels_are_there(run_cli):
+def test_the_kernels_of_this_machine_are_said(run_cli):
     result = run_cli("kernels")
     assert result.stdout.splitlines() == [kernel_report()]
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_version_says_whether_kernels_were_built(capsys, monkeypatch, built):
+    file = Path("kernels.so") if built else None
+    monkeypatch.setattr("lvlm_prune.packed.library_file.library_file", lambda: file)
+    assert main(["--version"]) == 0
+    version, kernels = capsys.readouterr().out.splitlines()
+    assert version == f"lvlm-prune {__version__}"
+    assert kernels.startswith(f"packed kernels: {'built;' if built else 'not built (no compiler'}")
 
 
 def test_a_library_of_another_version_is_not_used(compile_kernels, monkeypatch, tmp_path):
     source = tmp_path / "other.cpp"
     source.write_text('extern "C" int lvlm_version() { return 1000; }')
     path = compile_kernels(source, "-shared", "-fPIC")
-    monkeypatch.setattr(native, "_path", lambda: path)
+    monkeypatch.setattr(native, "library_file", lambda: path)
     native.library.cache_clear()
     native._best.cache_clear()
     assert native.library() is None
