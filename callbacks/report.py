@@ -12,6 +12,7 @@ from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
+from lvlm_prune.pruning.input_zeros import name_of_input
 from lvlm_prune.report.card import refresh_card
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class PruningReport(PruneCallback):
             trainer.run.record.write(folder)
         size, seconds = trainer.run.record["size_bytes"], trainer.run.record["seconds"]
         if "quality" in trainer.run.record:
-            trainer.run.say(quality_line(trainer.run.record["quality"]))
+            trainer.run.say(quality_line(trainer.run.record["quality"], name_of_input(trainer.run.record)))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
         trainer.run.say(f"wrote {folder} (weights {size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
         pruning = trainer.run.find(BlockwisePruning)

@@ -68,8 +68,12 @@ def _scores_table(evaluation: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def quality_line(quality: Mapping[str, Any]) -> str:
+def quality_line(quality: Mapping[str, Any], before: str = "dense") -> str:
     """What was measured, in a line.
+
+    Args:
+        quality: What was measured.
+        before: What the model that was pruned is called: `dense`, or `input` where it was pruned before.
 
     Example:
         >>> print(quality_line({"samples": 8, "tokens": 900, "held_back": True, "dense_perplexity": 5.0,
@@ -79,13 +83,13 @@ def quality_line(quality: Mapping[str, Any]) -> str:
     """
     if "not_measured" in quality:
         return f"perplexity and KL not measured: {quality['not_measured']}"
-    before, after, apart = (_written(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
+    then, now, apart = (_written(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
     line = (
         f"on {measured_on(quality)} ({quality['tokens']} text tokens): "
-        f"perplexity {before} → {after}, KL(dense ‖ pruned) {apart} nats per token"
+        f"perplexity {then} → {now}, KL({before} ‖ pruned) {apart} nats per token"
     )
     if "agreement" in quality:
-        line += f", the dense model's most likely token at {quality['agreement']:.1%}"
+        line += f", the {before} model's most likely token at {quality['agreement']:.1%}"
     return line
 
 

@@ -21,6 +21,11 @@ def was_pruned_before(record: Mapping[str, Any]) -> bool:
     return record.get("input_zeros", 0.0) >= NOTICED_ZEROS
 
 
+def name_of_input(record: Mapping[str, Any]) -> str:
+    """What the model that a run pruned is called where it stands beside the pruned one: `dense`, or `input`."""
+    return "input" if was_pruned_before(record) else "dense"
+
+
 def zeros_of_input(module: LVLMModule, weights: Weights, shapes: Mapping[str, tuple[int, int]]) -> float:
     """Share of zeros, before anything is pruned, of the weights that are going to be; estimated from 64 KiB of each.
 

@@ -19,13 +19,14 @@ from huggingface_hub import ModelCard
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
+from lvlm_prune.methods import solvers
 from lvlm_prune.output.base_record import pruned_how
 from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import quality_line, readable_count, size_ratio
-from lvlm_prune.pruning.input_zeros import was_pruned_before
+from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 
@@ -182,7 +183,9 @@ def _title(
     model = base or _EMBEDDED.get(path) or Path(path).name or folder.name
     method = how.get("method", {}).get("init_args", {}).get("name")
     target = how.get("sparsity", {}).get("target")
-    pruned = f", pruned to {target:.0%}" if target is not None else ", sparse"
+    # Where the input had more zeros than were asked for, they are still there.
+    zeros = max(target, Manifest(record).achieved_sparsity()) if target is not None and "linears" in record else target
+    pruned = f", pruned to {zeros:.0%}" if zeros is not None else ", sparse"
     recovered = ", recovered" if "training" in record else ""
     return model + pruned + (f" by {method}" if method else "") + recovered
 
@@ -244,9 +247,14 @@ def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
 
 
 def _plugins(method: Mapping[str, Any], is_calibrated: bool) -> str:
-    """The method's name and what it is composed of; without samples no pool is asked."""
+    """The method's name and what it is composed of; without samples no pool is asked, and by some solvers no scorer."""
     options = method.get("init_args", {})
-    kinds = (*(["pool"] if is_calibrated else []), "scorer", "solver", "allocation")
+    kinds = (
+        *(["pool"] if is_calibrated else []),
+        *(["scorer"] if _asks_scorer(options) else []),
+        "solver",
+        "allocation",
+    )
     parts = [
         str(options[name]["class_path"]).rpartition(".")[2]
         for name in kinds
@@ -254,6 +262,19 @@ def _plugins(method: Mapping[str, Any], is_calibrated: bool) -> str:
     ]
     name = str(options.get("name") or "")
     return f"{name} ({', '.join(parts)})" if name and parts else name or ", ".join(parts)
+
+
+def _asks_scorer(options: Mapping[str, Any]) -> bool:
+    """Whether the solver begins with what the scorer's own solver found; by its record, so that only ours are known."""
+    solver = options.get("solver")
+    while isinstance(solver, Mapping):
+        found = getattr(solvers, str(solver.get("class_path", "")).rpartition(".")[2], None)
+        if found is None:
+            return True
+        if not found.continues:
+            return False
+        solver = solver.get("init_args", {}).get("start")
+    return True
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:
@@ -293,7 +314,7 @@ def _scores(folder: Path, record: Mapping[str, Any]) -> str:
             "these numbers do not say what is left of the one that was dense."
         )
     if "perplexity" in record.get("quality", {}):
-        line = quality_line(record["quality"])
+        line = quality_line(record["quality"], name_of_input(record))
         parts.append(f"{line[0].upper()}{line[1:]}.")
     evaluated, found = read_record(folder), record.get("evaluation")
     if evaluated is not None:

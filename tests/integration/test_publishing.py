@@ -19,6 +19,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.output.base_record import record_of
 from lvlm_prune.runs import publishing
 from tests.conftest import GOLDEN
+from tests.hub_folders import write_captions, write_folder
 from tests.pages import Page
 
 
@@ -128,6 +129,21 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert record_of(packed)["dense"]["path"] == str(GOLDEN / "model")
     assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
+
+
+def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(tmp_path):
+    write_folder(tmp_path / "dense", "llava")
+    photos = write_captions(tmp_path / "patients", 4)
+    source = ["--data.source=LlavaJsonSource", f"--data.source.path={photos}", "--data.num_samples=2"]
+    out = tmp_path / "out"
+    assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, f"--output={out}"]) == 0
+    name = "--engine.benchmark.source"
+    asked = ["--engine.benchmark=LocalBenchmark", f"{name}=LlavaJsonSource", f"{name}.path={photos}"]
+    assert main(["evaluate", f"--model.path={out}", *asked]) == 0
+    beside = tmp_path / "out.private"
+    for folder, is_private in ((out, False), (beside, True)):
+        assert "average score, evaluated" in re.sub("<[^>]*>", "", (folder / "report.html").read_text())
+        assert ("patients" in (folder / "evaluation.json").read_text()) == is_private
 
 
 @pytest.fixture(params=["folder", "file", "link"])

@@ -28,7 +28,7 @@ from lvlm_prune.output.names import (
     PRUNING_RECORD,
     RECOVERY_RECORD,
 )
-from lvlm_prune.output.private import is_left_out, without_private
+from lvlm_prune.output.private import is_left_out, private_folder, without_private
 from lvlm_prune.output.provenance import origin_of, versions
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import describe, mounted
@@ -122,6 +122,10 @@ class EvaluationRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_record(self.folder, without_private(record) if self._is_publishable() else record)
             page, card = refresh_page(self.folder), refresh_card(self.folder)
+            beside = private_folder(self.folder)
+            if (beside / PAGE_NAME).is_file():
+                write_record(beside, record)
+                refresh_page(beside)
         more = [name for name, there in ((PAGE_NAME, page), (MODEL_CARD, card)) if there]
         written = " · ".join([EVALUATION_RECORD, EVALUATION_TABLE, *more])
         table = evaluation_table(record)

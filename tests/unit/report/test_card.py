@@ -252,3 +252,34 @@ def test_a_model_that_was_sparse_before_is_not_called_dense(tmp_path):
     assert "What is left of the sparse model" in card
     assert "It had 50% zeros before this run." in card
     assert "Below is the card of the sparse model" in card
+    assert "KL(input ‖ pruned) 0.1" in card
+    assert "the input model's most likely token at 90.0%" in card
+
+
+def test_the_title_has_the_zeros_that_are_there(tmp_path):
+    record = {**pruned(), "sparsity": {"target": 0.5, "achieved": 0.7}}
+    record["linears"] = {name: entry | {"achieved": 0.7} for name, entry in record["linears"].items()}
+    assert "# owner/dense, pruned to 70% by ATV" in card_of(folder_of(tmp_path, record), DENSE)
+
+
+@pytest.mark.parametrize(
+    ("solver", "named"),
+    [
+        ({"class_path": "lvlm_prune.methods.solvers.ALPSSolver"}, False),
+        ({"class_path": "lvlm_prune.methods.solvers.RefitSolver", "init_args": {"start": None}}, True),
+        (
+            {
+                "class_path": "lvlm_prune.methods.solvers.RefitSolver",
+                "init_args": {"start": {"class_path": "lvlm_prune.methods.solvers.ALPSSolver"}},
+            },
+            False,
+        ),
+        ({"class_path": "mine.OwnSolver"}, True),
+    ],
+)
+def test_a_scorer_that_no_solver_asks_is_not_named(tmp_path, solver, named):
+    record = pruned()
+    record["method"]["init_args"] |= {"name": "", "solver": {"init_args": {}, **solver}}
+    card = card_of(folder_of(tmp_path, record), DENSE)
+    assert solver["class_path"].rpartition(".")[2] in card
+    assert ("WandaScorer" in card) == named
