@@ -21,8 +21,7 @@ typedef void (*Rows)(const void* rows, const float* input, i64 columns, float* o
 
 template <class V, int B> static Group group_of(int level) {
 #ifdef AVX512
-    if constexpr (std::is_same<V, Bfloat>::value)
-        if (level == WITH_AVX512) return group_avx512<B>;
+    if (level == WITH_AVX512) return group_avx512<V, B>;
 #endif
 #ifdef AVX2
     if (level >= WITH_AVX2) return group_avx2<V, B>;
@@ -289,7 +288,7 @@ int lvlm_dense(const void* w, i64 rows, i64 columns, int kind, const void* x, in
     if (level >= WITH_AVX2) four = kind == FLOAT ? dense_avx2<float> : kind == BFLOAT ? dense_avx2<Bfloat> : dense_avx2<Half>;
 #endif
 #ifdef AVX512
-    if (apart(level, kind)) four = dense_avx512;
+    if (level == WITH_AVX512 && kind != FLOAT) four = kind == BFLOAT ? dense_avx512<Bfloat> : dense_avx512<Half>;
 #endif
     if (!four || rows % 4 || columns % 64) return false;
     auto input = prepared(x, x_kind, 1, columns, columns, apart(level, kind));

@@ -39,6 +39,20 @@ template <class Change> static inline Shorts emulated_words(Shorts v, Change cha
 }
 static inline Shorts emulated_shift(Shorts v, int bits) { return emulated_words(v, [=](uint32_t word) { return word << bits; }); }
 static inline Shorts emulated_and(Shorts v, uint32_t bits) { return emulated_words(v, [=](uint32_t word) { return word & bits; }); }
+struct Sixteen { uint16_t at[16]; };
+static inline Sixteen emulated_sixteen(Shorts v, int which) { Sixteen s; memcpy(&s, v.at + 16 * which, 32); return s; }
+static inline Sixteen emulated_first(Shorts v) { return emulated_sixteen(v, 0); }
+AVX2 static inline Floats emulated_from_half(Sixteen v) {
+    Floats f;
+    for (int i = 0; i < 16; i++) f.at[i] = _cvtsh_ss(v.at[i]);
+    return f;
+}
+static inline Floats emulated_expand_floats(uint16_t mask, Floats v) {
+    Floats spread = {};
+    for (int i = 0, next = 0; i < 16; i++)
+        if (mask >> i & 1) spread.at[i] = v.at[next++];
+    return spread;
+}
 static inline float emulated_total(Floats v) {
     float total = 0;
     for (float f : v.at) total += f;
@@ -48,6 +62,11 @@ static inline float emulated_total(Floats v) {
 #define __m512i Shorts
 #define __m512 Floats
 #define __mmask32 uint32_t
+#define __mmask16 uint16_t
+#define _mm512_castsi512_si256 emulated_first
+#define _mm512_extracti64x4_epi64 emulated_sixteen
+#define _mm512_cvtph_ps emulated_from_half
+#define _mm512_maskz_expand_ps emulated_expand_floats
 #define _mm512_loadu_si512 emulated_load
 #define _mm512_load_ps emulated_load_floats
 #define _mm512_storeu_si512 emulated_store
