@@ -83,6 +83,67 @@ template <class V, int B> AVX512 static void group_avx512(const uint64_t* mask, 
         for (int b = 0; b < B; b++) out[r * B + b] = _mm512_reduce_add_ps(sum[r][b]);
 }
 
+// The total of each of eight vectors, added to `out`.
+AVX512 static inline void add_totals(const __m512* v, float* out) {
+#ifdef LVLM_EMULATED
+    for (int r = 0; r < 8; r++) out[r] += _mm512_reduce_add_ps(v[r]);
+#else
+    __m256 half[8];
+    for (int r = 0; r < 8; r++) half[r] = _mm256_add_ps(_mm512_castps512_ps256(v[r]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v[r]), 1)));
+    __m256 four[2];  // quarters of four totals in each lane
+    for (int i = 0; i < 2; i++) four[i] = _mm256_hadd_ps(_mm256_hadd_ps(half[4 * i], half[4 * i + 1]), _mm256_hadd_ps(half[4 * i + 2], half[4 * i + 3]));
+    __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20), high = _mm256_permute2f128_ps(four[0], four[1], 0x31);
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), _mm256_add_ps(low, high)));
+#endif
+}
+
+// Eight rows of a panel times B tokens, added to `out` (B, 8).
+template <int B> AVX512 static inline void add_products(const float* panel, const float* x, i64 stride, i64 columns, float* out) {
+    __m512 sum[B][8];
+    for (int b = 0; b < B; b++)
+        for (int r = 0; r < 8; r++) sum[b][r] = _mm512_setzero_ps();
+    for (i64 c = 0; c < columns; c += 16) {
+        __m512 in[B];
+        for (int b = 0; b < B; b++) in[b] = _mm512_load_ps(x + b * stride + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            __m512 w = _mm512_load_ps(panel + r * PANEL_STRIDE + c);
+            for (int b = 0; b < B; b++) sum[b][r] = _mm512_fmadd_ps(w, in[b], sum[b][r]);
+        }
+    }
+    for (int b = 0; b < B; b++) add_totals(sum[b], out + 8 * b);
+}
+
+// A group times many tokens: its values are expanded once for all of them, to one panel after the other.
+// `panel` (8, PANEL_STRIDE) at whole lines; `out` (tokens, 8).
+template <class V> AVX512 static void panels_avx512(const uint64_t* mask, i64 words, const void* values, const float* input, i64 stride, i64 tokens, float* panel, float* out) {
+    const V* p = (const V*)values;
+    memset(out, 0, 4 * 8 * tokens);
+    for (i64 from = 0; from < words; from += PANEL_COLUMNS / 64) {
+        i64 n = words - from < PANEL_COLUMNS / 64 ? words - from : PANEL_COLUMNS / 64;
+        for (i64 w = 0; w < n; w++) {
+            const uint64_t* row = mask + 8 * (from + w);
+            _mm_prefetch((const char*)row + AHEAD / 4, _MM_HINT_T0);
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                const uint32_t* m = (const uint32_t*)(row + r);
+                Columns low = expanded(p, m), high = expanded(p + ones(*m), m + 1);
+                _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
+                p += ones(row[r]);
+                float* at = panel + r * PANEL_STRIDE + 64 * w;
+                _mm512_store_ps(at, low.first), _mm512_store_ps(at + 16, low.second);
+                _mm512_store_ps(at + 32, high.first), _mm512_store_ps(at + 48, high.second);
+            }
+        }
+        const float* x = input + 64 * from;
+        for (i64 t = 0; t < tokens; t += 3) {
+            if (tokens - t > 2) add_products<3>(panel, x + t * stride, stride, 64 * n, out + 8 * t);
+            else if (tokens - t > 1) add_products<2>(panel, x + t * stride, stride, 64 * n, out + 8 * t);
+            else add_products<1>(panel, x + t * stride, stride, 64 * n, out + 8 * t);
+        }
+    }
+}
+
 AVX512 static const Bfloat* expand_avx512(const uint64_t* mask, int n, const Bfloat* p, Bfloat* out, i64 step) {
     for (int i = 0; i < n; i++, out += step) {
         const uint32_t* m = (const uint32_t*)(mask + i);

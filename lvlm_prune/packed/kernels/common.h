@@ -21,6 +21,8 @@ enum Level { PLAIN, WITH_AVX2, WITH_AVX512 };
 enum Kind { FLOAT, BFLOAT, HALF };
 static const i64 SLACK = 64;   // elements: the widest load
 static const int MOST = 4;     // tokens in one pass over a group
+// A panel: the rows of a group as floats, which stay in the first cache; their distance is no power of two.
+static const i64 PANEL_COLUMNS = 768, PANEL_STRIDE = PANEL_COLUMNS + 16;
 static const int VERSION = 1;  // of this interface
 static const int AHEAD = 8192;       // bytes that are asked for before they are needed, by measurement
 static const int DENSE_AHEAD = 2048;

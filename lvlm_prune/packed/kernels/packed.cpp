@@ -17,6 +17,7 @@
 // ---------------------------------------------------------------------------------------------------- choice
 
 typedef void (*Group)(const uint64_t* mask, i64 words, const void* values, const float* input, i64 stride, float* out);
+typedef void (*Panels)(const uint64_t* mask, i64 words, const void* values, const float* input, i64 stride, i64 tokens, float* panel, float* out);
 typedef void (*Rows)(const void* rows, const float* input, i64 columns, float* out);
 
 template <class V, int B> static Group group_of(int level) {
@@ -35,6 +36,14 @@ template <class V> static Group group_of(int level, int tokens) {
         case 3: return group_of<V, 3>(level);
         default: return group_of<V, MOST>(level);
     }
+}
+
+// For many tokens at once; null where there is none for an instruction set.
+static Panels panels_of(int level, int values) {
+#ifdef AVX512
+    if (level == WITH_AVX512) return values == FLOAT ? panels_avx512<float> : values == BFLOAT ? panels_avx512<Bfloat> : panels_avx512<Half>;
+#endif
+    return nullptr;
 }
 
 // Whether a product wants even and odd columns apart: bfloat16 stand in pairs, and are made floats two by two.
@@ -265,17 +274,25 @@ void lvlm_linear(const uint64_t* mask, const void* values, const i64* start, i64
     auto group_of_kind = kind == FLOAT ? group_of<float> : kind == BFLOAT ? group_of<Bfloat> : group_of<Half>;
     auto input = prepared(x, x_kind, tokens, columns, stride, apart(level, kind));
     const float* in = input.get();
-    share((rows + 7) / 8, threads, [=](i64 first, i64 last) {
+    auto finish = [=](float sum, i64 r, i64 t) { write(sum + (bias ? read(bias, r, bias_kind) : 0), y, t * rows + r, x_kind); };
+    Panels panels = tokens > MOST ? panels_of(level, kind) : nullptr;
+    i64 groups = (rows + 7) / 8;
+    if (panels) return share(groups, threads, [=](i64 first, i64 last) {
+        std::unique_ptr<float, Freed> panel((float*)aligned_alloc(64, 4 * 8 * PANEL_STRIDE)), out((float*)malloc(4 * 8 * tokens));
+        for (i64 g = first; g < last; g++) {
+            panels(mask + 8 * words * g, words, (const char*)values + start[g] * size, in, stride, tokens, panel.get(), out.get());
+            for (i64 i = 0; i < 8 && 8 * g + i < rows; i++)
+                for (i64 t = 0; t < tokens; t++) finish(out.get()[8 * t + i], 8 * g + i, t);
+        }
+    });
+    share(groups, threads, [=](i64 first, i64 last) {
         float out[8 * MOST];
         for (i64 g = first; g < last; g++)
             for (i64 t = 0; t < tokens; t += MOST) {
                 i64 n = tokens - t < MOST ? tokens - t : MOST;
                 group_of_kind(level, (int)n)(mask + 8 * words * g, words, (const char*)values + start[g] * size, in + t * stride, stride, out);
                 for (i64 i = 0; i < 8 && 8 * g + i < rows; i++)
-                    for (i64 b = 0; b < n; b++) {
-                        i64 r = 8 * g + i;
-                        write(out[i * n + b] + (bias ? read(bias, r, bias_kind) : 0), y, (t + b) * rows + r, x_kind);
-                    }
+                    for (i64 b = 0; b < n; b++) finish(out[i * n + b], 8 * g + i, t + b);
             }
     });
 }

@@ -10,7 +10,7 @@ from lvlm_prune.packed.kernels.linear import packed_linear
 from lvlm_prune.packed.kernels.matrix import PackedMatrix
 
 ROWS, COLUMNS = 19, 83  # with tails in both directions
-TOKENS = (1, 40)  # packed, and unpacked in pieces
+TOKENS = (1, 7, 80)  # packed, some at once, and unpacked in pieces
 
 
 def agrees() -> bool:

@@ -17,6 +17,10 @@ static inline Shorts emulated_aligned_load(const void* from) {
     if ((uintptr_t)from % 64) abort();
     return emulated_load(from);
 }
+static inline void emulated_store_floats(void* to, Floats v) {
+    if ((uintptr_t)to % 64) abort();
+    memcpy(to, &v, 64);
+}
 static inline void emulated_store(void* to, Shorts v) { memcpy(to, &v, 64); }
 static inline Shorts emulated_expand(uint32_t mask, Shorts v) {
     Shorts spread = {};
@@ -70,6 +74,7 @@ static inline float emulated_total(Floats v) {
 #define _mm512_loadu_si512 emulated_load
 #define _mm512_load_ps emulated_load_floats
 #define _mm512_storeu_si512 emulated_store
+#define _mm512_store_ps emulated_store_floats
 #define _mm512_maskz_expand_epi16 emulated_expand
 #define _mm512_castsi512_ps emulated_floats
 #define _mm512_slli_epi32 emulated_shift

@@ -28,7 +28,7 @@ def test_each_number_of_tokens(kernels, dtype, shape):
     dense = sparse(*shape, 0.5, dtype)
     matrix = PackedMatrix.from_dense(dense)
     bias = activations(shape[0], dtype=dtype, seed=2)
-    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20, 70):
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20, 63, 70):
         x = activations(tokens, shape[1], dtype=dtype)
         assert_as_exact_as(packed_linear(x, matrix), x, dense)
         assert_as_exact_as(packed_linear(x, matrix, bias), x, dense, bias)
@@ -76,7 +76,7 @@ def test_the_gradient_is_the_dense_one(kernels, tokens):
         bias = activations(24, dtype=torch.float32).requires_grad_()
         product(x, bias).square().sum().backward()
         gradients.append((x.grad, bias.grad))
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)  # sums of another order
 
 
 def test_a_compiled_model_has_the_operator_in_one_graph(kernels, monkeypatch, tmp_path):
