@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPES = [(1, 1), (7, 63), (8, 64), (9, 65), (3, 200), (33, 129), (64, 512), (130, 8)]
+SHAPES = [(1, 1), (7, 63), (8, 64), (9, 65), (3, 200), (33, 129), (64, 512), (130, 8), (20, 1700)]
 
 
 def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
