@@ -12,6 +12,7 @@ from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
+from lvlm_prune.plugins import describe
 from lvlm_prune.pruning.input_zeros import name_of_input
 from lvlm_prune.report.card import refresh_card
 
@@ -72,9 +73,8 @@ class PruningReport(PruneCallback):
             assert pl_module.folder is not None
             # What the input was pruned from itself, where it says so: retention is of that.
             earlier = record_of(pl_module.folder.path).get("dense") or {}
-            dense, source = earlier.get("path") or pl_module.path, trainer.run.config.get("data", {}).get("source", {})
-            images = source.get("init_args", {}).get("image_folder")
-            trainer.run.say(next_commands(folder, dense, image_folder=images))
+            dense = earlier.get("path") or pl_module.path
+            trainer.run.say(next_commands(folder, dense, describe(trainer.run.config)))
 
     @staticmethod
     def _take_stock(run: "Run") -> None:

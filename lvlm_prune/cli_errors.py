@@ -111,7 +111,7 @@ def explain(
         return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):
         return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments), known, plugins)
-    if missing := re.search(r"Problem with given class_path '([^']*)': (.*)", rest):
+    if missing := re.search(r"Problem with given class_path '([^']*)': (.*?)(?: - Expected an? NoneType\b.*)?$", rest):
         return f"{option} {missing[1]}: {missing[2]}{_close_in_module(missing[2])}"
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
         expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
@@ -198,7 +198,9 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
                 take = "takes" if len(owners) == 1 else "take"
                 return f" of the class in use; {' and '.join(owners)} {take} it"
             beside += [name for names in plugins.values() for name in names]
-        close = [one for one in get_close_matches(name, beside, n=1, cutoff=0.75) if one != name]
+        # One wrong letter is a larger part of a short name: `alfa`.
+        cutoff = 0.65 if len(name) <= 5 else 0.75
+        close = [one for one in get_close_matches(name, beside, n=1, cutoff=cutoff) if one != name]
         meant = [f"{place}{dot}{one}" for one in close]
     return f"; is {' or '.join(meant)} meant?" if meant else ""
 

@@ -88,6 +88,26 @@ def _label_answers(processor: Any, sample: Conversation, input_ids: Tensor) -> T
     return labels
 
 
+def joins_answer(processor: Any, asked: Conversation, answered: Conversation) -> bool:
+    """Whether the tokens of a question, up to where a model begins to answer, are others when the answer follows.
+
+    A model generates behind the former and was trained on the latter, so that it may answer worse than it could. The
+    text tells it; images are not read.
+
+    Args:
+        processor: Of the model.
+        asked: The turns up to the answer.
+        answered: The same with the answer.
+    """
+    tokens = tokenizer_of(processor)
+    before = render(processor, asked.messages, add_generation_prompt=True)
+    whole = render(processor, answered.messages)
+    if not whole.startswith(before):
+        return False
+    head, ids = (list(tokens(text, add_special_tokens=False)["input_ids"]) for text in (before, whole))
+    return head != ids[: len(head)]
+
+
 def _tokens_before(processor: Any, sample: Conversation, ids: list[int], whole: str, turns: int, is_start: bool) -> int:
     """Number of tokens of the first `turns` turns, at whose end an answer starts, or ends.
 

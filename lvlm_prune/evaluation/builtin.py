@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lvlm_prune.checkpoints.allocator import keeping_freed
+from lvlm_prune.data.labels import joins_answer
 from lvlm_prune.data.processing import load_processor
 from lvlm_prune.demo import is_embedded
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.evaluation.answers import score
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.engine import Engine, Measurement
 from lvlm_prune.evaluation.local import LocalBenchmark
-from lvlm_prune.evaluation.scores import Benchmark, Scores
+from lvlm_prune.evaluation.scores import Benchmark, Question, Scores
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.temporary import temporary_folder
 from lvlm_prune.packed.folder import open_checkpoint
@@ -27,6 +28,9 @@ from lvlm_prune.plugins import lazy_default, own_instance
 if TYPE_CHECKING:
     from lvlm_prune.evaluation.likelihood import AnswerLikelihood
     from lvlm_prune.module import LVLMModule
+
+# Questions of which the prompt is held against the whole conversation.
+_LOOKED_AT = 16
 
 __all__ = ["BuiltinEngine", "EmbeddedBenchmark", "LocalBenchmark"]
 
@@ -107,11 +111,13 @@ class BuiltinEngine(Engine):
             share = len(likelihood.numbers)
             if baseline is not None:
                 with self._loaded(baseline, device) as (module, processor):
+                    more |= _joined(processor, questions)
                     dense = self._answer(module, processor, processes, "baseline")
                     if self._finds_answers(likelihood, module, processor, more):
                         with Progress("Right answers, baseline", share, "answers", shown=processes.is_main) as progress:
                             more["baseline_perplexity"] = likelihood.dense(module, processor, progress.update)
             with self._loaded(model, device) as (module, processor):
+                more |= _joined(processor, questions)
                 scores = self._answer(module, processor, processes, "model")
                 if self._finds_answers(likelihood, module, processor, more):
                     with Progress("Right answers, model", share, "answers", shown=processes.is_main) as progress:
@@ -173,3 +179,13 @@ def refuse_other_world(engine: Engine, model: LVLMModule) -> None:
             "--engine.benchmark LocalBenchmark --engine.benchmark.source LlavaJsonSource, or another --engine"
         )
         raise InputError("engine.benchmark", "EmbeddedBenchmark", problem)
+
+
+def _joined(processor: Any, questions: Sequence[Question]) -> dict[str, int]:
+    """Of the first questions, those whose prompt ends within a token of the whole conversation; empty without any."""
+    # What cannot be rendered is said where the question is asked.
+    joined = 0
+    for question in questions[:_LOOKED_AT]:
+        with suppress(RunError, ValueError):
+            joined += joins_answer(processor, question.asked, question.answered)
+    return {"joined_prompts": joined} if joined else {}

@@ -81,6 +81,13 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
     rows.append(row + ([_number(record["baseline_average"], 100), _percent(record["retention"])] if compared else []))
     nothing = ["the baseline gets none of these questions right, so no share of it can be retained"]
     notes = nothing if record["baseline_average"] == 0 else []
+    if record.get("joined_prompts"):
+        notes.append(
+            "what the chat template puts before an answer ends within a token of the whole conversation (mostly with a "
+            "space, which the tokenizer joins with the answer's first word): models answer behind tokens that they "
+            "were not trained on, so scores may be lower than the model is able to; the likelihoods below are not "
+            "concerned. A template whose generation prompt ends without the space avoids it"
+        )
     return "\n\n".join([markdown_table(heads, rows), *notes, *_likelihood(record)])
 
 

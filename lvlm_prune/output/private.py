@@ -45,6 +45,17 @@ def private_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + PRIVATE_SUFFIX)
 
 
+def public_folder(folder: Path) -> Path:
+    """The output folder whose private part a folder is; any other folder is its own.
+
+    Example:
+        >>> public_folder(Path("runs/sparse.private")).name, public_folder(Path("runs/sparse")).name
+        ('sparse', 'sparse')
+    """
+    folder = folder.absolute()
+    return folder.with_name(folder.name.removesuffix(PRIVATE_SUFFIX) or folder.name)
+
+
 def refuse_foreign(folder: Path) -> None:
     """Refuse an output folder where something that no run wrote is in the way of its private part.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,25 +124,26 @@ def _mixed(record: Mapping[str, Any], name: str) -> str:
 
 
 def next_commands(
-    folder: Path, dense: str, recovers: bool = True, packed: bool = False, image_folder: str | None = None
+    folder: Path, dense: str, config: Mapping[str, Any], recovers: bool = True, packed: bool = False
 ) -> str:
     """What can be done with a sparse checkpoint, a command in each line; words in capitals are the user's to fill in.
 
     Args:
         folder: The checkpoint.
         dense: What it was made from, as the user named it.
+        config: What repeats the run that made it: where the images of the user's data are is asked again.
         recovers: Whether `recover` is among them.
         packed: Whether it is packed: then it is unpacked before it is recovered.
-        image_folder: Where the images of the user's data are, if that was said.
 
     Example:
-        >>> print(next_commands(Path("out"), "me/llava", packed=True))
+        >>> print(next_commands(Path("out"), "me/llava", {"data": {"image_folder": "photos"}}, packed=True))
         next: lvlm-prune evaluate --model.path out --baseline me/llava --engine.benchmark LocalBenchmark \\
-                --engine.benchmark.source LlavaJsonSource --engine.benchmark.source.path QUESTIONS.json
+                --engine.benchmark.source LlavaJsonSource --engine.benchmark.source.path QUESTIONS.json \\
+                --engine.benchmark.source.image_folder photos
               lvlm-prune unpack --model.path out
     """
     sparse, origin = shlex.quote(str(folder)), shlex.quote(dense)
-    images = f".image_folder {shlex.quote(image_folder)}" if image_folder else ""
+    images = "".join(f".image_folder {shlex.quote(one)}" for one in [*_image_folders(config.get("data"))][:1])
     questions = "--engine.benchmark.source LlavaJsonSource --engine.benchmark.source.path QUESTIONS.json"
     questions += f" \\\n        --engine.benchmark.source{images}" if images else ""
     commands = [
@@ -157,6 +158,17 @@ def next_commands(
             commands.append(f"recover --model.path {sparse} {answers}")
         commands.append(f"pack --model.path {sparse}")
     return "next: " + "\n      ".join(f"lvlm-prune {command}" for command in commands)
+
+
+def _image_folders(options: Any) -> Iterator[str]:
+    """Where the images of a source are, or those of the first part of a mixture."""
+    if isinstance(options, Mapping):
+        if isinstance(folder := options.get("image_folder"), str | Path) and str(folder):
+            yield str(folder)
+        options = list(options.values())
+    if isinstance(options, list):
+        for one in options:
+            yield from _image_folders(one)
 
 
 def size_ratio(sizes: Mapping[str, int]) -> str:

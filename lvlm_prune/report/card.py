@@ -10,6 +10,7 @@ Nothing in it depends on the clock, so a run that was interrupted and went on wr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def card_of(
     is_ours = DENSE_CARD in body
     if dense_card is None and is_ours:
         body = body.split(DENSE_CARD, 1)[1].strip()
+        body = "" if re.fullmatch(r"The \w+ model came without a card\.", body) else body  # version 0.2 wrote that
     how = pruned_how(made_by)
     origin = _origin(made_by, packing)
     base = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
@@ -117,15 +119,17 @@ def card_of(
     )
     parts = [
         f"# {_title(folder, made_by, how, base, origin)}",
-        _introduction(made_by, base, packing),
+        _introduction(made_by, base, packing, bool(body)),
         markdown_table(["", ""], list(_facts(made_by, how, packing))),
         _scores(folder, made_by),
         loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(_TEXT_ONLY)),
         _zeros(packing, how),
         _private(made_by or packing),
-        f"---\n\n*Below is the card of the {_before(made_by)}, as it was: its results are not those of this model.*",
+        f"---\n\n*Below is the card of the {_before(made_by)}, as it was: its results are not those of this model.*"
+        if body
+        else f"---\n\n*The {_before(made_by)} came without a card.*",
         DENSE_CARD,
-        body or f"The {_before(made_by)} came without a card.",
+        body,
     ]
     return str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
@@ -190,10 +194,9 @@ def _title(
     return model + pruned + (f" by {method}" if method else "") + recovered
 
 
-def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[str, Any]) -> str:
-    made_from = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"the {_before(record)} whose card follows below"
-    )
+def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[str, Any], has_card: bool) -> str:
+    plain = f"the {_before(record)}" + " whose card follows below" * has_card
+    made_from = f"[{base}](https://huggingface.co/{base})" if base else plain
     text = f"Weights of {made_from} were set to zero after its training, by {_link()}"
     if "training" in record:
         text += "; those that remain were then trained to give back accuracy"

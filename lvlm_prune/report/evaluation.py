@@ -32,7 +32,9 @@ def evaluated_facts(run: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     name, key = ("retained", "retention") if found["retention"] is not None else ("average score", "average")
     facts = {f"{name}, evaluated": show(run, _KEY, key, unit="percent")}
-    return facts | {name: show(run, _KEY, key) for key, name in _MORE.items() if found.get(key) is not None}
+    return facts | {
+        name: show(run, _KEY, key, unit="measure") for key, name in _MORE.items() if found.get(key) is not None
+    }
 
 
 def evaluated_table(run: Mapping[str, Any]) -> Table | None:

@@ -36,6 +36,7 @@ _UNITS = {
     "percent": lambda value: f"{100 * value:.1f}%",
     "share": lambda value: f"{value:.4f}",
     "small": lambda value: f"{value:.3g}",
+    "measure": lambda value: f"{value:.4g}",
     "seconds": lambda value: f"{value:.1f} s",
     "megabytes": lambda value: f"{value / 1e6:.1f} MB",
 }
@@ -94,8 +95,8 @@ def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     Args:
         record: Nested mappings and lists.
         path: Keys and indices down to the number.
-        unit: `count`, `number` (one decimal), `percent` (of a share), `share`, `small` (three digits), `seconds`, or
-            `megabytes` (of bytes).
+        unit: `count`, `number` (one decimal), `percent` (of a share), `share`, `small` (three digits), `measure` (four
+            digits, as perplexity and KL on the screen), `seconds`, or `megabytes` (of bytes).
 
     Example:
         >>> show({"sparsity": {"achieved": 0.59375}}, "sparsity", "achieved", unit="percent")

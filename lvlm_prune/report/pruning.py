@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
-from lvlm_prune.output.private import is_left_out
+from lvlm_prune.output.private import is_left_out, public_folder
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.pruning.input_zeros import was_pruned_before
@@ -198,7 +198,9 @@ def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     names = {"dense_perplexity": f"perplexity, {before}", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
     found = run.get("quality", {})
     facts: dict[str, Any] = {"zeros before": show(run, "input_zeros", unit="percent")} if was_sparse else {}
-    facts |= {name: show(run, "quality", key) for key, name in names.items() if found.get(key) is not None}
+    facts |= {
+        name: show(run, "quality", key, unit="measure") for key, name in names.items() if found.get(key) is not None
+    }
     if "held_back" in found:
         facts["measured on"] = measured_on(found)
     elif found:
@@ -336,8 +338,10 @@ def _seconds(run: dict[str, Any]) -> PageFigure:
 
 def _example_weights(run: dict[str, Any], folder: Path | None) -> dict[int, list[float]]:
     """Block -> how much each visual token of the picture counts there, between 0 and 1."""
-    path = None if folder is None else folder / STATISTICS_NAME
-    if path is None or not path.is_file():
+    # A page in the private part of a folder has the picture; what was counted lies in the folder itself.
+    places = [] if folder is None else [folder, public_folder(folder)]
+    path = next((place / STATISTICS_NAME for place in places if (place / STATISTICS_NAME).is_file()), None)
+    if path is None:
         return {}
     with safe_open(path, framework="pt") as recorded:
         known = set(recorded.keys())

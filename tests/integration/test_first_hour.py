@@ -121,6 +121,12 @@ def test_a_small_calibration_set_is_said_to_be_one(tmp_path, capsys):
     assert "calibration: 4 samples, all that the source has; 128 would be taken of more" in said
     assert f"--engine.benchmark.source.image_folder {data.parent}" in said
     assert f"ANSWERS.json --data.source.image_folder {data.parent}" in said
+    options[-1] = f"--output={tmp_path / 'packed'}"
+    assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, "--packed=true"]) == 0
+    assert f"--engine.benchmark.source.image_folder {data.parent}" in capsys.readouterr().out
+    recovered = [options[0], "--report=false", "--trainer.max_epochs=1", f"--output={tmp_path / 'recovered'}"]
+    assert main(["recover", f"--model.path={tmp_path / 'out'}", *source, *recovered]) == 0
+    assert f"--engine.benchmark.source.image_folder {data.parent}" in capsys.readouterr().out
     options[-1] = f"--output={tmp_path / 'fewer'}"
     assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, "--data.num_samples=3"]) == 0
     assert "calibration: 3 samples, as --data.num_samples says; 128 are the default" in capsys.readouterr().out

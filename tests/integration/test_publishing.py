@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from lvlm_prune.cli import main
+from lvlm_prune.clock import command_began
 from lvlm_prune.output.base_record import record_of
 from lvlm_prune.runs import publishing
+from lvlm_prune.runs.evaluate import run as evaluating
 from tests.conftest import GOLDEN
 from tests.hub_folders import write_captions, write_folder
 from tests.pages import Page
@@ -131,7 +134,7 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
 
 
-def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(tmp_path):
+def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(tmp_path, monkeypatch):
     write_folder(tmp_path / "dense", "llava")
     photos = write_captions(tmp_path / "patients", 4)
     source = ["--data.source=LlavaJsonSource", f"--data.source.path={photos}", "--data.num_samples=2"]
@@ -139,10 +142,16 @@ def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(
     assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, f"--output={out}"]) == 0
     name = "--engine.benchmark.source"
     asked = ["--engine.benchmark=LocalBenchmark", f"{name}=LlavaJsonSource", f"{name}.path={photos}"]
+    drawn: list[float] = []
+    monkeypatch.setattr(evaluating, "refresh_card", lambda _: not drawn.append(time.perf_counter() - command_began()))
     assert main(["evaluate", f"--model.path={out}", *asked]) == 0
+    taken = json.loads((out / "evaluation.json").read_text())["seconds"]
+    assert taken >= drawn[0] > 0, "pages count, for which its user waits"
     beside = tmp_path / "out.private"
     for folder, is_private in ((out, False), (beside, True)):
-        assert "average score, evaluated" in re.sub("<[^>]*>", "", (folder / "report.html").read_text())
+        page = (folder / "report.html").read_text()
+        assert "average score, evaluated" in re.sub("<[^>]*>", "", page)
+        assert ('id="tokens"' in page) == is_private, "the picture of a sample, as before"
         assert ("patients" in (folder / "evaluation.json").read_text()) == is_private
 
 

@@ -66,6 +66,21 @@ def test_what_is_misspelt_is_told_how_it_is_meant(arguments, meant, capsys):
     assert line.endswith(end)
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (
+            "--pruning.pool.saliency=pathlib.Paht",
+            " pathlib.Paht: module 'pathlib' has no attribute 'Paht'; is pathlib.Path meant?",
+        ),
+        ("--pruning.pool.alfa=1", ": unknown option; is --pruning.pool.alpha meant?"),
+    ],
+)
+def test_what_is_misspelt_inside_a_class_is_told_without_types_of_python(argument, said, capsys):
+    assert main(["prune", argument]) == 2
+    assert capsys.readouterr().err == f"error: {argument.split('=')[0]}{said}\n"
+
+
 def test_an_option_of_a_class_that_is_not_chosen_names_the_classes_that_have_it(capsys):
     assert main(["prune", "--pruning.solver.keep_zeros=true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -120,12 +120,20 @@ class EvaluationRun:
             logger.finalize("success")
         with writing(self.folder, "the same command again scores once more"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_record(self.folder, without_private(record) if self._is_publishable() else record)
-            page, card = refresh_page(self.folder), refresh_card(self.folder)
             beside = private_folder(self.folder)
-            if (beside / PAGE_NAME).is_file():
-                write_record(beside, record)
-                refresh_page(beside)
+            places = [self.folder, *([beside] if (beside / PAGE_NAME).is_file() else [])]
+            is_publishable = self._is_publishable()
+
+            def note() -> None:
+                for place in places:
+                    left_out = place == self.folder and is_publishable
+                    write_record(place, without_private(record) if left_out else record)
+
+            note()
+            page, *_ = [refresh_page(place) for place in places]
+            card = refresh_card(self.folder)
+            record["seconds"] = time.perf_counter() - self.started  # of the pages too, which show it nowhere
+            note()
         more = [name for name, there in ((PAGE_NAME, page), (MODEL_CARD, card)) if there]
         written = " · ".join([EVALUATION_RECORD, EVALUATION_TABLE, *more])
         table = evaluation_table(record)

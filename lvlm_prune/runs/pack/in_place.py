@@ -12,6 +12,7 @@ from lvlm_prune.output.names import PACKING_RECORD
 from lvlm_prune.output.summaries import next_commands
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.packed.format import Format
+from lvlm_prune.plugins import describe
 from lvlm_prune.run import Run
 from lvlm_prune.runs.pack.record import packed_config
 from lvlm_prune.runs.pack.run import Packing
@@ -41,7 +42,7 @@ def pack_output(run: Run, model: LVLMModule, dense: str = "") -> None:
     if run.processes.is_main:
         pack_folder(run.folder, model, run.options.quiet)
         if dense and dense not in NAMES:
-            run.say(next_commands(run.folder, dense, packed=True))
+            run.say(next_commands(run.folder, dense, describe(run.config), packed=True))
 
 
 def pack_folder(folder: Path | str, model: LVLMModule, quiet: bool = False) -> None:

@@ -367,7 +367,7 @@ class RecoveryRun(ABC):
             write_page(self.folder, *page)
         self._say(summary(self.record, self.folder))
         if "evaluation" not in self.record and self.dense_name not in NAMES and not self.run.options.packed:
-            self._say(next_commands(self.folder, self.dense_name, recovers=False))
+            self._say(next_commands(self.folder, self.dense_name, self.record["config"], recovers=False))
 
     @property
     def dense_name(self) -> str:

@@ -7,9 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lvlm_prune.data import Conversation, Document
-from lvlm_prune.data.labels import IGNORED, AnswersNotLocated, encode_with_labels
+from lvlm_prune.data.labels import IGNORED, AnswersNotLocated, encode_with_labels, joins_answer
 from lvlm_prune.demo.datasets import QuestionConversations
 from lvlm_prune.demo.processing import build_processor, build_tokenizer
+from lvlm_prune.evaluation.builtin import _joined
+from lvlm_prune.evaluation.record import evaluation_table
+from lvlm_prune.evaluation.scores import Question
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,19 @@ def test_a_token_across_the_end_of_the_prompt_is_the_answers(joining):
     answers = [joining.decode(inputs["input_ids"][0][one : one + 2]) for one in starts]
     assert answers == [" red\n", " no\n"]
     assert len(parts) == 4
+
+
+def test_a_prompt_that_ends_within_a_token_of_the_conversation_is_told(joining):
+    asked, answered = [turn("user", "What color?")], [turn("user", "What color?"), turn("assistant", "red")]
+    assert joins_answer(joining, Conversation(asked), Conversation(answered))
+    found = _joined(joining, [Question("color", "text", "What color?", answer) for answer in ("red", "no")])
+    assert found == {"joined_prompts": 2}
+    record = {"tasks": {}, "average": 0.0, "baseline_average": None, "retention": None}
+    assert "models answer behind tokens that they were not trained on" in evaluation_table(record | found)
+    assert "not trained on" not in evaluation_table(record)
+    joining.chat_template = TEMPLATE.replace("ASSISTANT: ", "ASSISTANT:")
+    assert not joins_answer(joining, Conversation(asked), Conversation(answered))
+    joining.chat_template = TEMPLATE
 
 
 def test_a_template_that_renders_a_beginning_otherwise_says_so(joining):

@@ -156,6 +156,18 @@ def test_the_code_on_a_card_loads_the_model_or_the_card_says_what_is_missing(fam
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
+def test_a_dense_model_without_a_card_is_not_said_to_have_one(tmp_path):
+    record = pruned(
+        model={"path": "/home/me/dense", "class": "LlavaForConditionalGeneration", "folder": "/home/me/dense"}
+    )
+    for text in ("", f"{DENSE_CARD}\n\nThe dense model came without a card.\n"):  # version 0.2 wrote that
+        (tmp_path / "README.md").write_text(text)
+        write_card(tmp_path, record=record)
+        written = (tmp_path / "README.md").read_text()
+        assert written.count("came without a card") == 1
+        assert "below" not in written.replace("as below", "")
+
+
 def test_a_card_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text(DENSE)
     assert not refresh_card(tmp_path)
