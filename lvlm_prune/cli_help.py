@@ -11,12 +11,13 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lvlm_prune.cli_errors import ALONE, VERBS
+from lvlm_prune.cli_errors import ALONE, VERBS, hint
 
 TRAINER_HELP = "--help-trainer"
 
@@ -60,6 +61,35 @@ def stored_help(verb: str) -> str:
     if verb not in VERBS or any(name.startswith("LVLM_") for name in os.environ):
         return ""
     return (STORED_HELP / f"{verb}.txt").read_text(encoding="utf-8")
+
+
+def misspelt_option(arguments: Sequence[str]) -> str:
+    """An option that a command does not have and that comes close to one that it has, in a line; else empty.
+
+    Found in the stored help, since the parser that knows all options takes all libraries. Only the parser tells of
+    options of classes (`--pruning.pool.beta`), of Lightning's and of those without a section.
+
+    Args:
+        arguments: The command and what follows it.
+
+    Example:
+        >>> misspelt_option(["prune", "--pruning.sparsty", "0.5"])
+        '--pruning.sparsty: unknown option; is --pruning.sparsity meant?'
+        >>> misspelt_option(["prune", "--pruning.sparsity", "0.5", "--trainer.devces", "2"])
+        ''
+    """
+    known = re.findall(r"^  (--[\w.]+)", stored_help(arguments[0]) if arguments else "", re.MULTILINE)
+    if not known or TRAINER_HELP in arguments:
+        return ""
+    # With a plus, jsonargparse appends to a list.
+    for option in (one.partition("=")[0].removesuffix("+") for one in arguments if one.startswith("--")):
+        section, dot, name = option.partition(".")
+        # Where the section itself takes a class, what it has depends on that.
+        if not dot or "." in name or option in known or section in (*known, f"--{_TRAINER}"):
+            continue
+        if meant := hint(option, known, {}):
+            return f"{option}: unknown option{meant}"
+    return ""
 
 
 def command_help(parser: Any, verb: str, trainer: bool) -> str:

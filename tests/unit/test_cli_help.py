@@ -8,7 +8,7 @@ import pytest
 
 from lvlm_prune.cli import main
 from lvlm_prune.cli_errors import VERBS
-from lvlm_prune.cli_help import stored_help
+from lvlm_prune.cli_help import misspelt_option, stored_help
 from tests.conftest import REPOSITORY
 
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
@@ -25,6 +25,31 @@ def test_what_needs_no_library_loads_none(arguments):
     lines = shown.stdout.splitlines()
     assert lines[-1] == "loaded"
     assert len(lines) > 1
+
+
+def test_a_misspelt_option_is_refused_before_any_library_is_loaded():
+    code = (
+        "import sys; from lvlm_prune.cli import main; status = main(sys.argv[1:]); "
+        f"print('loaded', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "prune", "--model.path=demo", "--pruning.sparsty", "0.5"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 2
+    assert shown.stderr == "error: --pruning.sparsty: unknown option; is --pruning.sparsity meant?\n"
+    assert shown.stdout == "loaded\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_of_a_command_counts_as_misspelt(verb, monkeypatch):
+    import lvlm_prune.cli_parser
+
+    found = []
+    monkeypatch.setattr(lvlm_prune.cli_parser, "explain", lambda *given: found.extend(given[3]) or "")
+    assert main([verb, "--nonsense", "1"]) == 2
+    assert len(found) > 2
+    for option in found:
+        assert misspelt_option([verb, f"{option}=1"]) == ""
+        assert misspelt_option([verb, option, "1", "--pruning.pool.betta", "2", "--trainer.devces=2"]) == ""
 
 
 def test_every_command_is_listed_with_what_it_does(capsys):
