@@ -9,7 +9,8 @@ Each part takes less than three minutes and replaces its entry in the file. The 
 bfloat16 Linear and a dense kernel written with the same care as the packed one (`lvlm_dense` in `packed.cpp`). They and
 the packed kernel take turns, over copies of the weights that no cache holds together, and medians are compared.
 
-    linears   size, load time and one token, for shapes and sparsities, with the best instruction set and with AVX2
+    linears   size, load time and one token, for shapes and sparsities, with the best instruction set and with AVX2;
+              one shape in float16
     tokens    16 to 512 tokens at once
     model     tokens per second of a Llama of 1 B parameters with random weights, in transformers
 """
@@ -86,15 +87,15 @@ def in_turn(copies: list[Any]) -> Callable[[], Any]:
     return lambda: next(turn)
 
 
-def measure_linear(rows: int, columns: int, sparsity: float) -> dict[str, Any]:
-    """Size, load time and one token of one shape."""
-    dense = random_sparse(rows, columns, sparsity)
+def measure_linear(rows: int, columns: int, sparsity: float, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Size, load time and one token of one shape; torch's own product is of the same dtype."""
+    dense = random_sparse(rows, columns, sparsity).to(dtype)
     copies = max(BEYOND_CACHES // dense.nbytes, 2)
     values, mask = pack_rows(dense)
     packed = PackedMatrix.from_bitmask(values, mask, (rows, columns))
     next_dense = in_turn([dense.clone() for _ in range(copies)])
     next_packed = in_turn([PackedMatrix.from_bitmask(values, mask, (rows, columns)) for _ in range(copies)])
-    x = torch.randn(1, columns).bfloat16()
+    x = torch.randn(1, columns).to(dtype)
     contestants = {
         "torch": lambda: linear(x, next_dense()),
         "dense_kernel": lambda: cpu.dense_linear(x, next_dense()),
@@ -112,6 +113,7 @@ def measure_linear(rows: int, columns: int, sparsity: float) -> dict[str, Any]:
         "shape": [rows, columns],
         "sparsity": sparsity,
         "level": level().name.lower(),
+        "dtype": str(dtype).removeprefix("torch."),
         "times_smaller": dense.nbytes / packed.nbytes,
         "faster_than_torch": times["torch"] / times["packed"],
         "faster_than_dense_kernel": times["dense_kernel"] / times["packed"],
@@ -229,6 +231,7 @@ def run_part(part: str, sparsities: list[float]) -> Iterator[dict[str, Any]]:
     else:
         for shape in SHAPES:
             yield from (measure_linear(*shape, sparsity) for sparsity in sparsities)
+        yield measure_linear(*SHAPES[0], sparsities[0], torch.float16)
         if level() > Level.AVX2:
             with limited_to("avx2"):
                 yield measure_linear(*SHAPES[0], sparsities[0])
@@ -243,7 +246,12 @@ def markdown(record: dict[str, Any]) -> str:
             plural = "s" * (threads != "1")
             lines.append(f"| {threads} thread{plural} | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |")
             lines.append("|---|" + "---|" * len(sparsities))
-        linears = [entry for entry in parts.get("linears", []) if entry["level"] == parts["linears"][0]["level"]]
+        first = parts.get("linears", [{}])[0]
+        linears = [
+            entry
+            for entry in parts.get("linears", [])
+            if (entry["level"], entry.get("dtype", "bfloat16")) == (first["level"], "bfloat16")
+        ]
         if linears:
             sizes = [min(e["times_smaller"] for e in linears if e["sparsity"] == s) for s in sparsities]
             lines.append("| pruned Linears, times smaller | " + " | ".join(f"{size:.2f}" for size in sizes) + " |")

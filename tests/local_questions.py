@@ -37,8 +37,12 @@ WITHOUT_LM_EVAL = "lm_eval is not installed here, and LM_EVAL_PYTHON names no in
 LM_EVAL = os.environ.get("LM_EVAL_PYTHON", "") or (sys.executable if importlib.util.find_spec("lm_eval") else "")
 
 
-def write_lm_eval_task(folder: Path, questions: Path) -> int:
-    """Write the questions with an image as the task `mine` in lm-eval's own format; how many there are."""
+WITHOUT_LMMS_EVAL = "LMMS_EVAL_PYTHON names no interpreter that has lmms_eval"
+LMMS_EVAL = os.environ.get("LMMS_EVAL_PYTHON", "")
+
+
+def _write_table(folder: Path, questions: Path) -> int:
+    """Write the questions with an image as `questions.parquet`; how many there are."""
     from datasets import Dataset, Image
 
     source = LlavaJsonSource(str(questions))
@@ -54,6 +58,12 @@ def write_lm_eval_task(folder: Path, questions: Path) -> int:
     ).cast_column("image", Image())
     folder.mkdir()
     table.to_parquet(folder / "questions.parquet")
+    return len(rows)
+
+
+def write_lm_eval_task(folder: Path, questions: Path) -> int:
+    """Write the questions with an image as the task `mine` in lm-eval's own format; how many there are."""
+    count = _write_table(folder, questions)
     (folder / "mine.yaml").write_text(
         f"""task: mine
 dataset_path: parquet
@@ -69,4 +79,32 @@ filter_list: [{{name: none, filter: [{{function: remove_whitespace}}, {{function
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
     )
-    return len(rows)
+    return count
+
+
+def write_lmms_eval_task(folder: Path, questions: Path) -> int:
+    """The same in lmms-eval's own format, with functions of Python beside it."""
+    count = _write_table(folder, questions)
+    (folder / "utils.py").write_text(
+        """def images(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def question(doc, kwargs=None):
+    return doc["question"]
+"""
+    )
+    (folder / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder / "questions.parquet"}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.images
+doc_to_text: !function utils.question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 12, temperature: 0, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}]
+"""
+    )
+    return count

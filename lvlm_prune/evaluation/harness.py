@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from abc import abstractmethod
@@ -395,7 +396,8 @@ def _count(found: Mapping[str, Any], task: str) -> int:
 
 def _last_words(log: bytes, package: str) -> str:
     """The last line that the child said, and where all of it is kept."""
-    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", log.decode(errors="replace"))  # colours of its logger
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     with NamedTemporaryFile(prefix=f"{package}-", suffix=".log", delete=False) as kept:
         kept.write(log)
     return f"its last words: {lines[-1][:200] if lines else '(none)'} (all of them in {kept.name})"

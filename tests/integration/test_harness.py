@@ -154,6 +154,11 @@ FAILURES = {
     "a score is no number": (NINE | {"gqa": {"exact_match,none": "N/A"}}, {}, ["exact_match", "task gqa", "N/A"]),
     "half of MME": (NINE | {"mme": {"mme_perception_score,none": 1.0}}, {}, ["task mme", "mme_perception_score 1.0"]),
     "no results": (NINE, {"file": "nothing.txt"}, ["wrote no results"]),
+    "colours": (
+        NINE,
+        {"status": 1, "words": "\x1b[31m\x1b[1mno such model\x1b[0m"},
+        ["last words: no such model (all"],
+    ),
 }
 
 
