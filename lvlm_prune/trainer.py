@@ -143,7 +143,8 @@ class LVLMTrainer(RunTrainer):
             datamodule: What to train and to validate on.
             output: Folder to write, new or empty. Default: `runs/<model>-recovered`.
             resume: Go on with the unfinished run in `output`, from its last validation.
-            evaluate: Score the embedded model before and after on the embedded benchmark (other models are not scored).
+            evaluate: Measure what recovery gave back: the embedded model on the embedded benchmark, others by
+                perplexity and KL on up to 8 validation samples, where the dense model is known.
             report: Write `report.html` and its figures.
             method: Train sparse LoRA adapters on answers (`lora`, on the command line also `lora_distill`), or the
                 pruned Linears themselves (`full`); or fit the adapters of each block to the dense block's outputs, one

@@ -130,10 +130,18 @@ class CalibrationDataModule(L.LightningDataModule):
         except ValueError:  # of a source that cannot give as many
             found = []
         every = max(len(chosen) // count, 1)
+        return self.of(found[:count] or chosen[::every][:count]), bool(found)
+
+    def of(self, numbers: Sequence[int]) -> CalibrationDataModule:
+        """A set of these samples of the source; those that cannot be read are left out.
+
+        Args:
+            numbers: Their numbers in the source.
+        """
         other = copy.copy(self)
         other.on_error, other.skipped = "skip", []
-        other._selection = found[:count] or chosen[::every][:count]
-        return other, bool(found)
+        other._selection = list(numbers)
+        return other
 
     def _choose(self) -> list[int]:
         self.source.setup()

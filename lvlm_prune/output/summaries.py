@@ -43,6 +43,8 @@ def summary(record: Manifest, folder: Path) -> str:
     ]
     if "evaluation" in record:
         lines.append(_scores_table(record["evaluation"]))
+    if "quality" in record:
+        lines.append(recovered_line(record["quality"]))
     more = [name for name in ("adapter", PAGE_NAME, RECOVERY_RECORD) if (folder / name).exists()]
     written = " · ".join(["merged checkpoint", *more])
     return "\n".join([*lines, f"wrote {folder} ({written}) · {record['seconds']:.0f} s"])
@@ -91,6 +93,38 @@ def quality_line(quality: Mapping[str, Any], before: str = "dense") -> str:
     if "agreement" in quality:
         line += f", the {before} model's most likely token at {quality['agreement']:.1%}"
     return line
+
+
+def recovered_line(quality: Mapping[str, Any]) -> str:
+    """What recovery gave back, in a line.
+
+    Example:
+        >>> print(recovered_line({"samples": 8, "tokens": 900, "held_back": True, "dense_perplexity": 5.0, "kl": 0.1,
+        ...     "perplexity": 5.5, "agreement": 0.96, "pruned_perplexity": 6.25, "pruned_kl": 0.21,
+        ...     "pruned_agreement": 0.91}))
+        on 8 samples kept for validation (900 text tokens): perplexity 6.25 → 5.5 (dense: 5), KL from the dense model
+        0.21 → 0.1 nats per token, its most likely token at 91.0% → 96.0%
+    """
+    if "not_measured" in quality:
+        return f"perplexity and KL not measured: {quality['not_measured']}"
+    names = ("pruned_perplexity", "perplexity", "dense_perplexity", "pruned_kl", "kl")
+    before, after, dense, apart, nearer = (_written(quality[name]) for name in names)
+    same = f"{quality['pruned_agreement']:.1%} → {quality['agreement']:.1%}"
+    return (
+        f"on {validated_on(quality)} ({quality['tokens']} text tokens): perplexity {before} → {after} "
+        f"(dense: {dense}), KL from the dense model {apart} → {nearer} nats per token, its most likely token at {same}"
+    )
+
+
+def validated_on(quality: Mapping[str, Any]) -> str:
+    """Which samples the quality of a recovery is of.
+
+    Example:
+        >>> validated_on({"samples": 1, "held_back": False})
+        '1 sample that trained (none was kept for validation)'
+    """
+    which = "kept for validation" if quality["held_back"] else "that trained (none was kept for validation)"
+    return f"{quality['samples']} sample{'s' * (quality['samples'] != 1)} {which}"
 
 
 def measured_on(quality: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
-from lvlm_prune.output.summaries import quality_line, readable_count, size_ratio
+from lvlm_prune.output.summaries import quality_line, readable_count, recovered_line, size_ratio
 from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
@@ -317,7 +317,8 @@ def _scores(folder: Path, record: Mapping[str, Any]) -> str:
             "these numbers do not say what is left of the one that was dense."
         )
     if "perplexity" in record.get("quality", {}):
-        line = quality_line(record["quality"], name_of_input(record))
+        quality = record["quality"]
+        line = recovered_line(quality) if "training" in record else quality_line(quality, name_of_input(record))
         parts.append(f"{line[0].upper()}{line[1:]}.")
     evaluated, found = read_record(folder), record.get("evaluation")
     if evaluated is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.output.summaries import validated_on
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
@@ -15,6 +16,15 @@ from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
+_QUALITY = {
+    "dense_perplexity": "perplexity, dense",
+    "pruned_perplexity": "perplexity, pruned",
+    "perplexity": "perplexity, recovered",
+    "pruned_kl": "KL per text token, pruned",
+    "kl": "KL per text token, recovered",
+    "pruned_agreement": "agreement with the dense model, pruned",
+    "agreement": "agreement with the dense model, recovered",
+}
 
 
 def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tuple[str, dict[str, PageFigure]]:
@@ -84,6 +94,14 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         for which in ("pruned", "recovered"):
             facts[f"retained, {which}"] = show(run, "evaluation", "retention", which, "average", unit="percent")
     facts |= evaluated_facts(run)
+    found = run.get("quality", {})
+    for key, name in _QUALITY.items():
+        if found.get(key) is not None:
+            facts[name] = show(run, "quality", key, unit="percent" if key.endswith("agreement") else "measure")
+    if "held_back" in found:
+        facts["measured on"] = validated_on(found)
+    elif found:
+        facts["perplexity"] = "not measured"
     training = run["training"]
     for key in ("trainable_parameters", "steps"):
         if training.get(key) is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.cli import main
-from lvlm_prune.data import CalibrationDataModule, TensorSource
+from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule, TensorSource
 from tests.conftest import GOLDEN
 from tests.integration.test_hub_folders import write_captions, write_folder
 
@@ -19,9 +20,9 @@ CALIBRATION = str(GOLDEN / "calib.safetensors")
 MEASURED = ["--evaluate=true", "--trainer.accelerator=cpu"]
 
 
-def measured(folder: Path, numbers: list[int]) -> tuple[float, float, float, float]:
+def measured(folder: Path, numbers: list[int], data: str = CALIBRATION) -> tuple[float, float, float, float]:
     """Perplexity dense and pruned, KL, share of equal most likely tokens: at every text token of golden samples."""
-    source, sums, count = TensorSource(CALIBRATION), torch.zeros(4, dtype=torch.float64), 0
+    source, sums, count = TensorSource(data), torch.zeros(4, dtype=torch.float64), 0
     source.setup()
     models = [AutoModelForImageTextToText.from_pretrained(path).eval() for path in (GOLDEN / "model", folder)]
     special = [models[0].config.image_token_id, models[0].config.video_token_id]
@@ -132,3 +133,37 @@ def test_without_samples_the_lack_of_numbers_is_said(tmp_path, capsys):
     arguments = ["prune", f"--model.path={GOLDEN / 'model'}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
     assert main([*arguments, *MEASURED]) == 0
     assert "perplexity and KL not measured: the method needs no samples, and none were given" in capsys.readouterr().out
+
+
+def test_what_recovery_gave_back_is_that_of_the_whole_models(bases, labelled, recover, tmp_path, capsys):
+    base, out = bases / "unstructured-float32", tmp_path / "out"
+    assert recover(base, out, "--report=true", "--trainer.max_epochs=2", "--optimization.learning_rate=0.01") == 0
+    found = json.loads((out / "recovery.json").read_text())["quality"]
+    data = RecoveryDataModule(TensorSource(str(labelled)), validation_samples=2, batch_size=2)
+    data.setup()
+    for prefix, folder in (("pruned_", base), ("", out)):
+        before, after, apart, same = measured(folder, data.validation_indices, str(labelled))
+        assert found["dense_perplexity"] == pytest.approx(before, rel=1e-4)
+        assert found[f"{prefix}perplexity"] == pytest.approx(after, rel=1e-4)
+        assert found[f"{prefix}kl"] == pytest.approx(apart, rel=1e-3)
+        assert found[f"{prefix}agreement"] == pytest.approx(same, abs=1.5 / found["tokens"])
+    assert found["kl"] != found["pruned_kl"]
+    said, card = capsys.readouterr().out, (out / "README.md").read_text()
+    numbers = f"{found['pruned_kl']:.4g} → {found['kl']:.4g} nats per token"
+    assert "on 2 samples kept for validation" in said
+    assert numbers in said
+    assert numbers in card
+    assert "perplexity, recovered" in (out / "report.html").read_text()
+
+
+def test_without_validation_samples_or_a_dense_model_it_says_so(bases, recover, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(bases / "unstructured-float32", base)
+    steps = ["--data.validation_samples=0", "--trainer.max_steps=1"]
+    assert recover(base, tmp_path / "trained", *steps) == 0
+    assert "samples that trained (none was kept for validation)" in capsys.readouterr().out
+    assert recover(base, tmp_path / "off", *steps, "--evaluate=false") == 0
+    assert "perplexity" not in capsys.readouterr().out
+    (base / "pruning.json").unlink()
+    assert recover(base, tmp_path / "unknown", *steps) == 0
+    assert "perplexity and KL not measured: the dense model is not known" in capsys.readouterr().out

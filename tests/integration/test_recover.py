@@ -89,7 +89,16 @@ def test_what_is_no_terminal_gets_lines_and_no_bar(bases, recover, tmp_path, cap
     assert recover(base, tmp_path / "quick", bar) == 0
     said = capfd.readouterr()
     begins = [line.split()[0] for line in said.out.splitlines()]
-    assert begins == ["recovered", "verified:", "wrote", "next:", "--engine.benchmark.source", "lvlm-prune", "private:"]
+    assert begins == [
+        "recovered",
+        "verified:",
+        "on",
+        "wrote",
+        "next:",
+        "--engine.benchmark.source",
+        "lvlm-prune",
+        "private:",
+    ]
     assert not said.err
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     assert recover(base, tmp_path / "slow", bar) == 0

@@ -37,23 +37,20 @@ class SampleQuality:
 
     Args:
         model: The dense model, opened from a folder.
-        datamodule: The calibration set, whose source has more samples.
-        count: Samples to measure on.
+        samples: What to measure on.
+        is_held_back: Whether these samples neither calibrated nor trained anything.
         device: Where blocks run.
-        calibrated: Whether samples of the set calibrate at all; where none do, all are held back.
     """
 
     def __init__(
         self,
         model: LVLMModule,
-        datamodule: CalibrationDataModule,
-        count: int,
+        samples: CalibrationDataModule,
+        is_held_back: bool,
         device: torch.device | str,
-        calibrated: bool = True,
     ) -> None:
         self._model, self._device = model, device
-        self._samples, has_others = datamodule.held_back(count)
-        self.is_held_back = has_others or not calibrated
+        self._samples, self.is_held_back = samples, is_held_back
         self._dense: tuple[Mapping[int, Tensor], Mapping[int, Tensor]] | None = None
 
     def fingerprint(self) -> str:

@@ -251,7 +251,9 @@ class PruneRun:
         run.samples = CaughtSamples()
         run.memory.forget()
         written, count = model.folder.at(run.folder), run.options.held_back
-        measure = SampleQuality(model, self.datamodule, count, self.launch.fabric.device, self.participants.samples())
+        samples, are_others = self.datamodule.held_back(count)
+        are_others = are_others or not self.participants.samples()  # where none calibrate, all are held back
+        measure = SampleQuality(model, samples, are_others, self.launch.fabric.device)
         run.record["quality"] = run.processes.on_main(lambda: measure(written))
 
     def _lacks_samples(self) -> str:

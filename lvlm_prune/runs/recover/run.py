@@ -49,6 +49,7 @@ from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.report.card import write_adapter_card, write_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.recover.embedded import DEMO_SPARSITY, prune_embedded, scored_beside_dense
+from lvlm_prune.runs.recover.quality import recovered_quality
 from lvlm_prune.runs.session import prepare_source, session, slow_products_line
 from lvlm_prune.threads import suitable_threads
 
@@ -340,10 +341,16 @@ class RecoveryRun(ABC):
             return None
 
     def _score(self) -> None:
-        """The embedded model dense, pruned and recovered, on the embedded benchmark; other models are not scored."""
+        """The embedded model dense, pruned and recovered, on the embedded benchmark; others on a few samples."""
         origin = self.base_record.get("origin") or self.base_record.get("model", {}).get("path")
         self.record["origin"] = origin
-        if not (self.run.options.evaluate and origin in NAMES):
+        if not self.run.options.evaluate:
+            return
+        if origin not in NAMES:
+            device = self.trainer.strategy.root_device
+            self.record["quality"] = recovered_quality(
+                self.model, self.folder, self.datamodule, self.recovery.dense, self.base_record, device
+            )
             return
         assert self.model.folder is not None
         self.record["evaluation"] = scored_beside_dense(origin, self.model.folder.path, self.folder, self.base_record)

@@ -177,7 +177,7 @@ class SearchRun:
 
     def _quality(self, launch: Launch) -> SampleQuality:
         """What tries are measured with; from here on it is known on which samples."""
-        quality = SampleQuality(self.model, self.datamodule, self.count, launch.fabric.device)
+        quality = SampleQuality(self.model, *self.datamodule.held_back(self.count), launch.fabric.device)
         prepare_source(self.model, self.datamodule.source)
         self.measured_on = self.run.processes.on_main(quality.fingerprint)
         return quality
