@@ -89,6 +89,12 @@ class PageFigure:
         self.svg, self.png  # noqa: B018
 
 
+def draw_all(plates: Mapping[str, PageFigure]) -> None:
+    """Draw the figures of a page now."""
+    for plate in plates.values():
+        plate.draw()
+
+
 def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     """A number of a record for a page, which tells where it stands in the record.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -11,20 +11,29 @@ from markupsafe import Markup
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.figures.probe import contribution_curves, token_map
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
+from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.sparsity import table_by_kind
 
 _TERMS = {"text": "within text", "visual": "within visual", "between": "between the modalities"}
 
 
-def probe_page(record: Mapping[str, Any]) -> tuple[str, dict[str, PageFigure]]:
-    """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`."""
+def probe_page(record: Mapping[str, Any], drawn: Callable[[], None] | None = None) -> tuple[str, dict[str, PageFigure]]:
+    """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`.
+
+    Args:
+        record: What the run found.
+        drawn: Called when the figures are drawn, which takes longest; what it notes in the record is on the page.
+    """
     run = dict(record) | {"summary": summarise(record)}
     plates = {
         plate.name: plate
         for plate in [*_overlaps(run), _map(run), _drift(run), *_diversity(run), _curves(run)]
         if plate is not None
     }
+    if drawn is not None:
+        draw_all(plates)
+        drawn()
+        run |= record
     facts = {
         "model": model_name(run),
         "Linears": show(run, "summary", "num_linears", unit="count"),

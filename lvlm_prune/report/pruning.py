@@ -20,7 +20,7 @@ from lvlm_prune.pruning.input_zeros import was_pruned_before
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.report.linears import experts_of, experts_table, linears_table, summarise_experts
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
+from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
 
@@ -51,8 +51,7 @@ def pruning_page(
     run = with_evaluation(dict(manifest) | {"summary": summarise(manifest)}, folder)
     plates = {plate.name: plate for plate in _plates(run, folder) if plate is not None}
     if drawn is not None:
-        for plate in plates.values():
-            plate.draw()
+        draw_all(plates)
         drawn()
         run |= manifest
     title = f"{model_name(manifest)}: {manifest['method']['init_args']['name']}"

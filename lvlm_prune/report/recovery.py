@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lvlm_prune.output.summaries import validated_on
 from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
 from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
-from lvlm_prune.report.page import PageFigure, Table, model_name, render_page, repeat_command, show
+from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span
 
@@ -27,22 +27,29 @@ _QUALITY = {
 }
 
 
-def recovery_page(record: Mapping[str, Any], folder: Path | None = None) -> tuple[str, dict[str, PageFigure]]:
+def recovery_page(
+    record: Mapping[str, Any], folder: Path | None = None, drawn: Callable[[], None] | None = None
+) -> tuple[str, dict[str, PageFigure]]:
     """The page as HTML, and the figures on it; every number on it stands in the record, or in its `summary`.
 
     Args:
         record: What the run did.
         folder: The folder that the run wrote, where perhaps is what `evaluate` found of the checkpoint.
+        drawn: Called when the figures are drawn, which takes longest; what it notes in the record is on the page.
     """
     run = with_evaluation(dict(record) | {"summary": summarise(record)}, folder)
-    drawn = (
+    figures = (
         _retained(run),
         evaluated_figure(run),
         _losses(run),
         _errors(run),
         sparsity_figure(run, "Sparsity of each kind of Linear in each block, that of the base."),
     )
-    plates = {plate.name: plate for plate in drawn if plate is not None}
+    plates = {plate.name: plate for plate in figures if plate is not None}
+    if drawn is not None:
+        draw_all(plates)
+        drawn()
+        run |= record
     title = f"{model_name(run)}: recovered by {_METHODS.get(run['method'], run['method'])}"
     text = render_page(
         "recovery.html.j2",

@@ -1,21 +1,30 @@
 """The page of a recovery shows its record, and what was trained."""
 
 import json
+import time
 
 import pytest
 
+from lvlm_prune.clock import command_began
+from lvlm_prune.report import recovery
 from lvlm_prune.report.recovery import summarise
 from tests.pages import Page, refuse_other_numbers
 
 
 @pytest.mark.parametrize(("method", "figures"), [("lora", ["losses"]), ("full", ["losses"])])
-def test_every_number_is_the_records(method, figures, bases, recover, tmp_path):
-    output = tmp_path / "out"
+def test_every_number_is_the_records(method, figures, bases, recover, tmp_path, monkeypatch, capsys):
+    output, drawn = tmp_path / "out", []
+    draw_all = recovery.draw_all
+    monkeypatch.setattr(
+        recovery, "draw_all", lambda plates: (draw_all(plates), drawn.append(time.perf_counter() - command_began()))
+    )
     options = [f"--method={method}", "--trainer.max_epochs=3", "--report=true"]
     assert recover(bases / "unstructured-float32", output, *options) == 0
     record = json.loads((output / "recovery.json").read_text())
     page = Page((output / "report.html").read_text())
     refuse_other_numbers(page, record | {"summary": json.loads(json.dumps(summarise(record)))})
+    assert record["seconds"] >= drawn[0], "its user waits for the figures too"
+    assert f"recovery.json) · {record['seconds']:.0f} s" in capsys.readouterr().out
     assert page.figures == figures
     assert {path.stem for path in (output / "report").glob("*.png")} == set(figures)
     history = record["training"]["history"]

@@ -95,7 +95,8 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]], least_span: 
             axes.plot(list(points), list(points.values()), label=name, color=SERIES[number % len(SERIES)])
         axes.set_ylabel(label)
         if least_span is None:
-            axes.set_ylim(bottom=0)
+            highest = max(axes.dataLim.y1, 0.0)
+            axes.set_ylim(0, 1.06 * highest if math.isfinite(highest) and highest else None)  # no marker is cut off
         else:
             values = [value for points in lines.values() for value in points.values()]
             middle, span = (max(values) + min(values)) / 2, max(1.2 * (max(values) - min(values)), least_span)

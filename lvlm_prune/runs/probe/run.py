@@ -284,9 +284,12 @@ class ProbeRun:
             raise InputError("output", self.folder, f"{PROBE_RECORD} is not the one that was written; write elsewhere")
         self.run.say(f"verified: {1 + len(earlier['files'])} files are as they were written")
 
+    def _take_time(self) -> None:
+        self.run.record["seconds"] = time.perf_counter() - self.started
+
     def _finish(self) -> None:
         run, manifest = self.run, self.run.record
-        manifest["seconds"] = time.perf_counter() - self.started
+        self._take_time()
         if not run.processes.is_main:
             return
         table = grid_markdown(manifest)
@@ -296,7 +299,7 @@ class ProbeRun:
             if table:
                 replace_durably(self.folder / "probe.md", table.encode())
             with read_from(self.folder, PROBE_RECORD, self.resume):
-                page = probe_page(manifest)
+                page = probe_page(manifest, self._take_time)
             write_page(self.folder, *page)
             written = ("config.yaml", "probe.md", PAGE_NAME, FIGURE_FOLDER)
             manifest["files"] = records_of(self.folder, [self.folder / name for name in written])

@@ -355,10 +355,13 @@ class RecoveryRun(ABC):
         assert self.model.folder is not None
         self.record["evaluation"] = scored_beside_dense(origin, self.model.folder.path, self.folder, self.base_record)
 
+    def _take_time(self) -> None:
+        self.record["seconds"] = time.perf_counter() - self.started
+
     def _finish(self) -> None:
         for name in WORK_FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        self.record["seconds"] = time.perf_counter() - self.started
+        self._take_time()
         self.record["status"] = "complete"
         write_card(self.folder, record=self.record)
         if (self.folder / "adapter").is_dir():
@@ -370,8 +373,9 @@ class RecoveryRun(ABC):
             from lvlm_prune.report.recovery import recovery_page
 
             with read_from(self.folder, RECOVERY_RECORD, self.resume):
-                page = recovery_page(self.record, self.folder)
+                page = recovery_page(self.record, self.folder, self._take_time)
             write_page(self.folder, *page)
+            self.record.write(self.folder, RECOVERY_RECORD)
         self._say(summary(self.record, self.folder))
         if "evaluation" not in self.record and self.dense_name not in NAMES and not self.run.options.packed:
             self._say(next_commands(self.folder, self.dense_name, self.record["config"], recovers=False))

@@ -1,11 +1,13 @@
 """Figures go into a page or a file, and look the same wherever they were made."""
 
+import math
 import re
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
+from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.style import (
     SERIES,
     house_style,
@@ -68,3 +70,12 @@ def test_no_loss_is_cut_at_the_edge_of_its_figure():
     low, high = figure.axes[0].get_ylim()
     assert low == 0
     assert high > 5.2 * 1.03
+
+
+def test_no_marker_of_a_curve_over_blocks_is_cut_off():
+    figure = curves({"relative error": {"before": {0: 0.0146, 1: 0.0201}, "after": {0: 0.0129, 1: 0.019}}})
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom == 0
+    assert top >= 1.04 * 0.0201
+    for nothing in ({0: 0.0, 1: 0.0}, {0: math.nan}):
+        assert curves({"drift": {"text": nothing}}).axes[0].get_ylim()[0] == 0
