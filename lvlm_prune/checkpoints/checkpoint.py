@@ -27,6 +27,7 @@ from lvlm_prune.checkpoints.files import (
     weights_name,
 )
 from lvlm_prune.checkpoints.headers import SAFETENSORS, TensorInfo, read_header
+from lvlm_prune.checkpoints.unfinished import refuse_unfinished
 from lvlm_prune.errors import LONGEST_FILE_NAME, InputError, RunError, shortened
 
 PACKED = "lvlm_prune_packed"
@@ -67,6 +68,7 @@ class CheckpointFolder:
             raise self._error("is a file, not a folder" if self.path.exists() else "no such folder")
         refuse_undecodable(self.path, option)
         refuse_special_files(self.path, option)
+        refuse_unfinished(self.path, option)
         self.config: dict[str, Any] = self._read_json("config.json")
         self._refuse_adapter()
         self._weights = self._find_weights()

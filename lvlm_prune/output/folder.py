@@ -267,8 +267,10 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what an interrupted run left in a folder, if it is there, but not what another process is writing.
 
     Raises:
-        InputError: Another run is writing it.
+        InputError: Another run is writing it, or it is a link, and what it leads to is somebody's.
     """
+    if folder.is_symlink():
+        raise InputError("output", folder, f"is a link to {os.readlink(folder)}; a run removes only what it wrote")
     if folder.is_dir():
         lock = FolderLock(folder)
         shutil.rmtree(folder)

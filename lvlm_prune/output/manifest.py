@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lvlm_prune.errors import InputError, shortened
-from lvlm_prune.output.names import PROBE_RECORD, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.names import PACKING_RECORD, PROBE_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import LEFT_OUT, private_folder
 from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.output.reading import conforms, read_record
@@ -19,13 +19,19 @@ from lvlm_prune.output.records import (
     CompletePruning,
     CompleteRecovery,
     LinearRecord,
+    PackingRecord,
     ProbeRecord,
     PruningRecord,
     RecoveryRecord,
     RunRecord,
 )
 
-_KINDS = {PRUNING_RECORD: PruningRecord, RECOVERY_RECORD: RecoveryRecord, PROBE_RECORD: ProbeRecord}
+_KINDS: dict[str, type] = {
+    PRUNING_RECORD: PruningRecord,
+    RECOVERY_RECORD: RecoveryRecord,
+    PROBE_RECORD: ProbeRecord,
+    PACKING_RECORD: PackingRecord,
+}
 _WHEN_COMPLETE = {PRUNING_RECORD: CompletePruning, RECOVERY_RECORD: CompleteRecovery}
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")

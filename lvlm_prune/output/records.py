@@ -217,7 +217,7 @@ class SurveyingRecord(TypedDict):
 class RunRecord(TypedDict, total=False):
     """What every command that reads it again expects in the record of a run; there is more in it."""
 
-    status: str
+    status: Required[str]
     config: dict[str, Any]
     model: OriginRecord
     calibration: CalibrationRecord
@@ -311,6 +311,14 @@ class CellRecord(TypedDict, total=False):
     sparsity: Required[float]
     scores: ScoresRecord
     retention: RetentionRecord
+
+
+class PackingRecord(RunRecord, total=False):
+    """`packing.json`; texts of files that unpacking gives back, None where there was none."""
+
+    original_config: str | None
+    original_index: str | None
+    original_card: str | None
 
 
 class ProbeRecord(RunRecord, total=False):

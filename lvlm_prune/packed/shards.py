@@ -255,7 +255,7 @@ def _order(packed: PackedFolder, original: str) -> list[str]:
             sound &= entry["dtype"] == place.dtype and tuple(entry["shape"]) == place.shape
             sound &= list(entry["data_offsets"]) == [end, end + place.nbytes]
             end += place.nbytes
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound:
         shard = packed.shards[0]

@@ -184,6 +184,41 @@ def test_stopping_by_a_loss_that_nothing_is_held_back_for_is_one_line(bases, rec
     assert line.startswith("error: --trainer.callbacks: watch validation_loss, and no sample is held back")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.max_time=00:00:00:00"], "--trainer.max_time, or a callback that stops: nothing was trained"),
+        (["--trainer.barebones=true"], "--trainer.barebones True: measures no loss"),
+        (["--trainer.strategy=ddp_spawn"], "--trainer.strategy ddp_spawn: trains in processes that give nothing back"),
+        (["--trainer.val_check_interval=0"], "--trainer.val_check_interval 0: must be larger than 0"),
+        (["--trainer.val_check_interval=100000"], "--trainer.val_check_interval 100000: `val_check_interval` (100000)"),
+        (["--trainer.limit_train_batches=0.0001"], "--trainer.limit_train_batches 0.0001: You requested to check"),
+        (["--trainer.overfit_batches=0.01"], "--trainer.overfit_batches 0.01: You requested to check"),
+        (["--trainer.callbacks=LearningRateMonitor"], "--trainer.callbacks: Cannot use `LearningRateMonitor`"),
+        (["--trainer.callbacks=WeightAveraging"], "--trainer.callbacks: The size of tensor a"),
+        (["--trainer.callbacks=LearningRateFinder"], "--trainer.callbacks: When using the learning rate finder"),
+    ],
+)
+def test_what_lightning_cannot_train_with_is_one_line(options, said, bases, recover, tmp_path, capsys):
+    assert recover(bases / "unstructured-float32", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {said}")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_error_of_a_callback_of_the_users_own_is_raised(bases, recover, tmp_path, monkeypatch):
+    (tmp_path / "of_mine.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Broken(Callback):\n"
+        "    def on_train_start(self, trainer, pl_module):\n"
+        "        raise ValueError('a bug of mine')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="a bug of mine"):
+        recover(bases / "unstructured-float32", tmp_path / "out", "--trainer.callbacks=of_mine.Broken")
+
+
 def test_options_that_block_wise_reconstruction_does_not_heed(bases, recover, tmp_path, capsys):
     assert recover(bases / "2:4-float32", tmp_path / "out", "--method=blockwise", "--trainer.max_epochs=3") == 2
     said = "error: --trainer.max_epochs 3: does nothing with recover --method blockwise"

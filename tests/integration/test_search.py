@@ -209,3 +209,25 @@ def test_a_share_that_nothing_keeps_is_said(tmp_path: Path, monkeypatch, capsys)
     assert main(arguments(tmp_path / "out", "--keep=0.9")) == 2
     assert "no try keeps as much" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_the_searchs_own_stays(tmp_path, fake_quality):
+    begun = tmp_path / "out.search"
+    begun.mkdir()
+    (begun / "search.jsonl").touch()
+    (begun / "notes.txt").write_text("mine")
+    assert main([*GOLDEN_ARGUMENTS, "--keep=0.7", f"--output={tmp_path / 'out'}"]) == 0
+    assert [path.name for path in begun.iterdir()] == ["notes.txt"]
+
+
+def test_a_try_that_is_a_link_is_one_line(tmp_path, fake_quality, capsys):
+    (tmp_path / "precious").mkdir()
+    begun = tmp_path / "out.search"
+    begun.mkdir()
+    (begun / "search.jsonl").touch()
+    (begun / "try").symlink_to(tmp_path / "precious")
+    assert main([*GOLDEN_ARGUMENTS, "--keep=0.7", f"--output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {begun / 'try'}: is a link to {tmp_path / 'precious'}")
+    assert len(error.splitlines()) == 1
+    assert (tmp_path / "precious").is_dir()

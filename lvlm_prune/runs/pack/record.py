@@ -67,7 +67,7 @@ def read_record(folder: Path) -> Manifest | None:
 def _loaded(text: str) -> Any:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -17,12 +17,11 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.loop.activations import SampleRow
 from lvlm_prune.loop.catching import CaughtSamples, catch_batch
-from lvlm_prune.output.folder import release
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.recovery.masks import StoredMasks
-from lvlm_prune.runs.recover.run import BLOCKS, RecoveryRun
+from lvlm_prune.runs.recover.run import BLOCKS, SCORING, RecoveryRun
 from lvlm_prune.runs.session import ended
 
 _RECONSTRUCTING = "reconstructing"
@@ -47,7 +46,7 @@ class BlockwiseRun(RecoveryRun):
 
     def _begin(self, earlier: Manifest | None) -> None:
         self.record["blocks"] = []
-        if earlier is not None and earlier.get("status") == _RECONSTRUCTING:
+        if earlier is not None and earlier.get("status") in (_RECONSTRUCTING, SCORING):
             assert self.model.folder is not None
             self.model.folder.refuse_other_layout(self.folder)
             self.record |= {"status": _RECONSTRUCTING, "blocks": earlier["blocks"], "files": earlier.get("files", {})}
@@ -151,4 +150,4 @@ class BlockwiseRun(RecoveryRun):
             config = self.lora.config(adapted)
             save_sparse_adapter(self.folder / "adapter", config, tensors, digests, self.lora.gradient, self.model.path)
             self.record["files"] |= records_of(self.folder, [self.folder / "adapter"])
-        release(self.folder)
+        self._release()

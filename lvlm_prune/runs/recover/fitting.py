@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import time
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
 from lvlm_prune.distributed.launching import TrainingLauncher
 from lvlm_prune.distributed.processes import is_lost_connection
-from lvlm_prune.errors import InputError, ProcessLost, RunError
-from lvlm_prune.output.folder import release
+from lvlm_prune.errors import InputError, LVLMPruneError, ProcessLost, RunError, first_line
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.output.own_files import records_of
@@ -58,6 +61,14 @@ class FittingRun(RecoveryRun):
             value = getattr(trainer, name)
             if value is not None and value < 1:
                 raise InputError(f"trainer.{name}", value, "must be at least 1")
+        if trainer.val_check_interval == 0:
+            raise InputError("trainer.val_check_interval", trainer.val_check_interval, "must be larger than 0")
+        if trainer.barebones:
+            raise InputError("trainer.barebones", True, "measures no loss and keeps nothing to go on from")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            given = f"ddp_{trainer.strategy.launcher._start_method}"
+            problem = "trains in processes that give nothing back to this one; `ddp` trains in several"
+            raise InputError("trainer.strategy", given, problem)
         clip = trainer.gradient_clip_val
         if clip is not None and not (math.isfinite(clip) and clip >= 0):
             raise InputError("trainer.gradient_clip_val", clip, "must be a finite number, 0 or larger")
@@ -157,14 +168,20 @@ class FittingRun(RecoveryRun):
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise self.children.settled(error.__context__) from None
             raise
-        except (RuntimeError, MisconfigurationException) as error:
+        except (OSError, LVLMPruneError):
+            raise
+        except Exception as error:
             if isinstance(error, RuntimeError) and is_lost_connection(error):
                 raise self.children.settled(ProcessLost()) from None
             if "validation_loss" in str(error) and self.checkpoints.monitor is None:
                 problem = "watch validation_loss, and no sample is held back to measure it on; use more samples"
                 raise RunError(f"--trainer.callbacks: {problem}, or --data.validation_samples") from None
+            if said := self._said_by_lightning(error):
+                raise RunError(said) from None
             raise
         self.children.release()
+        if not self.trainer.global_step:
+            raise RunError("--trainer.max_time, or a callback that stops: nothing was trained, not a single step")
         best = self.checkpoints.best_model_path if self.checkpoints.monitor else ""
         if best:
             trained = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
@@ -181,6 +198,25 @@ class FittingRun(RecoveryRun):
             "history": self.history.points,
             "seconds": time.perf_counter() - clock,
         }
+
+    def _said_by_lightning(self, error: Exception) -> str:
+        """The option at which Lightning fails, and why, in a line; empty for an error of ours or of a user's plugin.
+
+        What its options come to is known to Lightning only once it has seen the data, and whether one of its callbacks
+        suits this training only once that is called.
+        """
+        frames = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+        why = first_line(error)
+        in_callbacks = any(parts[-4:-1] == ("lightning", "pytorch", "callbacks") for parts in frames)
+        if not isinstance(error, MisconfigurationException) and not in_callbacks and "lightning" not in frames[-1]:
+            return ""
+        trainer, given = self.trainer, None
+        for name in re.findall(r"`(\w+)`", why):
+            if name == "limit_train_batches" and getattr(trainer, "overfit_batches", 0):
+                name = "overfit_batches"  # Lightning turns the one into the other
+            if given is None and isinstance(getattr(trainer, name, None), (int, float)):
+                given = f"trainer.{name} {getattr(trainer, name)}"
+        return f"--{given or 'trainer.callbacks'}: {why}"
 
     def _write(self) -> None:
         base = self.model.folder
@@ -204,7 +240,7 @@ class FittingRun(RecoveryRun):
                 self.model.path,
             )
             self.record["files"] |= records_of(self.folder, [self.folder / "adapter"])
-        release(self.folder)
+        self._release()
 
 
 def _is_lightnings_own(callback: Callback) -> bool:

@@ -32,6 +32,7 @@ from lvlm_prune.output.folder import (
     copy_checkpoint,
     make_folder,
     refuse_unusable,
+    release,
     write_config,
     writing,
 )
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 # Folders of an unfinished run, inside its output.
 CHECKPOINTS, TEACHER, BLOCKS = WORK_FOLDERS = ("checkpoints", "teacher", "blocks")
+SCORING = "scoring"
+"""What the record says once the checkpoint is whole and verified, and not yet scored."""
 # Of the run that made the base; they would be taken for records of this run.
 _RECORDS = (*RUN_FILES, *WORK_FOLDERS)
 
@@ -331,6 +334,12 @@ class RecoveryRun(ABC):
             }
             for name, mask in masks.items()
         }
+
+    def _release(self) -> None:
+        """What is written is whole and verified: from here on the folder can be used, also by what scores it."""
+        self.record["status"] = SCORING
+        self.record.write(self.folder, RECOVERY_RECORD)
+        release(self.folder)
 
     def _pattern(self) -> Pattern | None:
         """The pattern that the base was pruned to, where its record says so."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -125,7 +124,7 @@ class SearchRun:
             final = self._final(point, found, shared)
             manifest = final()
             self.run = final.run
-            self.run.processes.on_main(lambda: shutil.rmtree(self.results.folder, ignore_errors=True))
+            self.run.processes.on_main(self.results.remove)
         return manifest
 
     # ---- before the first try ----------------------------------------------------------------------------------------

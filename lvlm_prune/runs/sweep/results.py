@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ class Results:
             os.fsync(file.fileno())
         if new:
             sync_folder(self.folder)
+
+    def remove(self) -> None:
+        """Remove the file of this process, and the folder where nothing else is in it: that may be somebody's."""
+        with suppress(OSError):
+            self.path.unlink()
+            self.folder.rmdir()
 
 
 def _is_finished(record: Any, kind: str) -> bool:

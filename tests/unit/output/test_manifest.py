@@ -10,7 +10,9 @@ from lvlm_prune.output.names import PRUNING_RECORD
 @pytest.fixture
 def written(tmp_path):
     config = {"pruning": {"sparsity": 0.5, "pool": {"init_args": {"alpha": 1.0}}}, "trainer": {"devices": 1}}
-    manifest = Manifest(config=config, model={"fingerprint": "a"}, calibration={"seed": 0}, blocks=[{"index": 0}])
+    manifest = Manifest(
+        status="pruning", config=config, model={"fingerprint": "a"}, calibration={"seed": 0}, blocks=[{"index": 0}]
+    )
     manifest["versions"] = {"lvlm_prune": "0.1", "torch": "2.8"}
     manifest.write(tmp_path)
     return manifest, tmp_path

@@ -14,7 +14,7 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.packed import format
 from lvlm_prune.packed.folder import PackedFolder
-from lvlm_prune.packed.shards import ORIGINAL_HEADER, pack_shard, unpack_shard
+from lvlm_prune.packed.shards import ORIGINAL_HEADER, _order, pack_shard, unpack_shard
 from tests.unit.packed.test_format import sparse
 
 CONFIG = {"model_type": "llama", "quantization_config": {"quant_method": format.METHOD, "format_version": 1}}
@@ -167,3 +167,8 @@ def test_a_shard_that_lies_about_its_origin(tmp_path: Path) -> None:
         with pytest.raises(LVLMPruneError, match="was made from a file with other tensors"):
             unpack_shard(packed, "model.safetensors", unpacked)
         assert not list(unpacked.iterdir())
+
+
+def test_a_header_to_restore_that_is_nested_without_end_is_refused(folder: Path) -> None:
+    with pytest.raises(LVLMPruneError, match="was made from a file with other tensors"):
+        _order(PackedFolder.open(folder), "[" * 10**5)
