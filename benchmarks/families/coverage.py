@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,17 @@ HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "coverage.json", HERE.parents[1] / "docs" / "families.md"
 
 
-def run(name: str, seconds: float) -> dict[str, Any]:
-    """Check one name in a process of its own, forked from this one."""
+def run(name: str, seconds: float, work: Callable[[str], dict[str, Any]] = check) -> dict[str, Any]:
+    """Check one name in a process of its own, forked from this one.
+
+    Args:
+        name: Of the family.
+        seconds: Time limit.
+        work: What is done there.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_check, args=(name, sender))
+    child = context.Process(target=_send_check, args=(name, work, sender))
     child.start()
     sender.close()
     try:
@@ -48,9 +55,9 @@ def run(name: str, seconds: float) -> dict[str, Any]:
         child.join()
 
 
-def _send_check(name: str, sender: Connection) -> None:
+def _send_check(name: str, work: Callable[[str], dict[str, Any]], sender: Connection) -> None:
     timm_stand_in.install()
-    sender.send(check(name))
+    sender.send(work(name))
 
 
 def quiet() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
@@ -194,6 +195,51 @@ def _run(converter: Any, name: str, model: PreTrainedModel) -> dict[str, Tensor]
         # transformers 5.0 returns its errors beside the tensors.
         converted, _ = converted
     return {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
+
+
+def names_when_saved(model: PreTrainedModel) -> Callable[[str], str]:
+    """What `save_pretrained` makes of a name in a state dict, where no converter has to do with it."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [conversion.reverse_transform() for conversion in reversed(conversions)]
+    renamings = [renaming for renaming in renamings if isinstance(renaming, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    return renamed
+
+
+def without_converters(conversions: Any, sources: Iterable[WeightSource]) -> Any:
+    """What `save_pretrained` still has to do with names and tensors where these sources were reverted already.
+
+    Args:
+        conversions: A model's own list; None where it has none.
+        sources: What was reverted.
+    """
+    done = [source.converter.source_patterns for source in sources if source.converter is not None]
+    return conversions and [one for one in conversions if one.source_patterns not in done]
+
+
+class WithParameters:
+    """A model as converters of transformers ask about it: with parameters where packed weights stand.
+
+    Args:
+        model: The model.
+        shapes: Name of each packed weight to its shape as a parameter.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._model, self._shapes = model, shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        """A parameter, or an empty tensor of the shape of a packed weight."""
+        shape = self._shapes.get(name)
+        return self._model.get_parameter(name) if shape is None else torch.empty(shape, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _match_to_keys(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_prune.checkpoints.sources import WeightSource, find_sources
+from lvlm_prune.checkpoints.sources import WeightSource, WithParameters, find_sources
 from lvlm_prune.errors import InputError, LVLMPruneError
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import COMPANIONS
@@ -94,18 +94,24 @@ class PackedLoading:
             raise ValueError(_FAILED.format(f"{', '.join(sorted(names))} is not what its index names"))
         self.targets: list[PackedTarget] = []
         self.unpacked: list[str] = []
+        self._sources: list[WeightSource] = []
 
     @property
     def converted(self) -> list[WeightSource]:
-        """Sources of the weights that are stored in another form than they are used in."""
-        sources = {id(target.source): target.source for target in self.targets if target.source.converter is not None}
+        """Sources of the weights that are stored in another form than they are used in.
+
+        Those that share a converter with a packed weight are among them: converters are reverted whole, or not at all.
+        """
+        of_packed = {id(target.source.converter) for target in self.targets if target.source.converter is not None}
+        sources = {id(source): source for source in self._sources if id(source.converter) in of_packed}
         return list(sources.values())
 
     @_with_value_errors
     def place_modules(self) -> None:
         """Put empty packed modules where the weights go, so that transformers leaves those alone."""
-        dtypes = self._dtypes()
-        for name, source in find_sources(self.model, self.folder).items():
+        dtypes, sources = self._dtypes(), find_sources(self.model, self.folder)
+        self._sources = list(sources.values())
+        for name, source in sources.items():
             keys = [key for group in source.keys.values() for key in group]
             if any(key in self.folder.packed for key in keys):
                 nbytes = sum(self._stored_bytes(key) for key in keys) // len(source.shapes)
@@ -128,7 +134,8 @@ class PackedLoading:
             if source.converter is None and source.key in self.folder.packed:
                 targets[0].weight.fill(self._matrices(source.key, targets[0].weight, device))
                 continue
-            dense = source.load(self.model, self.folder, "cpu", targets[0].weight.dtype)
+            asked: Any = WithParameters(self.model, source.shapes)
+            dense = source.load(asked, self.folder, "cpu", targets[0].weight.dtype)
             for target in targets:
                 target.weight.fill(_pack(dense.pop(target.name), device))
         self._unpack_slow()

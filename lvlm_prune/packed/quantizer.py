@@ -64,6 +64,7 @@ class PackedQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("a model is packed by `lvlm-prune pack`, not while it is loaded")
         self.loading: PackedLoading | None = None
+        self._conversions: Any = None  # the model's own, once it was saved
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A packed model is saved packed."""
@@ -84,16 +85,25 @@ class PackedQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
         """The state dict that `save_pretrained` writes, with packed tensors as the format has them."""
+        from lvlm_prune.checkpoints.sources import without_converters
         from lvlm_prune.packed.saving import state_dict_to_save
 
         form: Format = getattr(self.quantization_config, "format", "bitmask")
         if self.loading is None:
             return state_dict_to_save(model, form, []), {}
-        return state_dict_to_save(model, form, self.loading.converted, self.loading.unpacked), {}
+        converted = self.loading.converted
+        state = state_dict_to_save(model, form, converted, self.loading.unpacked)
+        if self._conversions is None:
+            self._conversions = getattr(model, "_weight_conversions", None)
+        # transformers reverts what is left of these next, and would take parts of packed weights for weights.
+        model._weight_conversions = without_converters(self._conversions, converted)
+        return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Unpacked weights have the dtype that they are packed in, whatever `dtype` says."""
         from lvlm_prune.packed.linear import unpack_modules
 
         unpack_modules(model)
+        if self._conversions is not None:
+            model._weight_conversions = self._conversions
         return model
