@@ -14,7 +14,7 @@ from lvlm_prune.data.labels import joins_answer
 from lvlm_prune.data.processing import load_processor
 from lvlm_prune.demo import is_embedded
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.answers import score
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.engine import Engine, Measurement
@@ -183,9 +183,8 @@ def refuse_other_world(engine: Engine, model: LVLMModule) -> None:
 
 def _joined(processor: Any, questions: Sequence[Question]) -> dict[str, int]:
     """Of the first questions, those whose prompt ends within a token of the whole conversation; empty without any."""
-    # What cannot be rendered is said where the question is asked.
     joined = 0
     for question in questions[:_LOOKED_AT]:
-        with suppress(RunError, ValueError):
+        with suppress(Exception):  # of templates and tokenizers, in all kinds: said where the question is asked
             joined += joins_answer(processor, question.asked, question.answered)
     return {"joined_prompts": joined} if joined else {}
