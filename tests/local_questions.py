@@ -61,15 +61,20 @@ def _write_table(folder: Path, questions: Path) -> int:
     return len(rows)
 
 
+def _task_of(folder: Path) -> str:
+    """What a definition of the task `mine` begins with in both harnesses."""
+    return f"""task: mine
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder / "questions.parquet"}}}}}
+test_split: test
+output_type: generate_until"""
+
+
 def write_lm_eval_task(folder: Path, questions: Path) -> int:
     """Write the questions with an image as the task `mine` in lm-eval's own format; how many there are."""
     count = _write_table(folder, questions)
     (folder / "mine.yaml").write_text(
-        f"""task: mine
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {folder / "questions.parquet"}}}}}
-test_split: test
-output_type: generate_until
+        f"""{_task_of(folder)}
 doc_to_image: [image]
 doc_to_text: "<image>{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
@@ -95,11 +100,7 @@ def question(doc, kwargs=None):
 """
     )
     (folder / "mine.yaml").write_text(
-        f"""task: mine
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {folder / "questions.parquet"}}}}}
-test_split: test
-output_type: generate_until
+        f"""{_task_of(folder)}
 doc_to_visual: !function utils.images
 doc_to_text: !function utils.question
 doc_to_target: answer

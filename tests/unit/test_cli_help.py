@@ -14,13 +14,19 @@ from tests.conftest import REPOSITORY
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "methods", "prune --help", "evaluate -h"])
-def test_what_needs_no_library_loads_none(arguments):
+def run_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which says at its end which libraries it has loaded."""
     code = (
         "import sys; from lvlm_prune.cli import main; status = main(sys.argv[1:]); "
         f"print('loaded', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(status)"
     )
-    shown = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "methods", "prune --help", "evaluate -h"])
+def test_what_needs_no_library_loads_none(arguments):
+    shown = run_alone(*arguments.split())
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert lines[-1] == "loaded"
@@ -28,12 +34,7 @@ def test_what_needs_no_library_loads_none(arguments):
 
 
 def test_a_misspelt_option_is_refused_before_any_library_is_loaded():
-    code = (
-        "import sys; from lvlm_prune.cli import main; status = main(sys.argv[1:]); "
-        f"print('loaded', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(status)"
-    )
-    command = [sys.executable, "-c", code, "prune", "--model.path=demo", "--pruning.sparsty", "0.5"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    shown = run_alone("prune", "--model.path=demo", "--pruning.sparsty", "0.5")
     assert shown.returncode == 2
     assert shown.stderr == "error: --pruning.sparsty: unknown option; is --pruning.sparsity meant?\n"
     assert shown.stdout == "loaded\n"
