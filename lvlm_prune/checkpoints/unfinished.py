@@ -10,7 +10,8 @@ from lvlm_prune.errors import InputError
 
 # Name of a record -> what its `status` says as long as weights are missing or not yet verified.
 _UNDER_WAY = {"pruning.json": ("copying", "pruning"), "recovery.json": ("training", "reconstructing", "writing")}
-_HELD_BACK = "config.json.unfinished"
+HELD_BACK = "config.json.unfinished"
+"""What `config.json` is called until a checkpoint is whole."""
 
 
 def refuse_unfinished(folder: Path, option: str) -> None:
@@ -26,8 +27,8 @@ def refuse_unfinished(folder: Path, option: str) -> None:
     for name, states in _UNDER_WAY.items():
         if (state := _status(folder / name)) in states:
             raise _unfinished(folder, option, f"{name} says `{state}`")
-    if (folder / _HELD_BACK).is_file() and not (folder / "config.json").exists():
-        raise _unfinished(folder, option, f"{_HELD_BACK} is there and config.json is not")
+    if (folder / HELD_BACK).is_file() and not (folder / "config.json").exists():
+        raise _unfinished(folder, option, f"{HELD_BACK} is there and config.json is not")
 
 
 def _status(path: Path) -> str:

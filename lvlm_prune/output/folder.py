@@ -16,10 +16,11 @@ import yaml
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
+from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import read_run, replace_durably, sync_file, sync_folder
 from lvlm_prune.output.names import LOG_FOLDER
-from lvlm_prune.output.own_files import HELD_BACK, record_of
+from lvlm_prune.output.own_files import record_of
 from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
 

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import MODEL_CARD
 from lvlm_prune.output.records import FileRecord
-
-HELD_BACK = "config.json.unfinished"
 
 
 def record_of(path: Path) -> FileRecord:
