@@ -228,7 +228,7 @@ class SparseCheckpointWriter(PruneCallback):
             name: Expectation(
                 entry["pruned"],
                 pruning.solver_of(entry).expected_zeros(
-                    (entry["shape"][0], entry["shape"][1]), entry["target"], pruning.pattern
+                    (entry["shape"][0], entry["shape"][1]), entry["target"], pruning.pattern.at(entry["target"])
                 ),
                 pruning.solver_of(entry).updates_weights,
             )

@@ -19,7 +19,6 @@ from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.methods.allocation import Allocation, UniformAllocation
 from lvlm_prune.methods.contract import PluginFault, try_scorer
-from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
@@ -31,7 +30,7 @@ from lvlm_prune.pruning.block import BlockPruner, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
 from lvlm_prune.pruning.naming import folder_label, method_name
-from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
+from lvlm_prune.pruning.options import checked_level, checked_pattern, checked_sparsity
 from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, refuse_widths
 
 if TYPE_CHECKING:
@@ -50,7 +49,8 @@ class BlockwisePruning(PruneCallback):
         sparsity: Share of each Linear's weights to prune, strictly between 0 and 1. With an N:M pattern it is given by
             the pattern, 1 - N/M; `KLAllocation` takes less, and leaves Linears dense. Default: 0.5.
         vision_sparsity: The same for the vision tower, where `model.targets` names it. Default: `sparsity`.
-        pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number).
+        pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number). With `KLAllocation` also
+            several, as `3:4,2:4,1:4`: each Linear gets one of them or stays dense, and `sparsity` is their mean.
         pool: Which calibration tokens count.
         scorer: How important each weight is. A solver that needs no scores leaves it out.
         allocation: How much of each Linear goes.
@@ -97,22 +97,23 @@ class BlockwisePruning(PruneCallback):
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
         self.solver = None if solver is None else own_instance(solver)
         self.pattern = checked_pattern(pattern)
-        self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity", allocation.leaves_dense)
+        self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity", allocation.chooses_levels)
         self.vision_sparsity = vision_sparsity
         if vision_sparsity is not None:
-            checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
+            checked_level(vision_sparsity, self.pattern, "pruning.vision_sparsity")
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
-        if not self.pattern.leaves_dense(self.sparsity):
+        if not self.pattern.mixes(self.sparsity):
             allocation = allocation.under(self.pattern)
-            if isinstance(self.pattern, SemiStructured) and not allocation.uniform:
+            if self.pattern.levels and not allocation.uniform:
                 name = plugin_class(allocation).__name__
                 raise InputError("pruning.allocation", name, f"cannot be used with {self.pattern}")
         self.pool, self.scorer, self.allocation = pool, scorer, allocation
         with mounted(**{self.section: self}):
             self.chosen_solver = scorer.solver() if self.solver is None else self.solver.starting_from(scorer.solver())
-            self.chosen_solver.check(self.pattern)
+            for level in self.pattern.levels or (self.sparsity,):
+                self.chosen_solver.check(self.pattern.at(level))
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.visual, self.record = list(visual), record
         if experts not in ("prune", "keep"):
@@ -160,6 +161,7 @@ class BlockwisePruning(PruneCallback):
         pool = self.pool if self.wants_activations else None
         if "vision" in pl_module.targets:
             refuse_towers(pool, self.allocation)
+            checked_level(self.sparsity_of("vision"), self.pattern, "pruning.vision_sparsity")
         elif self.vision_sparsity is not None:
             problem = "needs --model.targets '[language, vision]'; the vision tower is not pruned"
             raise InputError("pruning.vision_sparsity", self.vision_sparsity, problem)

@@ -2,13 +2,16 @@
 
     unstructured     per output row (or over the whole matrix), the floor(n * sparsity) lowest scores
     N:M              of every M consecutive input columns the N highest stay
+    N:M, N:M, ...    each Linear has one of these, or stays dense; the allocation says which
 
 In a mask, True means pruned.
 """
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -81,9 +84,18 @@ class Pattern(ABC):
     def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
         """The matrix viewed as (number of comparison groups, group size)."""
 
-    def leaves_dense(self, mean: float) -> bool:
-        """Whether a mean sparsity is below what the pattern itself makes, so that some Linears stay dense."""
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Sparsities that a Linear can have beside 0, ascending; empty where it can have any."""
+        return ()
+
+    def mixes(self, mean: float) -> bool:
+        """Whether Linears must differ to have this mean, as it is none of the levels that the pattern allows."""
         return False
+
+    def at(self, sparsity: float) -> "Pattern":
+        """The pattern of a Linear that gets this sparsity."""
+        return self
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> ZeroCount:
         """What `mask` promises of a matrix of this shape."""
@@ -141,8 +153,13 @@ class SemiStructured(Pattern):
         """Share of weights that the pattern prunes, 1 - N/M."""
         return 1 - self.keep / self.group_size
 
-    def leaves_dense(self, mean: float) -> bool:
-        """See `Pattern.leaves_dense`."""
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The sparsity of the pattern."""
+        return (self.sparsity,)
+
+    def mixes(self, mean: float) -> bool:
+        """Below the pattern's sparsity, where some Linears stay dense."""
         return mean < self.sparsity - 1e-9
 
     def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
@@ -170,6 +187,68 @@ class SemiStructured(Pattern):
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.group_size}"
+
+
+class SemiStructuredChoice(Pattern):
+    """Several N:M patterns, of which each Linear has one or stays dense.
+
+    An allocation deals out their sparsities, and the sparsity of a Linear says which of them it has.
+
+    Args:
+        choices: N:M patterns of different sparsities, two or more.
+
+    Raises:
+        ValueError: There are fewer, or two of the same sparsity.
+
+    Example:
+        >>> pattern = SemiStructuredChoice([SemiStructured(2, 4), SemiStructured(1, 4)])
+        >>> pattern.mask(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), sparsity=0.75)
+        tensor([[ True,  True,  True, False]])
+        >>> pattern.levels, str(pattern.at(0.5))
+        ((0.5, 0.75), '2:4')
+    """
+
+    def __init__(self, choices: Sequence[SemiStructured]) -> None:
+        self.choices = sorted(choices, key=lambda choice: choice.sparsity)
+        if len(choices) < 2:
+            raise ValueError(f"needs two patterns or more, got {len(choices)}")
+        for some, other in pairwise(self.choices):
+            if some.sparsity == other.sparsity:
+                best, *_ = sorted((some, other), key=lambda choice: -choice.group_size)
+                raise ValueError(f"{some} and {other} have the same sparsity; give {best}, which allows more masks")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The sparsity of each choice."""
+        return tuple(choice.sparsity for choice in self.choices)
+
+    def mixes(self, mean: float) -> bool:
+        """Always: with one pattern for all Linears it would be that pattern."""
+        return True
+
+    def at(self, sparsity: float) -> SemiStructured:
+        """The sparsest choice that does not exceed this sparsity; the densest if all do."""
+        fitting = [choice for choice in self.choices if choice.sparsity <= sparsity + 1e-9]
+        return fitting[-1] if fitting else self.choices[0]
+
+    def mask(self, score: Tensor, sparsity: float, group: Group = "row") -> Tensor:
+        """See `SemiStructured.mask`."""
+        return self.at(sparsity).mask(score, sparsity, group)
+
+    def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
+        """See `SemiStructured.pruned_per_group`."""
+        return self.at(sparsity).pruned_per_group(shape, sparsity, group)
+
+    def groups(self, matrix: Tensor, group: Group = "row") -> Tensor:
+        """Those of the choice with the widest groups."""
+        return max(self.choices, key=lambda choice: choice.group_size).groups(matrix)
+
+    def expected_zeros(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> ZeroCount:
+        """See `Pattern.expected_zeros`."""
+        return self.at(sparsity).expected_zeros(shape, sparsity, group)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.choices))
 
 
 def _lowest(grouped: Tensor, count: int) -> Tensor:
@@ -209,7 +288,7 @@ def kth_lowest(values: Tensor, count: int) -> Tensor:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern that a user wrote: `unstructured` or `N:M`.
+    """The pattern that a user wrote: `unstructured`, `N:M`, or several `N:M` with commas between.
 
     Raises:
         ValueError: Anything else.
@@ -217,10 +296,13 @@ def parse_pattern(text: str) -> Pattern:
     Example:
         >>> parse_pattern("2:4").sparsity
         0.5
+        >>> parse_pattern("2:4, 1:4").levels
+        (0.5, 0.75)
     """
     if text == "unstructured":
         return Unstructured()
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found:
-        raise ValueError("must be `unstructured` or `N:M`, for example `2:4`")
-    return SemiStructured(int(found[1]), int(found[2]))
+    found = [re.fullmatch(r"\s*(\d{1,9}):(\d{1,9})\s*", part) for part in text.split(",")]
+    if not all(found):
+        raise ValueError("must be `unstructured`, `N:M`, for example `2:4`, or several of them, for example `2:4,1:4`")
+    choices = [SemiStructured(int(part[1]), int(part[2])) for part in found if part]
+    return choices[0] if len(choices) == 1 else SemiStructuredChoice(choices)

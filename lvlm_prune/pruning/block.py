@@ -144,7 +144,7 @@ class BlockPruner:
         """
         solver, target, full_name = solver_of(entry, self.solver), entry["target"], f"{block.name}.{name}"
         bias = getattr(block.matrices()[name], "bias", None)
-        problem = LinearProblem(weight, statistic, target, self.pattern, full_name, block.index, bias)
+        problem = LinearProblem(weight, statistic, target, self.pattern.at(target), full_name, block.index, bias)
         clock = Stopwatch(weight.device)
         solution = solver.solve(problem)
         block.masks[name] = solution.mask

@@ -3,7 +3,7 @@
 import re
 
 from lvlm_prune.methods.allocation import Allocation
-from lvlm_prune.methods.patterns import Pattern, SemiStructured
+from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.saliency import DriftSaliency
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
@@ -64,9 +64,11 @@ def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
         'atv-2of4'
         >>> folder_label("ALPS", 0.4, parse_pattern("2:4"))
         'alps-2of4-40'
+        >>> folder_label("ALPS", 0.5, parse_pattern("2:4,1:4"))
+        'alps-2of4-1of4-50'
     """
     method = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if isinstance(pattern, SemiStructured):
-        label = f"{method}-{pattern.keep}of{pattern.group_size}"
-        return f"{label}-{100 * sparsity:g}" if pattern.leaves_dense(sparsity) else label
+    if pattern.levels:
+        label = f"{method}-{str(pattern).replace(':', 'of').replace(',', '-')}"
+        return f"{label}-{100 * sparsity:g}" if pattern.mixes(sparsity) else label
     return f"{method}-{100 * sparsity:g}"

@@ -3,7 +3,7 @@
 import math
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.methods.patterns import Pattern, SemiStructured, parse_pattern
+from lvlm_prune.methods.patterns import Pattern, parse_pattern
 
 DEFAULT_SPARSITY = 0.5
 
@@ -24,29 +24,48 @@ def checked_pattern(pattern: str | int) -> Pattern:
         raise InputError("pruning.pattern", pattern, str(error)) from None
 
 
-def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, leaves_dense: bool = False) -> float:
+def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, chooses_levels: bool = False) -> float:
     """The sparsity that is meant: that of an N:M pattern, what is given, or the default.
 
     Args:
         sparsity: What is given; None for nothing.
         pattern: Which weights may go together.
         option: Its option, for the error.
-        leaves_dense: Whether the mean may be lower than the sparsity of an N:M pattern.
+        chooses_levels: Whether Linears may get different levels of the pattern.
 
     Raises:
         InputError: It contradicts the pattern, or does not lie strictly between 0 and 1; names the option.
     """
-    if isinstance(pattern, SemiStructured):
-        if sparsity is None or math.isclose(sparsity, pattern.sparsity):
-            return pattern.sparsity
-        lower = 0 < sparsity < pattern.sparsity
-        if lower and leaves_dense:
-            return sparsity
-        problem = f"contradicts pattern {pattern}, whose sparsity is {pattern.sparsity:g}"
-        if lower:
-            problem += "; --pruning.allocation KLAllocation reaches a lower mean, by leaving Linears dense"
-        raise InputError(option, sparsity, problem)
-    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
-    if not 0 < sparsity < 1:
-        raise InputError(option, sparsity, "must lie strictly between 0 and 1")
-    return sparsity
+    if not pattern.levels:
+        sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
+        if not 0 < sparsity < 1:
+            raise InputError(option, sparsity, "must lie strictly between 0 and 1")
+        return sparsity
+    if len(pattern.levels) > 1 and not chooses_levels:
+        problem = "several patterns need --pruning.allocation KLAllocation, which says which Linear gets which"
+        raise InputError("pruning.pattern", pattern, problem)
+    highest = pattern.levels[-1]
+    if sparsity is None:
+        sparsity = highest if len(pattern.levels) == 1 else min(DEFAULT_SPARSITY, highest)
+    if math.isclose(sparsity, highest):
+        return highest
+    lower = 0 < sparsity < highest
+    if lower and chooses_levels:
+        return sparsity
+    problem = f"contradicts pattern {pattern}, whose {'highest ' * (len(pattern.levels) > 1)}sparsity is {highest:g}"
+    if lower:
+        problem += "; --pruning.allocation KLAllocation reaches a lower mean, by leaving Linears dense"
+    raise InputError(option, sparsity, problem)
+
+
+def checked_level(sparsity: float, pattern: Pattern, option: str) -> None:
+    """Where all Linears get the same, it must be a sparsity that the pattern allows.
+
+    Raises:
+        InputError: It is none; names the option.
+    """
+    if not pattern.levels:
+        checked_sparsity(sparsity, pattern, option)
+    elif not any(math.isclose(sparsity, level) for level in pattern.levels):
+        known = " or ".join(f"{level:g}" for level in pattern.levels)
+        raise InputError(option, sparsity, f"must be {known}, as pattern {pattern} gives")

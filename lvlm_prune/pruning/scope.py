@@ -141,12 +141,12 @@ def refuse_widths(pattern: Pattern, shapes: Mapping[str, tuple[int, int]]) -> No
     Raises:
         InputError: A width does not fit the pattern.
     """
-    if not isinstance(pattern, SemiStructured):
-        return
-    for name, (_, width) in shapes.items():
-        if width % pattern.group_size:
-            problem = f"the {width} input columns of {name} are not divisible by {pattern.group_size}"
-            raise InputError("pruning.pattern", pattern, problem)
+    for part in (pattern.at(level) for level in pattern.levels):
+        assert isinstance(part, SemiStructured)
+        for name, (_, width) in shapes.items():
+            if width % part.group_size:
+                problem = f"the {width} input columns of {name} are not divisible by {part.group_size}"
+                raise InputError("pruning.pattern", pattern, problem)
 
 
 def _has_experts(pl_module: LVLMModule) -> bool:

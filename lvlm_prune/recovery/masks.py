@@ -137,6 +137,8 @@ def verify_zeros(name: str, mask: ZeroMask, weight: Tensor, pattern: Pattern | N
     if place is not None:
         value = weight[place].item()
         raise RunError(f"frozen mask violated: weight {list(place)} of {name} was pruned and is {value} now")
+    if pattern is not None:
+        pattern = pattern.at(mask.sparsity)
     if isinstance(pattern, SemiStructured):
         zeros = (pattern.groups(weight) == 0).sum(dim=1)
         least = pattern.group_size - pattern.keep

@@ -14,10 +14,12 @@ from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruneCallback
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.methods.allocation import DASAllocation, ECoFLaPAllocation, KLAllocation, OWLAllocation
+from lvlm_prune.methods.patterns import parse_pattern
 from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.methods.scorers import MagnitudeScorer
 from lvlm_prune.methods.solvers import ALPSSolver
 from lvlm_prune.methods.survey import surveyed_samples
+from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 from tests.conftest import GOLDEN
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 
@@ -225,9 +227,35 @@ def test_n_of_m_below_its_sparsity_leaves_dense_what_moves_answers_most(method, 
     assert median(costs[True]) < median(costs[False]) / 2
 
 
+def test_of_several_patterns_each_linear_gets_one_and_recovery_keeps_it(golden_arguments, tmp_path):
+    """And the mean is reached; what differs from Linear to Linear is what answers say."""
+    options = ["--pruning.allocation=KLAllocation", "--pruning.pattern=3:4,2:4,1:4", "--pruning.sparsity=0.5"]
+    output = tmp_path / "out"
+    assert main([*golden_arguments, "--pruning.scorer=WandaScorer", *options, f"--output={output}"]) == 0
+    manifest = json.loads((output / "pruning.json").read_text())
+    assert 0.5 <= manifest["sparsity"]["achieved"] < 0.55
+    written = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
+    weights, pattern = written.state_dict(), parse_pattern(manifest["pattern"])
+    targets = {name: entry["target"] for name, entry in manifest["linears"].items()}
+    assert len(set(targets.values())) > 2
+    for name, target in targets.items():
+        zeros = (weights[f"{name}.weight"] == 0).unflatten(1, (-1, 4)).sum(2)
+        assert target in (0.0, 0.25, 0.5, 0.75)
+        assert set(zeros.unique().tolist()) == {4 * target}, name
+        if target:  # what recovery asks
+            mask = ZeroMask(weights[f"{name}.weight"])
+            verify_zeros(name, mask, weights[f"{name}.weight"], pattern)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--pruning.pattern=2:4,1:4"], "--pruning.pattern 2:4,1:4: several patterns need --pruning.allocation KL"),
+        (["--pruning.pattern=2:4,4:8", "--pruning.allocation=KLAllocation"], "give 4:8, which allows more masks"),
+        (
+            ["--pruning.pattern=2:4,3:4", "--pruning.allocation=KLAllocation", "--pruning.sparsity=0.6"],
+            "contradicts pattern 3:4,2:4, whose highest sparsity is 0.5",
+        ),
         (["--pruning.pattern=2:4", "--pruning.sparsity=0.4"], "KLAllocation reaches a lower mean"),
         (
             ["--pruning.pattern=2:4", "--pruning.sparsity=0.6", "--pruning.allocation=KLAllocation"],

@@ -33,8 +33,8 @@ class Allocation(Surveyor, ABC):
     uniform: ClassVar[bool] = False
     """True where every Linear gets the target itself, which N:M patterns require."""
 
-    leaves_dense: ClassVar[bool] = False
-    """True where `allocate` reaches a mean below the sparsity of an N:M pattern: Linears get all of it, or none."""
+    chooses_levels: ClassVar[bool] = False
+    """True where `allocate` gives each Linear one of the levels of an N:M pattern, or leaves it dense."""
 
     def check(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> None:
         """Refuse what can be seen to be wrong before anything is read or written; arguments as for `allocate`.
@@ -60,7 +60,7 @@ class Allocation(Surveyor, ABC):
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:
         """Target sparsity of each Linear, whose parameter-weighted mean is `sparsity` within 1e-6.
 
-        Where it `leaves_dense`, under N:M: that of the pattern or 0, and the mean is at least `sparsity`.
+        Where it `chooses_levels`, under N:M: one of `pattern.levels` or 0, and the mean is at least `sparsity`.
 
         Args:
             shapes: Full name of each Linear -> (C_out, C_in), in the order of the blocks.

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lvlm_prune.methods.allocation.base import Allocation, block_of
 from lvlm_prune.methods.allocation.ecoflap import in_attention
 from lvlm_prune.methods.allocation.uniform import UniformAllocation
-from lvlm_prune.methods.patterns import Pattern, SemiStructured, Unstructured
+from lvlm_prune.methods.patterns import Pattern, Unstructured
 from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.methods.solvers import LinearProblem, Solver
 from lvlm_prune.methods.statistics import Statistic
@@ -54,7 +55,9 @@ class KLAllocation(Allocation):
     For B blocks with g groups each and l levels it costs about g l B (B + 1) / 2 block forwards and g l B losses per
     sample, which is printed before it starts. A checkpoint that streams from disk is read about B / 2 times more.
     Under N:M a Linear is pruned to the pattern or not at all. With a target below the pattern's sparsity those go whose
-    divergence for each weight is least, until the mean reaches the target; without, nothing is measured.
+    divergence for each weight is least, until the mean reaches the target; without, nothing is measured. Under several
+    patterns (`3:4,2:4,1:4`) each group gets one of them or stays dense, by what the step from one to the next sparser
+    costs for each weight; what is measured are their sparsities.
 
     Args:
         samples: How many of the calibration samples to take, drawn from them; all if there are fewer.
@@ -79,7 +82,7 @@ class KLAllocation(Allocation):
     wants_survey_losses = True
     wants_survey_statistics = True
     survey_depends_on_method = True
-    leaves_dense = True
+    chooses_levels = True
 
     def __init__(
         self, samples: int = 4, levels: list[float] | None = None, groups: Groups = "linear", width: float = 0.15
@@ -104,13 +107,13 @@ class KLAllocation(Allocation):
 
     def under(self, pattern: Pattern) -> Allocation:
         """See `Allocation.under`: uniform with N:M, where the target is the pattern's sparsity."""
-        return UniformAllocation() if isinstance(pattern, SemiStructured) else self
+        return UniformAllocation() if pattern.levels else self
 
     def use_method(self, solver: Solver, pattern: Pattern, sparsity: float) -> None:
         """See `Allocation.use_method`: the survey prunes as the method will, around its target."""
         self._solver, self._pattern = solver.quick(), pattern
-        if isinstance(pattern, SemiStructured):
-            self._tried = [pattern.sparsity]
+        if pattern.levels:
+            self._tried = list(pattern.levels)
             return
         around = [min(max(sparsity + offset, 0.05), 0.98) for offset in _OFFSETS]
         self._tried = sorted(set(self.levels or around))
@@ -188,12 +191,10 @@ class KLAllocation(Allocation):
         for name, (rows, columns) in shapes.items():
             group = self._group_of(name)
             sizes[group] = sizes.get(group, 0) + rows * columns
-        if isinstance(self._pattern, SemiStructured):
-            divergences = [self._divergences[group][0] for group in sizes]
-            chosen = dict(
-                zip(sizes, fewest_pruned(divergences, list(sizes.values()), sparsity / self._pattern.sparsity))
-            )
-            return {name: self._pattern.sparsity * chosen[self._group_of(name)] for name in shapes}
+        if self._pattern.levels:
+            divergences = [self._divergences[group] for group in sizes]
+            chosen = dict(zip(sizes, cheapest_levels(self._tried, divergences, list(sizes.values()), sparsity)))
+            return {name: chosen[self._group_of(name)] for name in shapes}
         curves = [LogCurve(self._tried, self._divergences[group]) for group in sizes]
         low, high = max(sparsity - self.width, 0.0), min(sparsity + self.width, 0.98)
         dealt = dict(zip(sizes, least_sum(curves, list(sizes.values()), sparsity, low, max(high, sparsity))))
@@ -235,7 +236,7 @@ class _Trial:
         norms = None if statistic is None else statistic.squared_norms()
         if self._solver.statistic is not None and (norms is None or not bool(norms.any())):
             return weight  # saw no token: it will stay dense
-        problem = LinearProblem(weight, statistic, level, self._pattern, name=f"{self._block}.{name}")
+        problem = LinearProblem(weight, statistic, level, self._pattern.at(level), name=f"{self._block}.{name}")
         return self._solver.solve(problem).weight
 
 
@@ -265,31 +266,65 @@ class LogCurve:
         return torch.lerp(self._logs[left], self._logs[left + 1], share).exp()
 
 
-def fewest_pruned(divergences: Sequence[float], sizes: Sequence[int], share: float) -> list[bool]:
-    """Which groups are pruned so that a share of all weights is in them, and their divergences add up to little.
+def cheapest_levels(
+    levels: Sequence[float], divergences: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float
+) -> list[float]:
+    """The level of each group, or 0, so that the mean reaches a sparsity and the divergences add up to little.
 
-    By divergence for each weight, least first; then what the rest makes needless stays dense, the dearest first.
+    Each group climbs the lower convex hull of its divergences, from 0 at dense; of all steps those go first that cost
+    least for each weight that they prune. Then groups that go beyond what is needed go back a step, the dearest first.
 
     Args:
-        divergences: Of each group, pruned alone.
+        levels: Sparsities, ascending.
+        divergences: Of each group, pruned alone to each level.
         sizes: Number of weights of each group.
-        share: Of the weights, in (0, 1].
+        sparsity: Of all weights, at most the highest level.
 
     Example:
-        >>> fewest_pruned([0.1, 0.9, 0.3], [100, 100, 200], 0.5)
-        [False, False, True]
-        >>> fewest_pruned([0.1, 0.9, 0.3], [100, 100, 200], 0.6)
-        [True, False, True]
+        >>> cheapest_levels([0.5], [[0.1], [0.9], [0.3]], [100, 100, 200], 0.25)
+        [0.0, 0.0, 0.5]
+        >>> cheapest_levels([0.5], [[0.1], [0.9], [0.3]], [100, 100, 200], 0.3)
+        [0.5, 0.0, 0.5]
+        >>> cheapest_levels([0.5, 0.75], [[0.1, 0.2], [0.2, 0.9]], [100, 100], 0.6)
+        [0.75, 0.5]
     """
-    wanted, pruned = share * sum(sizes) * (1 - 1e-9), [False] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda at: divergences[at] / sizes[at]):
-        if sum(size for size, gone in zip(sizes, pruned) if gone) >= wanted:
+    hulls = [_lower_hull([0.0, *levels], [0.0, *values]) for values in divergences]
+    steps = [
+        _Step(at, place, value - last, size * (level - before))
+        for at, (hull, size) in enumerate(zip(hulls, sizes))
+        for place, ((before, last), (level, value)) in enumerate(pairwise(hull), start=1)
+    ]
+    places, pruned, wanted = [0] * len(hulls), 0.0, sparsity * sum(sizes) * (1 - 1e-9)
+    for step in sorted(steps, key=lambda step: step.cost / step.weights):
+        if pruned >= wanted:
             break
-        pruned[index] = True
-    for index in sorted(range(len(sizes)), key=lambda at: -divergences[at]):
-        if pruned[index] and sum(size for size, gone in zip(sizes, pruned) if gone) - sizes[index] >= wanted:
-            pruned[index] = False
-    return pruned
+        places[step.group], pruned = step.place, pruned + step.weights
+    for step in sorted(steps, key=lambda step: -step.cost):
+        if places[step.group] == step.place and pruned - step.weights >= wanted:
+            places[step.group], pruned = step.place - 1, pruned - step.weights
+    return [hull[place][0] for hull, place in zip(hulls, places)]
+
+
+class _Step(NamedTuple):
+    """From one level of a group to the next: its place on the hull, what it costs, and how many weights it prunes."""
+
+    group: int
+    place: int
+    cost: float
+    weights: float
+
+
+def _lower_hull(levels: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+    """The points of a curve that no line between two others runs below."""
+    hull: list[tuple[float, float]] = []
+    for level, value in zip(levels, values):
+        while len(hull) > 1:
+            (first, low), (second, middle) = hull[-2:]
+            if (middle - low) * (level - first) < (value - low) * (second - first):
+                break
+            hull.pop()
+        hull.append((level, value))
+    return hull
 
 
 def least_sum(

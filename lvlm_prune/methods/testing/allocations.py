@@ -13,6 +13,8 @@ from torch import nn
 
 from lvlm_prune.methods.allocation.base import Allocation
 from lvlm_prune.methods.contract import PluginFault, name_of
+from lvlm_prune.methods.patterns import SemiStructured, SemiStructuredChoice
+from lvlm_prune.methods.scorers import MagnitudeScorer
 from lvlm_prune.methods.statistics import Gram
 from lvlm_prune.methods.survey import SumOverProcesses, Surveyor
 from lvlm_prune.methods.testing.samples import (
@@ -30,6 +32,10 @@ _LINEARS = {"self_attn.q_proj": (CHANNELS, CHANNELS), LINEAR: (2 * CHANNELS, CHA
 _SHAPES = {f"{block}.{name}": shape for block in _BLOCKS for name, shape in _LINEARS.items()}
 _SAMPLES = 4
 _TARGETS = (0.3, 0.5, 0.6)
+_PATTERNS = (
+    (SemiStructured(2, 4), 0.3),
+    (SemiStructuredChoice([SemiStructured(3, 4), SemiStructured(2, 4), SemiStructured(1, 4)]), 0.5),
+)
 
 
 def check_allocation(make: Callable[[], Allocation]) -> None:
@@ -57,6 +63,31 @@ def check_allocation(make: Callable[[], Allocation]) -> None:
             raise PluginFault(f"{where}: {list(dealt.values())}, but `uniform` is True")
         if dealt != allocation.allocate(_SHAPES, target):
             raise PluginFault(f"{where}: another answer to the same question")
+    if make().chooses_levels:
+        _check_levels(make)
+
+
+def _check_levels(make: Callable[[], Allocation]) -> None:
+    """Under N:M each Linear gets a sparsity that the pattern allows, and the mean is reached."""
+
+    def prepared() -> Allocation:
+        allocation = make()
+        allocation.use_method(MagnitudeScorer().solver(), pattern, target)
+        return allocation
+
+    for pattern, target in _PATTERNS:
+        findings = check_survey(prepared) if make().wants_survey else None
+        allocation = prepared()
+        if findings is not None:
+            allocation.use_survey(findings)
+        dealt = allocation.allocate(_SHAPES, target)
+        where = f"{name_of(allocation)}.allocate under {pattern}"
+        if not set(dealt.values()) <= {0.0, *pattern.levels}:
+            raise PluginFault(f"{where}: {list(dealt.values())}, expected 0 or some of {pattern.levels}")
+        sizes = {name: rows * columns for name, (rows, columns) in _SHAPES.items()}
+        mean = sum(dealt[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        if mean < target - 1e-6:
+            raise PluginFault(f"{where}: a mean of {mean:.6g} over all weights, expected {target:g} or more")
 
 
 def check_survey(make: Callable[[], Any]) -> Mapping[str, Any]:

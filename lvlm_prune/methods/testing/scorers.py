@@ -220,10 +220,12 @@ def _check_sums(kind: type[Statistic]) -> None:
 def check_pattern(make: Callable[[], Pattern]) -> None:
     """See `check_plugin`."""
     pattern, score = make(), make_weight(8, CHANNELS).abs()
-    mask = checked(pattern.mask(score, 0.5), score, f"{name_of(pattern)}.mask", (torch.bool,))
-    expected = pattern.expected_zeros((8, CHANNELS), 0.5)
-    zeros = expected.of(score.masked_fill(mask, 0.0))
-    if (zeros < expected.least).any() or (expected.most is not None and (zeros > expected.most).any()):
-        raise PluginFault(f"{name_of(pattern)}.mask: prunes {zeros.tolist()} per group, promised are {expected.least}")
-    if not torch.equal(mask, make().mask(score, 0.5)):
-        raise PluginFault(f"{name_of(pattern)}.mask: another answer to the same question")
+    where = f"{name_of(pattern)}.mask"
+    for sparsity in pattern.levels or (0.5,):
+        mask = checked(pattern.mask(score, sparsity), score, where, (torch.bool,))
+        expected = pattern.expected_zeros((8, CHANNELS), sparsity)
+        zeros = expected.of(score.masked_fill(mask, 0.0))
+        if (zeros < expected.least).any() or (expected.most is not None and (zeros > expected.most).any()):
+            raise PluginFault(f"{where}: prunes {zeros.tolist()} per group, promised are {expected.least}")
+        if not torch.equal(mask, make().mask(score, sparsity)):
+            raise PluginFault(f"{where}: another answer to the same question")

@@ -34,7 +34,7 @@ from lvlm_prune.cli_help import options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
-from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
+from lvlm_prune.methods.patterns import parse_pattern
 from lvlm_prune.plugins import built_from, describe, refuse_values
 from lvlm_prune.recipes import options_of_method, recipe_file, recipe_names
 
@@ -234,7 +234,7 @@ def _options_of(
 ) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Options that a recipe takes, everything that its runs are made with (but the seed), and whether it needs data."""
     options = dict(options)
-    if _is_semi_structured(options.get(PATTERN, pruning.get("pattern", "unstructured"))):
+    if _gives_sparsity(options.get(PATTERN, pruning.get("pattern", "unstructured"))):
         options.pop(SPARSITY, None)
         pruning = {name: value for name, value in pruning.items() if name != "sparsity"}
     config = _parse(recipe, pruning, options, data)
@@ -332,9 +332,9 @@ def _methods(recipes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield path.stem, pruning
 
 
-def _is_semi_structured(pattern: Any) -> bool:
+def _gives_sparsity(pattern: Any) -> bool:
     try:
-        return isinstance(parse_pattern(pattern), SemiStructured)
+        return len(parse_pattern(pattern).levels) == 1
     except (ValueError, TypeError, AttributeError):
         return False  # refused where the method is made
 

@@ -103,7 +103,7 @@ def pattern_place(pattern: str, target: float) -> str:
         >>> pattern_place("2:4", 0.5), pattern_place("2:4", 0.4)
         ('2:4', '2:4 at 40%')
     """
-    return f"{pattern} at {100 * target:g}%" if parse_pattern(pattern).leaves_dense(target) else pattern
+    return f"{pattern} at {100 * target:g}%" if parse_pattern(pattern).mixes(target) else pattern
 
 
 def table_rows(runs: Sequence[FinishedRun], across: str) -> tuple[list[str], list[list[str]]]:

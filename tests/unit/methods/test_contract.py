@@ -12,7 +12,7 @@ from lvlm_prune.methods.allocation import (
     OWLAllocation,
     UniformAllocation,
 )
-from lvlm_prune.methods.patterns import SemiStructured, Unstructured
+from lvlm_prune.methods.patterns import SemiStructured, SemiStructuredChoice, Unstructured
 from lvlm_prune.methods.pools import (
     AMIAPool,
     AsymmetricPool,
@@ -82,6 +82,7 @@ PLUGINS = [
     CustomAllocation({"*.q_proj": 0.4}),
     Unstructured(),
     SemiStructured(2, 4),
+    SemiStructuredChoice([SemiStructured(2, 4), SemiStructured(1, 4)]),
 ]
 
 

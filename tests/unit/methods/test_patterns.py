@@ -51,13 +51,31 @@ def test_ties_go_by_lowest_column():
     assert Unstructured().mask(torch.ones(4, 4), 0.5, "layer").tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
 
 
-@pytest.mark.parametrize("text", ["", "2", "2:", ":4", "2:4:8", "4:2", "4:4", "0:4", "-1:4", "two:four", "2.0:4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "2",
+        "2:",
+        ":4",
+        "2:4:8",
+        "4:2",
+        "4:4",
+        "0:4",
+        "-1:4",
+        "two:four",
+        "2.0:4",
+        "2:4,",
+        "2:4,4:8",
+        "2:4,unstructured",
+    ],
+)
 def test_other_patterns_are_refused(text):
-    with pytest.raises(ValueError, match=r"must be|needs"):
+    with pytest.raises(ValueError, match=r"must be|needs|same sparsity"):
         parse_pattern(text)
 
 
-@pytest.mark.parametrize("text", ["unstructured", "2:4", "4:8"])
+@pytest.mark.parametrize("text", ["unstructured", "2:4", "4:8", "3:4,2:4,1:4"])
 def test_a_pattern_is_written_as_it_is_read(text):
     assert str(parse_pattern(text)) == text
 
@@ -102,3 +120,14 @@ def test_masks_are_those_of_a_stable_sort_whatever_ties_there_are(pattern, group
             lowest = grouped.sort(dim=1, stable=True).indices[:, :count]
             expected = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, lowest, True).view_as(score)
             assert torch.equal(chosen.mask(score, sparsity, group), expected)
+
+
+def test_of_several_patterns_the_sparsity_of_a_linear_says_which():
+    pattern = parse_pattern("1:4, 4:8")
+    score = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
+    assert (str(pattern), pattern.levels) == ("4:8,1:4", (0.5, 0.75))
+    for sparsity, alone in ((0.5, SemiStructured(4, 8)), (0.75, SemiStructured(1, 4))):
+        assert torch.equal(pattern.mask(score, sparsity), alone.mask(score, sparsity))
+        assert pattern.expected_zeros((6, 16), sparsity) == alone.expected_zeros((6, 16), sparsity)
+    assert not pattern.mask(score, 0.0).any()
+    assert pattern.at(0.6).keep == 4  # what recovery knows is the share of zeros, which are at least those

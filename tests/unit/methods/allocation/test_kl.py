@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lvlm_prune.methods.allocation import KLAllocation
-from lvlm_prune.methods.allocation.kl import LogCurve, fewest_pruned, least_sum
+from lvlm_prune.methods.allocation.kl import LogCurve, cheapest_levels, least_sum
 from lvlm_prune.methods.patterns import SemiStructured, Unstructured
 from lvlm_prune.methods.scorers import WandaScorer
 
@@ -119,10 +119,32 @@ def test_no_choice_of_as_many_weights_costs_much_less(seed):
     divergences = torch.rand(8, generator=generator).square().tolist()
     sizes = torch.randint(1, 4, (8,), generator=generator).tolist()
     share = 0.2 + 0.7 * torch.rand((), generator=generator).item()
-    found = fewest_pruned(divergences, sizes, share)
+    found = [level > 0 for level in cheapest_levels([0.5], [[value] for value in divergences], sizes, share / 2)]
     sums = {}
     for chosen in product((False, True), repeat=8):
         if sum(size for size, gone in zip(sizes, chosen) if gone) >= share * sum(sizes):
             sums[chosen] = sum(value for value, gone in zip(divergences, chosen) if gone)
     assert tuple(found) in sums
     assert sums[tuple(found)] <= min(sums.values()) + max(value for value, gone in zip(divergences, found) if gone)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_levels_cost_little_more_than_the_best_choice_of_all(seed):
+    """By trying all; what a group that is too large to fit prunes too much is at most one step."""
+    generator = torch.Generator().manual_seed(seed)
+    divergences = torch.rand(6, 3, generator=generator, dtype=torch.float64).square().cumsum(1).tolist()
+    sizes = torch.randint(1, 4, (6,), generator=generator).tolist()
+    levels, wanted = [0.25, 0.5, 0.75], 0.1 + 0.6 * torch.rand((), generator=generator).item()
+    found = cheapest_levels(levels, divergences, sizes, wanted)
+    cost = [dict(zip([0.0, *levels], [0.0, *values])) for values in divergences]
+
+    def mean(chosen):
+        return sum(level * size for level, size in zip(chosen, sizes)) / sum(sizes)
+
+    def total(chosen):
+        return sum(values[level] for values, level in zip(cost, chosen))
+
+    best = min(total(chosen) for chosen in product([0.0, *levels], repeat=6) if mean(chosen) >= wanted)
+    assert mean(found) >= wanted - 1e-9
+    assert best <= total(found) + 1e-9 <= best + max(values[0.75] for values in cost)
+    assert total(found) < total([0.75] * 6)
