@@ -30,7 +30,7 @@ from lvlm_prune.pruning.block import BlockPruner, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
 from lvlm_prune.pruning.naming import folder_label, method_name
-from lvlm_prune.pruning.options import checked_level, checked_pattern, checked_sparsity
+from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
 from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, refuse_widths
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class BlockwisePruning(PruneCallback):
         self.sparsity = checked_sparsity(sparsity, self.pattern, "pruning.sparsity", allocation.chooses_levels)
         self.vision_sparsity = vision_sparsity
         if vision_sparsity is not None:
-            checked_level(vision_sparsity, self.pattern, "pruning.vision_sparsity")
+            checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
         for modality in visual:
             if modality not in ("image", "video", "audio"):
                 raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
@@ -161,7 +161,6 @@ class BlockwisePruning(PruneCallback):
         pool = self.pool if self.wants_activations else None
         if "vision" in pl_module.targets:
             refuse_towers(pool, self.allocation)
-            checked_level(self.sparsity_of("vision"), self.pattern, "pruning.vision_sparsity")
         elif self.vision_sparsity is not None:
             problem = "needs --model.targets '[language, vision]'; the vision tower is not pruned"
             raise InputError("pruning.vision_sparsity", self.vision_sparsity, problem)

@@ -56,16 +56,3 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, choo
     if lower:
         problem += "; --pruning.allocation KLAllocation reaches a lower mean, by leaving Linears dense"
     raise InputError(option, sparsity, problem)
-
-
-def checked_level(sparsity: float, pattern: Pattern, option: str) -> None:
-    """Where all Linears get the same, it must be a sparsity that the pattern allows.
-
-    Raises:
-        InputError: It is none; names the option.
-    """
-    if not pattern.levels:
-        checked_sparsity(sparsity, pattern, option)
-    elif not any(math.isclose(sparsity, level) for level in pattern.levels):
-        known = " or ".join(f"{level:g}" for level in pattern.levels)
-        raise InputError(option, sparsity, f"must be {known}, as pattern {pattern} gives")

@@ -212,10 +212,6 @@ def test_the_plan_lists_the_tower_first(tmp_path: Path, capsys):
         (["--pruning.pool=AsymmetricPool"], "--pruning.pool AsymmetricPool: is not defined for the vision tower"),
         (["--pruning.allocation=DASAllocation"], "--pruning.allocation DASAllocation: is not defined for the vision"),
         (["--pruning.vision_sparsity=1.5"], "--pruning.vision_sparsity 1.5: must lie strictly between 0 and 1"),
-        (
-            ["--pruning.pattern=2:4", "--pruning.sparsity=0.4", "--pruning.allocation=KLAllocation"],
-            "--pruning.vision_sparsity 0.4: must be 0.5, as pattern 2:4 gives",
-        ),
         (["--model.targets=[language]", "--pruning.vision_sparsity=0.5"], "--pruning.vision_sparsity 0.5: needs"),
         (["--model.targets=[sound]"], "--model.targets"),
         (["--model.targets=[]"], "--model.targets []: must be a list of `language`, `vision` or both"),
