@@ -24,9 +24,9 @@ from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.output.folder import (
     FolderLock,
+    claim,
     copy_checkpoint,
     is_occupied,
-    make_folder,
     refuse_unusable,
     release,
     write_config,
@@ -98,8 +98,7 @@ class SparseCheckpointWriter(PruneCallback):
     def _start(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
         manifest = trainer.run.record
-        make_folder(folder)
-        self._lock = FolderLock(folder)
+        self._lock = claim(folder, PRUNING_RECORD, trainer.run.options.resume)
         if (folder / PRUNING_RECORD).is_file():
             started = Manifest.read(folder)
             started.refuse_other(manifest, folder)

@@ -6,9 +6,11 @@ has the shape and the dtype of the dense one, so it is written over the same byt
 
 import copy
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,9 @@ class CheckpointFolder:
         InputError: The folder, its configuration or its weights are missing, broken or of another format.
     """
 
+    _seen: Mapping[str, tuple[int, int]] = {}
+    """Name of each shard -> its size and time when its header was read; of a copy that is being written nothing."""
+
     def __init__(self, path: Path | str, option: str = "model.path") -> None:
         self.path = Path(path)
         self._option = option
@@ -74,6 +79,8 @@ class CheckpointFolder:
         self._weights = self._find_weights()
         index = self._read_index()
         self.shards = list(dict.fromkeys(index.values())) if index else [self._weights]
+        with suppress(OSError):  # the header of one that is missing says so
+            self._seen = {shard: _state((self.path / shard).stat()) for shard in self.shards}
         self.tensors: dict[str, TensorInfo] = {}
         last: dict[str, str] = {}
         for shard in self.shards:
@@ -103,7 +110,7 @@ class CheckpointFolder:
         """The tensor named `key`, in its shape and dtype on disk. Only its own bytes are read.
 
         Raises:
-            RunError: The file has become shorter than its header says, or cannot be read.
+            RunError: The file has become shorter than its header says, was changed, or cannot be read.
         """
         tensor = self.tensors[key]
         # An empty tensor has no buffer to view.
@@ -115,7 +122,7 @@ class CheckpointFolder:
         """The bytes of the tensor named `key`, little-endian and row-major.
 
         Raises:
-            RunError: The file has become shorter than its header says, or cannot be read.
+            RunError: The file has become shorter than its header says, was changed, or cannot be read.
         """
         return next(self._parts(key, max(self.tensors[key].nbytes, 1)), bytearray())
 
@@ -132,7 +139,7 @@ class CheckpointFolder:
         """The bytes of a tensor, `size` at a time."""
         tensor = self.tensors[key]
         try:
-            with open(self.path / tensor.shard, "rb", buffering=0) as file:
+            with self._open(tensor.shard) as file:
                 file.seek(tensor.start)
                 for start in range(0, tensor.nbytes, size):
                     content = bytearray(min(size, tensor.nbytes - start))
@@ -146,6 +153,20 @@ class CheckpointFolder:
                     yield content
         except OSError as error:
             raise RunError(f"cannot read {key} from {self.path / tensor.shard}: {error}") from error
+
+    def _open(self, shard: str) -> io.FileIO:
+        """A shard for reading.
+
+        Raises:
+            RunError: It is another one than when its header was read, or was written to: tensors may lie elsewhere.
+            OSError: It cannot be opened.
+        """
+        file = io.FileIO(self.path / shard)
+        found = _state(os.fstat(file.fileno()))
+        if self._seen.get(shard, found) != found:
+            file.close()
+            raise RunError(f"{self.path / shard} was changed while it was in use; begin again once nothing writes it")
+        return file
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write `tensor` over the one named `key`. Every other byte of the file stays as it is.
@@ -171,6 +192,7 @@ class CheckpointFolder:
             written = 0
             while written < len(content):
                 written += file.write(content[written:])
+        self._seen = {shard: found for shard, found in self._seen.items() if shard != place.shard}
 
     def sync(self, shards: Iterable[str] | None = None) -> None:
         """Return only once what was written to `shards` (all of them by default) is on the disk.
@@ -216,7 +238,7 @@ class CheckpointFolder:
     def at(self, path: Path | str) -> "CheckpointFolder":
         """The same layout in another folder: a copy of the shards, whose `config.json` need not be there yet."""
         twin = copy.copy(self)
-        twin.path = Path(path)
+        twin.path, twin._seen = Path(path), {}
         return twin
 
     def refuse_other_layout(self, copied: Path) -> None:
@@ -238,7 +260,7 @@ class CheckpointFolder:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for key, tensor in sorted(self.tensors.items()):
             digest.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
-            with open(self.path / tensor.shard, "rb", buffering=0) as file:
+            with self._open(tensor.shard) as file:
                 for part in range(_FINGERPRINTED):
                     offset = max(tensor.nbytes - 4096, 0) * part // (_FINGERPRINTED - 1)
                     file.seek(tensor.start + offset)
@@ -325,3 +347,8 @@ class CheckpointFolder:
             raise self._error(f"cannot read {shard}: {error.strerror}") from None
         except ValueError as error:
             raise self._error(f"{shard} {error}") from None
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written, or another one takes its place."""
+    return found.st_size, found.st_mtime_ns

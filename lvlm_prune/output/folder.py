@@ -84,6 +84,8 @@ def refuse_unusable(
         left = read_run(folder / record) or {}
         way_out = "go on with --resume true, or " if left.get("status", "complete") != "complete" else ""
         raise InputError("output", folder, f"exists and is not empty; {way_out}choose another folder")
+    if occupied and not (folder / record).is_file():
+        raise InputError("output", folder, f"has no {record}: not a folder that this command wrote")
     refuse_unwritable(folder)
     refuse_foreign(folder)
     if source is not None and occupied:
@@ -237,16 +239,17 @@ class FolderLock:
 
     Args:
         folder: The folder, which exists.
+        file: Name of a file in it; only runs that lock the same one are kept out.
 
     Raises:
-        InputError: Another run is writing it.
+        InputError: Another run is writing it, or has removed it just now.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str = "") -> None:
         self._descriptor: int | None = None
         if fcntl is None:
             return
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder / file, os.O_RDWR if file else os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -256,12 +259,35 @@ class FolderLock:
             os.close(descriptor)
             return
         self._descriptor = descriptor
+        found = os.fstat(descriptor)
+        if _identity(folder / file) != (found.st_dev, found.st_ino):  # the lock of something that nobody sees any more
+            self.release()
+            raise InputError("output", folder, "was removed by another run meanwhile")
 
     def release(self) -> None:
         """Let other runs in; a second time it does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def claim(folder: Path, record: str, resume: bool) -> FolderLock:
+    """Make an output folder, and keep other runs out; what one wrote there since this run looked stays as it is.
+
+    Args:
+        folder: The output folder.
+        record: Name of the manifest that this kind of run writes.
+        resume: Whether an unfinished run goes on.
+
+    Raises:
+        InputError: Another run is writing the folder, or has written it.
+    """
+    make_folder(folder)
+    lock = FolderLock(folder)
+    if is_occupied(folder, record) and not (resume and (folder / record).is_file()):
+        lock.release()
+        raise InputError("output", folder, "was written by another run meanwhile; choose another folder")
+    return lock
 
 
 def remove_unfinished(folder: Path) -> None:

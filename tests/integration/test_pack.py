@@ -272,19 +272,51 @@ def test_what_an_earlier_run_wrote_is_verified_again(small: Path, tmp_path: Path
     shutil.copytree(kept, output)
     assert main(arguments) == 0
     assert contents(output) == contents(kept)
-    shard = CheckpointFolder(kept).shards[0]
-    names = [shard, "config.json", "tokenizer.json", "model.safetensors.index.json"] if verb == "pack" else [shard]
-    for name in names:
+    for name in (CheckpointFolder(kept).shards[0], "config.json", "tokenizer.json", "model.safetensors.index.json"):
         for damage in ("flipped", "truncated", "missing"):
             shutil.rmtree(output)
             shutil.copytree(kept, output)
             damages(output / name)[damage]()
-            if verb == "unpack" and damage == "missing":  # is written again
-                assert main(arguments) == 0
-                assert contents(output) == contents(kept)
-            else:
-                line = refused(capsys, *arguments)
-                assert name in line or f"--output {output}" in line, (name, damage)
+            damaged = contents(output)
+            line = refused(capsys, *arguments)
+            assert name in line or f"--output {output}" in line, (name, damage)
+            assert contents(output) == damaged
+
+
+@pytest.mark.parametrize("verb", ["pack", "unpack"])
+def test_a_folder_of_somebody_else_is_not_gone_on_with(small: Path, tmp_path: Path, capsys, verb: str) -> None:
+    source, output = small, tmp_path / "output"
+    if verb == "unpack":
+        source = tmp_path / "packed"
+        assert main(["pack", f"--model.path={small}", f"--output={source}"]) == 0
+    output.mkdir()
+    (output / "README.md").write_text("mine")
+    assert f"--output {output}: " in refused(
+        capsys, verb, f"--model.path={source}", f"--output={output}", "--resume=true"
+    )
+    assert contents(output) == {"README.md": b"mine"}
+
+
+@pytest.mark.parametrize("verb", ["pack", "unpack"])
+def test_what_another_run_writes_meanwhile_stays(small: Path, tmp_path: Path, capsys, monkeypatch, verb: str) -> None:
+    """Between the first look at the output folder and the first file in it."""
+    source, output = small, tmp_path / "output"
+    if verb == "unpack":
+        source = tmp_path / "packed"
+        assert main(["pack", f"--model.path={small}", f"--output={source}"]) == 0
+    module = sys.modules[f"lvlm_prune.runs.pack.{'run' if verb == 'pack' else 'unpack'}"]
+    claim = module.claim
+
+    def late(folder: Path, *arguments: object) -> object:
+        folder.mkdir()
+        (folder / "other.json").write_text("{}")
+        return claim(folder, *arguments)
+
+    monkeypatch.setattr(module, "claim", late)
+    assert "was written by another run meanwhile" in refused(
+        capsys, verb, f"--model.path={source}", f"--output={output}"
+    )
+    assert contents(output) == {"other.json": b"{}"}
 
 
 @pytest.mark.parametrize(("name", "content"), [("pruning.json", "{"), ("pruning.json", "[]"), ("config.yaml", "a: [")])

@@ -1,17 +1,22 @@
 """Disks that are full, folders that are taken and inputs that change meanwhile: one line, and the command goes on."""
 
 import errno
+import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lvlm_prune.callbacks import SparseCheckpointWriter
 from lvlm_prune.cli import main
-from lvlm_prune.output.folder import FolderLock
+from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.output.folder import FolderLock, claim
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.sweep.run import WAY_ON
-from tests.conftest import GOLDEN, GOLDEN_MODEL
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, GOLDEN_MODEL
+from tests.engines import ShareLeft
 from tests.integration.test_reproduce import arguments as reproduce
 from tests.integration.test_sweep import BASE, grid, recipes
 
@@ -97,3 +102,81 @@ def test_a_search_whose_samples_changed_does_not_go_on(tmp_path, monkeypatch, ca
     assert main([*command, f"--output={tmp_path / 'out'}"]) == 2
     assert "--data.source TensorSource: gives other samples to measure on now" in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["prune", "probe"])
+def test_what_another_run_writes_meanwhile_stays(verb, tmp_path, capsys, monkeypatch):
+    """Between the first look at the output folder and the first file in it."""
+    name = "lvlm_prune.callbacks.checkpoint.claim" if verb == "prune" else "lvlm_prune.runs.probe.run.claim"
+
+    def late(folder, *arguments):
+        folder.mkdir()
+        (folder / "recovery.json").write_text("{}")
+        return claim(folder, *arguments)
+
+    monkeypatch.setattr(name, late)
+    command = GOLDEN_ARGUMENTS if verb == "prune" else PROBE
+    assert main([*command, f"--output={tmp_path / 'out'}"]) == 2
+    assert one_line(capsys) == (
+        f"error: --output {tmp_path / 'out'}: was written by another run meanwhile; choose another folder"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["recovery.json"]
+
+
+def test_the_lock_of_a_folder_that_was_removed_is_none(tmp_path, monkeypatch):
+    """A run that opens a folder which another one removes and makes anew would be alone in what nobody sees."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    flock = fcntl.flock
+
+    def after_removal(descriptor, operation):
+        folder.rmdir()
+        folder.mkdir()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_removal)
+    with pytest.raises(InputError, match="was removed by another run"):
+        FolderLock(folder)
+
+
+@pytest.mark.parametrize("kind", ["sweep", "search"])
+def test_a_sweep_or_search_that_another_process_is_at_is_refused(kind, no_pages, tmp_path, monkeypatch, capsys):
+    """The whole time, not only while a model of it is written; another part of a sweep is let in."""
+    out, first = tmp_path / "out", []
+    sweep = [*BASE, recipes("magnitude"), grid(pruning__sparsity=[0.5])]
+    command = sweep if kind == "sweep" else [*GOLDEN_ARGUMENTS, "--keep=0.7"]
+    owner, name = (ShareLeft, "score") if kind == "sweep" else (SampleQuality, "__call__")
+    work = getattr(owner, name)
+
+    def meanwhile(self, *arguments, **options):
+        if not first:
+            first.append(True)
+            assert main([*command, f"--output={out}"]) == 2
+            written = out if kind == "sweep" else out.with_name("out.search")
+            assert one_line(capsys) == f"error: --output {written}: is being written by another run"
+            if kind == "sweep":
+                assert main([*command, f"--output={out}", "--part=2/2"]) == 0
+        if kind == "search":
+            raise RunError("enough of tries")
+        return work(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, meanwhile)
+    assert main([*command, f"--output={out}"]) == (0 if kind == "sweep" else 2)
+    assert first
+
+
+def test_an_input_that_is_written_while_it_is_read_is_one_line(tmp_path, monkeypatch, capsys):
+    """Where tensors lie was read from the header: with another file under its name they lie elsewhere."""
+    model = shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    weights = model / "model.safetensors"
+    start = SparseCheckpointWriter.on_prune_start
+
+    def begin(self, trainer, pl_module):
+        start(self, trainer, pl_module)
+        tensors = load_file(weights)
+        save_file({f"{place}": tensor for place, tensor in enumerate(tensors.values())}, weights, {"format": "pt"})
+
+    monkeypatch.setattr(SparseCheckpointWriter, "on_prune_start", begin)
+    command = [one for one in GOLDEN_ARGUMENTS if not one.startswith("--model.path")]
+    assert main([*command, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    assert f"{weights} was changed while it was in use" in one_line(capsys)

@@ -7,6 +7,7 @@ from pathlib import Path
 from lvlm_prune.demo import NAMES
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.folder import FolderLock
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PACKING_RECORD
 from lvlm_prune.output.summaries import next_commands
@@ -76,6 +77,9 @@ class PackInPlace(Packing):
             self.record = Manifest.read(self.folder, PACKING_RECORD)
         else:
             self.refuse_larger()
+
+    def _claim(self) -> FolderLock:
+        return FolderLock(self.folder)
 
     def _begin(self) -> None:
         self.record.write(self.folder, PACKING_RECORD)

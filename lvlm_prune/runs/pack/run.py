@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from filecmp import cmp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.clock import command_began
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
+    FolderLock,
     choose_folder,
+    claim,
     copy_checkpoint,
     folder_bytes,
     free_bytes,
@@ -27,8 +28,7 @@ from lvlm_prune.output.folder import (
     release,
 )
 from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import EVALUATION_FILES, FIGURE_FOLDER, MODEL_CARD, PACKING_RECORD, PAGE_NAME
-from lvlm_prune.output.private import RECORDS
+from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.output.summaries import size_ratio
@@ -39,15 +39,10 @@ from lvlm_prune.packed.shards import is_packed_shard, pack_shard, verify_shard
 from lvlm_prune.report.card import write_card
 from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD, packed_config, packed_index
+from lvlm_prune.runs.pack.verifying import verify_beside
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-
-
-# Without what is private, other bytes.
-_CLEANED = (*RECORDS, "config.yaml", MODEL_CARD, "adapter_config.json")
-# Drawn again, left out, or written by commands that came later.
-_WRITTEN_ANEW = (PACKING_RECORD, UNPACKING_RECORD, PAGE_NAME, FIGURE_FOLDER, *EVALUATION_FILES)
 
 
 class Packing(ABC):
@@ -74,7 +69,7 @@ class Packing(ABC):
             self._say(f"{self.folder} is complete already")
             self._verify_again()
             return Manifest.read(self.folder, PACKING_RECORD)
-        with owning(self.folder):
+        with owning(self.folder, self._claim):
             self._begin()
             shards = self.source.shards
             with Progress("Packing", len(shards), "shards", shown=not self.quiet) as progress:
@@ -87,6 +82,10 @@ class Packing(ABC):
             self._release()
             self._finish()
         return self.record
+
+    @abstractmethod
+    def _claim(self) -> FolderLock:
+        """Keep other runs out of the folder."""
 
     @abstractmethod
     def _begin(self) -> None:
@@ -186,10 +185,14 @@ class PackRun(Packing):
         assert model.folder is not None
         refuse_unusable(folder, model.folder, PACKING_RECORD, resume, copies=False)
         super().__init__(model, folder, form, quiet)
+        self.resume = resume
         if (folder / PACKING_RECORD).is_file():
             Manifest.read(folder, PACKING_RECORD).refuse_other(self.record, folder, PACKING_RECORD)
         if not self._is_complete():
             self.refuse_larger()
+
+    def _claim(self) -> FolderLock:
+        return claim(self.folder, PACKING_RECORD, self.resume)
 
     def _begin(self) -> None:
         self.record.write(self.folder, PACKING_RECORD)
@@ -210,18 +213,7 @@ class PackRun(Packing):
         made = {"config.json": packed_config(self.record["original_config"], self.form)}
         if (self.source.path / INDEX_NAME).is_file():
             made[INDEX_NAME] = packed_index(self.folder, shards)
-        for file in self.source.files():
-            written = self.folder / file
-            if str(file) in shards or file.parts[0] in _WRITTEN_ANEW:
-                continue
-            if not written.is_file():
-                raise RunError(f"verification failed: {file} is missing in {self.folder}")
-            if str(file) in made:
-                same = written.read_bytes() == made[str(file)]
-            else:
-                same = file.name in _CLEANED or cmp(self.source.path / file, written, shallow=False)
-            if not same:
-                raise RunError(f"verification failed: {file} in {self.folder} is not as it was written")
+        verify_beside(self.source, self.folder, made)
         self._say(f"verified: every tensor comes back byte for byte from {len(shards)} shard{'s' * (len(shards) > 1)}")
 
     def _release(self) -> None:

@@ -18,9 +18,11 @@ from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
+    claim,
     copy_checkpoint,
     folder_bytes,
     free_bytes,
+    is_occupied,
     refuse_unusable,
     release,
 )
@@ -33,6 +35,7 @@ from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
 from lvlm_prune.report.card import has_own_card
 from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD, dense_config, dense_index, read_record
+from lvlm_prune.runs.pack.verifying import verify_beside
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -47,6 +50,12 @@ class UnpackRun:
         path = resolve(model.path, None if model.revision == "main" else model.revision)
         self.packed = PackedFolder.open(path)
         self.folder = choose_folder(output, f"{model.label}-unpacked", resume)
+        self.resume = resume
+        # The record is removed at the end: the folder that was packed had none.
+        unfinished = any((self.folder / name).exists() for name in (UNPACKING_RECORD, HELD_BACK))
+        self.is_complete = resume and is_occupied(self.folder, UNPACKING_RECORD) and not unfinished
+        if self.is_complete:
+            return
         refuse_unusable(self.folder, self.packed.stored, UNPACKING_RECORD, resume, copies=False)
         self.record = Manifest(
             status="unpacking",
@@ -58,8 +67,25 @@ class UnpackRun:
 
     def __call__(self) -> dict[str, Any]:
         """Unpack what is not yet unpacked; sizes before and after, in bytes, and seconds."""
+        if self.is_complete:
+            self._verify_again()
+        else:
+            self._write()
+        packed = self.packed
+        sizes = {"packed": folder_bytes(packed.path), "dense": folder_bytes(self.folder)}
+        seconds = time.perf_counter() - self.started
+        if not self.quiet:
+            change = f"{readable_size(sizes['packed'])} → {readable_size(sizes['dense'])}"
+            if self.is_complete:
+                text = f"{self.folder} is complete already\nverified: every file is as it was packed, {change}"
+            else:
+                text = f"unpacked {len(packed.packed)} weights: {change}\nwrote {self.folder} · {seconds:.0f} s"
+            print(text, flush=True)
+        return sizes | {"seconds": seconds}
+
+    def _write(self) -> None:
         packed, shards = self.packed, self.packed.shards
-        with owning(self.folder):
+        with owning(self.folder, lambda: claim(self.folder, UNPACKING_RECORD, self.resume)):
             self.record.write(self.folder, UNPACKING_RECORD)
             left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)
             copy_checkpoint(packed.stored, self.folder, leave_out=left_out)
@@ -78,16 +104,24 @@ class UnpackRun:
             release(self.folder)
             (self.folder / UNPACKING_RECORD).unlink()
             sync_folder(self.folder)
-        sizes = {"packed": folder_bytes(packed.path), "dense": folder_bytes(self.folder)}
-        seconds = time.perf_counter() - self.started
-        if not self.quiet:
-            print(
-                f"unpacked {len(packed.packed)} weights: {readable_size(sizes['packed'])} → "
-                f"{readable_size(sizes['dense'])}\n"
-                f"wrote {self.folder} · {seconds:.0f} s",
-                flush=True,
-            )
-        return sizes | {"seconds": seconds}
+
+    def _verify_again(self) -> None:
+        """Nothing is to be done, but exit status 0 is to say that the folder holds what was packed.
+
+        Raises:
+            InputError: It does not; somebody else may have written it.
+        """
+        packed, origin = self.packed, read_record(self.packed.path)
+        made = {"config.json": dense_config(packed.stored, origin)}
+        if (packed.path / INDEX_NAME).is_file():
+            made[INDEX_NAME] = dense_index(packed, origin)
+        try:
+            for shard in packed.shards:
+                self._verify(shard, shard)
+            verify_beside(packed.stored, self.folder, made)
+        except (InputError, RunError) as error:
+            problem = error.problem if isinstance(error, InputError) else str(error)
+            raise InputError("output", self.folder, f"is not what {packed.path} unpacks to ({problem})") from None
 
     def _unpack(self, shard: str) -> None:
         """Write one shard, read it again, and only then give it its name."""

@@ -25,7 +25,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import (
     FolderLock,
     choose_folder,
-    make_folder,
+    claim,
     refuse_unusable,
     way_on_of_command,
     write_config,
@@ -259,19 +259,8 @@ class ProbeRun:
         if self.run.processes.is_main:
             with writing(self.folder):
                 if self._lock is None:
-                    self._keep_others_out()
+                    self._lock = claim(self.folder, PROBE_RECORD, self.resume)
                 self.run.record.write(self.folder, PROBE_RECORD)
-
-    def _keep_others_out(self) -> None:
-        """From here on no other run writes the folder, and none did since this one looked.
-
-        Raises:
-            InputError: Another run is writing it, or has written it.
-        """
-        make_folder(self.folder)
-        self._lock = FolderLock(self.folder)
-        if not self.resume and (self.folder / PROBE_RECORD).is_file():
-            raise InputError("output", self.folder, "was written by another run meanwhile; choose another folder")
 
     def _verify_again(self, earlier: Manifest) -> None:
         """Nothing is to be done, but exit status 0 is to say that the folder holds what was found.

@@ -112,19 +112,25 @@ class SearchRun:
         launch = Launch(self.run.hardware, [])
         with session(self.trainer, self.run, launch, way_on=lambda: _WAY_ON):
             join(self.run, launch)
-            shared = SharedCalibration(launch)
-            found = self.run.processes.on_main(self._found_before)
-            if found is None:
-                found = self._search(launch, shared)
-            elif not found.pop("is_complete"):
-                self._quality(launch)
-                self._refuse_other_held_back(found)
-            self.run.say(f"{found['recipe']} at {found['sparsity']:.1%} keeps {found['agreement']:.1%}")
-            point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
-            final = self._final(point, found, shared)
-            manifest = final()
-            self.run = final.run
-            self.run.processes.on_main(self.results.remove)
+            try:
+                return self._work(launch)
+            finally:
+                self.results.release()
+
+    def _work(self, launch: Launch) -> Manifest:
+        shared = SharedCalibration(launch)
+        found = self.run.processes.on_main(self._found_before)
+        if found is None:
+            found = self._search(launch, shared)
+        elif not found.pop("is_complete"):
+            self._quality(launch)
+            self._refuse_other_held_back(found)
+        self.run.say(f"{found['recipe']} at {found['sparsity']:.1%} keeps {found['agreement']:.1%}")
+        point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
+        final = self._final(point, found, shared)
+        manifest = final()
+        self.run = final.run
+        self.run.processes.on_main(self.results.remove)
         return manifest
 
     # ---- before the first try ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Retention, Scores, retention
-from lvlm_prune.output.folder import refuse_other_content
+from lvlm_prune.output.folder import FolderLock, make_folder, refuse_other_content
 from lvlm_prune.output.manifest import sync_folder
 from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.output.reading import conforms
@@ -42,6 +42,7 @@ class Results:
     def __init__(self, folder: Path, file_name: str = "sweep.jsonl", kind: str = "sweep") -> None:
         self.folder, self.path, self.kind = folder, folder / file_name, kind
         self.records: dict[str, dict[str, Any]] = {}
+        self._lock: FolderLock | None = None
 
     def read(self) -> Results:
         """Read what all processes finished so far. A line that was cut off by a crash, or changed, is left out.
@@ -63,11 +64,27 @@ class Results:
         return self
 
     def begin(self) -> None:
-        """Make the folder one of its kind before anything is finished, so that it can be gone on with."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder one of its kind before anything is finished, so that it can be gone on with.
+
+        From here on no other process appends to this file, until `release`; others may to files of their own.
+
+        Raises:
+            InputError: Another process does.
+        """
+        if self._lock is not None:
+            return
+        make_folder(self.folder)
         if not self.path.exists():
             self.path.touch()
             sync_folder(self.folder)
+        self._lock = FolderLock(self.folder, self.path.name)
+        self.read()  # another process may have finished meanwhile
+
+    def release(self) -> None:
+        """Let other processes append to the file."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a finished run; it is on the disk when this returns."""

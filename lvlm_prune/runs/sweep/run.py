@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import groupby
@@ -100,15 +99,16 @@ class SweepRun:
         launch = Launch(self.run.hardware, [])
         with session(self.trainer, self.run, launch, way_on=lambda: WAY_ON) as run:
             join(run, launch)
-            return self._work(launch)
+            try:
+                return self._work(launch)
+            finally:
+                self.results.release()
 
     def _work(self, launch: Launch) -> list[FinishedRun]:
         run = self.run
-        # Another process may have begun before this one read.
-        self.results.records = run.processes.on_main(lambda: self.results.records)
+        self.results.records = run.processes.on_main(self._begin)
         pending = [point for point in self.mine if not self._is_finished(point)]
         run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
-        run.processes.on_main(self._make_folder)
         self.dense = dense = self._dense_scores()
         done = len(self.mine) - len(pending)
         for _, group in groupby(pending, key=lambda point: point.data_key):
@@ -123,9 +123,11 @@ class SweepRun:
         run.processes.on_main(lambda: self._write(runs, dense))
         return runs
 
-    def _make_folder(self) -> None:
+    def _begin(self) -> dict[str, dict[str, Any]]:
+        """What is finished, and from here on no other process does the same runs."""
         with writing(self.folder, WAY_ON):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.results.begin()
+        return self.results.records
 
     # ---- before the first run ----------------------------------------------------------------------------------------
     def _key(self) -> str:
@@ -225,8 +227,8 @@ class SweepRun:
 
     @staticmethod
     def _remove(folder: Path) -> None:
-        shutil.rmtree(folder)
-        with suppress(OSError):  # another process may be at work there
+        with suppress(InputError, OSError):  # another process may be at work there
+            remove_unfinished(folder)
             folder.parent.rmdir()
 
     def _record(self, point: Point, manifest: Manifest) -> dict[str, Any]:

@@ -61,5 +61,5 @@ def test_what_goes_wrong_is_said_when_the_block_is_loaded(streamed):
         with open(checkpoint.path / shard, "r+b") as file:
             file.truncate(2000)
     weights.prefetch_block(0)
-    with pytest.raises(RunError, match="has become shorter"):
+    with pytest.raises(RunError, match="was changed while it was in use"):
         weights.load_block(0)
