@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-# What is said of families in the README: found, chained, streamed, pruned, in batches.
+# What is said of families in the README: found, chained, streamed, pruned, in batches; and of packed checkpoints.
 FILES = [
     "tests/unit/blocks/test_decoder.py",
     "tests/unit/blocks/test_execution.py",
@@ -22,6 +22,8 @@ FILES = [
     "tests/unit/blocks/test_streaming.py",
     "tests/integration/test_families.py",
     "tests/integration/test_batches.py",
+    "tests/integration/test_packed_families.py",
+    "tests/integration/test_packed_models.py",
 ]
 
 

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+import transformers
+from packaging.version import InvalidVersion, Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,7 +64,20 @@ def _part(name: str) -> str:
 def _lacks(folder: CheckpointFolder, names: list[str]) -> InputError:
     named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     plural = "s" if len(names) > 1 else ""
-    return InputError("model.path", folder.path, f"the checkpoint lacks the tensor{plural} {named}")
+    cause = _other_names(folder.config.get("transformers_version"))
+    return InputError("model.path", folder.path, f"the checkpoint lacks the tensor{plural} {named}{cause}")
+
+
+def _other_names(written_by: Any) -> str:
+    """Why tensors may only seem to be missing: releases of transformers name them differently."""
+    here = transformers.__version__
+    try:
+        newer = Version(str(written_by)) > Version(here)
+    except InvalidVersion:
+        return ""
+    return (
+        f"; transformers {written_by} wrote it, which may name them differently: {here} is installed" if newer else ""
+    )
 
 
 def _fail(error: InputError, module: nn.Module, inputs: Any) -> None:

@@ -95,6 +95,7 @@ class PackedLoading:
         self.targets: list[PackedTarget] = []
         self.unpacked: list[str] = []
         self._sources: list[WeightSource] = []
+        self._wanted: dict[str, torch.dtype] = {}
 
     @property
     def converted(self) -> list[WeightSource]:
@@ -120,6 +121,7 @@ class PackedLoading:
         if forgotten := sorted(self.folder.packed.keys() - placed):
             problem = f"{type(self.model).__name__} has no use for {forgotten[0]}"
             raise ValueError(_FAILED.format(f"{problem}; unpack it with `lvlm-prune unpack`"))
+        self._wanted = {name: dtypes.get(name, parameter.dtype) for name, parameter in self.model.named_parameters()}
         self._hide(placed)
 
     @_with_value_errors
@@ -138,6 +140,10 @@ class PackedLoading:
             dense = source.load(asked, self.folder, "cpu", targets[0].weight.dtype)
             for target in targets:
                 target.weight.fill(_pack(dense.pop(target.name), device))
+        for name, parameter in self.model.named_parameters():
+            # Beside a quantizer releases before 5.13 leave a weight that has another name on disk in its dtype there.
+            if parameter.dtype != self._wanted.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(self._wanted[name])
         self._unpack_slow()
         if any(weight.ndim == 3 for weight in self.model.modules() if isinstance(weight, PackedWeight)):
             # One expert after the other unpacks only those that a token is sent to; the other ways need all at once.
@@ -174,7 +180,11 @@ class PackedLoading:
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Weights that the model keeps in another dtype than the one it is loaded in."""
         parameters = dict(self.model.named_parameters())
-        plan = self.model._get_dtype_plan(next(iter(parameters.values())).dtype)
+        plan = (
+            self.model._get_dtype_plan(next(iter(parameters.values())).dtype)
+            if hasattr(self.model, "_get_dtype_plan")
+            else self.model.dtype_plan  # before release 5.1
+        )
         return {
             name: dtype
             for name in parameters
@@ -194,9 +204,9 @@ class PackedLoading:
         prefix = f"{self.model.base_model_prefix}."
         known = sorted({re.escape(name.removeprefix(prefix)) for name in names})
         patterns = {rf"(^|\.)({'|'.join(known)})$", rf"({'|'.join(COMPANIONS)})$"}
-        self.model._keys_to_ignore_on_load_unexpected = patterns | set(
-            self.model._keys_to_ignore_on_load_unexpected or ()
-        )
+        ignored = self.model._keys_to_ignore_on_load_unexpected
+        kind = set if isinstance(ignored, set) else list  # a list before release 5.1
+        self.model._keys_to_ignore_on_load_unexpected = kind({*patterns, *(ignored or ())})
 
     def _refuse_offloading(self) -> None:
         devices = {str(device) for device in getattr(self.model, "hf_device_map", {}).values()}

@@ -347,18 +347,6 @@ print("loaded", sum(parameter.numel() for parameter in model.parameters()))
 """
 
 
-def test_without_this_package_loading_ends_in_an_error(packed: Path) -> None:
-    """Never in random weights: the values are under the name of the weight, in another shape."""
-    # The command line silences transformers, for this process and its children.
-    loud = os.environ | {"TRANSFORMERS_VERBOSITY": "warning"}
-    command = [sys.executable, "-c", _LOADER, str(packed)]
-    child = subprocess.run(command, env=loud, capture_output=True, text=True, check=False)
-    assert child.returncode != 0
-    assert "loaded" not in child.stdout
-    assert "mismatch" in child.stderr.lower()
-    assert "lvlm_prune_packed" in child.stderr
-
-
 @pytest.mark.parametrize("order", ["lvlm_prune, transformers", "transformers, lvlm_prune", "torch, lvlm_prune"])
 def test_importing_the_package_is_enough(packed: Path, order: str) -> None:
     script = f"import {order}\n{_LOADER}"

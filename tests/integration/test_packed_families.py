@@ -1,11 +1,15 @@
 """Packed checkpoints of twenty families in transformers: the same answers, saved again, unpacked again."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +22,10 @@ from lvlm_prune.packed.shards import pack_shard, unpack_shard
 from lvlm_prune.packed.weight import PackedWeight
 from tests.families import FAMILIES, tiny_model
 
-pytestmark = pytest.mark.usefixtures("keep_packed")
+pytestmark = [
+    pytest.mark.usefixtures("keep_packed"),
+    pytest.mark.skipif(transformers.__version__ < "5", reason="packed checkpoints need transformers 5"),
+]
 
 SLOW = pytest.mark.slow
 INDEX = "model.safetensors.index.json"
@@ -109,3 +116,34 @@ def test_shards_come_back_byte_for_byte(form: Format, dtype: torch.dtype, tmp_pa
     for shard in shards:
         unpack_shard(packed, shard, unpacked)
         assert (unpacked / shard).read_bytes() == (sparse / shard).read_bytes()
+
+
+_WITHOUT_THE_PACKAGE = """
+import sys
+from transformers import Qwen2VLForConditionalGeneration as Model
+try:
+    Model.from_pretrained(sys.argv[1])
+except Exception as error:
+    print("refused", type(error).__name__)
+print("told to go on", file=sys.stderr, flush=True)
+model = Model.from_pretrained(sys.argv[1], ignore_mismatched_sizes=True)
+print("loaded", type(model).__name__)
+"""
+
+
+def test_without_this_package_nothing_is_taken_for_a_weight(tmp_path: Path) -> None:
+    """The values are under the name of the weight, in another shape: an error, unless transformers is told to go on."""
+    sparse, packed = tmp_path / "sparse", tmp_path / "packed"
+    pack(sparse, packed, write_sparse(sparse, "qwen2_vl"))
+    # The command line silences transformers, for this process and its children.
+    loud = os.environ | {"TRANSFORMERS_VERBOSITY": "warning"}
+    command = [sys.executable, "-c", _WITHOUT_THE_PACKAGE, str(packed)]
+    child = subprocess.run(command, env=loud, capture_output=True, text=True, check=True)
+    refused, loaded = child.stdout.splitlines()
+    assert refused.startswith("refused")
+    assert loaded == "loaded Qwen2VLForConditionalGeneration"
+    by_itself, told_to_go_on = child.stderr.split("told to go on\n")
+    assert "lvlm_prune_packed" in by_itself
+    assert "mismatch" in by_itself.lower()
+    assert "q_proj.weight" in told_to_go_on  # named, with what becomes of it
+    assert "newly initialized" in told_to_go_on or "Reinit due to size mismatch" in told_to_go_on

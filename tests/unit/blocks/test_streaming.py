@@ -253,6 +253,19 @@ def test_many_missing_tensors_are_named_in_one_line(tmp_path: Path) -> None:
         stream(tmp_path)
 
 
+def test_an_older_transformers_is_said_where_tensors_seem_to_be_missing(tmp_path: Path) -> None:
+    """As the embedded model is with releases before 5.6."""
+    tiny_model("llava").save_pretrained(tmp_path)
+    rewrite(tmp_path, multi_modal_projector__linear_1__weight=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "99.1.0"}))
+    with pytest.raises(InputError, match=r"; transformers 99\.1\.0 wrote it, which may name them differently: \d"):
+        stream(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "next"}))
+    with pytest.raises(InputError, match=r"projector.linear_1.weight$"):
+        stream(tmp_path)
+
+
 def test_a_block_of_the_tower_that_is_missing_as_a_whole_is_named_when_it_is_needed(tmp_path: Path) -> None:
     """Of many towers the last blocks are not run, and some checkpoints lack them."""
     model = tiny_model("llava")
