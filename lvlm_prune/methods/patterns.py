@@ -116,7 +116,7 @@ class Unstructured(Pattern):
         """See `Pattern.mask`."""
         grouped = self.groups(score, group)
         count = self.pruned_per_group((score.shape[0], score.shape[1]), sparsity, group)
-        return _lowest(grouped, count).view_as(score)
+        return lowest(grouped, count).view_as(score)
 
     def pruned_per_group(self, shape: tuple[int, int], sparsity: float, group: Group = "row") -> int:
         """`floor(n * sparsity)` for groups of n weights."""
@@ -251,8 +251,20 @@ class SemiStructuredChoice(Pattern):
         return ",".join(map(str, self.choices))
 
 
-def _lowest(grouped: Tensor, count: int) -> Tensor:
-    """The `count` lowest values of each row, ties by lowest column index: what a stable sort gives, without sorting."""
+def lowest(grouped: Tensor, count: int) -> Tensor:
+    """The `count` lowest values of each row, ties by lowest column index: what a stable sort gives, without sorting.
+
+    Args:
+        grouped: Values, shape (rows, n).
+        count: At most n.
+
+    Returns:
+        Bool of the same shape, True where a value is among them.
+
+    Example:
+        >>> lowest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.0]]), 2)
+        tensor([[False,  True, False,  True, False]])
+    """
     if count == 0:
         return torch.zeros_like(grouped, dtype=torch.bool)
     threshold = kth_lowest(grouped, count)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.methods.patterns import IN_CACHES, Pattern, SemiStructured, ZeroCount
+from lvlm_prune.methods.patterns import IN_CACHES, Pattern, SemiStructured, ZeroCount, lowest
 from lvlm_prune.methods.solvers.base import ContinuingSolver, LinearProblem, Solution, Solver, dense
 from lvlm_prune.methods.solvers.scaling import UnitDiagonal
 
@@ -176,8 +176,8 @@ def _best_of_candidates(
         Change of the loss, which goes, which comes back: of shape (rows,).
     """
     count = min(candidates, go.shape[1])
-    alone_go, leaving = go.topk(count, dim=1, largest=False)
-    alone_come, coming = come.topk(count, dim=1, largest=False)
+    leaving, coming = _places_of_lowest(go, count), _places_of_lowest(come, count)
+    alone_go, alone_come = go.gather(1, leaving), come.gather(1, coming)
     both = weight.gather(1, leaving)[:, :, None] * weight.gather(1, coming)[:, None, :]
     pairs = alone_go[:, :, None] + alone_come[:, None, :] - 2 * both * gram[leaving[:, :, None], coming[:, None, :]]
     change, best = pairs.flatten(1).min(dim=1)
@@ -186,6 +186,13 @@ def _best_of_candidates(
         leaving.gather(1, (best // count)[:, None])[:, 0],
         coming.gather(1, (best % count)[:, None])[:, 0],
     )
+
+
+def _places_of_lowest(values: Tensor, count: int) -> Tensor:
+    """Columns of the `count` lowest values of each row, ascending; ties by lowest index, unlike those of `topk`."""
+    columns = torch.arange(values.shape[1], device=values.device)
+    places = torch.where(lowest(values, count), columns, len(columns))
+    return places.topk(count, dim=1, largest=False, sorted=True).values
 
 
 def _best_in_groups(go: Tensor, come: Tensor, weight: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

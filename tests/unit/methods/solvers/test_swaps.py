@@ -7,6 +7,7 @@ import torch
 
 from lvlm_prune.methods.scorers import MagnitudeScorer, MaskSolver, WandaScorer
 from lvlm_prune.methods.solvers import RefitSolver, SparseGPTSolver, SparseSwapsSolver
+from lvlm_prune.methods.solvers.swaps import _places_of_lowest
 from tests.unit.methods.solvers.conftest import CASES, loss
 
 WANDA = MaskSolver(WandaScorer())
@@ -51,6 +52,15 @@ def test_where_it_ends_no_exchange_of_any_pair_lowers_the_loss(case, make_proble
                 other = gone.clone()
                 other[leaving], other[coming] = True, False
                 assert (weight * other) @ gram @ (weight * other) >= least * (1 - 1e-5)
+
+
+def test_of_equal_candidates_those_with_the_lowest_index_are_looked_at():
+    """`topk` takes any of them, and on another device others."""
+    values = torch.full((3, 5000), 2.0)
+    values[1, 4000] = 1.0
+    values[2, ::2] = torch.inf
+    found = _places_of_lowest(values, 3)
+    assert found.tolist() == [[0, 1, 2], [0, 1, 4000], [1, 3, 5]]
 
 
 def test_the_first_exchange_is_the_best_of_all(make_problem):
