@@ -29,7 +29,7 @@ from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 
 Value = TypeVar("Value")
 
-_LARGEST_DEFAULT_VALIDATION = 128
+_SMALLEST_DEFAULT_VALIDATION, _LARGEST_DEFAULT_VALIDATION = 4, 128
 _MOST_WORKERS = 1024
 
 SAMPLE_NUMBER = "sample_number"
@@ -61,7 +61,8 @@ class RecoveryDataModule(L.LightningDataModule):
     Args:
         source: Where samples come from: conversations, documents, or ready-made inputs with a `labels` entry.
         num_samples: Samples to take, training and validation together. Default: all there are.
-        validation_samples: How many of them are kept for validation. Default: every twentieth, at most 128.
+        validation_samples: How many of them are kept for validation. Default: every twentieth, of twenty and more at
+            least 4, at most 128.
         seed: Another seed takes other samples, splits them otherwise and trains in another order.
         batch_size: Samples per step on each device.
         num_workers: Processes that encode samples; 0: the one that trains.
@@ -128,7 +129,8 @@ class RecoveryDataModule(L.LightningDataModule):
         selection = self.source.choose(self.num_samples or total, self.seed)
         count = self.validation_samples
         if count is None:
-            count = min(len(selection) // 20, _LARGEST_DEFAULT_VALIDATION)
+            few = _SMALLEST_DEFAULT_VALIDATION if len(selection) >= 20 else 0
+            count = min(max(len(selection) // 20, few), _LARGEST_DEFAULT_VALIDATION)
         if count >= len(selection):
             problem = f"of {len(selection)} samples leaves none to train on"
             raise InputError("data.validation_samples", count, problem)

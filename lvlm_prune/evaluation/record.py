@@ -79,16 +79,26 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
     questions = sum(task["questions"] for task in record["tasks"].values())
     row = ["average", str(questions), "", _number(record["average"], 100)]
     rows.append(row + ([_number(record["baseline_average"], 100), _percent(record["retention"])] if compared else []))
+    return "\n\n".join([markdown_table(heads, rows), *evaluation_notes(record), *_likelihood(record)])
+
+
+def evaluation_notes(record: Mapping[str, Any]) -> list[str]:
+    """What a reader of the scores must know, a sentence each.
+
+    Example:
+        >>> evaluation_notes({"baseline_average": 0})
+        ['the baseline gets none of these questions right, so no share of it can be retained']
+    """
     nothing = ["the baseline gets none of these questions right, so no share of it can be retained"]
     notes = nothing if record["baseline_average"] == 0 else []
     if record.get("joined_prompts"):
         notes.append(
             "what the chat template puts before an answer ends within a token of the whole conversation (mostly with a "
             "space, which the tokenizer joins with the answer's first word): models answer behind tokens that they "
-            "were not trained on, so scores may be lower than the model is able to; the likelihoods below are not "
+            "were not trained on, so scores may be lower than the model is able to; likelihoods are not "
             "concerned. A template whose generation prompt ends without the space avoids it"
         )
-    return "\n\n".join([markdown_table(heads, rows), *notes, *_likelihood(record)])
+    return notes
 
 
 def _likelihood(record: Mapping[str, Any]) -> list[str]:

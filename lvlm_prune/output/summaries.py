@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PAGE_NAME, PRIVATE_SUFFIX, RECOVERY_RECORD
@@ -111,31 +111,29 @@ def recovered_line(quality: Mapping[str, Any]) -> str:
     before, after, dense, apart, nearer = (_written(quality[name]) for name in names)
     same = f"{quality['pruned_agreement']:.1%} → {quality['agreement']:.1%}"
     return (
-        f"on {validated_on(quality)} ({quality['tokens']} text tokens): perplexity {before} → {after} "
+        f"on {measured_on(quality, 'recovery')} ({quality['tokens']} text tokens): perplexity {before} → {after} "
         f"(dense: {dense}), KL from the dense model {apart} → {nearer} nats per token, its most likely token at {same}"
     )
 
 
-def validated_on(quality: Mapping[str, Any]) -> str:
-    """Which samples the quality of a recovery is of.
-
-    Example:
-        >>> validated_on({"samples": 1, "held_back": False})
-        '1 sample that trained (none was kept for validation)'
-    """
-    which = "kept for validation" if quality["held_back"] else "that trained (none was kept for validation)"
-    return f"{quality['samples']} sample{'s' * (quality['samples'] != 1)} {which}"
+_HELD_BACK = {"pruning": "held back from calibration", "recovery": "kept for validation"}
+_USED = {
+    "pruning": "of the calibration set (there are no others)",
+    "recovery": "that trained (none was kept for validation)",
+}
 
 
-def measured_on(quality: Mapping[str, Any]) -> str:
+def measured_on(quality: Mapping[str, Any], of: Literal["pruning", "recovery"] = "pruning") -> str:
     """Which samples a quality is of.
 
     Example:
         >>> measured_on({"samples": 8, "held_back": False})
         '8 samples of the calibration set (there are no others)'
+        >>> measured_on({"samples": 1, "held_back": True}, "recovery")
+        '1 sample kept for validation'
     """
-    which = "held back from calibration" if quality["held_back"] else "of the calibration set (there are no others)"
-    return f"{quality['samples']} samples {which}"
+    which = (_HELD_BACK if quality["held_back"] else _USED)[of]
+    return f"{quality['samples']} sample{'s' * (quality['samples'] != 1)} {which}"
 
 
 def _written(value: float | None) -> str:

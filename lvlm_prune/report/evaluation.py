@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.evaluation.record import read_record
+from lvlm_prune.evaluation.record import evaluation_notes, read_record
 from lvlm_prune.report.page import PageFigure, Table, show
 from lvlm_prune.report.retention import retained_figure
 
@@ -54,6 +54,12 @@ def evaluated_table(run: Mapping[str, Any]) -> Table | None:
     cells = [show(run, _KEY, key, unit="percent") if found[key] is not None else "–" for key in keys]
     rows.append(["average", "", *cells])
     return Table(["task", "metric", "dense", "score", "retained"], rows)
+
+
+def evaluated_notes(run: Mapping[str, Any]) -> list[str]:
+    """What a reader of the scores must know; empty without an evaluation."""
+    found = run.get(_KEY)
+    return [] if found is None else evaluation_notes(found)
 
 
 def evaluated_figure(run: Mapping[str, Any]) -> PageFigure | None:

@@ -17,7 +17,13 @@ from lvlm_prune.output.private import is_left_out, public_folder
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.pruning.input_zeros import was_pruned_before
-from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
+from lvlm_prune.report.evaluation import (
+    evaluated_facts,
+    evaluated_figure,
+    evaluated_notes,
+    evaluated_table,
+    with_evaluation,
+)
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
 from lvlm_prune.report.linears import experts_of, experts_table, linears_table, summarise_experts
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
@@ -63,6 +69,7 @@ def pruning_page(
         facts=_facts(run),
         scores=_scores(run),
         evaluated=evaluated_table(run),
+        evaluated_notes=evaluated_notes(run),
         no_picture=_no_picture(run),
         repeat=repeat_command("prune", run),
         tries=_tries(run),

@@ -7,8 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.output.summaries import validated_on
-from lvlm_prune.report.evaluation import evaluated_facts, evaluated_figure, evaluated_table, with_evaluation
+from lvlm_prune.output.summaries import measured_on
+from lvlm_prune.report.evaluation import (
+    evaluated_facts,
+    evaluated_figure,
+    evaluated_notes,
+    evaluated_table,
+    with_evaluation,
+)
 from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
@@ -59,6 +65,7 @@ def recovery_page(
         facts=_facts(run),
         scores=_scores(run),
         evaluated=evaluated_table(run),
+        evaluated_notes=evaluated_notes(run),
         linears=_linears(run),
         repeat=repeat_command("recover", run),
         show=show,
@@ -106,7 +113,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(key) is not None:
             facts[name] = show(run, "quality", key, unit="percent" if key.endswith("agreement") else "measure")
     if "held_back" in found:
-        facts["measured on"] = validated_on(found)
+        facts["measured on"] = measured_on(found, "recovery")
     elif found:
         facts["perplexity"] = "not measured"
     training = run["training"]

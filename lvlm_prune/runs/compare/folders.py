@@ -66,6 +66,8 @@ class ComparedFolder:
         record = self.record
         found = {key: value for key, value in leaves(record.get("config", {})) if key.split(".")[0] not in _BESIDE}
         data = record.get("calibration") or record.get("data", {}).get("examined", {})
+        if found.get("data.num_samples") is None and "num_samples" in data:
+            found["data.num_samples"] = data["num_samples"]  # the default takes as many as there are
         found |= {"command": self.verb, "fingerprint of the data": data.get("fingerprint")}
         found["fingerprint of the input"] = record.get("model", {}).get("fingerprint")
         found |= {f"versions.{name}": version for name, version in record.get("versions", {}).items()}

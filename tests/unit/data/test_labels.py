@@ -13,6 +13,7 @@ from lvlm_prune.demo.processing import build_processor, build_tokenizer
 from lvlm_prune.evaluation.builtin import _joined
 from lvlm_prune.evaluation.record import evaluation_table
 from lvlm_prune.evaluation.scores import Question
+from lvlm_prune.report.evaluation import evaluated_notes
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ def test_a_prompt_that_ends_within_a_token_of_the_conversation_is_told(joining):
     assert found == {"joined_prompts": 2}
     record = {"tasks": {}, "average": 0.0, "baseline_average": None, "retention": None}
     assert "models answer behind tokens that they were not trained on" in evaluation_table(record | found)
+    assert "not trained on" in evaluated_notes({"evaluated": record | found})[0]  # on the page too
     assert "not trained on" not in evaluation_table(record)
     joining.chat_template = TEMPLATE.replace("ASSISTANT: ", "ASSISTANT:")
     assert not joins_answer(joining, Conversation(asked), Conversation(answered))

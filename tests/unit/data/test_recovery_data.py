@@ -106,3 +106,11 @@ def test_what_is_found_in_good_data(processor):
     assert found[0].tokens == sum(inputs["input_ids"].shape[1] for inputs in encoded)
     assert found[0].answers == sum(int((inputs["labels"] != -100).sum()) for inputs in encoded)
     assert found[0].longest <= 400
+
+
+@pytest.mark.parametrize(("samples", "validated"), [(19, 0), (20, 4), (79, 4), (100, 5), (2560, 128), (9000, 128)])
+def test_some_samples_are_kept_for_validation_where_there_are_enough(samples, validated, tmp_path):
+    data = RecoveryDataModule(llava(tmp_path, *["yes"] * samples))
+    data.setup()
+    assert len(data.validation_indices) == validated
+    assert len(data.train_indices) == samples - validated
