@@ -154,7 +154,8 @@ class BlockwisePruning(PruneCallback):
         """Find the Linears to prune and the target of each; the weights need not be loaded.
 
         Raises:
-            InputError: An `exclude` pattern matches nothing, everything is excluded, or a width does not fit N:M.
+            InputError: An `exclude` pattern matches nothing, everything is excluded, a width does not fit N:M, or so
+                little is to go that nothing would.
         """
         scope = find_scope(pl_module, self.exclude, self.experts)
         self.shapes, self._in_towers, self.prunes_experts = scope.shapes, scope.in_towers, scope.has_experts
@@ -167,12 +168,23 @@ class BlockwisePruning(PruneCallback):
         if self.prunes_experts:
             refuse_experts(pool, self.allocation)
         refuse_widths(self.pattern, self.shapes)
+        self._refuse_nothing()
         with mounted(**{self.section: self}):
             self._refuse_faults()
             self.allocation.use_method(self.chosen_solver, self.pattern, self.sparsity)
             self.allocation.check(self.shapes, self.sparsity)
             if not self.allocation.wants_survey:
                 self.allocate()
+
+    def _refuse_nothing(self) -> None:
+        """Refuse a sparsity of which no weight goes anywhere, as counts are rounded down."""
+        for name, shape in self.shapes.items():
+            sparsity = self.sparsity_of("vision" if name in self._in_towers else "language")
+            promised = self.chosen_solver.expected_zeros(shape, sparsity, self.pattern)
+            none = promised and all(zeros.most == 0 for zeros in promised)
+            if not none and sparsity * shape[0] * shape[1] >= 1:
+                return
+        raise InputError("pruning.sparsity", self.sparsity, "prunes nothing: less than one weight of those compared")
 
     def _refuse_faults(self) -> None:
         """Refuse a scorer whose scores would not be one for each weight."""

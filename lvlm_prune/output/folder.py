@@ -6,6 +6,7 @@ Until the run is complete and verified `config.json` is held back, so that nobod
 import os
 import shutil
 import stat
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +29,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+# Seconds for which a command waits that only adds to a folder.
+_PATIENCE = 5.0
 
 _OF_COMMAND: ContextVar[str] = ContextVar("_OF_COMMAND", default="")
 
@@ -288,6 +292,37 @@ def claim(folder: Path, record: str, resume: bool) -> FolderLock:
         lock.release()
         raise InputError("output", folder, "was written by another run meanwhile; choose another folder")
     return lock
+
+
+@contextmanager
+def shared(folder: Path, records: Collection[str], kind: str) -> Iterator[None]:
+    """While the context is open nobody else writes an output folder to which several commands may add.
+
+    Waits for another command of that kind, which takes a moment.
+
+    Args:
+        folder: The output folder, which may be missing.
+        records: Patterns of the names of the command's records, see `refuse_other_content`.
+        kind: What the command writes, for people.
+
+    Raises:
+        InputError: A run that has the folder for itself is writing it, or somebody wrote something else there.
+    """
+    make_folder(folder)
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            lock = FolderLock(folder)
+            break
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+    try:
+        refuse_other_content(folder, records, kind)
+        yield
+    finally:
+        lock.release()
 
 
 def remove_unfinished(folder: Path) -> None:

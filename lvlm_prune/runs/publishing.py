@@ -131,25 +131,45 @@ def keep_private(folder: Path) -> None:
 
 
 def carry_private(source: Path, folder: Path) -> None:
-    """Give a folder that was packed or unpacked what lies beside the one it was made from, where anything does."""
-    if private_folder(source).is_dir():
-        with writing(private_folder(folder)):
-            private_folder(folder).mkdir(exist_ok=True)
-            _copy_private(private_folder(source), private_folder(folder))
+    """Give a folder that was packed or unpacked what lies beside the one it was made from, where anything does.
+
+    Where it lies there already, what came to it since stays.
+    """
+    origin, beside = private_folder(source), private_folder(folder)
+    if origin.is_dir():
+        with writing(beside):
+            beside.mkdir(exist_ok=True)
+            _copy_private(origin, beside, only_missing=_is_of_same_run(origin, beside))
 
 
-def _copy_private(source: Path, beside: Path) -> None:
-    """Put the private files of a folder in place of earlier ones; one record at least is there at any time."""
-    names = (*RECORDS, "config.yaml", PAGE_NAME, _ADAPTER_CONFIG)
-    for name in sorted(names, key=lambda name: not (source / name).is_file()):
-        if (source / name).is_file():
+def _is_of_same_run(origin: Path, beside: Path) -> bool:
+    records = [name for name in (PRUNING_RECORD, RECOVERY_RECORD) if (origin / name).is_file()]
+    return bool(records) and all(
+        (beside / name).is_file() and (beside / name).read_bytes() == (origin / name).read_bytes() for name in records
+    )
+
+
+def _copy_private(source: Path, beside: Path, only_missing: bool = False) -> None:
+    """Put the private files of a folder in place of earlier ones; one record at least is there at any time.
+
+    The records of the run come last of the records, and the page last of all: by them an interrupted copy is known.
+    """
+    others = ("config.yaml", _ADAPTER_CONFIG)
+    if not only_missing:
+        for name in (*others, PAGE_NAME):
+            (beside / name).unlink(missing_ok=True)
+        shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
+        for name in sorted(RECORDS, key=lambda name: (not (source / name).is_file(), -RECORDS.index(name))):
+            if (source / name).is_file():
+                replace_durably(beside / name, (source / name).read_bytes())
+            else:
+                (beside / name).unlink(missing_ok=True)
+    if (source / FIGURE_FOLDER).is_dir() and not (beside / PAGE_NAME).is_file():
+        shutil.copytree(source / FIGURE_FOLDER, beside / FIGURE_FOLDER, dirs_exist_ok=True)
+    for name in (*others, PAGE_NAME):
+        if (source / name).is_file() and not (beside / name).is_file():
             (beside / name).parent.mkdir(exist_ok=True)
             replace_durably(beside / name, (source / name).read_bytes())
-        else:
-            (beside / name).unlink(missing_ok=True)
-    shutil.rmtree(beside / FIGURE_FOLDER, ignore_errors=True)
-    if (source / FIGURE_FOLDER).is_dir():
-        shutil.copytree(source / FIGURE_FOLDER, beside / FIGURE_FOLDER)
 
 
 def _is_private(folder: Path) -> bool:

@@ -67,6 +67,7 @@ OPTIONS = {
     "unknown plugin option": (["--pruning.pool.beta=3"], ["--pruning.pool.beta", "unknown option"]),
     "alpha negative": (["--pruning.pool.alpha=-1"], ["--pruning.pool.alpha -1.0"]),
     "unknown rounding": (["--pruning.pool.rounding=up"], ["--pruning.pool.rounding up", "floor, released"]),
+    "less than a weight": (["--pruning.sparsity=0.001"], ["--pruning.sparsity 0.001", "prunes nothing"]),
     "exclude matches nothing": (["--pruning.exclude=*.nothing"], ["--pruning.exclude *.nothing", "matches no Linear"]),
     "exclude everything": (["--pruning.exclude=*"], ["--pruning.exclude", "leaves nothing"]),
     "unknown modality": (["--pruning.visual=[smell]"], ["--pruning.visual smell"]),

@@ -129,6 +129,9 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     # What is said to lie beside it does, and the dense model is found from there.
     assert f"are in {packed}.private" in capsys.readouterr().out.splitlines()[-1]
     assert str(out) in (tmp_path / "packed.private" / "packing.json").read_text()
+    private = texts(written(tmp_path / "packed.private"))
+    assert main(["pack", f"--model.path={out}", f"--output={packed}", "--resume=true"]) == 0
+    assert texts(written(tmp_path / "packed.private")) == private
     assert record_of(packed)["dense"]["path"] == str(GOLDEN / "model")
     assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")

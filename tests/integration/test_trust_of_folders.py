@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lvlm_prune.callbacks import SparseCheckpointWriter
 from lvlm_prune.cli import main
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.output import folder as folders
 from lvlm_prune.output.folder import FolderLock, claim
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.sweep.run import WAY_ON
@@ -121,6 +122,37 @@ def test_what_another_run_writes_meanwhile_stays(verb, tmp_path, capsys, monkeyp
         f"error: --output {tmp_path / 'out'}: was written by another run meanwhile; choose another folder"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["recovery.json"]
+
+
+@pytest.mark.parametrize("verb", ["sweep", "evaluate", "compare", "reproduce"])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_folder_that_a_run_has_taken_meanwhile_is_not_added_to(verb, is_done, tmp_path, capsys, monkeypatch):
+    """While it has nothing in it yet, and when it is finished."""
+    out, locks = tmp_path / "out", []
+    command = {
+        "sweep": [*BASE, recipes("magnitude"), grid(pruning__sparsity=[0.5])],
+        "evaluate": ["evaluate", GOLDEN_MODEL[0], "--engine=tests.engines.ShareLeft"],
+        "compare": ["compare", str(GOLDEN / "model"), str(GOLDEN / "model")],
+        "reproduce": reproduce("atv/table_3", out),
+    }[verb]
+    monkeypatch.setattr("lvlm_prune.runs.compare.run.ComparedFolder", lambda path: path)
+    monkeypatch.setattr("lvlm_prune.runs.compare.run.comparison", lambda folders: {})
+    monkeypatch.setattr("lvlm_prune.runs.compare.run.comparison_markdown", lambda record: "")
+    monkeypatch.setattr("lvlm_prune.output.folder._PATIENCE", 0)
+    make = folders.make_folder
+
+    def taken(folder):
+        make(folder)
+        if is_done:
+            (folder / "pruning.json").write_text("{}")
+        elif not locks:
+            locks.append(FolderLock(folder))
+
+    monkeypatch.setattr(folders, "make_folder", taken)
+    assert main([*command, f"--output={out}"]) == 2
+    said = "exists, is not empty and holds no" if is_done else "is being written by another run"
+    assert f"error: --output {out}: {said}" in one_line(capsys)
+    assert [path.name for path in out.iterdir()] == ["pruning.json"] * is_done
 
 
 def test_the_lock_of_a_folder_that_was_removed_is_none(tmp_path, monkeypatch):

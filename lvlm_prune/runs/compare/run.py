@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, writing
+from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, shared, writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.runs.compare.folders import ComparedFolder
+
+# What the output folder may hold, and what that is.
+_OWN = [COMPARISON_RECORD], "comparison"
 
 _OTHER_MODELS = "the folders come from different models, so what differs is not the method alone"
 _OTHER_QUESTIONS = "they were scored on different questions, so averages and retained shares do not compare the methods"
@@ -33,7 +36,7 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     target = Path(output) if output else None
     if target is not None:
         refuse_undecodable(target, "output")
-        refuse_other_content(target, [COMPARISON_RECORD], "comparison")
+        refuse_other_content(target, *_OWN)
         for folder in folders:
             refuse_overlap(target, Path(folder))
     record = comparison([ComparedFolder(path) for path in folders])
@@ -43,8 +46,7 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
         from lvlm_prune.report.comparison import comparison_page
         from lvlm_prune.report.page import write_page
 
-        with writing(target, "the tables are above"):
-            target.mkdir(parents=True, exist_ok=True)
+        with writing(target, "the tables are above"), shared(target, *_OWN):
             replace_durably(target / COMPARISON_RECORD, (json.dumps(record, indent=1) + "\n").encode())
             replace_durably(target / COMPARISON_TABLE, (table + "\n").encode())
             write_page(target, *comparison_page(record))

@@ -18,7 +18,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import choose_folder, refuse_other_content, writing
+from lvlm_prune.output.folder import choose_folder, refuse_other_content, shared, writing
 from lvlm_prune.output.manifest import read_run
 from lvlm_prune.output.names import (
     EVALUATION_RECORD,
@@ -90,7 +90,8 @@ class EvaluationRun:
         else:
             folder = choose_folder(output, f"{self.model.label}-evaluation", resume=False)
         own = folder.resolve() == checkpoint.resolve()
-        refuse_other_content(folder, ["*"] if own else [EVALUATION_RECORD], "evaluation")
+        self._own = (["*"] if own else [EVALUATION_RECORD]), "evaluation"
+        refuse_other_content(folder, *self._own)
         return folder
 
     def _is_publishable(self) -> bool:
@@ -118,8 +119,7 @@ class EvaluationRun:
             found |= {f"evaluation/{name}": record[name] for name in names if record.get(name) is not None}
             logger.log_metrics(found)
             logger.finalize("success")
-        with writing(self.folder, "the same command again scores once more"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder, "the same command again scores once more"), shared(self.folder, *self._own):
             beside = private_folder(self.folder)
             places = [self.folder, *([beside] if (beside / PAGE_NAME).is_file() else [])]
             is_publishable = self._is_publishable()

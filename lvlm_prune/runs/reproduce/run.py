@@ -16,7 +16,7 @@ from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.output.folder import refuse_other_content, writing
+from lvlm_prune.output.folder import refuse_other_content, shared, writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import PROBE_RECORD
 from lvlm_prune.plugins import describe, mounted
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lvlm_prune.runs.sweep.results import FinishedRun
 
 _TABLE = "table.md"
+# What the output folder may hold, and what that is.
+_OWN = [_TABLE, "*/sweep*.jsonl", f"*/*/{PROBE_RECORD}"], "reproduced table"
 _LONGEST_HEADING = 1000
 
 
@@ -139,7 +141,7 @@ class ReproductionRun:
         model.refuse_vision("reproduce")
         self.folder = Path(output or f"runs/{table.name.replace('/', '-')}")
         refuse_undecodable(self.folder, "output")
-        refuse_other_content(self.folder, [_TABLE, "*/sweep*.jsonl", f"*/*/{PROBE_RECORD}"], "reproduced table")
+        refuse_other_content(self.folder, *_OWN)
         self._refuse_other_table()
         if trainer.world_size > 1 and len(table.parts) > 1:
             problem = f"{table.name} has {len(table.parts)} models, each of which starts its own processes; run parts"
@@ -168,6 +170,11 @@ class ReproductionRun:
     def __call__(self) -> list[PartOutcome]:
         """Sweep over one model after the other, and write the table after each."""
         outcomes: list[PartOutcome] = []
+        if self.trainer.is_global_zero:
+            with writing(self.folder, WAY_ON), shared(self.folder, *_OWN):
+                self._refuse_other_table()
+                if not (self.folder / _TABLE).is_file():
+                    replace_durably(self.folder / _TABLE, markdown_text(self.table, outcomes).encode())
         for entry, points in zip(self.table.parts, self.points):
             outcomes.append(self._measure(entry, points))
             if self.trainer.is_global_zero:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Retention, Scores, retention
-from lvlm_prune.output.folder import FolderLock, make_folder, refuse_other_content
+from lvlm_prune.output.folder import FolderLock, refuse_other_content, shared
 from lvlm_prune.output.manifest import sync_folder
 from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.output.reading import conforms
@@ -42,6 +42,7 @@ class Results:
     def __init__(self, folder: Path, file_name: str = "sweep.jsonl", kind: str = "sweep") -> None:
         self.folder, self.path, self.kind = folder, folder / file_name, kind
         self.records: dict[str, dict[str, Any]] = {}
+        self._own = [f"{kind}*.jsonl"]
         self._lock: FolderLock | None = None
 
     def read(self) -> Results:
@@ -50,7 +51,7 @@ class Results:
         Raises:
             InputError: The folder holds something else.
         """
-        refuse_other_content(self.folder, [f"{self.kind}*.jsonl"], self.kind)
+        refuse_other_content(self.folder, self._own, self.kind)
         for file in sorted(self.folder.glob(f"{self.kind}*.jsonl")):
             if not file.is_file():  # a pipe would be waited for
                 raise InputError("output", self.folder, f"holds {file.name}, which is no regular file")
@@ -73,10 +74,10 @@ class Results:
         """
         if self._lock is not None:
             return
-        make_folder(self.folder)
-        if not self.path.exists():
-            self.path.touch()
-            sync_folder(self.folder)
+        with shared(self.folder, self._own, self.kind):
+            if not self.path.exists():
+                self.path.touch()
+                sync_folder(self.folder)
         self._lock = FolderLock(self.folder, self.path.name)
         self.read()  # another process may have finished meanwhile
 
