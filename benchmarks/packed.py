@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from benchmarks.prune_speed import machine
+from lvlm_prune.packed.dense import DenseLinear
 from lvlm_prune.packed.kernels import PackedMatrix, cpu, kernel_report, pack_rows, packed_linear, unpack_rows
 from lvlm_prune.packed.kernels.native import Level, level, limited_to
 
@@ -171,6 +172,8 @@ def random_llama(sparsity: float) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
+    model.heads = {"torch": model.lm_head, "kernel": copy.copy(model.lm_head)}  # type: ignore[assignment]
+    model.heads["kernel"].__class__ = DenseLinear  # type: ignore[index,assignment]
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
             path, _, leaf = name.rpartition(".")
@@ -202,6 +205,7 @@ def measure_model(sparsity: float, prompt: int = 8, steps: int = 6) -> dict[str,
     for _ in range(3):
         for way in decode:
             Switched.way = way
+            model.lm_head = model.heads["torch" if way == "torch" else "kernel"]  # type: ignore[index]
             begin = time.perf_counter()
             out = model(ids, use_cache=True)
             prefill[way].append(time.perf_counter() - begin)

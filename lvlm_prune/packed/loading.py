@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lvlm_prune.checkpoints.sources import WeightSource, WithParameters, find_sources
 from lvlm_prune.errors import InputError, LVLMPruneError
+from lvlm_prune.packed.dense import use_dense_kernels
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import COMPANIONS
 from lvlm_prune.packed.kernels import PackedMatrix, is_faster_packed, kernel_report, pack_rows
@@ -145,6 +146,7 @@ class PackedLoading:
             if parameter.dtype != self._wanted.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self._wanted[name])
         self._unpack_slow()
+        use_dense_kernels(self.model)
         if any(weight.ndim == 3 for weight in self.model.modules() if isinstance(weight, PackedWeight)):
             # One expert after the other unpacks only those that a token is sent to; the other ways need all at once.
             self.model.set_experts_implementation("eager")

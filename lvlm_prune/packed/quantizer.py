@@ -101,9 +101,11 @@ class PackedQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Unpacked weights have the dtype that they are packed in, whatever `dtype` says."""
+        from lvlm_prune.packed.dense import use_torch
         from lvlm_prune.packed.linear import unpack_modules
 
         unpack_modules(model)
+        use_torch(model)
         if self._conversions is not None:
             model._weight_conversions = self._conversions
         return model

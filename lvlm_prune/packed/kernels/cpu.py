@@ -148,7 +148,7 @@ def linear(x: Tensor, values: Tensor, mask: Tensor, start: Tensor, bias: Tensor 
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor | None:
-    """One token times a dense matrix, written with the same care as the packed product: its measure in benchmarks.
+    """One token times a dense matrix, written with the same care as the packed product.
 
     Args:
         x: Shape (1, columns); columns a multiple of 64.

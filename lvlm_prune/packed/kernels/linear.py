@@ -49,12 +49,12 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
         raise ValueError(f"`x` has {x.shape[-1]} features, but the packed matrix has {matrix.columns} columns")
     if x.device != matrix.device:
         raise ValueError(f"`x` is on {x.device}, but the packed matrix is on {matrix.device}")
-    if _plain(x) and (bias is None or _plain(bias)):
+    if only_the_result_counts(x) and (bias is None or only_the_result_counts(bias)):
         return _linear(*matrix.operands(x, bias))
     return torch.ops.lvlm_prune.packed_linear(*matrix.operands(x, bias))
 
 
-def _plain(tensor: Tensor) -> bool:
+def only_the_result_counts(tensor: Tensor) -> bool:
     """Whether only the result is wanted: going through the dispatcher of torch takes longer than a small product."""
     no_gradient = not (tensor.requires_grad and torch.is_grad_enabled())
     return no_gradient and type(tensor) in (Tensor, torch.nn.Parameter) and not _is_watched()

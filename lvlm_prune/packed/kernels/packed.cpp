@@ -297,7 +297,7 @@ void lvlm_linear(const uint64_t* mask, const void* values, const i64* start, i64
     });
 }
 
-// y (rows) = x (columns) times a dense matrix whose rows are a multiple of 4 and columns of 64: a measure for the above.
+// y (rows) = x (columns) times a dense matrix whose rows are a multiple of 4 and columns of 64: for what stays dense, and a measure for the above.
 // False where there is none for this instruction set.
 int lvlm_dense(const void* w, i64 rows, i64 columns, int kind, const void* x, int x_kind, void* y, int level, int threads) {
     Rows four = nullptr;

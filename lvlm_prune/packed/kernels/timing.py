@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 ROUNDS = 7
 """How often each product is timed; the fastest counts, so that other programs on the machine do not."""
 
@@ -12,7 +10,7 @@ SECONDS = 2e-4
 """Time of one round, at least: shorter ones are lost in the clock."""
 
 
-def fastest_times(products: Sequence[Callable[[], Tensor]]) -> list[float]:
+def fastest_times(products: Sequence[Callable[[], object]]) -> list[float]:
     """Seconds that each product takes at its fastest; they take turns."""
     repeats = [_repeats(product) for product in products]
     fastest = [float("inf")] * len(products)
@@ -22,12 +20,12 @@ def fastest_times(products: Sequence[Callable[[], Tensor]]) -> list[float]:
     return fastest
 
 
-def _repeats(product: Callable[[], Tensor]) -> int:
+def _repeats(product: Callable[[], object]) -> int:
     product()
     return max(1, round(SECONDS / max(_seconds(product, 1), 1e-7)))
 
 
-def _seconds(product: Callable[[], Tensor], repeats: int) -> float:
+def _seconds(product: Callable[[], object], repeats: int) -> float:
     begin = time.perf_counter()
     for _ in range(repeats):
         product()
