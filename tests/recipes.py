@@ -24,7 +24,7 @@ RECIPES = {
     "mllm_pruner": [],
     "alps": [],
     "alps_kl": ["--pruning.allocation.samples=2"],
-    "best": ["--pruning.allocation.samples=2"],
+    "best": ["--pruning.allocation.samples=2", "--pruning.pattern=3:4,2:4,1:4"],
     "fast": ["--pruning.pattern=2:4"],
     "magnitude": [],
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 
@@ -13,7 +14,10 @@ from lvlm_prune.packed.linear import PackedLinear
 from lvlm_prune.packed.weight import PackedWeight
 from tests.integration.test_packed_families import pack, write_sparse
 
-pytestmark = pytest.mark.usefixtures("keep_packed")
+pytestmark = [
+    pytest.mark.usefixtures("keep_packed"),
+    pytest.mark.skipif(transformers.__version__ < "5", reason="packed checkpoints need transformers 5"),
+]
 
 IDS = torch.arange(5, 17)[None]
 

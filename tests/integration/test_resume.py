@@ -14,7 +14,7 @@ from lvlm_prune.callbacks import PruneCallback, PruningReport
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.output import folder as output_folder
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 from tests.families import FAMILIES, Sample, make_inputs
 
 KILLER = '''
@@ -69,16 +69,24 @@ def test_killed_and_resumed_is_byte_identical(hook, block, run_cli, golden_argum
     assert_same_checkpoint(uninterrupted, tmp_path / "killed")
 
 
-@pytest.mark.parametrize("recipe", ["fast", pytest.param("best", marks=pytest.mark.slow)])
-def test_recipes_that_solve_are_killed_and_resumed_to_the_same_bytes(recipe, run_cli, golden_arguments, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method=fast"],
+        pytest.param(["--method=best", "--pruning.allocation.samples=2"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--method=best", "--pruning.allocation.samples=2", "--pruning.pattern=3:4,2:4,1:4"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["fast", "best", "several patterns"],
+)
+def test_recipes_that_solve_are_killed_and_resumed_to_the_same_bytes(options, run_cli, golden_arguments, tmp_path):
     (tmp_path / "killer.py").write_text(KILLER)
-    arguments = [*golden_arguments, f"--config={REPOSITORY / 'configs' / 'prune' / recipe}.yaml"]
-    if recipe == "best":
-        arguments += ["--pruning.allocation.samples=2"]
+    arguments = [*golden_arguments, *options]
     assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
     kill = ["killer.KillProcess", "on_block_calibrated", "2"]
-    options = [f"--trainer.callbacks{part}={value}" for part, value in zip(("", ".hook", ".block"), kill)]
-    assert run_cli(*arguments, *options, f"--output={tmp_path / 'killed'}").returncode == -9
+    killing = [f"--trainer.callbacks{part}={value}" for part, value in zip(("", ".hook", ".block"), kill)]
+    assert run_cli(*arguments, *killing, f"--output={tmp_path / 'killed'}").returncode == -9
     assert not (tmp_path / "killed" / "config.json").exists()
     assert main([*arguments, f"--output={tmp_path / 'killed'}", "--resume=true"]) == 0
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")

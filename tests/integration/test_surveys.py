@@ -231,13 +231,17 @@ def test_of_several_patterns_each_linear_gets_one_and_recovery_keeps_it(golden_a
     """And the mean is reached; what differs from Linear to Linear is what answers say."""
     options = ["--pruning.allocation=KLAllocation", "--pruning.pattern=3:4,2:4,1:4", "--pruning.sparsity=0.5"]
     output = tmp_path / "out"
-    assert main([*golden_arguments, "--pruning.scorer=WandaScorer", *options, f"--output={output}"]) == 0
+    assert main([*golden_arguments, "--pruning.pool=MixedPool", *options, f"--output={output}"]) == 0
     manifest = json.loads((output / "pruning.json").read_text())
     assert 0.5 <= manifest["sparsity"]["achieved"] < 0.55
     written = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
     weights, pattern = written.state_dict(), parse_pattern(manifest["pattern"])
     targets = {name: entry["target"] for name, entry in manifest["linears"].items()}
     assert len(set(targets.values())) > 2
+    model = golden_model()
+    method = BlockwisePruning(pool=MixedPool(), allocation=KLAllocation(), pattern="1:4,2:4,3:4", sparsity=0.5)
+    lvlm_prune.prune(model, SOURCE, method)
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     for name, target in targets.items():
         zeros = (weights[f"{name}.weight"] == 0).unflatten(1, (-1, 4)).sum(2)
         assert target in (0.0, 0.25, 0.5, 0.75)
