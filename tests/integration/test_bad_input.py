@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
-from lvlm_prune.cli_errors import ALONE, VERBS
 from tests.conftest import GOLDEN, GOLDEN_MODEL
 
 CALIBRATION = GOLDEN / "calib.safetensors"
@@ -363,31 +362,6 @@ def test_a_survey_names_the_broken_weight_too(golden_arguments, tmp_path, capsys
     assert main([*arguments, "--pruning.allocation=OWLAllocation", f"--output={tmp_path / 'out'}"]) == 2
     where = "block model.language_model.layers.2, first in mlp.down_proj.weight, for calibration sample 0"
     assert capsys.readouterr().err == f"error: NaN or infinity in the output of {where}\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["compare"], "compare: name two folders or more"),
-        (["compare", "nowhere"], "compare nowhere: name two folders or more"),
-        (["compare", "nowhere", "nothing"], "nowhere: has no pruning.json and no recovery.json"),
-        (["pack", "nowhere"], "nowhere: has no option before it"),
-        (["sweep", "--recipes", "a.yaml", "b.yaml"], "b.yaml: has no option before it"),
-    ],
-)
-def test_what_is_given_without_an_option_is_named_as_it_was_typed(arguments, said, capsys):
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}")
-
-
-@pytest.mark.parametrize("arguments", [[], ["xyzzy"]])
-def test_without_a_command_all_commands_are_named(arguments, capsys):
-    """In one line where another one was given, in the help where none was."""
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert not arguments or len(said.splitlines()) == 1
-    assert all(f" {command}" in said for command in (*VERBS, *ALONE))
 
 
 def test_help_and_printed_configuration_work(run_cli, golden_arguments, tmp_path):

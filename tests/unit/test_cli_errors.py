@@ -5,7 +5,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
-from lvlm_prune.cli_errors import explain
+from lvlm_prune.cli_errors import ALONE, VERBS, explain
 
 
 @pytest.mark.parametrize(
@@ -170,3 +170,28 @@ def test_without_a_command_there_is_help_and_a_failure(capsys):
     said = capsys.readouterr()
     assert not said.out
     assert "usage: lvlm-prune COMMAND" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare"], "compare: name two folders or more"),
+        (["compare", "nowhere"], "compare nowhere: name two folders or more"),
+        (["compare", "nowhere", "nothing"], "nowhere: has no pruning.json and no recovery.json"),
+        (["pack", "nowhere"], "nowhere: has no option before it"),
+        (["sweep", "--recipes", "a.yaml", "b.yaml"], "b.yaml: has no option before it"),
+    ],
+)
+def test_what_is_given_without_an_option_is_named_as_it_was_typed(arguments, said, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["xyzzy"]])
+def test_without_a_command_all_commands_are_named(arguments, capsys):
+    """In one line where another one was given, in the help where none was."""
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert not arguments or len(said.splitlines()) == 1
+    assert all(f" {command}" in said for command in (*VERBS, *ALONE))

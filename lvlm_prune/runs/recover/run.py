@@ -23,9 +23,8 @@ from lvlm_prune.demo import NAMES
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Children, follow_parent, refuse_mismatch
 from lvlm_prune.errors import InputError
-from lvlm_prune.methods.patterns import Pattern, parse_pattern
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.base_record import pruned_how, record_of
+from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import (
     FolderLock,
     choose_folder,
@@ -39,7 +38,6 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD, RUN_FILES
 from lvlm_prune.output.own_files import refuse_changed
-from lvlm_prune.output.provenance import origin_of, provenance
 from lvlm_prune.output.summaries import next_commands, summary
 from lvlm_prune.output.verification import refuse_other_findings
 from lvlm_prune.plugins import plugin_class
@@ -50,6 +48,7 @@ from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.report.card import write_adapter_card, write_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.recover.embedded import DEMO_SPARSITY, prune_embedded, scored_beside_dense
+from lvlm_prune.runs.recover.provenance import pattern_of, recovery_provenance
 from lvlm_prune.runs.recover.quality import recovered_quality
 from lvlm_prune.runs.session import prepare_source, session, slow_products_line
 from lvlm_prune.threads import suitable_threads
@@ -204,7 +203,9 @@ class RecoveryRun(ABC):
             raise InputError(
                 "dense", self.recovery.dense, "does nothing without --distillation.weight or --method blockwise"
             )
-        self.record.update(self._provenance())
+        self.record.update(
+            recovery_provenance(self.run, model, data, self.recovery.method, self.base_record, self.dense)
+        )
         if earlier is not None:
             earlier.refuse_other(self.record, self.folder, RECOVERY_RECORD)
 
@@ -272,29 +273,6 @@ class RecoveryRun(ABC):
             self.model, self.datamodule, optimization=self.recovery.optimization
         ) | {"method": self.recovery.method}
 
-    def _provenance(self) -> dict[str, Any]:
-        model = self.model
-        assert model.folder is not None
-        # The embedded model was pruned on the way.
-        config = {**self.run.config, "model": {**self.run.config["model"], "path": model.path}}
-        found = provenance(config, self.run.hardware, model, self.datamodule)
-        record = {
-            "config": found["config"],
-            "model": found["model"],
-            "data": found["calibration"] | {"samples": len(self.datamodule.train_indices)},
-            "method": self.recovery.method,
-            "pruned": pruned_how(self.base_record),
-            "versions": found["versions"] | {"peft": _version("peft")},
-            "processes": found["processes"],
-            "device": found["device"],
-        }
-        if self.dense is not None:
-            assert self.dense.folder is not None
-            record["dense"] = origin_of(self.dense.path, self.dense.folder)
-        elif "dense" in self.base_record:
-            record["dense"] = self.base_record["dense"]
-        return record
-
     # ---- after training ----------------------------------------------------------------------------------------------
     def _copy_base(self) -> CheckpointFolder:
         """A copy of the base to overwrite; nobody can load it yet."""
@@ -311,7 +289,7 @@ class RecoveryRun(ABC):
         assert base is not None
         refuse_changed(self.folder, earlier.get("files", {}))
         masks = StoredMasks(self.pruned_names, self.weights)
-        found = verify_merged(base, base.at(self.folder), self.weights, masks, self._pattern())
+        found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern_of(self.base_record))
         refuse_other_findings(earlier["linears"], found)
         self._say(f"verified: every pruned weight +0.0 in {len(masks)} Linears, all other tensors as they were")
 
@@ -319,7 +297,7 @@ class RecoveryRun(ABC):
         """Read what was written again, and note what it holds."""
         base = self.model.folder
         assert base is not None
-        pattern = self._pattern()
+        pattern = pattern_of(self.base_record)
         refuse_changed(self.folder, self.record.get("files", {}))
         found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern)
         zeros, digests = found.pop("zeros"), found.pop("digests")
@@ -340,14 +318,6 @@ class RecoveryRun(ABC):
         self.record["status"] = SCORING
         self.record.write(self.folder, RECOVERY_RECORD)
         release(self.folder)
-
-    def _pattern(self) -> Pattern | None:
-        """The pattern that the base was pruned to, where its record says so."""
-        text = self.base_record.get("pattern")
-        try:
-            return parse_pattern(text) if text else None
-        except ValueError:
-            return None
 
     def _score(self) -> None:
         """The embedded model dense, pruned and recovered, on the embedded benchmark; others on a few samples."""
@@ -397,9 +367,3 @@ class RecoveryRun(ABC):
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.run.options.quiet:
             print(text, flush=True)
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
