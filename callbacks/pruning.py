@@ -49,8 +49,9 @@ class BlockwisePruning(PruneCallback):
         sparsity: Share of each Linear's weights to prune, strictly between 0 and 1. With an N:M pattern it is given by
             the pattern, 1 - N/M; `KLAllocation` takes less, and leaves Linears dense. Default: 0.5.
         vision_sparsity: The same for the vision tower, where `model.targets` names it. Default: `sparsity`.
-        pattern: `unstructured` or `N:M` (quote it in YAML, which reads 2:4 as a number). With `KLAllocation` also
-            several, as `3:4,2:4,1:4`: each Linear gets one of them or stays dense, and `sparsity` is their mean.
+        pattern: `unstructured`; `N:M`, which keeps N of every M weights along a row (quote it in YAML, which reads 2:4
+            as a number); or, with `KLAllocation`, several, as `3:4,2:4,1:4`, of which each Linear gets one or stays
+            dense. `sparsity` is their mean then.
         pool: Which calibration tokens count.
         scorer: How important each weight is. A solver that needs no scores leaves it out.
         allocation: How much of each Linear goes.

@@ -21,7 +21,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.memory.measuring import Stopwatch
-from lvlm_prune.methods.survey import Surveyor, surveyed_samples
+from lvlm_prune.methods.survey import SurveyCost, Surveyor, surveyed_samples
 from lvlm_prune.output.progress import readable_time
 from lvlm_prune.plugins import plugin_class
 from lvlm_prune.pruning.calibration import BlockCalibration
@@ -77,10 +77,7 @@ class PluginSurvey(PruneCallback):
         linears, lines = self._linears_of_blocks(pl_module), []
         for name, plugin in self.surveyors.items():
             count = len(surveyed_samples(plugin.survey_samples, range(samples)))
-            cost = plugin.survey_cost(linears, count)
-            forwards = cost.block_forwards + count * len(linears)
-            losses = f" and {cost.losses:,} losses" if cost.losses else ""
-            takes = f"{count} samples, {forwards:,} block forwards{losses}"
+            takes = f"{count} samples, {_with_own_pass(plugin.survey_cost(linears, count), count, len(linears))}"
             decides = "; it decides the sparsity of each Linear, and what stands below is the mean"
             line = f"survey first, for {plugin_class(plugin).__name__}: {takes}"
             lines.append(line + (decides if name == "allocation" else ""))
@@ -107,7 +104,7 @@ class PluginSurvey(PruneCallback):
             if plugin.wants_survey_losses and block.place == self._first:
                 trainer.run.weights.load_output_embedding()
                 left = dict(islice(self._linears_of_blocks(pl_module).items(), block.place, None))
-                cost = plugin.survey_cost(left, own.num_samples)
+                cost = _with_own_pass(plugin.survey_cost(left, own.num_samples), own.num_samples, len(left))
                 takes = readable_time(cost.seconds(*own.seconds()))
                 trainer.run.say(f"survey for {plugin_class(plugin).__name__}: {cost} per process, about {takes}")
             plugin.survey_block_start(block.name, self._linears(block), own)
@@ -211,3 +208,13 @@ class PluginSurvey(PruneCallback):
             block: [name.removeprefix(f"{block}.") for name in self.pruning.shapes if name.startswith(f"{block}.")]
             for block in names
         }
+
+
+def _with_own_pass(cost: SurveyCost, samples: int, blocks: int) -> SurveyCost:
+    """With the forward of each sample through each block that every survey makes, as the record counts it.
+
+    Example:
+        >>> print(_with_own_pass(SurveyCost(280), samples=2, blocks=4))
+        288 block forwards
+    """
+    return SurveyCost(cost.block_forwards + samples * blocks, cost.losses)

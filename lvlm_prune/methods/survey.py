@@ -64,13 +64,15 @@ class SurveyCost:
     Example:
         >>> print(SurveyCost(280, 112))
         280 block forwards and 112 losses
+        >>> print(SurveyCost(1280))
+        1,280 block forwards
     """
 
     block_forwards: int = 0
     losses: int = 0
 
     def __str__(self) -> str:
-        return f"{self.block_forwards} block forwards and {self.losses} losses"
+        return f"{self.block_forwards:,} block forwards" + (f" and {self.losses:,} losses" if self.losses else "")
 
     def seconds(self, block: float, loss: float) -> float:
         """How long it takes, with these seconds for one of each."""

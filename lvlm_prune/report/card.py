@@ -30,6 +30,7 @@ from lvlm_prune.output.summaries import quality_line, readable_count, recovered_
 from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
+from lvlm_prune.report.linears import patterns_of
 
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
 """Line of a card above that of the dense model."""
@@ -223,7 +224,7 @@ def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[s
         yield "pruned", f"{len(sizes)} Linears, {readable_count(sum(sizes))} weights"
         yield "zeros", _zeros_of(record, how)
     if "pattern" in record:
-        yield "pattern", str(record["pattern"])
+        yield "pattern", _pattern(record)
     if method := how.get("method"):
         yield "method", _plugins(method, bool(how.get("calibration", {}).get("num_samples")))
         yield "calibration", _calibration(how.get("calibration", {}))
@@ -240,6 +241,18 @@ def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[s
     if packing:
         form, sizes_of = packing["config"]["format"], packing["packed"]
         yield "packed", f"{sizes_of['tensors']} tensors as {form}, {size_ratio(sizes_of)}"
+
+
+def _pattern(record: Mapping[str, Any]) -> str:
+    """The pattern, and how many Linears have which where they do not all have the same.
+
+    Example:
+        >>> _pattern({"pattern": "2:4", "linears": {"q": {"target": 0.5}, "k": {"target": 0.0}}})
+        '2:4 (Linears with each: 2:4 1, dense 1)'
+    """
+    counts = patterns_of(record)
+    each = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return str(record["pattern"]) + (f" (Linears with each: {each})" if len(counts) > 1 else "")
 
 
 def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
@@ -361,11 +374,34 @@ def _zeros(packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:
             "time of the dense one. `lvlm-prune pack` stores it without its zeros: smaller on disk and in memory, and "
             "faster in decoding where its kernels are."
         )
-        if ":" in str(how.get("pattern", "")):
-            text += (
-                f" Of the pattern {how['pattern']} GPUs with sparse tensor cores can make use, with software for it."
-            )
+        text += _sparse_tensor_cores(str(how.get("pattern", "")))
     return f"## What the zeros bring, and what not\n\n{text}"
+
+
+def _sparse_tensor_cores(pattern: str) -> str:
+    """What sparse tensor cores can do with N:M patterns: they take matrices of which at most two of four weights stay.
+
+    Example:
+        >>> _sparse_tensor_cores("4:8")
+        ' Sparse tensor cores of GPUs take 2:4, which 4:8 is not.'
+        >>> _sparse_tensor_cores("3:4,2:4,1:4")
+        ' GPUs with sparse tensor cores can make use of the Linears with 2:4 or 1:4, with software for it; not of 3:4.'
+    """
+    parts = [(int(keep), int(of)) for keep, of in re.findall(r"(\d+):(\d+)", pattern)]
+    if not parts:
+        return ""
+    taken: list[str] = []
+    others: list[str] = []
+    for keep, of in parts:
+        fits = (keep <= 2 and of % 4 == 0) or (keep, of) == (1, 2)
+        (taken if fits else others).append(f"{keep}:{of}")
+    if not taken:
+        are = f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'}"
+        return f" Sparse tensor cores of GPUs take 2:4, which {are} not."
+    if not others:
+        return f" GPUs with sparse tensor cores can make use of {' or '.join(taken)}, with software for it."
+    which = f"of the Linears with {' or '.join(taken)}, with software for it; not of {' or '.join(others)}"
+    return f" GPUs with sparse tensor cores can make use {which}."
 
 
 def _private(record: Mapping[str, Any]) -> str:

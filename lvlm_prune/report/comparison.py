@@ -33,6 +33,7 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
         warning=record["warning"],
         folders=_folders(record),
         settings=Table(["setting", *names], settings),
+        quality=_quality(record),
         scores=_scores(record, names),
         means=_means(record, names),
         plates=plates,
@@ -49,6 +50,26 @@ def _folders(record: Mapping[str, Any]) -> Table:
         ]
         rows.append([folder["name"], folder["command"], *cells])
     return Table(["folder", "command", "sparsity", "average score", "retained"], rows)
+
+
+def _quality(record: Mapping[str, Any]) -> Table | None:
+    """How near each folder is to the dense model; None where that was measured of none."""
+    rows = []
+    for number, folder in enumerate(record["folders"]):
+        cells = [
+            "–" if not folder["quality"] else _measure(record, number, key, unit)
+            for key, unit in (("perplexity", "measure"), ("kl", "measure"), ("agreement", "percent"))
+        ]
+        rows.append([folder["name"], *cells, folder["quality"]["measured_on"] if folder["quality"] else "–"])
+    if not any(folder["quality"] for folder in record["folders"]):
+        return None
+    return Table(["folder", "perplexity", "KL per text token", "dense model's most likely token", "measured on"], rows)
+
+
+def _measure(record: Mapping[str, Any], number: int, key: str, unit: str) -> str:
+    if record["folders"][number]["quality"][key] is None:
+        return "–" if key == "agreement" else "infinite"
+    return show(record, "folders", number, "quality", key, unit=unit)
 
 
 def _scores(record: Mapping[str, Any], names: list[str]) -> Table | None:
@@ -99,9 +120,12 @@ def _overlap(record: Mapping[str, Any], names: list[str], number: int, span: tup
     pair = record["overlap"][number]
     values = {kind: {int(block): value for block, value in of.items()} for kind, of in pair["kinds"].items()}
     caption = Markup(
-        "Overlap (intersection over union) of the weights that {} and {} kept. One: the same weights. All pairs have "
-        "one colour scale."
-    ).format(names[pair["first"]], names[pair["second"]])
+        "Overlap (intersection over union) of the weights that {} and {} kept; 1 where they are the same.{}"
+    ).format(
+        names[pair["first"]],
+        names[pair["second"]],
+        " All pairs have one colour scale." if len(record["overlap"]) > 1 else "",
+    )
     drawing = heat_map(values, "overlap of kept weights (IoU)", least_span=0.1, span=span, most=1)
     table = table_by_kind(record, "overlap", number, "kinds")
     return PageFigure(f"overlap-{pair['first']}-{pair['second']}", drawing, caption, table)

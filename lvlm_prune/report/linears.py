@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lvlm_prune.methods.patterns import parse_pattern
 from lvlm_prune.report.page import Table, show
 
 
@@ -45,6 +46,27 @@ def summarise_experts(linears: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if errors:
             found[together] |= {"error": sum(errors) / len(errors), "largest_error": max(errors)}
     return found
+
+
+def patterns_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """How many Linears have which N:M pattern; `dense` are those that an allocation left so. Empty without N:M.
+
+    Args:
+        record: `pruning.json` or `recovery.json`.
+
+    Example:
+        >>> patterns_of({"pattern": "2:4,1:4", "linears": {"q": {"target": 0.75}, "k": {"target": 0.0}}})
+        {'1:4': 1, 'dense': 1}
+    """
+    try:
+        pattern = parse_pattern(str(record["pattern"]))
+    except ValueError:
+        return {}  # of another version
+    if not pattern.levels:
+        return {}
+    found = [entry.get("target", entry.get("achieved", 0.0)) for entry in record.get("linears", {}).values()]
+    names = [str(pattern.at(sparsity)) if sparsity > 0 else "dense" for sparsity in found]
+    return {name: names.count(name) for name in sorted(set(names), key=lambda name: (name == "dense", name))}
 
 
 def linears_table(run: Mapping[str, Any], names: Iterable[str]) -> Table:

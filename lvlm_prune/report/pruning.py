@@ -25,7 +25,7 @@ from lvlm_prune.report.evaluation import (
     with_evaluation,
 )
 from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
-from lvlm_prune.report.linears import experts_of, experts_table, linears_table, summarise_experts
+from lvlm_prune.report.linears import experts_of, experts_table, linears_table, patterns_of, summarise_experts
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
 from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
@@ -115,7 +115,8 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
         zeros; `visual_tokens`: block -> mean per sample; `pool`:
         modality -> block -> share of the pool's tokens; `seconds`: phase -> seconds; `worst`, `worst_experts`: names of
         the Linears, and of the experts' matrices, of largest error; `experts`: matrix of all routed experts of a block
-        -> means over them; `num_linears`, `num_blocks`, `num_vision_blocks`, `num_weights`.
+        -> means over them; `patterns`: N:M pattern, or `dense` -> number of Linears; `num_linears`, `num_blocks`,
+        `num_vision_blocks`, `num_weights`.
     """
     zeros: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
@@ -149,7 +150,10 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "sparsity": sparsity,
         "sparsity_range": sparsity_range(sparsity),
-        "error": {kind: {block: sum(v) / len(v) for block, v in of.items()} for kind, of in errors.items()},
+        # In the order of `sparsity`, also where the first blocks of a kind stayed dense and have no error.
+        "error": {
+            kind: {block: sum(v) / len(v) for block, v in errors[kind].items()} for kind in sparsity if kind in errors
+        },
         "visual_tokens": {
             block["index"]: sum(block["visual_tokens"]) / len(block["visual_tokens"])
             for block in blocks
@@ -167,6 +171,7 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "worst": [name for name, entry in ranked if "error" in entry and experts_of(name) is None][:_WORST],
         "worst_experts": [name for name, entry in ranked if "error" in entry and experts_of(name)][:_WORST],
         "experts": summarise_experts(manifest["linears"]),
+        "patterns": patterns_of(manifest),
         "num_linears": len(manifest["linears"]),
         "num_blocks": len(blocks),
         "num_vision_blocks": len(in_tower),

@@ -104,6 +104,16 @@ def test_page_and_table_show_the_record(record, folders):
     assert "| pruning.sparsity | 0.5 | 0.6 | 0.5 |" in table
 
 
+def test_distance_from_the_dense_model_is_shown_where_nobody_scored(record, folders):
+    own = json.loads((folders / "wanda" / "pruning.json").read_text())["quality"]
+    found = record["folders"][0]["quality"]
+    assert (found["perplexity"], found["kl"], found["agreement"]) == (own["perplexity"], own["kl"], own["agreement"])
+    text, table = ((folders / "out" / name).read_text() for name in ("report.html", "compare.md"))
+    assert f"KL from the dense model | {own['kl']:.4g} |" in table
+    assert f"({own['tokens']} text tokens)" in table
+    assert f'data-path="folders/0/quality/kl" data-unit="measure">{own["kl"]:.4g}<' in text
+
+
 def test_maps_of_all_pairs_have_one_colour_scale(record):
     _, figures = comparison_page(record)
     maps = [figure.drawing.axes[0].collections[0] for figure in figures if figure.name.startswith("overlap")]

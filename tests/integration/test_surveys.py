@@ -201,8 +201,8 @@ def test_ecoflap_says_its_cost_before_it_starts(golden_arguments, tmp_path, caps
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     cost = next(index for index, line in enumerate(lines) if line.startswith("survey for "))
-    # 2 samples x 7 Linears x there and back x (4 + 3 + 2 + 1) blocks
-    assert lines[cost].startswith("survey for ECoFLaPAllocation: 280 block forwards and 112 losses per process, about ")
+    # 2 samples x 7 Linears x there and back x (4 + 3 + 2 + 1) blocks, and each sample once through each block
+    assert lines[cost].startswith("survey for ECoFLaPAllocation: 288 block forwards and 112 losses per process, about ")
     assert any(line.startswith("surveyed: sparsity ") for line in lines[cost:])
 
 
@@ -307,11 +307,11 @@ def test_kl_says_its_cost_and_keeps_to_it(golden_arguments, tmp_path, capsys):
     arguments = [*golden_arguments, "--pruning.allocation=KLAllocation", "--pruning.allocation.samples=2"]
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("survey for "))
-    # The dense model's logits are made once per sample and block.
-    assert line.startswith("survey for KLAllocation: 436 block forwards and 176 losses per process, about ")
+    # The dense model's logits are made once per sample and block; every sample goes once more through each block, as
+    # in every survey.
+    assert line.startswith("survey for KLAllocation: 444 block forwards and 176 losses per process, about ")
     survey = json.loads((tmp_path / "out" / "pruning.json").read_text())["survey"]
-    # Every sample goes once more through each block, as in every survey.
-    assert survey["block_forwards"] == 436 + 2 * 4
+    assert survey["block_forwards"] == 444
     assert len(survey["allocation"]["kl"]) == 28
     assert all(len(values) == 3 for values in survey["allocation"]["kl"].values())
     assert main([*arguments, f"--output={tmp_path / 'planned'}", "--plan=true"]) == 0

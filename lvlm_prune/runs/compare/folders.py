@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.packed.folder import open_checkpoint
 
 _OPTION = ""  # folders are given without one
 # Options that say nothing about the checkpoint; how long a recovery trained does.
 _BESIDE = {*FREE_TO_CHANGE, "plan"} - {"trainer"}
+
+_OF_QUALITY = {"perplexity", "kl", "samples", "tokens", "held_back"}
 
 
 class ComparedFolder:
@@ -107,6 +110,20 @@ class ComparedFolder:
             "questions": own["counts"],
             "asked": None,
         }
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """How near the checkpoint was to the dense model when the run ended; None where that was not measured.
+
+        Returns:
+            `perplexity`, `kl`, `agreement` (or None), and `measured_on`, which samples and how many tokens.
+        """
+        found = self.record.get("quality")
+        if not isinstance(found, Mapping) or not found.keys() >= _OF_QUALITY:
+            return None
+        kind: Literal["pruning", "recovery"] = "pruning" if self.verb == "prune" else "recovery"
+        which = f"{measured_on(found, kind)} ({found['tokens']} text tokens)"
+        return {name: found.get(name) for name in ("perplexity", "kl", "agreement")} | {"measured_on": which}
 
     def place_of(self, name: str) -> tuple[str, int]:
         """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +71,8 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
 
     Returns:
         `warning`: what is wrong with comparing them, or empty; `folders`: per folder `name`, `path`, `command`,
-        `sparsity`, and of its scores `average`, `retention`, `tasks`, `questions` and `asked`, or null; `settings`:
+        `sparsity`, `quality` (`perplexity`, `kl`, `agreement`, `measured_on`) or null, and of its scores `average`,
+        `retention`, `tasks`, `questions` and `asked`, or null; `settings`:
         option -> its value in each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) ->
         block -> share of zeros; `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have,
         `mean` over all their weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights
@@ -82,7 +83,14 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
     for name, folder in zip(names, folders, strict=True):
         scores = folder.scores or dict.fromkeys(("average", "retention", "tasks", "questions", "asked"))
         described.append(
-            {"name": name, "path": str(folder.path), "command": folder.verb, "sparsity": folder.mean_sparsity} | scores
+            {
+                "name": name,
+                "path": str(folder.path),
+                "command": folder.verb,
+                "sparsity": folder.mean_sparsity,
+                "quality": folder.quality,
+            }
+            | scores
         )
     problems = [_OTHER_MODELS] if len({folder.origin for folder in folders} - {None}) > 1 else []
     asked = {what_was_asked(first, second) for first, second in combinations(described, 2)}
@@ -179,6 +187,11 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         ["average score", *(_percent(folder["average"]) for folder in folders)],
         ["retained", *(_percent(folder["retention"]) for folder in folders)],
     ]
+    if any(folder["quality"] for folder in folders):
+        rows += [
+            [title, *(written(folder["quality"][name]) if folder["quality"] else "–" for folder in folders)]
+            for name, (title, written) in _QUALITY.items()
+        ]
     parts = [record["warning"]] if record["warning"] else []
     parts.append(markdown_table(["", *names], rows))
     settings = [[key, *map(short_digest, values)] for key, values in record["settings"].items()]
@@ -216,6 +229,18 @@ def _with_text_keys(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _measure(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4g}"
+
+
+_QUALITY: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "perplexity": ("perplexity", _measure),
+    "kl": ("KL from the dense model", _measure),
+    "agreement": ("dense model's most likely token", _percent),
+    "measured_on": ("measured on", str),
+}
 
 
 def _share(value: float | None) -> str:

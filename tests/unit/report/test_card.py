@@ -113,6 +113,20 @@ def test_it_says_what_was_done_and_that_nothing_was_scored(tmp_path):
     assert "12.3" not in own
 
 
+def test_it_says_which_linears_have_which_pattern_and_which_of_them_gpus_can_use(tmp_path):
+    linears = {
+        str(number): {**_SIZE, "block": 0, "target": part, "pruned": 0} for number, part in enumerate((0.0, 0.25, 0.75))
+    }
+    own = card_of(folder_of(tmp_path, pruned(pattern="3:4,2:4,1:4", linears=linears)), DENSE).split(DENSE_CARD)[0]
+    assert "| 3:4,2:4,1:4 (Linears with each: 1:4 1, 3:4 1, dense 1) |" in own
+    assert "can make use of the Linears with 2:4 or 1:4, with software for it; not of 3:4." in own
+
+
+@pytest.mark.parametrize(("pattern", "said"), [("2:4", "can make use of 2:4, "), ("4:8", "take 2:4, which 4:8 is not")])
+def test_it_does_not_promise_what_sparse_tensor_cores_cannot_do(pattern, said, tmp_path):
+    assert said in card_of(folder_of(tmp_path, pruned(pattern=pattern)), DENSE)
+
+
 def test_an_evaluation_afterwards_is_on_the_card_and_the_dense_card_stays(tmp_path):
     folder = folder_of(tmp_path, pruned())
     write_card(folder, DENSE)

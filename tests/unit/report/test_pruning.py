@@ -42,6 +42,19 @@ def test_every_number_is_the_manifests(folder, manifest):
         assert shown["error"] == entry["error"]
 
 
+def test_kinds_are_in_one_order_also_where_first_blocks_stayed_dense(manifest):
+    """A block's matrix that stayed dense has no error, and under several patterns the page counts them."""
+    linears = {name: dict(entry) for name, entry in manifest["linears"].items()}
+    for name, entry in linears.items():
+        if "_proj" in name and "self_attn" in name and entry["block"] == 0:
+            entry.pop("error")
+            entry["target"] = 0.0
+    changed = manifest | {"linears": linears, "pattern": "2:4,1:4"}
+    summary = summarise(changed)
+    assert list(summary["error"]) == list(summary["sparsity"])
+    assert summary["patterns"] == {"2:4": 24, "dense": 4}
+
+
 def test_sums_and_means_are_those_of_the_manifest(manifest):
     summary = summarise(manifest)
     for kind, blocks in summary["sparsity"].items():
