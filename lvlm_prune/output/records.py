@@ -319,6 +319,8 @@ class PackingRecord(RunRecord, total=False):
     original_config: str | None
     original_index: str | None
     original_card: str | None
+    shards: dict[str, int]
+    """Name of each shard -> CRC-32 of the one that it was made from."""
 
 
 class ProbeRecord(RunRecord, total=False):

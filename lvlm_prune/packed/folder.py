@@ -24,6 +24,7 @@ from lvlm_prune.packed.format import (
     read_shape,
     refuse_misfit,
 )
+from lvlm_prune.packed.origin import foreign_shard
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -157,7 +158,7 @@ def packing_of(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def refuse_other_format(folder: CheckpointFolder) -> None:
-    """Refuse what is not packed, or packed in a version that is not known.
+    """Refuse what is not packed, packed in a version that is not known, or put together from several packings.
 
     Raises:
         InputError: It is so.
@@ -168,6 +169,9 @@ def refuse_other_format(folder: CheckpointFolder) -> None:
     version = said.get("format_version")
     if version != VERSION:
         problem = f"is packed in format version {version}, only version {VERSION} is known; update lvlm-prune"
+        raise InputError(folder._option, folder.path, problem)
+    if shard := foreign_shard(folder.path, folder.shards):
+        problem = f"{shard} is of another packing than packing.json; without that file it is taken as it is"
         raise InputError(folder._option, folder.path, problem)
 
 

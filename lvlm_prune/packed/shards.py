@@ -20,12 +20,7 @@ from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replacing, sync_folder
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.format import Format, encode
-
-ORIGINAL_HEADER = "lvlm_prune_dense_header"
-"""Entry of a packed shard's metadata: the header of the shard that it was made from, for unpacking byte by byte."""
-
-DENSE_CHECKSUM = "lvlm_prune_dense_crc32"
-"""Another entry: the CRC-32 of that whole file, eight hexadecimal digits; unpacking gives these bytes or an error."""
+from lvlm_prune.packed.origin import DENSE_CHECKSUM, ORIGINAL_HEADER, read_header
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 UNVERIFIED = ".unverified"
@@ -103,13 +98,6 @@ def header_of(text: str) -> bytes:
     """A header as it is, with its length in front."""
     encoded = text.encode()
     return struct.pack("<Q", len(encoded)) + encoded
-
-
-def read_header(path: Path) -> str:
-    """The header of a safetensors file that was already found sound, as it is written there."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return file.read(length).decode()
 
 
 def is_packed_shard(path: Path) -> bool:

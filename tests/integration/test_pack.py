@@ -330,6 +330,22 @@ def test_a_record_that_somebody_changed_is_one_line(small: Path, tmp_path: Path,
     assert f"its {name} is not as a run writes it" in refused(capsys, *arguments, "--resume=true")
 
 
+def test_shards_of_two_packings_are_refused(small: Path, tmp_path: Path, capsys) -> None:
+    """They fit together, and are no model that anybody made."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["pack", f"--model.path={small}", f"--output={first}"]) == 0
+    make_sparse(small, 0.8)
+    assert main(["pack", f"--model.path={small}", f"--output={second}"]) == 0
+    shard = CheckpointFolder(first).shards[0]
+    shutil.copy(second / shard, first / shard)
+    shutil.copy(second / "model.safetensors.index.json", first)
+    line = refused(capsys, "unpack", f"--model.path={first}", f"--output={tmp_path / 'out'}")
+    assert f"{shard} is of another packing than packing.json" in line
+    assert not (tmp_path / "out").exists()
+    (first / "packing.json").unlink()
+    assert main(["unpack", f"--model.path={first}", f"--output={tmp_path / 'out'}"]) == 0
+
+
 def test_a_run_does_not_go_on_with_another_checkpoint(small: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     output = tmp_path / "output"
     monkeypatch.setattr("lvlm_prune.runs.pack.run.pack_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))

@@ -34,6 +34,7 @@ from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.output.summaries import size_ratio
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
+from lvlm_prune.packed.origin import dense_checksums
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
 from lvlm_prune.packed.shards import is_packed_shard, pack_shard, verify_shard
 from lvlm_prune.report.card import write_card
@@ -163,6 +164,7 @@ class Packing(ABC):
         remainder = dense_remainder(self.model.model, self.model.runner.decoder, written, written.packed)
         self.record["packed"] = {"tensors": len(dense), "dense": sum(dense.values()), "packed": sum(packed.values())}
         self.record["dense"] = remainder
+        self.record["shards"] = dense_checksums(self.folder, written.shards)
         write_card(self.folder, packing=self.record)
         sizes = (self.record["dense_folder_bytes"], folder_bytes(self.folder))
         self.record["folder"] = {"dense": sizes[0], "packed": sizes[1]}
