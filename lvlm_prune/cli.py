@@ -43,6 +43,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it cannot read is said in a line of ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of torch, whose profiler says when it starts and stops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

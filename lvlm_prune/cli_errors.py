@@ -113,6 +113,8 @@ def explain(
         return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments), known, plugins)
     if missing := re.search(r"Problem with given class_path '([^']*)': (.*?)(?: - Expected an? NoneType\b.*)?$", rest):
         return f"{option} {missing[1]}: {missing[2]}{_close_in_module(missing[2])}"
+    if inner_problem := _inside_union(rest, option):
+        return inner_problem
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
         expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
         return f"{option} {_shown(union[2])}: expected {expected}"
@@ -132,6 +134,29 @@ def explain(
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         return _unknown(_full_name(name, arguments), known, plugins)
     return f"{option}: {rest}" if key else rest
+
+
+def _inside_union(text: str, option: str) -> str:
+    """What is wrong inside a value that may be of several kinds; empty where it is of none of them.
+
+    Example:
+        >>> errors = "Errors: - --monitor: is missing - Not a valid subclass of Callback - Expected a NoneType"
+        >>> given = "Given value type: list Given value: [Namespace(class_path='a.EarlyStopping', init_args=...)]"
+        >>> _inside_union(f"Subtypes: [list, NoneType] {errors} {given}", "--trainer.callbacks")
+        '--trainer.callbacks.monitor: is missing (EarlyStopping)'
+    """
+    found = re.search(r"Errors: - (.*) Given value type: .*? Given value:(.*)", text)
+    if not found:
+        return ""
+    stock = r"Not a valid subclass|Expected an? |a class path|a dict |Does not validate"
+    items = re.split(rf" - (?=--|{stock})", found[1])
+    problem = next((item for item in items if not re.match(stock, item)), "")
+    classes = dict.fromkeys(re.findall(r"class_path'?[=:] ?'(?:[\w.]+\.)?(\w+)'", found[2]))
+    whose = f" ({next(iter(classes))})" if len(classes) == 1 else ""
+    if inner := re.match(r"--([\w.]+)(.*)", problem):
+        name = inner[1] if f"--{inner[1]}".startswith(f"{option}.") else f"{option[2:]}.{inner[1].rpartition('.')[2]}"
+        return f"--{name}{inner[2]}{whose}"
+    return f"{option}: {problem}{whose}" if problem else ""
 
 
 def _close_classes(name: str, kind: str, plugins: Collection[str]) -> list[str]:

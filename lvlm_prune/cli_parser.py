@@ -187,9 +187,18 @@ class LVLMCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Trainer, model and data, where the subcommand has any."""
-        if self.subcommand not in _WITHOUT_TRAINER:
+        if self.subcommand in _WITHOUT_TRAINER:
+            return
+        trainer = {f"trainer.{name}": str(value) for name, value in self._get(self.config, "trainer").items()}
+        try:
             with built_from(self.config[self.subcommand].as_dict()):
                 super().instantiate_classes()
+        except ValueError as error:  # of somebody else's class, which jsonargparse reports as its own
+            given = str(error).rpartition("Given value: ")[2]
+            option = next((name for name, value in trainer.items() if value == given), "")
+            if not option:
+                raise
+            self._parser(self.subcommand).error(f'Parser key "{option}":\n{error}')
 
     def _dump_config(self) -> None:
         """Nothing: no module of this project saves its options as hyperparameters, for which Lightning writes all."""

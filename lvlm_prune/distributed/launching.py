@@ -27,12 +27,14 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.distributed.ranks import refuse_wrong_port
-from lvlm_prune.errors import InputError, ProcessLost
+from lvlm_prune.distributed.ranks import is_first_process, refuse_wrong_port
+from lvlm_prune.errors import InputError, ProcessLost, RunError, first_line
 
 _PARENT = "_LVLM_PRUNE_PARENT"
 # How long a process may take to end by itself once the run is over, in seconds.
 _GRACE = 20.0
+# How long it waits for the others in silence.
+_SAID_AFTER = 30.0
 
 
 class Children:
@@ -99,9 +101,11 @@ class TrainingLauncher(_TrainerLauncher):
         """Start the others where no launcher did, and call `function`."""
         if not self.cluster_environment.creates_processes_externally:
             be_followed()
+            _meet_here(self.num_nodes)
             self._call_children_scripts()  # after which Lightning takes them for started by somebody else
             self._watched.watch(self.procs)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        with meeting():
+            return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
 class Launch(Children):
@@ -152,10 +156,12 @@ class Launch(Children):
         if self._count > 1 and not self.joins:
             self._start_children()
         follow_parent()
-        self.fabric.launch()
+        with meeting():
+            self.fabric.launch()
         self.processes = Processes(self.fabric)
 
     def _start_children(self) -> None:
+        _meet_here(self._nodes)
         if self._nodes == 1 and "MASTER_PORT" not in os.environ:
             # A port that is held from the start cannot be taken by another program before the processes meet.
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
@@ -232,6 +238,43 @@ class SharedLaunch(Launch):
         yield
 
 
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Within, this process meets the others of its run; where they do not come, it says for whom it waits.
+
+    Raises:
+        RunError: They did not come for half an hour, or cannot reach each other.
+    """
+    over = threading.Event()
+    if is_first_process():
+        threading.Thread(target=_say_of_waiting, args=(over,), daemon=True).start()
+    try:
+        yield
+    except dist.DistError as error:
+        if dist.is_initialized():  # they met, and lost each other later
+            raise
+        raise RunError(f"the processes of this run do not meet at {_place()}: {first_line(error)}") from None
+    finally:
+        over.set()
+
+
+def _say_of_waiting(over: threading.Event) -> None:
+    if not over.wait(_SAID_AFTER) and not dist.is_initialized() and "MASTER_PORT" in os.environ:
+        count = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS", "several")
+        way_out = "where the environment is left over of another launch, unset RANK, LOCAL_RANK and WORLD_SIZE"
+        print(f"waiting at {_place()} for the other processes, {count} in all; {way_out}", file=sys.stderr, flush=True)
+
+
+def _place() -> str:
+    return f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '')}"
+
+
+def _meet_here(nodes: int) -> None:
+    """Of processes that this one starts on its own machine none need another one's address, left over of a launch."""
+    if nodes == 1:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
 def be_followed() -> None:
     """Processes that this one starts from now on to share its run end with it, whatever ends it."""
     os.environ[_PARENT] = str(os.getpid())
@@ -261,6 +304,11 @@ def refuse_mismatch(hardware: Hardware) -> None:
     wanted = hardware.world_size
     if wanted > 1:
         refuse_wrong_port()
+        if started is None and "LOCAL_RANK" in os.environ:  # by which Lightning knows that others were started
+            problem = (
+                "set without WORLD_SIZE: who starts several processes sets both; unset LOCAL_RANK to start them here"
+            )
+            raise InputError("", f"LOCAL_RANK={os.environ['LOCAL_RANK']}", problem)
     if started is not None and started[1] != wanted:
         launcher, count = started
         asked = f"{hardware.devices} x {hardware.nodes}"

@@ -29,6 +29,28 @@ def test_a_base_without_zeros(bases, recover, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        ("EarlyStopping", "--trainer.callbacks.monitor: is missing (EarlyStopping)"),
+        ("EarlyStopping, init_args: {monitor: a, b: 1}", "--trainer.callbacks.b: unknown option (EarlyStopping)"),
+        ("Timer, init_args: {duration: abc}", "--trainer.callbacks: `Timer(duration='abc')` is not a valid duration"),
+        ("ModelCheckpoint, init_args: {save_top_k: 3}", "No quantity for top_k to track. (ModelCheckpoint)"),
+    ],
+)
+def test_what_is_wrong_with_a_callback_in_a_file(callback, said, bases, tmp_path, refused):
+    """jsonargparse says it inside a choice of types, some of it only when the callback is made."""
+    (tmp_path / "config.yaml").write_text(
+        f"trainer: {{callbacks: [{{class_path: lightning.pytorch.callbacks.{callback}}}]}}"
+    )
+    refused(said, bases / "2:4-float32", tmp_path / "out", f"--config={tmp_path / 'config.yaml'}")
+
+
+def test_a_profiler_of_torch_says_nothing(bases, recover, tmp_path, capfd):
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--trainer.profiler=pytorch", "--trainer.max_steps=1") == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_an_adapter_of_another_base(bases, recover, tmp_path):
     assert recover(bases / "2:4-float32", tmp_path / "out") == 0
     with pytest.raises(InputError, match="belongs to another base"):

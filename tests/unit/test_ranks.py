@@ -1,10 +1,14 @@
 """What launchers put into the environment is understood, or refused before anything reads it."""
 
+import time
+
 import pytest
+import torch
 
 from lvlm_prune.cli import main
+from lvlm_prune.distributed import launching
 from lvlm_prune.distributed.ranks import refuse_wrong_port, refuse_wrong_ranks
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, RunError
 
 _WRONG = [
     {"LOCAL_RANK": "x"},
@@ -26,6 +30,30 @@ _WRONG = [
     {"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0"},
     {"NODE_RANK": "1"},
 ]
+
+
+def test_a_number_left_over_is_not_waited_for_where_several_devices_are_asked(monkeypatch, tmp_path, capsys):
+    """With one device it is harmless; Lightning takes it for the sign that somebody else starts the processes."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    asked = ["prune", "--trainer.accelerator=cpu", "--trainer.devices=2", f"--output={tmp_path / 'out'}"]
+    assert main(asked) == 2
+    assert capsys.readouterr().err.startswith("error: LOCAL_RANK=0: set without WORLD_SIZE")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_for_other_processes_says_where_and_in_the_end_ends_in_one_line(monkeypatch, capsys):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launching, "_SAID_AFTER", 0)
+
+    def nobody_comes():
+        with launching.meeting():
+            time.sleep(0.2)
+            raise torch.distributed.DistStoreError("no reply")
+
+    with pytest.raises(RunError, match=r"do not meet at 127\.0\.0\.1:29500: no reply"):
+        nobody_comes()
+    assert capsys.readouterr().err.startswith("waiting at 127.0.0.1:29500 for the other processes, 2 in all; ")
 
 
 @pytest.mark.parametrize("variables", _WRONG, ids=str)
