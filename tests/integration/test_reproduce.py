@@ -103,6 +103,24 @@ def test_a_finished_table_is_only_written_again_and_parts_make_the_whole(tmp_pat
     assert (out / "table.csv").read_text() == before
 
 
+def test_a_task_that_the_engine_does_not_score_is_refused_before_anything_is_pruned(tmp_path, capsys):
+    command = [*arguments("tamp/table_1", tmp_path / "out"), "--tasks={ChartQA: k_projj}"]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "--tasks k_projj: is not scored by the engine, which scores " in said.err
+    assert "retained" not in said.out
+
+
+def test_what_is_not_as_in_the_paper_is_said(tmp_path):
+    out = tmp_path / "out"
+    assert main([*arguments("tamp/table_1", out), "--tasks={ChartQA: q_proj}"]) == 0
+    for name in ("table.md", "report.html"):
+        text = (out / name).read_text()
+        assert "ChartQA is" in text
+        assert "of ShareLeft" in text
+        assert "Calibrated on samples that --calibration names in the place of sharegpt4v." in text
+
+
 def test_several_seeds_give_a_spread(tmp_path):
     out = tmp_path / "out"
     assert main([*arguments("mllm_pruner/table_4", out), "--seeds=[0, 1]"]) == 0
@@ -137,9 +155,13 @@ BAD = {
         ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={GQA: q_proj}"],
         ["--tasks GQA", "MMB"],
     ),
+    "no samples": (
+        ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={MMB: q_proj}"],
+        ["--calibration.sharegpt4v.source.", "--calibration '{sharegpt4v: {source:", "names what you have"],
+    ),
     "harness": (
         ["reproduce", "atv/table_3", MODEL, "--harness.python=nowhere/python"],
-        ["--engine.python nowhere/python"],
+        ["--harness.python nowhere/python"],
     ),
 }
 

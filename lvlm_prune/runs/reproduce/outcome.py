@@ -71,6 +71,7 @@ class PartOutcome:
         rows: The rows.
         text: What the paper says in words.
         unmeasured: Columns that the harness has no task for.
+        stand_ins: What was not as in the paper, in sentences.
     """
 
     model: str
@@ -80,6 +81,7 @@ class PartOutcome:
     rows: Sequence[RowOutcome]
     text: str = ""
     unmeasured: Sequence[str] = ()
+    stand_ins: Sequence[str] = ()
 
     @property
     def missing(self) -> int:

@@ -7,7 +7,7 @@ table ─► rows as points ─► for each model: sweep (caught and surveyed on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +164,45 @@ class ReproductionRun:
         self.points = [table_points(entry, seeds, calibration) for entry in table.parts]
         for entry in table.parts:
             engine_of_part = self._engine(entry)[0]
-            with mounted(engine=engine_of_part):
+            with mounted(**{"harness" if engine is None else "engine": engine_of_part}):
                 engine_of_part.check()
+        self._check_samples(calibration)
+        self.calibration = dict(calibration)
+
+    def _check_samples(self, calibration: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse calibration sets that are not there, before anything is written."""
+        checked: set[str] = set()
+        for entry, points in zip(self.table.parts, self.points):
+            for row, of_row in zip(entry.rows, points.rows):
+                for point in of_row:
+                    if point.data_key in checked:
+                        continue
+                    checked.add(point.data_key)
+                    try:
+                        point.instantiate()[1].setup("prune")
+                    except InputError as error:
+                        name = row.calibration
+                        given = "{source: {class_path: LlavaJsonSource, init_args: {path: FILE}}, num_samples: 128}"
+                        way = f"; --calibration '{{{name}: {given}}}' names what you have in its place"
+                        way = "" if name in calibration else way
+                        option = f"calibration.{name}.{error.option.removeprefix('data.')}"
+                        raise InputError(option, error.value, error.problem + way) from None
+
+    def _stand_ins(self, entry: Part, names: Mapping[str, str]) -> list[str]:
+        """What was not as in the paper, in sentences."""
+        found = []
+        if self.engine is not None:
+            by = type(self.engine).__name__
+            found.append(
+                "Other benchmarks than the paper's: "
+                + ", ".join(f"{column} is `{task}` of {by}" for column, task in names.items())
+                + "."
+            )
+        elif self.harness.limit is not None:
+            found.append(f"Only {self.harness.limit} questions of each benchmark were asked.")
+        if others := sorted({row.calibration for row in entry.rows} & self.calibration.keys()):
+            found.append(f"Calibrated on samples that --calibration names in the place of {', '.join(others)}.")
+        return found
 
     def __call__(self) -> list[PartOutcome]:
         """Sweep over one model after the other, and write the table after each."""
@@ -200,12 +237,14 @@ class ReproductionRun:
         if self.table.probe:
             rows, dense = probe_rows(self.trainer, module, entry, points.rows[0], engine, folder)
             self._refuse_absent(names, dense)
-            return part_outcome(entry, module.path, names, rows, dense)
+            outcome = part_outcome(entry, module.path, names, rows, dense)
+            return replace(outcome, stand_ins=self._stand_ins(entry, names))
         sweep = SweepRun(self.trainer, module, points, engine, str(folder), self.part, self.keep, "")
+        sweep.check_dense = lambda dense: self._refuse_absent(names, dense)
         runs: dict[str, FinishedRun] = {run.point.identity: run for run in sweep()}
-        self._refuse_absent(names, sweep.dense)
         rows = [[runs[point.identity] for point in row if point.identity in runs] for row in points.rows]
-        return part_outcome(entry, module.path, names, rows, sweep.dense)
+        outcome = part_outcome(entry, module.path, names, rows, sweep.dense)
+        return replace(outcome, stand_ins=self._stand_ins(entry, names))
 
     @staticmethod
     def _refuse_absent(names: Mapping[str, str], dense: Scores) -> None:

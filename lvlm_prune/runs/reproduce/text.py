@@ -68,7 +68,7 @@ def column_rows(part: PartOutcome) -> tuple[list[str], list[list[str]]]:
 
 def notes(part: PartOutcome) -> list[str]:
     """What has to be known to read the numbers."""
-    found = []
+    found = list(part.stand_ins)
     if part.missing:
         found.append(f"{part.missing} of {len(part.rows)} rows are still to be done.")
     if part.unmeasured:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -58,9 +58,11 @@ class SweepRun:
 
     Attributes:
         dense: Scores of the dense model, once they are known.
+        check_dense: Refuses scores of the dense model that will not do, before anything is pruned.
     """
 
     dense: Scores
+    check_dense: Callable[[Scores], None] | None = None
 
     def __init__(
         self,
@@ -110,6 +112,8 @@ class SweepRun:
         pending = [point for point in self.mine if not self._is_finished(point)]
         run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
         self.dense = dense = self._dense_scores()
+        if self.check_dense is not None:
+            self.check_dense(dense)
         done = len(self.mine) - len(pending)
         for _, group in groupby(pending, key=lambda point: point.data_key):
             points = list(group)
