@@ -39,8 +39,10 @@ def read_yaml(file: Path, option: str, shown: Any) -> Any:
     if not file.is_file():  # a pipe would be waited for
         raise InputError(option, shown, "is no file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         count_values(content)
+    except _Twice as error:
+        raise InputError(option, shown, f"has {error}; the first would be lost") from None
     except UnicodeDecodeError:
         raise InputError(option, shown, "is no text in UTF-8") from None
     except OSError as error:
@@ -50,6 +52,23 @@ def read_yaml(file: Path, option: str, shown: Any) -> Any:
     except ValueError as error:  # of dates and numbers that there are not
         raise InputError(option, shown, f"holds a value that cannot be read ({first_line(error)})") from None
     return content
+
+
+class _Twice(ValueError):
+    """An option stands twice in a section."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes no section in which an option stands twice, of which YAML drops the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise _Twice(f"`{key.value}` twice, the second time in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return node
 
 
 def count_values(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:

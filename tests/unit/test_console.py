@@ -87,6 +87,8 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] *
         (b"pruning:\n", "holds no options"),
         (b"- a", "holds no options"),
         (b"hello", "holds no options"),
+        (b"pruning: {a: 5}\ndata: {seed: 1}\npruning: {b: 6}\n", "has `pruning` twice, the second time in line 3"),
+        (b"pruning: {sparsity: 0.5, sparsity: 0.6}", "has `sparsity` twice"),
         (b"seed_everything: " + b"9" * 5000, "holds a value that cannot be read"),
         (b"output: 2020-99-99", "holds a value that cannot be read"),
         (b"5: 5", "the key 5 is no name of an option"),
@@ -100,6 +102,11 @@ def test_a_configuration_file_that_no_parser_should_be_given_is_refused(content:
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(InputError, match=problem):
         refuse_unreadable(["prune", "--config=bad.yaml"], tmp_path)
+
+
+def test_an_option_that_overrides_one_of_an_anchor_stands_there_once(tmp_path: Path):
+    (tmp_path / "good.yaml").write_text("p: {q: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b, x: 3}\nd: *b\n")
+    refuse_unreadable(["prune", "--config=good.yaml"], tmp_path)
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800"], ids=["long", "zero byte", "no UTF-8"])
