@@ -83,10 +83,11 @@ def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pyt
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.private"}
 
 
-@pytest.mark.parametrize("tries", [0, 2])
+@pytest.mark.parametrize(("tries", "is_changed"), [(0, False), (2, False), (2, True)])
 def test_an_interrupted_search_goes_on_behind_the_last_try(
-    tries: int, tmp_path: Path, fake_quality, monkeypatch
+    tries: int, is_changed: bool, tmp_path: Path, fake_quality, monkeypatch
 ) -> None:
+    """A try that says it was another one is made again."""
     assert main(arguments(tmp_path / "whole", "--keep=0.745", "--held_back=0")) == 0
     whole = list(fake_quality)
     fake_quality.clear()
@@ -101,8 +102,13 @@ def test_an_interrupted_search_goes_on_behind_the_last_try(
     assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0")) == 130
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(SampleQuality, "__call__", quality)
+    if is_changed:
+        tried = tmp_path / "out.search" / "search.jsonl"
+        *lines, last = map(json.loads, tried.read_text().splitlines())
+        del last["digest"]  # as version 0.1 wrote it
+        tried.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last | {"level": 1}]))
     assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0")) == 0
-    assert fake_quality == whole
+    assert fake_quality == whole[:tries] + whole[tries - is_changed :]
     records = [json.loads((tmp_path / name / "pruning.json").read_text())["search"] for name in ("whole", "out")]
     assert records[0]["level"] == records[1]["level"]
     assert records[1]["sparsity"] == 0.55  # 1.3 - 0.55 is 0.75, 1.3 - 0.575 too little

@@ -241,9 +241,10 @@ class SearchRun:
         identity = self._identity(point)
         processes = self.run.processes
         record = processes.on_main(lambda: self.results.records.get(identity))
-        if record is None:
+        own = {"recipe": recipe, "level": level, "sparsity": sparsity_of(level)}
+        if record is None or any(record[name] != value for name, value in own.items()):  # somebody changed it
             record = self._measured(point, quality, shared)
-            record |= {"identity": identity, "recipe": recipe, "level": level, "sparsity": sparsity_of(level)}
+            record |= {"identity": identity, **own}
             record["measured_on"] = self.measured_on
             if processes.is_main:
                 with writing(self.results.folder, _WAY_ON):
