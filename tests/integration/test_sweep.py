@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_repeated_and_a_changed_grid_keeps_what_applies(tm
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "report", "report.html", "sweep.csv", "sweep.jsonl", "sweep.md",
     }  # fmt: skip
-    capsys.readouterr()
+    assert "% retained · pruned in " in capsys.readouterr().out, "seconds without scoring are not those of the run"
 
 
 def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, capsys, count):

@@ -156,7 +156,7 @@ class ProbeRun:
         self._score_dense()
         manifest["grid"] = self._finished(cells)
         if self.scoring is None:
-            run.say("no pathway is pruned, as none would be scored: only the embedded model is, with --evaluate true")
+            run.say("no pathway is pruned: probe scores only those of the embedded model, with --evaluate true")
         else:
             for cell in cells[len(manifest["grid"]) :]:
                 manifest["grid"].append(self._cell(cell, self.scoring))

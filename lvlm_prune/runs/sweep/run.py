@@ -122,7 +122,7 @@ class SweepRun:
                 record = self._prune(point, dense, shared)
                 done += 1
                 place = f"[{done}/{len(self.mine)}] {point.label}"
-                run.say(f"{place}: {100 * record['retention']:.1f}% retained · {record['seconds']:.1f} s")
+                run.say(f"{place}: {100 * record['retention']:.1f}% retained · pruned in {record['seconds']:.1f} s")
         runs = finished_runs(self.points, self.results.read().records, self.key, dense)
         run.processes.on_main(lambda: self._write(runs, dense))
         return runs
