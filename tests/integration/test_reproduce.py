@@ -118,6 +118,7 @@ def test_what_is_not_as_in_the_paper_is_said(tmp_path):
         text = (out / name).read_text()
         assert "ChartQA is" in text
         assert "of ShareLeft" in text
+        assert ("the paper prints none" in text) == (name == "report.html")
         assert "Calibrated on samples that --calibration names in the place of sharegpt4v." in text
 
 

@@ -58,7 +58,9 @@ def _figures(table: Table, part: PartOutcome, suffix: str) -> list[PageFigure]:
         if row.average.published is not None or row.average.measured is not None
     }
     if averages:
+        printed = any(published is not None for published, _ in averages.values())
         caption = "Retention as the paper prints it, and as it was measured."
+        caption = caption if printed else "Retention as it was measured; the paper prints none."
         found.append(PageFigure(f"retention{suffix}", published_and_measured(averages), caption))
     if table.axis:
         lines = _along_axis(part)
