@@ -23,8 +23,6 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.output.folder import (
-    FolderLock,
-    claim,
     copy_checkpoint,
     is_occupied,
     refuse_unusable,
@@ -32,6 +30,7 @@ from lvlm_prune.output.folder import (
     write_config,
     writing,
 )
+from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PRUNING_RECORD, RUN_FILES, STATISTICS_NAME
 from lvlm_prune.output.own_files import record_of_content, refuse_changed

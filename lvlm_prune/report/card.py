@@ -11,7 +11,7 @@ Nothing in it depends on the clock, so a run that was interrupted and went on wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,24 @@ from huggingface_hub import ModelCard
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
-from lvlm_prune.methods import solvers
 from lvlm_prune.output.base_record import pruned_how
 from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
-from lvlm_prune.output.summaries import quality_line, readable_count, recovered_line, size_ratio
+from lvlm_prune.output.summaries import quality_line, recovered_line
 from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
+from lvlm_prune.report.card_facts import TEXT_ONLY, card_facts
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
-from lvlm_prune.report.linears import patterns_of
 
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
 """Line of a card above that of the dense model."""
 
 _PROJECT = "lvlm-prune"
-_TEXT_ONLY = "ForCausalLM"
 _EMBEDDED = {
     DEMO: "The embedded model of lvlm-prune",
     OUTLIERS: "The embedded model of lvlm-prune with outlier channels",
-}
-_RECOVERIES = {
-    "lora": "sparse LoRA adapters, merged into the weights",
-    "full": "fine-tuning of the weights that are not zero",
-    "blockwise": "adapters fitted block by block to the dense model's outputs, merged into the weights",
 }
 
 
@@ -121,9 +114,9 @@ def card_of(
     parts = [
         f"# {_title(folder, made_by, how, base, origin)}",
         _introduction(made_by, base, packing, bool(body)),
-        markdown_table(["", ""], list(_facts(made_by, how, packing))),
+        markdown_table(["", ""], list(card_facts(made_by, how, packing))),
         _scores(folder, made_by),
-        loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(_TEXT_ONLY)),
+        loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(TEXT_ONLY)),
         _zeros(packing, how),
         _private(made_by or packing),
         f"---\n\n*Below is the card of the {_before(made_by)}, as it was: its results are not those of this model.*"
@@ -215,110 +208,6 @@ def _link() -> str:
     import lvlm_prune
 
     return f"{_PROJECT} {lvlm_prune.__version__}"
-
-
-def _facts(record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    linears = record.get("linears", {})
-    sizes = [entry["shape"][0] * entry["shape"][1] for entry in linears.values()]
-    if sizes:
-        yield "pruned", f"{len(sizes)} Linears, {readable_count(sum(sizes))} weights"
-        yield "zeros", _zeros_of(record, how)
-    if "pattern" in record:
-        yield "pattern", _pattern(record)
-    if method := how.get("method"):
-        yield "method", _plugins(method, bool(how.get("calibration", {}).get("num_samples")))
-        yield "calibration", _calibration(how.get("calibration", {}))
-    if search := record.get("search"):
-        share = f"{search['keep']:.1%} of the dense model's most likely tokens"
-        yield "sparsity", f"the highest of {len(search['tries'])} tries that keeps {share}"
-    if "training" in record:
-        yield "recovery", _RECOVERIES.get(record["method"], str(record["method"])) + _trained(record)
-    elif "updates_weights" in how:
-        kept = "were updated by the solver" if how["updates_weights"] else "are as they were, byte for byte"
-        yield "weights that remain", kept
-    if "verified" in record:
-        yield "stayed dense", _stayed_dense(record, how)
-    if packing:
-        form, sizes_of = packing["config"]["format"], packing["packed"]
-        yield "packed", f"{sizes_of['tensors']} tensors as {form}, {size_ratio(sizes_of)}"
-
-
-def _pattern(record: Mapping[str, Any]) -> str:
-    """The pattern, and how many Linears have which where they do not all have the same.
-
-    Example:
-        >>> _pattern({"pattern": "2:4", "linears": {"q": {"target": 0.5}, "k": {"target": 0.0}}})
-        '2:4 (Linears with each: 2:4 1, dense 1)'
-    """
-    counts = patterns_of(record)
-    each = ", ".join(f"{name} {count}" for name, count in counts.items())
-    return str(record["pattern"]) + (f" (Linears with each: {each})" if len(counts) > 1 else "")
-
-
-def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
-    achieved = Manifest(record).achieved_sparsity()
-    target = how.get("sparsity", {}).get("target")
-    asked = f" (asked: {target:.1%})" if target is not None else ""
-    return f"{achieved:.2%} of these weights{asked}, counted in the written files"
-
-
-def _plugins(method: Mapping[str, Any], is_calibrated: bool) -> str:
-    """The method's name and what it is composed of; without samples no pool is asked, and by some solvers no scorer."""
-    options = method.get("init_args", {})
-    kinds = (
-        *(["pool"] if is_calibrated else []),
-        *(["scorer"] if _asks_scorer(options) else []),
-        "solver",
-        "allocation",
-    )
-    parts = [
-        str(options[name]["class_path"]).rpartition(".")[2]
-        for name in kinds
-        if isinstance(options.get(name), Mapping) and "class_path" in options[name]
-    ]
-    name = str(options.get("name") or "")
-    return f"{name} ({', '.join(parts)})" if name and parts else name or ", ".join(parts)
-
-
-def _asks_scorer(options: Mapping[str, Any]) -> bool:
-    """Whether the solver begins with what the scorer's own solver found; by its record, so that only ours are known."""
-    solver = options.get("solver")
-    while isinstance(solver, Mapping):
-        found = getattr(solvers, str(solver.get("class_path", "")).rpartition(".")[2], None)
-        if found is None:
-            return True
-        if not found.continues:
-            return False
-        solver = solver.get("init_args", {}).get("start")
-    return True
-
-
-def _calibration(calibration: Mapping[str, Any]) -> str:
-    if not calibration.get("num_samples"):
-        return "none: the method needs no data"
-    source = str(calibration.get("source", {}).get("class_path", "")).rpartition(".")[2]
-    tokens = ", ".join(f"{count} {name}" for name, count in calibration.get("tokens", {}).items())
-    return f"{calibration['num_samples']} samples of {source}, seed {calibration.get('seed')} ({tokens} tokens)"
-
-
-def _trained(record: Mapping[str, Any]) -> str:
-    training, data = record["training"], record.get("data", {})
-    source = str(data.get("source", {}).get("class_path", "")).rpartition(".")[2]
-    on = f" on {data['samples']} samples of {source}" if data.get("samples") and source else ""
-    return f" ({readable_count(training['trainable_parameters'])} parameters, {training['steps']} steps{on})"
-
-
-def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
-    text = f"{record['verified']['untouched_tensors']} other tensors, byte for byte: embeddings, output head, norms"
-    parts = how.get("sparsity", {}).get("parts", {"language": {}})
-    text += "" if "language" in parts else ", language decoder"
-    if not str(record.get("model", {}).get("class", "")).endswith(_TEXT_ONLY):
-        text += ", projector" if "vision" in parts else ", projector and vision tower"
-    excluded = how.get("method", {}).get("init_args", {}).get("exclude")
-    if excluded:
-        text += f"; excluded from pruning: {', '.join(map(str, excluded))}"
-    left = sum("note" in entry for entry in record.get("linears", {}).values())
-    return text + (f"; {left} Linears that saw too few calibration tokens" if left else "")
 
 
 def _scores(folder: Path, record: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from lvlm_prune.callbacks import PruneCallback, PruningReport
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.output import folder as output_folder
+from lvlm_prune.output.locking import FolderLock
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 from tests.families import FAMILIES, Sample, make_inputs
 
@@ -295,7 +296,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(surveyed, tmp_path, monkeypatch, caps
         assert main([*SURVEYED, f"--output={folder}"]) == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     assert capsys.readouterr().err == f"interrupted: go on with --resume true --output {folder}\n"
-    lock = output_folder.FolderLock(folder)
+    lock = FolderLock(folder)
     assert main([*SURVEYED, f"--output={folder}", "--resume=true"]) == 2
     assert capsys.readouterr().err == f"error: --output {folder}: is being written by another run\n"
     lock.release()

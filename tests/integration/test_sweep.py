@@ -15,7 +15,7 @@ from lvlm_prune.callbacks import PluginSurvey, SparseCheckpointWriter
 from lvlm_prune.cli import main
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.loop import catching
-from lvlm_prune.output.folder import FolderLock
+from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.runs.prune.run import PruneRun
 from tests.conftest import GOLDEN, GOLDEN_MODEL, REPOSITORY
 

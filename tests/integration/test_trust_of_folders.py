@@ -13,7 +13,7 @@ from lvlm_prune.callbacks import SparseCheckpointWriter
 from lvlm_prune.cli import main
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output import folder as folders
-from lvlm_prune.output.folder import FolderLock, claim
+from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.sweep.run import WAY_ON
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, GOLDEN_MODEL
@@ -138,7 +138,7 @@ def test_a_folder_that_a_run_has_taken_meanwhile_is_not_added_to(verb, is_done, 
     monkeypatch.setattr("lvlm_prune.runs.compare.run.ComparedFolder", lambda path: path)
     monkeypatch.setattr("lvlm_prune.runs.compare.run.comparison", lambda folders: {})
     monkeypatch.setattr("lvlm_prune.runs.compare.run.comparison_markdown", lambda record: "")
-    monkeypatch.setattr("lvlm_prune.output.folder._PATIENCE", 0)
+    monkeypatch.setattr("lvlm_prune.output.locking._PATIENCE", 0)
     make = folders.make_folder
 
     def taken(folder):

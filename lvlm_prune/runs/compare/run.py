@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, shared, writing
+from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, writing
+from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX

@@ -18,7 +18,8 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import choose_folder, refuse_other_content, shared, writing
+from lvlm_prune.output.folder import choose_folder, refuse_other_content, writing
+from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import read_run
 from lvlm_prune.output.names import (
     EVALUATION_RECORD,

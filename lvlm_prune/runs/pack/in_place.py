@@ -7,7 +7,7 @@ from pathlib import Path
 from lvlm_prune.demo import NAMES
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import FolderLock
+from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PACKING_RECORD
 from lvlm_prune.output.summaries import next_commands

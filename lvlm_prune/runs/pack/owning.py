@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lvlm_prune.distributed.interruption import interruptible
-from lvlm_prune.output.folder import FolderLock, writing
+from lvlm_prune.output.folder import writing
+from lvlm_prune.output.locking import FolderLock
 
 
 @contextmanager

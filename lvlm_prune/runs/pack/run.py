@@ -18,15 +18,14 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
-    FolderLock,
     choose_folder,
-    claim,
     copy_checkpoint,
     folder_bytes,
     free_bytes,
     refuse_unusable,
     release,
 )
+from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress

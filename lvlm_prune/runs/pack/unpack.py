@@ -18,7 +18,6 @@ from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
-    claim,
     copy_checkpoint,
     folder_bytes,
     free_bytes,
@@ -26,6 +25,7 @@ from lvlm_prune.output.folder import (
     refuse_unusable,
     release,
 )
+from lvlm_prune.output.locking import claim
 from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress

@@ -23,14 +23,13 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.loop import BlockLoop
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.folder import (
-    FolderLock,
     choose_folder,
-    claim,
     refuse_unusable,
     way_on_of_command,
     write_config,
     writing,
 )
+from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_changed

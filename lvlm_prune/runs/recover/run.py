@@ -26,7 +26,6 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import (
-    FolderLock,
     choose_folder,
     copy_checkpoint,
     make_folder,
@@ -35,6 +34,7 @@ from lvlm_prune.output.folder import (
     write_config,
     writing,
 )
+from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD, RUN_FILES
 from lvlm_prune.output.own_files import refuse_changed

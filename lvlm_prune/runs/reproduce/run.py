@@ -16,7 +16,8 @@ from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Scores
-from lvlm_prune.output.folder import refuse_other_content, shared, writing
+from lvlm_prune.output.folder import refuse_other_content, writing
+from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import PROBE_RECORD
 from lvlm_prune.plugins import describe, mounted

@@ -17,7 +17,8 @@ from typing import Any
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Retention, Scores, retention
-from lvlm_prune.output.folder import FolderLock, refuse_other_content, shared
+from lvlm_prune.output.folder import refuse_other_content
+from lvlm_prune.output.locking import FolderLock, shared
 from lvlm_prune.output.manifest import sync_folder
 from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.output.reading import conforms
