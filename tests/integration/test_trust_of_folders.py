@@ -148,7 +148,7 @@ def test_a_folder_that_a_run_has_taken_meanwhile_is_not_added_to(verb, is_done, 
         elif not locks:
             locks.append(FolderLock(folder))
 
-    monkeypatch.setattr(folders, "make_folder", taken)
+    monkeypatch.setattr("lvlm_prune.output.locking.make_folder", taken)
     assert main([*command, f"--output={out}"]) == 2
     said = "exists, is not empty and holds no" if is_done else "is being written by another run"
     assert f"error: --output {out}: {said}" in one_line(capsys)
