@@ -46,7 +46,8 @@ def test_what_is_wrong_with_a_callback_in_a_file(callback, said, bases, tmp_path
     refused(said, bases / "2:4-float32", tmp_path / "out", f"--config={tmp_path / 'config.yaml'}")
 
 
-def test_a_profiler_of_torch_says_nothing(bases, recover, tmp_path, capfd):
+def test_a_profiler_of_torch_says_nothing(bases, recover, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it leaves its trace
     assert recover(bases / "2:4-float32", tmp_path / "out", "--trainer.profiler=pytorch", "--trainer.max_steps=1") == 0
     assert capfd.readouterr().err == ""
 
