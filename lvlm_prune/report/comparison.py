@@ -33,7 +33,7 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
         warning=record["warning"],
         folders=_folders(record),
         settings=Table(["setting", *names], settings),
-        quality=_quality(record),
+        quality=_quality(record, names),
         scores=_scores(record, names),
         means=_means(record, names),
         plates=plates,
@@ -52,18 +52,22 @@ def _folders(record: Mapping[str, Any]) -> Table:
     return Table(["folder", "command", "sparsity", "average score", "retained"], rows)
 
 
-def _quality(record: Mapping[str, Any]) -> Table | None:
-    """How near each folder is to the dense model; None where that was measured of none."""
-    rows = []
-    for number, folder in enumerate(record["folders"]):
-        cells = [
-            "–" if not folder["quality"] else _measure(record, number, key, unit)
-            for key, unit in (("perplexity", "measure"), ("kl", "measure"), ("agreement", "percent"))
-        ]
-        rows.append([folder["name"], *cells, folder["quality"]["measured_on"] if folder["quality"] else "–"])
-    if not any(folder["quality"] for folder in record["folders"]):
+def _quality(record: Mapping[str, Any], names: list[str]) -> Table | None:
+    """How near each folder is to the dense model, a column each; None where that was measured of none."""
+    found = [folder["quality"] for folder in record["folders"]]
+    if not any(found):
         return None
-    return Table(["folder", "perplexity", "KL per text token", "dense model's most likely token", "measured on"], rows)
+    measures = {
+        "perplexity": ("perplexity", "measure"),
+        "KL per text token": ("kl", "measure"),
+        "dense model's most likely token": ("agreement", "percent"),
+    }
+    rows = [
+        [title, *(_measure(record, number, *of) if quality else "–" for number, quality in enumerate(found))]
+        for title, of in measures.items()
+    ]
+    rows.append(["measured on", *(quality["measured_on"] if quality else "–" for quality in found)])
+    return Table(["", *names], rows)
 
 
 def _measure(record: Mapping[str, Any], number: int, key: str, unit: str) -> str:
