@@ -134,7 +134,7 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
     for sparsity, values in run["summary"]["iou"].items():
         caption = Markup(
             "Overlap (intersection over union) of the weights that go at {} by text tokens alone and by visual tokens "
-            "alone, in the dense model; 1 where both give up the same weights."
+            "alone, in the dense model: one where both give up the same weights."
         ).format(show(run, "summary", "sparsities", sparsity, unit="percent"))
         table = table_by_kind(run, "summary", "iou", sparsity)
         plates.append(
