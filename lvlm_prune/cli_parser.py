@@ -189,13 +189,13 @@ class LVLMCLI(LightningCLI):
         """Trainer, model and data, where the subcommand has any."""
         if self.subcommand in _WITHOUT_TRAINER:
             return
-        trainer = {f"trainer.{name}": str(value) for name, value in self._get(self.config, "trainer").items()}
         try:
             with built_from(self.config[self.subcommand].as_dict()):
                 super().instantiate_classes()
         except ValueError as error:  # of somebody else's class, which jsonargparse reports as its own
             given = str(error).rpartition("Given value: ")[2]
-            option = next((name for name, value in trainer.items() if value == given), "")
+            values = self._get(self.config, "trainer").items()
+            option = next((f"trainer.{name}" for name, value in values if str(value) == given), "")
             if not option:
                 raise
             self._parser(self.subcommand).error(f'Parser key "{option}":\n{error}')

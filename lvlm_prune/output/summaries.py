@@ -85,7 +85,7 @@ def quality_line(quality: Mapping[str, Any], before: str = "dense") -> str:
     """
     if "not_measured" in quality:
         return f"perplexity and KL not measured: {quality['not_measured']}"
-    then, now, apart = (_written(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
+    then, now, apart = (measure_text(quality[name]) for name in ("dense_perplexity", "perplexity", "kl"))
     line = (
         f"on {measured_on(quality)} ({quality['tokens']} text tokens): "
         f"perplexity {then} → {now}, KL({before} ‖ pruned) {apart} nats per token"
@@ -108,7 +108,7 @@ def recovered_line(quality: Mapping[str, Any]) -> str:
     if "not_measured" in quality:
         return f"perplexity and KL not measured: {quality['not_measured']}"
     names = ("pruned_perplexity", "perplexity", "dense_perplexity", "pruned_kl", "kl")
-    before, after, dense, apart, nearer = (_written(quality[name]) for name in names)
+    before, after, dense, apart, nearer = (measure_text(quality[name]) for name in names)
     same = f"{quality['pruned_agreement']:.1%} → {quality['agreement']:.1%}"
     return (
         f"on {measured_on(quality, 'recovery')} ({quality['tokens']} text tokens): perplexity {before} → {after} "
@@ -136,7 +136,8 @@ def measured_on(quality: Mapping[str, Any], of: Literal["pruning", "recovery"] =
     return f"{quality['samples']} sample{'s' * (quality['samples'] != 1)} {which}"
 
 
-def _written(value: float | None) -> str:
+def measure_text(value: float | None) -> str:
+    """A perplexity or KL as people read it; records have None where it is infinite."""
     return "infinite" if value is None else f"{value:.4g}"
 
 

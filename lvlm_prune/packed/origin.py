@@ -24,11 +24,17 @@ def read_header(path: Path) -> str:
         return file.read(length).decode()
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that was already found sound; empty where it has none."""
+    found: dict[str, str] = json.loads(read_header(path)).get("__metadata__", {})
+    return found
+
+
 def dense_checksums(folder: Path, shards: Iterable[str]) -> dict[str, int]:
     """Name of each packed shard -> CRC-32 of the one that it was made from, where it says so."""
     found = {}
     for shard in shards:
-        said = json.loads(read_header(folder / shard)).get("__metadata__", {}).get(DENSE_CHECKSUM)
+        said = metadata_of(folder / shard).get(DENSE_CHECKSUM)
         if isinstance(said, str) and len(said) == 8 and all(digit in "0123456789abcdef" for digit in said):
             found[shard] = int(said, 16)
     return found

@@ -20,7 +20,7 @@ from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import replacing, sync_folder
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.format import Format, encode
-from lvlm_prune.packed.origin import DENSE_CHECKSUM, ORIGINAL_HEADER, read_header
+from lvlm_prune.packed.origin import DENSE_CHECKSUM, ORIGINAL_HEADER, metadata_of, read_header
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 UNVERIFIED = ".unverified"
@@ -102,7 +102,7 @@ def header_of(text: str) -> bytes:
 
 def is_packed_shard(path: Path) -> bool:
     """Whether a file that has this name is a packed shard; one that is there under its own name is whole."""
-    return path.is_file() and ORIGINAL_HEADER in json.loads(read_header(path)).get("__metadata__", {})
+    return path.is_file() and ORIGINAL_HEADER in metadata_of(path)
 
 
 def pack_shard(
@@ -180,7 +180,7 @@ def verify_shard(source: CheckpointFolder, shard: str, target: Path) -> None:
     if not (target / shard).is_file():
         raise RunError(f"verification failed: {shard} is missing in {target}")
     _verify(one_shard(source.path, shard), PackedFolder(one_shard(target, shard, "output")))
-    metadata = json.loads(read_header(target / shard)).get("__metadata__", {})
+    metadata = metadata_of(target / shard)
     if metadata.get(ORIGINAL_HEADER) != read_header(source.path / shard):
         raise RunError(f"verification failed: {shard} in {target} is not as it was packed")
 
@@ -199,7 +199,7 @@ def unpack_shard(source: Path, shard: str, target: Path, name: str = "") -> None
         OSError: The disk is full, or cannot be written.
     """
     packed = PackedFolder(one_shard(source, shard))
-    metadata = json.loads(read_header(source / shard)).get("__metadata__", {})
+    metadata = metadata_of(source / shard)
     original = metadata.get(ORIGINAL_HEADER)
     if original is None:
         text, order = _fresh_header(packed)

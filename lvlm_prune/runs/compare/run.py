@@ -16,6 +16,7 @@ from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.output.questions import is_of_names
+from lvlm_prune.output.summaries import measure_text
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
 # What the output folder may hold, and what that is.
@@ -232,13 +233,9 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-def _measure(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4g}"
-
-
 _QUALITY: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "perplexity": ("perplexity", _measure),
-    "kl": ("KL from the dense model", _measure),
+    "perplexity": ("perplexity", measure_text),
+    "kl": ("KL from the dense model", measure_text),
     "agreement": ("dense model's most likely token", _percent),
     "measured_on": ("measured on", str),
 }

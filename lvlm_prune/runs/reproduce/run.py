@@ -172,22 +172,20 @@ class ReproductionRun:
 
     def _check_samples(self, calibration: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse calibration sets that are not there, before anything is written."""
-        checked: set[str] = set()
+        first: dict[str, tuple[str, Point]] = {}
         for entry, points in zip(self.table.parts, self.points):
             for row, of_row in zip(entry.rows, points.rows):
                 for point in of_row:
-                    if point.data_key in checked:
-                        continue
-                    checked.add(point.data_key)
-                    try:
-                        point.instantiate()[1].setup("prune")
-                    except InputError as error:
-                        name = row.calibration
-                        given = "{source: {class_path: LlavaJsonSource, init_args: {path: FILE}}, num_samples: 128}"
-                        way = f"; --calibration '{{{name}: {given}}}' names what you have in its place"
-                        way = "" if name in calibration else way
-                        option = f"calibration.{name}.{error.option.removeprefix('data.')}"
-                        raise InputError(option, error.value, error.problem + way) from None
+                    first.setdefault(point.data_key, (row.calibration, point))
+        for name, point in first.values():
+            try:
+                point.instantiate()[1].setup("prune")
+            except InputError as error:
+                given = "{source: {class_path: LlavaJsonSource, init_args: {path: FILE}}, num_samples: 128}"
+                way = f"; --calibration '{{{name}: {given}}}' names what you have in its place"
+                way = "" if name in calibration else way
+                option = f"calibration.{name}.{error.option.removeprefix('data.')}"
+                raise InputError(option, error.value, error.problem + way) from None
 
     def _stand_ins(self, entry: Part, names: Mapping[str, str]) -> list[str]:
         """What was not as in the paper, in sentences."""

@@ -28,12 +28,7 @@ from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import (
-    choose_folder,
-    going_on,
-    refuse_unusable,
-    writing,
-)
+from lvlm_prune.output.folder import choose_folder, going_on, refuse_unusable, writing
 from lvlm_prune.output.locking import remove_unfinished
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD

@@ -24,12 +24,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import (
-    going_on,
-    refuse_overlap,
-    write_config,
-    writing,
-)
+from lvlm_prune.output.folder import going_on, refuse_overlap, write_config, writing
 from lvlm_prune.output.locking import remove_unfinished
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.own_files import records_of, refuse_changed
