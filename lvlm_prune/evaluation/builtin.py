@@ -74,6 +74,10 @@ class BuiltinEngine(Engine):
         """That of the benchmark."""
         return self.benchmark.fingerprint()
 
+    def task_names(self) -> list[str]:
+        """Those of the benchmark's questions."""
+        return list(dict.fromkeys(question.task for question in self.benchmark.questions))
+
     def score(
         self,
         folder: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,10 @@ class Engine(ABC):
     def fingerprint(self) -> str:
         """Tells questions apart that come from elsewhere, as a file that may change; empty where none do."""
         return ""
+
+    def task_names(self) -> Sequence[str]:
+        """Names of the tasks that `score` will have scores of; empty where they are not known before it is asked."""
+        return ()
 
     @abstractmethod
     def score(

@@ -95,7 +95,7 @@ class HarnessEngine(Engine):
         """Look for the package in the interpreter that is to run it."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"`tasks` {self.tasks}: name tasks of the harness, each once")
-        scored = {name for task in self.tasks for name in (task, *score_names(task, self.metrics.get(task, "")))}
+        scored = {*self.tasks, *self.task_names()}
         for option, names, known in (
             ("metrics", self.metrics, set(self.tasks)),
             ("full_marks", self.full_marks, scored),
@@ -110,6 +110,10 @@ class HarnessEngine(Engine):
         if found.returncode != 0:
             problem = f"this interpreter has no package {self.package}; install it there, or name another one"
             raise ValueError(f"`python` {self._interpreter}: {problem}")
+
+    def task_names(self) -> list[str]:
+        """The tasks, those with several metrics once for each."""
+        return [name for task in self.tasks for name in score_names(task, self.metrics.get(task, ""))]
 
     def score(
         self,
@@ -166,7 +170,7 @@ class HarnessEngine(Engine):
         mine = self._run(share, self._arguments(folder, device, loading), folder) if share else None
         found = [part for part in processes.gather(mine) if part is not None]
         known = {name: part for part in found for name in part.tasks}
-        names = [name for task in self.tasks for name in score_names(task, self.metrics.get(task, ""))]
+        names = self.task_names()
         return Scores(
             {name: known[name].tasks[name] for name in names},
             {name: known[name].counts[name] for name in names},

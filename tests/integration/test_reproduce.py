@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_task_that_the_engine_does_not_score_is_refused_before_anything_is_pru
     assert "retained" not in said.out
 
 
+def test_a_task_that_no_pathway_can_be_scored_on_is_refused_before_the_survey(tmp_path, capsys, monkeypatch):
+    """The engine of the test knows its tasks only once it has scored a model."""
+    monkeypatch.setattr("lvlm_prune.runs.prune.stream.CalibrationStream.survey", None)
+    command = [*arguments("atv/table_1", tmp_path / "out"), "--tasks={MMB: k_projj}"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "error: --tasks k_projj: is not scored by the engine, which scores down_proj, q_proj; is q_proj meant?"
+
+
 def test_what_is_not_as_in_the_paper_is_said(tmp_path):
     out = tmp_path / "out"
     assert main([*arguments("tamp/table_1", out), "--tasks={ChartQA: q_proj}"]) == 0
@@ -148,6 +158,22 @@ BAD = {
     ),
     "no seed": (["reproduce", "atv/table_3", MODEL, "--seeds=[]"], ["--seeds []"]),
     "tasks without engine": (["reproduce", "atv/table_3", MODEL, "--tasks={MMB: mine}"], ["--tasks", "--engine"]),
+    "task of a harness": (
+        [
+            "reproduce",
+            "atv/table_1",
+            MODEL,
+            "--engine=LMEvalEngine",
+            "--engine.tasks=[gqa, pope]",
+            f"--engine.python={sys.executable}",
+            "--tasks={MMB: gqaa}",
+        ],
+        ["--tasks gqaa: is not scored by the engine, which scores gqa, pope; is gqa meant?"],
+    ),
+    "task of a benchmark": (
+        ["reproduce", "atv/table_1", "--model.path=demo", "--engine=BuiltinEngine", "--tasks={MMB: colour}"],
+        ["--tasks colour: is not scored by the engine, which scores ", "is color meant?"],
+    ),
     "parts of the probe": (
         ["reproduce", "atv/table_1", MODEL, "--engine=tests.engines.ShareLeft", "--part=1/2"],
         ["--part 1/2", "in one piece"],
@@ -168,7 +194,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("command", "expected"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_nothing_is_written(command, expected, tmp_path, capsys):
+def test_bad_input_is_one_line_and_nothing_is_written(command, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lvlm_prune.evaluation.harness.LMEvalEngine.package", "torch")  # a harness that is installed
     out = tmp_path / "out"
     assert main([*command, f"--output={out}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -1,14 +1,14 @@
 """One probe: a survey of the dense model, then every cell of the grid, then the page.
 
-check ─► catch block-0 inputs ─► survey of the dense model ─► for each cell: prune one pathway ─► scores ─► page
-                                 overlap of masks, map, ...     block by block, as `prune` does
+check ─► catch block-0 inputs ─► dense model scored ─► surveyed ─► for each cell: prune one pathway ─► scores ─► page
+                                                       masks, map    block by block, as `prune` does
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ from lvlm_prune.threads import suitable_threads
 if TYPE_CHECKING:
     from lvlm_prune.callbacks import ModalityProbe
     from lvlm_prune.evaluation.engine import Engine
+    from lvlm_prune.evaluation.scores import Scores
     from lvlm_prune.runs.probe.scoring import CellScoring
 
 # What a resumed probe takes from the record that an interrupted one left.
@@ -62,7 +63,13 @@ class ProbeRun:
     Args:
         probe: What to look at; default: the trainer's callback.
         engine: What scores the cells instead of the embedded benchmark; with it any model is scored.
+
+    Attributes:
+        check_dense: Refuses scores of the dense model that will not do, before anything is surveyed or pruned; for
+            engines, which score on every process.
     """
+
+    check_dense: Callable[[Scores], None] | None = None
 
     def __init__(
         self,
@@ -149,10 +156,11 @@ class ProbeRun:
         if earlier is not None:
             earlier.refuse_other(manifest, self.folder, PROBE_RECORD)
             manifest.update({name: earlier[name] for name in _FINDINGS if name in earlier})
+        self._score_dense()
+        self._note("probing")
         self.probe.set_of_sample = self._sets()
         stream.survey()
         self._note("probing")
-        self._score_dense()
         manifest["grid"] = self._finished(cells)
         if self.scoring is None:
             run.say("no pathway is pruned: probe scores only those of the embedded model, with --evaluate true")
@@ -251,6 +259,10 @@ class ProbeRun:
                 from lvlm_prune.evaluation.scores import refuse_unanswered
 
                 self.run.record["dense"] = refuse_unanswered(scores).to_dict()
+        if self.check_dense is not None:
+            from lvlm_prune.evaluation.scores import Scores
+
+            self.check_dense(Scores.from_dict(self.run.record["dense"]))
 
     def _note(self, status: str) -> None:
         """Write down what is known; from here on the folder can be resumed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,13 @@ def probe_of(part: Part) -> ModalityProbe:
 
 
 def probe_rows(
-    trainer: RunTrainer, model: LVLMModule, part: Part, points: Sequence[Point], engine: Engine, folder: Path
+    trainer: RunTrainer,
+    model: LVLMModule,
+    part: Part,
+    points: Sequence[Point],
+    engine: Engine,
+    folder: Path,
+    check_dense: Callable[[Scores], None] | None = None,
 ) -> tuple[list[list[FinishedRun]], Scores]:
     """Probe once for each calibration seed, or go on where an earlier command stopped.
 
@@ -45,6 +51,7 @@ def probe_rows(
         points: One for each seed; its `data` calibrates.
         engine: Scores the dense model and every cell.
         folder: Where the probes are written, a folder for each seed.
+        check_dense: See `ProbeRun`.
 
     Returns:
         The runs of each row, and the scores of the dense model.
@@ -54,6 +61,7 @@ def probe_rows(
         output = folder / f"seed-{point.seed}"
         resume = (output / PROBE_RECORD).is_file()
         run = ProbeRun(trainer, model, point.instantiate()[1], str(output), resume, True, probe_of(part), engine)
+        run.check_dense = check_dense
         with going_on(WAY_ON):
             records.append((point, run()))
     dense = Scores.from_dict(records[0][1]["dense"])

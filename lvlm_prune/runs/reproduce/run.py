@@ -6,8 +6,9 @@ table ─► rows as points ─► for each model: sweep (caught and surveyed on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError, shortened
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
-from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.output.folder import refuse_other_content, writing
 from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import replace_durably
@@ -164,9 +164,11 @@ class ReproductionRun:
             raise InputError("tasks", "{}", f"{problem} {', '.join(sorted(known))}")
         self.points = [table_points(entry, seeds, calibration) for entry in table.parts]
         for entry in table.parts:
-            engine_of_part = self._engine(entry)[0]
+            engine_of_part, names = self._engine(entry)
             with mounted(**{"harness" if engine is None else "engine": engine_of_part}):
                 engine_of_part.check()
+            if known_tasks := engine_of_part.task_names():
+                _refuse_absent(names, known_tasks)
         self._check_samples(calibration)
         self.calibration = dict(calibration)
 
@@ -234,22 +236,23 @@ class ReproductionRun:
         engine, names = self._engine(entry)
         folder = self.folder / folder_name(entry)
         if self.table.probe:
-            rows, dense = probe_rows(self.trainer, module, entry, points.rows[0], engine, folder)
-            self._refuse_absent(names, dense)
+            rows, dense = probe_rows(
+                self.trainer,
+                module,
+                entry,
+                points.rows[0],
+                engine,
+                folder,
+                lambda dense: _refuse_absent(names, dense.tasks),
+            )
             outcome = part_outcome(entry, module.path, names, rows, dense)
             return replace(outcome, stand_ins=self._stand_ins(entry, names))
         sweep = SweepRun(self.trainer, module, points, engine, str(folder), self.part, self.keep, "")
-        sweep.check_dense = lambda dense: self._refuse_absent(names, dense)
+        sweep.check_dense = lambda dense: _refuse_absent(names, dense.tasks)
         runs: dict[str, FinishedRun] = {run.point.identity: run for run in sweep()}
         rows = [[runs[point.identity] for point in row if point.identity in runs] for row in points.rows]
         outcome = part_outcome(entry, module.path, names, rows, sweep.dense)
         return replace(outcome, stand_ins=self._stand_ins(entry, names))
-
-    @staticmethod
-    def _refuse_absent(names: Mapping[str, str], dense: Scores) -> None:
-        if absent := sorted(set(names.values()) - set(dense.tasks)):
-            scored = ", ".join(dense.tasks)
-            raise InputError("tasks", absent[0], f"is not scored by the engine, which scores {scored}")
 
     def _engine(self, entry: Part) -> tuple[Engine, dict[str, str]]:
         """What scores the checkpoints of one model, and benchmark -> name under which it is scored."""
@@ -272,6 +275,19 @@ class ReproductionRun:
             replace_durably(self.folder / _TABLE, markdown_text(self.table, outcomes).encode())
             replace_durably(self.folder / "table.csv", csv_text(outcomes).encode())
             write_table_page(self.folder, self.table, outcomes)
+
+
+def _refuse_absent(names: Mapping[str, str], scored: Collection[str]) -> None:
+    """Refuse columns whose task has no score.
+
+    Args:
+        names: Column -> task.
+        scored: Tasks that the engine scores.
+    """
+    if absent := sorted(set(names.values()) - set(scored)):
+        problem = f"is not scored by the engine, which scores {', '.join(scored)}"
+        close = "".join(f"; is {one} meant?" for one in get_close_matches(absent[0], scored, n=1))
+        raise InputError("tasks", absent[0], problem + close)
 
 
 def folder_name(entry: Part) -> str:
