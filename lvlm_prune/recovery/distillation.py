@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lvlm_prune.errors import InputError
+from lvlm_prune.methods.patterns import lowest
 from lvlm_prune.output.folder import free_bytes
 from lvlm_prune.output.manifest import replace_durably
 
@@ -76,7 +77,8 @@ def largest(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Ten
         temperature: Divides the logits.
 
     Returns:
-        Log-probabilities, (n, k + 1), or (n, vocabulary) if k is not smaller; the tokens of the first k, int32.
+        Log-probabilities, (n, k + 1), or (n, vocabulary) if k is not smaller; the tokens of the first k, int32, the
+        likeliest first. Of tokens that are equally likely those of lowest index are kept.
 
     Example:
         >>> values, tokens = largest(torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log(), top_k=2, temperature=1.0)
@@ -84,8 +86,18 @@ def largest(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Ten
         (tensor([[0.5000, 0.2500, 0.2500]]), tensor([[0, 1]], dtype=torch.int32))
     """
     log_p = torch.log_softmax(logits / temperature, dim=-1)
-    values, tokens = log_p.topk(min(top_k, log_p.shape[1]), dim=-1)
-    return _with_tail(log_p, values, tokens), tokens.int()
+    tokens = _likeliest(log_p, min(top_k, log_p.shape[1]))
+    return _with_tail(log_p, log_p.gather(1, tokens), tokens), tokens.int()
+
+
+def _likeliest(log_p: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest values of each row, largest first; ties by lowest index, unlike `topk`."""
+    values, tokens = log_p.topk(count, dim=-1)
+    tied = ((log_p >= values[:, -1:]).sum(dim=1) > count).nonzero().flatten()
+    if len(tied):
+        tokens[tied] = lowest(-log_p[tied], count).nonzero()[:, 1].view(-1, count)
+    tokens = tokens.sort(dim=1).values
+    return tokens.gather(1, log_p.gather(1, tokens).argsort(dim=1, descending=True, stable=True))
 
 
 def divergence(logits: Tensor, log_probabilities: Tensor, tokens: Tensor, temperature: float) -> Tensor:

@@ -44,6 +44,17 @@ def test_what_is_not_kept_counts_as_one_more_outcome(top_k):
     assert found <= exact
 
 
+def test_of_equally_likely_tokens_those_of_lowest_index_are_kept():
+    """Logits in bfloat16 are often equal; `topk` takes any of them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 6, (50, 400), generator=generator).float()
+    values, tokens = largest(logits, 40, 2.0)
+    log_p = torch.log_softmax(logits / 2.0, dim=-1)
+    expected = log_p.sort(dim=1, descending=True, stable=True).indices[:, :40]
+    assert torch.equal(tokens.long(), expected)
+    assert torch.equal(values[:, :40], log_p.gather(1, expected))
+
+
 def test_no_divergence_from_itself():
     dense, _ = two_models()
     assert divergence(dense, *largest(dense, 8, 2.0), 2.0).abs() < 1e-5
