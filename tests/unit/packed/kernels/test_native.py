@@ -1,5 +1,10 @@
 """Which kernels are used: the best ones of the machine, or lesser ones that were asked for."""
 
+import os
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -7,6 +12,7 @@ import pytest
 from lvlm_prune import __version__
 from lvlm_prune.cli import main
 from lvlm_prune.errors import LVLMPruneError
+from lvlm_prune.packed import library_file as library_file_module
 from lvlm_prune.packed.kernels import kernel_report, native
 
 
@@ -56,3 +62,22 @@ def test_a_library_of_another_version_is_not_used(compile_kernels, monkeypatch, 
     monkeypatch.undo()
     native.library.cache_clear()
     native._best.cache_clear()
+
+
+def test_python_started_in_a_clone_uses_the_kernels_that_were_installed(tmp_path):
+    """A clone is imported in preference to the installed package, and beside its modules nothing was built."""
+    module = Path(library_file_module.__file__)
+    clone, installed = tmp_path / "library_file.py", tmp_path / "site" / "lvlm_prune" / "packed" / "kernels"
+    shutil.copy(module, clone)
+    code = "import library_file; print(library_file.library_file())"
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'site'}"}
+
+    def found() -> str:
+        command = [sys.executable, "-S", "-c", code]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    assert found() == "None"
+    installed.mkdir(parents=True)
+    (library := installed / f"_packed{EXTENSION_SUFFIXES[0]}").touch()
+    assert found() == str(library)
