@@ -12,6 +12,7 @@ from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.plugins import describe
 from lvlm_prune.pruning.input_zeros import name_of_input
 from lvlm_prune.report.card import refresh_card
@@ -65,7 +66,7 @@ class PruningReport(PruneCallback):
         if "quality" in trainer.run.record:
             trainer.run.say(quality_line(trainer.run.record["quality"], name_of_input(trainer.run.record)))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
-        trainer.run.say(f"wrote {folder} (weights {size / 1e6:.1f} MB) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
+        trainer.run.say(f"wrote {folder} (weights {readable_size(size)}) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
         pruning = trainer.run.find(BlockwisePruning)
         if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver, ALPSSolver):
             trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")

@@ -207,6 +207,11 @@ class CheckpointFolder:
             finally:
                 os.close(descriptor)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the files with weights: the size that every command tells of a checkpoint."""
+        return sum((self.path / shard).stat().st_size for shard in self.shards)
+
     def files(self) -> list[Path]:
         """Path in the folder of every file that belongs to a copy of the checkpoint: all but other copies of weights.
 

@@ -11,8 +11,8 @@ from math import prod
 from lvlm_prune.blocks import Place, StreamedWeights
 from lvlm_prune.memory.footprint import Footprint
 from lvlm_prune.memory.sizes import Peak, larger_phases
-from lvlm_prune.memory.units import readable_size
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.units import readable_size
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lvlm_prune.output.names import LOG_FOLDER
 from lvlm_prune.output.own_files import record_of
 from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
+from lvlm_prune.output.units import readable_size
 
 _OF_COMMAND: ContextVar[str] = ContextVar("_OF_COMMAND", default="")
 
@@ -210,7 +211,7 @@ def _refuse_full_disk(folder: Path, source: CheckpointFolder, occupied: bool) ->
     )
     free = free_bytes(folder)
     if needed > free:
-        problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+        problem = f"needs {readable_size(needed)}, only {readable_size(free)} are free on this disk"
         raise InputError("output", folder, problem)
 
 

@@ -28,6 +28,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import lowest
 from lvlm_prune.output.folder import free_bytes
 from lvlm_prune.output.manifest import replace_durably
+from lvlm_prune.output.units import readable_size
 
 SAMPLES_PER_PART = 64
 LogitsOf = Callable[[Sequence[int]], Mapping[int, Tensor]]
@@ -181,7 +182,7 @@ class Teacher:
         needed = answers * (kept * 8 + 4)
         free = free_bytes(self.folder)
         if needed > free:
-            problem = f"needs {needed / 1e9:.1f} GB for the dense model's logits, only {free / 1e9:.1f} GB are free"
+            problem = f"needs {readable_size(needed)} for the dense model's logits, only {readable_size(free)} are free"
             raise InputError("distillation.top_k", self.options.top_k, problem)
         return needed
 

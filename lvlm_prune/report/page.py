@@ -28,6 +28,7 @@ from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.output.private import is_left_out, left_out_options
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.report.figures.style import inline_svg, png_bytes, theme_css
 
 _UNITS = {
@@ -38,7 +39,7 @@ _UNITS = {
     "small": lambda value: f"{value:.3g}",
     "measure": lambda value: f"{value:.4g}",
     "seconds": lambda value: f"{value:.1f} s",
-    "megabytes": lambda value: f"{value / 1e6:.1f} MB",
+    "bytes": readable_size,
 }
 
 
@@ -102,7 +103,7 @@ def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
         record: Nested mappings and lists.
         path: Keys and indices down to the number.
         unit: `count`, `number` (one decimal), `percent` (of a share), `share`, `small` (three digits), `measure` (four
-            digits, as perplexity and KL on the screen), `seconds`, or `megabytes` (of bytes).
+            digits, as perplexity and KL on the screen), `seconds`, or `bytes`.
 
     Example:
         >>> show({"sparsity": {"achieved": 0.59375}}, "sparsity", "achieved", unit="percent")

@@ -192,10 +192,10 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
     facts |= evaluated_facts(run) | _quality_facts(run)
     if "size_bytes" in run:
-        facts["checkpoint"] = show(run, "size_bytes", unit="megabytes")
+        facts["checkpoint"] = show(run, "size_bytes", unit="bytes")
     facts["time"] = show(run, "seconds", unit="seconds")
     if "peak_memory_bytes" in run:
-        facts["peak memory"] = show(run, "peak_memory_bytes", unit="megabytes")
+        facts["peak memory"] = show(run, "peak_memory_bytes", unit="bytes")
     facts["weights considered"] = show(run, "summary", "num_weights", unit="count")
     if "num_samples" in run["calibration"]:
         facts["calibration samples"] = show(run, "calibration", "num_samples", unit="count")

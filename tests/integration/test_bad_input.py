@@ -300,7 +300,7 @@ def test_output_without_permission(refused, golden_arguments, tmp_path):
 def test_full_disk_is_found_before_the_first_block(refused, golden_arguments, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
-    assert "only 0.0 GB are free" in refused(*golden_arguments)
+    assert "only 1.0 kB are free" in refused(*golden_arguments)
 
 
 # ---- what shows up only during the run ------------------------------------------------------------------------------

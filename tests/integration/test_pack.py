@@ -18,6 +18,7 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.checkpoint import PACKED
 from lvlm_prune.cli import main
 from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.packed.format import METHOD
 from lvlm_prune.packed.linear import PackedLinear
 from tests.conftest import GOLDEN_ARGUMENTS
@@ -96,15 +97,17 @@ def test_what_became_smaller_and_what_stays_is_said(sparse: Path, packed: Path, 
     assert main(["pack", f"--model.path={sparse}", f"--output={tmp_path / 'again'}"]) == 0
     said = capsys.readouterr().out
     record = json.loads((packed / "packing.json").read_text())
-    weights, whole = record["packed"], record["folder"]
+    weights, whole = record["packed"], record["weights"]
     assert weights["dense"] / weights["packed"] > 2
-    assert f"{weights['dense'] / weights['packed']:.2f}x smaller · whole folder" in said
+    assert f"{weights['dense'] / weights['packed']:.2f}x smaller · all weights" in said
     assert f"{whole['dense'] / whole['packed']:.2f}x smaller" in said
     assert all(kind in said for kind in ("embeddings and head", "norms, biases and others"))
     dense = CheckpointFolder(sparse)
     assert weights["dense"] + sum(record["dense"].values()) == sum(dense[key].nbytes for key in dense)
-    # The record itself is the only file that is not counted on both sides.
-    assert 0 <= sum(map(len, contents(packed).values())) - whole["packed"] < 20_000
+    assert (dense.weight_bytes, CheckpointFolder(packed).weight_bytes) == (whole["dense"], whole["packed"])
+    assert main(["unpack", f"--model.path={tmp_path / 'again'}", f"--output={tmp_path / 'unpacked'}"]) == 0
+    sizes = f"{readable_size(whole['packed'])} → {readable_size(whole['dense'])}"
+    assert f"all weights: {sizes}\n" in capsys.readouterr().out
 
 
 def test_a_packed_model_answers_as_the_sparse_one(sparse: Path, packed: Path) -> None:

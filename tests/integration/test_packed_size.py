@@ -9,10 +9,9 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.recipes import with_recipe
-from lvlm_prune.runs.prune.sizing import shard_bytes
 from tests.conftest import GOLDEN_ARGUMENTS
 
-DENSE = shard_bytes(CheckpointFolder(CHECKPOINT))
+DENSE = CheckpointFolder(CHECKPOINT).weight_bytes
 QUICK = ["prune", "--method=magnitude", "--report=false", "--evaluate=false", "--packed=true"]
 
 
@@ -20,7 +19,7 @@ QUICK = ["prune", "--method=magnitude", "--report=false", "--evaluate=false", "-
 def test_the_shards_take_what_they_were_to_take(size, wanted, tmp_path):
     out = tmp_path / "out"
     assert main([*QUICK, f"--packed_size={size}", f"--output={out}"]) == 0
-    assert 0.985 * wanted <= shard_bytes(CheckpointFolder(out)) <= wanted
+    assert 0.985 * wanted <= CheckpointFolder(out).weight_bytes <= wanted
     target = json.loads((out / "pruning.json").read_text())["sparsity"]["target"]
     assert yaml.safe_load((out / "config.yaml").read_text())["pruning"]["sparsity"] == target
 
@@ -32,7 +31,7 @@ def test_sparsity_that_is_not_uniform_gives_the_size_too(tmp_path):
     assert main([*recipe, "--model.dtype=float32", "--packed_size=0.6", f"--output={out}"]) == 0
     targets = {entry["target"] for entry in json.loads((out / "pruning.json").read_text())["linears"].values()}
     assert len(targets) > 1
-    assert 0.585 * DENSE <= shard_bytes(CheckpointFolder(out)) <= 0.6 * DENSE
+    assert 0.585 * DENSE <= CheckpointFolder(out).weight_bytes <= 0.6 * DENSE
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import lvlm_prune
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.clock import command_began
 from lvlm_prune.errors import InputError
-from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
@@ -31,6 +30,7 @@ from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.output.summaries import size_ratio
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.packed.folder import PackedFolder
 from lvlm_prune.packed.format import VERSION, Format
 from lvlm_prune.packed.origin import dense_checksums
@@ -120,7 +120,7 @@ class Packing(ABC):
             config={"format": self.form},
             model=origin_of(self.model.path, self.source),
             versions={"lvlm_prune": lvlm_prune.__version__},
-            dense_folder_bytes=folder_bytes(self.source.path),
+            weights={"dense": self.source.weight_bytes},
             **original,
         )
 
@@ -146,7 +146,7 @@ class Packing(ABC):
             raise InputError("model.path", self.model.path, problem)
         needed, free = folder_bytes(self.source.path) - saved, free_bytes(self.folder)
         if needed > free:
-            problem = f"needs about {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+            problem = f"needs about {readable_size(needed)}, only {readable_size(free)} are free on this disk"
             raise InputError("output", self.folder, problem)
 
     def _saved(self, zeros: dict[str, float]) -> float:
@@ -165,8 +165,7 @@ class Packing(ABC):
         self.record["dense"] = remainder
         self.record["shards"] = dense_checksums(self.folder, written.shards)
         write_card(self.folder, packing=self.record)
-        sizes = (self.record["dense_folder_bytes"], folder_bytes(self.folder))
-        self.record["folder"] = {"dense": sizes[0], "packed": sizes[1]}
+        self.record["weights"]["packed"] = written.weight_bytes
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
         self.record.write(self.folder, PACKING_RECORD)
@@ -224,13 +223,13 @@ class PackRun(Packing):
 
 def summary(record: Manifest, folder: Path, shards: int) -> str:
     """What packing did, in a few lines."""
-    weights, whole = record["packed"], record["folder"]
+    pruned, whole = record["packed"], record["weights"]
     remainder = " · ".join(f"{kind} {readable_size(size)}" for kind, size in record["dense"].items())
     return "\n".join(
         (
-            f"packed {weights['tensors']} pruned weights ({record['config']['format']}): "
-            f"{readable_size(weights['dense'])} → {readable_size(weights['packed'])}, "
-            f"{size_ratio(weights)} · whole folder: {readable_size(whole['dense'])} → "
+            f"packed {pruned['tensors']} pruned tensors ({record['config']['format']}): "
+            f"{readable_size(pruned['dense'])} → {readable_size(pruned['packed'])}, "
+            f"{size_ratio(pruned)} · all weights: {readable_size(whole['dense'])} → "
             f"{readable_size(whole['packed'])}, {size_ratio(whole)}",
             f"dense as before: {remainder}",
             f"verified: every tensor comes back byte for byte from {shards} shard{'' if shards == 1 else 's'}",

@@ -10,16 +10,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
+from lvlm_prune.checkpoints.checkpoint import INDEX_NAME, CheckpointFolder
 from lvlm_prune.checkpoints.hub import resolve
 from lvlm_prune.clock import command_began
 from lvlm_prune.errors import InputError, RunError
-from lvlm_prune.memory.units import readable_size
 from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
     copy_checkpoint,
-    folder_bytes,
     free_bytes,
     is_occupied,
     refuse_unusable,
@@ -30,6 +28,7 @@ from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
 from lvlm_prune.report.card import has_own_card
@@ -66,20 +65,20 @@ class UnpackRun:
         self._refuse_full_disk()
 
     def __call__(self) -> dict[str, Any]:
-        """Unpack what is not yet unpacked; sizes before and after, in bytes, and seconds."""
+        """Unpack what is not yet unpacked; sizes of all weights before and after, in bytes, and seconds."""
         if self.is_complete:
             self._verify_again()
         else:
             self._write()
         packed = self.packed
-        sizes = {"packed": folder_bytes(packed.path), "dense": folder_bytes(self.folder)}
+        sizes = {"packed": packed.weight_bytes, "dense": CheckpointFolder(self.folder, "output").weight_bytes}
         seconds = time.perf_counter() - self.started
         if not self.quiet:
-            change = f"{readable_size(sizes['packed'])} → {readable_size(sizes['dense'])}"
+            change = f"all weights: {readable_size(sizes['packed'])} → {readable_size(sizes['dense'])}"
             if self.is_complete:
-                text = f"{self.folder} is complete already\nverified: every file is as it was packed, {change}"
+                text = f"{self.folder} is complete already\nverified: every file is as it was packed · {change}"
             else:
-                text = f"unpacked {len(packed.packed)} weights: {change}\nwrote {self.folder} · {seconds:.0f} s"
+                text = f"unpacked {len(packed.packed)} tensors · {change}\nwrote {self.folder} · {seconds:.0f} s"
             print(text, flush=True)
         return sizes | {"seconds": seconds}
 
@@ -154,7 +153,7 @@ class UnpackRun:
         needed = sum(self.packed[key].nbytes for key in self.packed) - there
         free = free_bytes(self.folder)
         if needed > free:
-            problem = f"needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on this disk"
+            problem = f"needs {readable_size(needed)}, only {readable_size(free)} are free on this disk"
             raise InputError("output", self.folder, problem)
 
     def _written(self, shard: str) -> Path:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_prune.callbacks import BlockwisePruning
-from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.errors import InputError, RunError
-from lvlm_prune.memory.units import readable_size
 from lvlm_prune.methods.patterns import Unstructured
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.packed.bitmask import mask_bytes
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.packed.selection import find_packable
@@ -59,7 +58,7 @@ class PackedSize:
         model.open()
         if model.folder is None:
             raise InputError(_OPTION, size, "needs a checkpoint folder; a model in memory is not packed")
-        dense = shard_bytes(model.folder)
+        dense = model.folder.weight_bytes
         self.size, self.wanted = size, wanted_bytes(size, dense)
         pruning.plan(model)
         pruning.sparsity = self._sparsity(model, pruning, dense)
@@ -90,7 +89,7 @@ class PackedSize:
         Raises:
             RunError: It is; the folder stays as it is.
         """
-        if (found := shard_bytes(open_checkpoint(folder, "output"))) > self.wanted:
+        if (found := open_checkpoint(folder, "output").weight_bytes) > self.wanted:
             raise RunError(f"--{_OPTION} {self.size}: {folder} takes {readable_size(found)}, and is whole otherwise")
 
 
@@ -119,8 +118,3 @@ def wanted_bytes(size: str, dense: int) -> float:
     if wanted >= dense:
         raise InputError(_OPTION, size, f"the dense shards take no more than that: {readable_size(dense)}")
     return wanted
-
-
-def shard_bytes(folder: CheckpointFolder) -> int:
-    """Bytes of the files with weights."""
-    return sum((folder.path / shard).stat().st_size for shard in folder.shards)

@@ -26,6 +26,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.output.own_files import records_of
 from lvlm_prune.output.progress import Progress
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.recovery.distillation import Teacher
 from lvlm_prune.recovery.masks import load_pruned
 from lvlm_prune.recovery.merging import write_merged
@@ -111,7 +112,7 @@ class FittingRun(RecoveryRun):
             write_teacher(dense, self.datamodule, self.teacher, self.trainer.strategy.root_device, progress.update)
         asked, seconds = self.record["data"]["examined"]["answers"], time.perf_counter() - clock
         self._say(
-            f"dense model asked before {asked} answer tokens in {seconds:.0f} s ({self.teacher_bytes / 1e6:.1f} MB)"
+            f"dense model asked before {asked} answer tokens in {seconds:.0f} s ({readable_size(self.teacher_bytes)})"
         )
         self.record["teacher"] = {"seconds": seconds, "bytes": self.teacher_bytes}
         self.record.write(self.folder, RECOVERY_RECORD)  # a run that goes on does not ask again

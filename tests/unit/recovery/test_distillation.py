@@ -100,6 +100,6 @@ def test_an_interrupted_pass_goes_on_and_another_model_begins_anew(tmp_path, mon
 def test_what_does_not_fit_on_the_disk_is_refused(tmp_path):
     kept = teacher(tmp_path / "t")
     assert kept.check_room(answers=1000, vocabulary=12) == 1000 * (4 * 8 + 4)
-    with pytest.raises(InputError, match="top_k 4: needs 36000000000"):
+    with pytest.raises(InputError, match=r"top_k 4: needs 36000000\.0 TB for"):
         kept.check_room(answers=10**18, vocabulary=12)
     assert not (tmp_path / "t").exists()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
 from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.units import readable_size
 from lvlm_prune.report.pruning import pruning_page, summarise
 from tests.conftest import GOLDEN_ARGUMENTS
 from tests.pages import Page, refuse_other_numbers
@@ -125,13 +126,13 @@ def test_console_manifest_and_page_say_the_same_numbers(tmp_path, capsys):
     facts = {path: text for path, _, _, text in Page((out / "report.html").read_text()).numbers}
     weights = sum(path.stat().st_size for path in out.glob("model*.safetensors"))
     assert manifest["size_bytes"] == weights
-    assert f"(weights {weights / 1e6:.1f} MB)" in said
-    assert facts["size_bytes"] == f"{weights / 1e6:.1f} MB"
+    assert f"(weights {readable_size(weights)})" in said
+    assert facts["size_bytes"] == readable_size(weights)
     assert f"· {manifest['seconds']:.0f} s\n" in said
     assert facts["seconds"] == f"{manifest['seconds']:.1f} s"
     assert manifest["work_seconds"] < manifest["seconds"]
     assert 0.6 * took < manifest["seconds"] < took, "imports and page are part of what a user waits for"
-    assert facts["peak_memory_bytes"] == f"{manifest['peak_memory_bytes'] / 1e6:.1f} MB"
+    assert facts["peak_memory_bytes"] == readable_size(manifest["peak_memory_bytes"])
     assert manifest["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in manifest["blocks"])
 
 
