@@ -30,6 +30,7 @@ from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
 from lvlm_prune.report.card_facts import TEXT_ONLY, card_facts
 from lvlm_prune.report.card_loading import loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
+from lvlm_prune.report.linears import patterns_of
 
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
 """Line of a card above that of the dense model."""
@@ -117,7 +118,7 @@ def card_of(
         markdown_table(["", ""], list(card_facts(made_by, how, packing))),
         _scores(folder, made_by),
         loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(TEXT_ONLY)),
-        _zeros(packing, how),
+        _zeros(made_by, packing, how),
         _private(made_by or packing),
         f"---\n\n*Below is the card of the {_before(made_by)}, as it was: its results are not those of this model.*"
         if body
@@ -249,7 +250,7 @@ def _count(dense: Mapping[str, Any], group: str) -> str:
     return f" ({tasks} tasks)" if tasks else ""
 
 
-def _zeros(packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+def _zeros(record: Mapping[str, Any], packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:
     if packing:
         text = (
             "Packed weights take less room on disk and in memory, and with few tokens at a time (decoding) their "
@@ -263,34 +264,43 @@ def _zeros(packing: Mapping[str, Any], how: Mapping[str, Any]) -> str:
             "time of the dense one. `lvlm-prune pack` stores it without its zeros: smaller on disk and in memory, and "
             "faster in decoding where its kernels are."
         )
-        text += _sparse_tensor_cores(str(how.get("pattern", "")))
+        text += _sparse_tensor_cores(patterns_of({**record, "pattern": how.get("pattern", "")}))
     return f"## What the zeros bring, and what not\n\n{text}"
 
 
-def _sparse_tensor_cores(pattern: str) -> str:
-    """What sparse tensor cores can do with N:M patterns: they take matrices of which at most two of four weights stay.
+def _sparse_tensor_cores(counts: Mapping[str, int]) -> str:
+    """What sparse tensor cores can do with the Linears: they take matrices of which at most two of four weights stay.
+
+    Args:
+        counts: Pattern -> Linears with it, as `patterns_of` gives them; `dense` has none.
 
     Example:
-        >>> _sparse_tensor_cores("4:8")
-        ' Sparse tensor cores of GPUs take 2:4, which 4:8 is not.'
-        >>> _sparse_tensor_cores("3:4,2:4,1:4")
-        ' GPUs with sparse tensor cores can make use of the Linears with 2:4 or 1:4, with software for it; not of 3:4.'
+        >>> _sparse_tensor_cores({"4:8": 7})
+        ' Sparse tensor cores of GPUs take 2:4, which no Linear has (4:8 7).'
+        >>> _sparse_tensor_cores({"2:4": 3, "dense": 2})
+        ' GPUs with sparse tensor cores can make use of 3 Linears (2:4 3), with software for it; not of 2 (dense 2).'
     """
-    parts = [(int(keep), int(of)) for keep, of in re.findall(r"(\d+):(\d+)", pattern)]
-    if not parts:
+    if not counts:
         return ""
-    taken: list[str] = []
-    others: list[str] = []
-    for keep, of in parts:
-        fits = (keep <= 2 and of % 4 == 0) or (keep, of) == (1, 2)
-        (taken if fits else others).append(f"{keep}:{of}")
-    if not taken:
-        are = f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'}"
-        return f" Sparse tensor cores of GPUs take 2:4, which {are} not."
-    if not others:
-        return f" GPUs with sparse tensor cores can make use of {' or '.join(taken)}, with software for it."
-    which = f"of the Linears with {' or '.join(taken)}, with software for it; not of {' or '.join(others)}"
-    return f" GPUs with sparse tensor cores can make use {which}."
+    fitting = {name: count for name, count in counts.items() if _fits_sparse_tensor_cores(name)}
+    others = {name: count for name, count in counts.items() if name not in fitting}
+    if not fitting:
+        return f" Sparse tensor cores of GPUs take 2:4, which no Linear has ({_listed(others)})."
+    those = f"{sum(fitting.values())} Linears" if others else f"all {sum(fitting.values())} Linears"
+    text = f" GPUs with sparse tensor cores can make use of {those} ({_listed(fitting)}), with software for it"
+    return text + (f"; not of {sum(others.values())} ({_listed(others)})." if others else ".")
+
+
+def _fits_sparse_tensor_cores(pattern: str) -> bool:
+    parts = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if parts is None:
+        return False
+    keep, of = int(parts[1]), int(parts[2])
+    return (keep <= 2 and of % 4 == 0) or (keep, of) == (1, 2)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _private(record: Mapping[str, Any]) -> str:

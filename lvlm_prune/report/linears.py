@@ -57,6 +57,8 @@ def patterns_of(record: Mapping[str, Any]) -> dict[str, int]:
     Example:
         >>> patterns_of({"pattern": "2:4,1:4", "linears": {"q": {"target": 0.75}, "k": {"target": 0.0}}})
         {'1:4': 1, 'dense': 1}
+        >>> patterns_of({"pattern": "2:4", "linears": {"q": {"achieved": 0.5001}, "k": {"achieved": 0.0001}}})
+        {'2:4': 1, 'dense': 1}
     """
     try:
         pattern = parse_pattern(str(record["pattern"]))
@@ -65,7 +67,9 @@ def patterns_of(record: Mapping[str, Any]) -> dict[str, int]:
     if not pattern.levels:
         return {}
     found = [entry.get("target", entry.get("achieved", 0.0)) for entry in record.get("linears", {}).values()]
-    names = [str(pattern.at(sparsity)) if sparsity > 0 else "dense" for sparsity in found]
+    # A few zeros that were there before make no pattern.
+    least = min(pattern.levels) - 1e-9
+    names = [str(pattern.at(sparsity)) if sparsity >= least else "dense" for sparsity in found]
     return {name: names.count(name) for name in sorted(set(names), key=lambda name: (name == "dense", name))}
 
 

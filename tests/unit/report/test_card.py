@@ -119,12 +119,30 @@ def test_it_says_which_linears_have_which_pattern_and_which_of_them_gpus_can_use
     }
     own = card_of(folder_of(tmp_path, pruned(pattern="3:4,2:4,1:4", linears=linears)), DENSE).split(DENSE_CARD)[0]
     assert "| 3:4,2:4,1:4 (Linears with each: 1:4 1, 3:4 1, dense 1) |" in own
-    assert "can make use of the Linears with 2:4 or 1:4, with software for it; not of 3:4." in own
+    assert "can make use of 1 Linears (1:4 1), with software for it; not of 2 (3:4 1, dense 1)." in own
 
 
-@pytest.mark.parametrize(("pattern", "said"), [("2:4", "can make use of 2:4, "), ("4:8", "take 2:4, which 4:8 is not")])
-def test_it_does_not_promise_what_sparse_tensor_cores_cannot_do(pattern, said, tmp_path):
-    assert said in card_of(folder_of(tmp_path, pruned(pattern=pattern)), DENSE)
+@pytest.mark.parametrize(
+    ("pattern", "shares", "said"),
+    [
+        ("2:4", (0.5, 0.5), "can make use of all 2 Linears (2:4 2), "),
+        ("4:8", (0.5, 0.5), "take 2:4, which no Linear has (4:8 2)."),
+        ("2:4", (0.5, 0.0), "can make use of 1 Linears (2:4 1), with software for it; not of 1 (dense 1)."),
+        ("3:4,2:4", (0.25, 0.25), "take 2:4, which no Linear has (3:4 2)."),
+    ],
+)
+def test_it_promises_sparse_tensor_cores_for_the_linears_that_they_take(pattern, shares, said, tmp_path):
+    linears = {str(number): {**_SIZE, "block": 0, "target": share, "pruned": 0} for number, share in enumerate(shares)}
+    assert said in card_of(folder_of(tmp_path, pruned(pattern=pattern, linears=linears)), DENSE)
+
+
+def test_after_recovery_a_linear_has_the_pattern_that_its_zeros_have(tmp_path):
+    shares = {"q": 0.5, "k": 0.0003}
+    linears = {name: {"shape": [8, 8], "achieved": share, "zeros": 0} for name, share in shares.items()}
+    record = recovered() | {"linears": linears}
+    record |= {"pattern": "2:4", "pruned": record["pruned"] | {"pattern": "2:4"}}
+    said = card_of(folder_of(tmp_path, record, "recovery.json"), DENSE)
+    assert "can make use of 1 Linears (2:4 1), with software for it; not of 1 (dense 1)." in said
 
 
 def test_an_evaluation_afterwards_is_on_the_card_and_the_dense_card_stays(tmp_path):
