@@ -34,6 +34,7 @@ from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PRUNING_RECORD, RUN_FILES, STATISTICS_NAME
 from lvlm_prune.output.own_files import record_of_content, refuse_changed
+from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.records import FileRecord
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from lvlm_prune.plugins import describe
@@ -66,7 +67,15 @@ class SparseCheckpointWriter(PruneCallback):
             return
         assert pl_module.folder is not None
         options = trainer.run.options
-        refuse_unusable(folder, pl_module.folder, PRUNING_RECORD, options.resume, copies=not options.plan)
+        origin = {"model": {"path": pl_module.path}, "config": describe(trainer.run.config)}
+        refuse_unusable(
+            folder,
+            pl_module.folder,
+            PRUNING_RECORD,
+            options.resume,
+            copies=not options.plan,
+            private=keeps_private(options.publishable, origin),
+        )
         resumes = options.resume and is_occupied(folder, PRUNING_RECORD)
         if resumes and Manifest.read(folder).get("status") == "pruning":
             pl_module.folder.refuse_other_layout(folder)

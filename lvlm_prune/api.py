@@ -192,7 +192,7 @@ def prune(
                 enable_model_summary=False,
                 callbacks=[pruning or BlockwisePruning(), *callbacks],
             )
-    options = RunOptions(resume=resume, evaluate=False, report=report, quiet=quiet)
+    options = RunOptions(resume=resume, evaluate=False, report=report, quiet=quiet, publishable=publishable)
     run = PruneRun(trainer, module, data, "" if in_memory or output is None else str(output), options)
     manifest = run()
     Publication(publishable=publishable)(run.run.folder, quiet)

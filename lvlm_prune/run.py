@@ -45,6 +45,7 @@ class RunOptions:
         quiet: Print nothing.
         held_back: Samples on which the pruned model is measured against the dense one, where it is to be evaluated.
         packed: The folder is packed afterwards; what comes next is said then.
+        publishable: What is private goes beside the folder; None: where there is any.
     """
 
     resume: bool = False
@@ -54,6 +55,7 @@ class RunOptions:
     quiet: bool = False
     held_back: int = 0
     packed: bool = False
+    publishable: bool | None = None
 
 
 @dataclass

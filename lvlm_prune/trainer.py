@@ -98,7 +98,9 @@ class LVLMTrainer(RunTrainer):
             raise InputError("held_back", held_back, "must be 0 or more")
         if not 0 <= keep_minutes < float("inf"):
             raise InputError("keep_minutes", keep_minutes, "must be 0 (no bound) or more")
-        options = RunOptions(resume, evaluate, report, plan, held_back=held_back, packed=packed)
+        options = RunOptions(
+            resume, evaluate, report, plan, held_back=held_back, packed=packed, publishable=publishable
+        )
         run: PruneRun | SearchRun
         if keep:
             run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
@@ -178,7 +180,8 @@ class LVLMTrainer(RunTrainer):
             return Manifest.read(Path(output), RECOVERY_RECORD)
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
         kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
-        run = kind(self, model, datamodule, recovery, output, RunOptions(resume, evaluate, report, packed=packed))
+        options = RunOptions(resume, evaluate, report, packed=packed, publishable=publishable)
+        run = kind(self, model, datamodule, recovery, output, options)
         record = run()
         if packed:
             pack_output(run.run, model, run.dense_name if self.owns_process else "")
@@ -365,7 +368,7 @@ class LVLMTrainer(RunTrainer):
         from lvlm_prune.runs.publishing import Publication, carry_private
 
         publish = Publication(push, publishable)
-        run = PackRun(model, output, format, resume)
+        run = PackRun(model, output, format, resume, publishable=publishable)
         record = run()
         carry_private(run.source.path, run.folder)
         publish(run.folder)

@@ -55,7 +55,13 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
 
 
 def refuse_unusable(
-    folder: Path, source: CheckpointFolder | None, record: str, resume: bool, copies: bool = True, scratch: str = ""
+    folder: Path,
+    source: CheckpointFolder | None,
+    record: str,
+    resume: bool,
+    copies: bool = True,
+    scratch: str = "",
+    private: bool = True,
 ) -> None:
     """Refuse an output folder that cannot be written.
 
@@ -66,11 +72,12 @@ def refuse_unusable(
         resume: Whether such a run goes on.
         copies: Whether a copy of the input is going to be written, which needs room.
         scratch: A folder in it of links to the input, which is removed and made anew.
+        private: Whether the private part of the folder may be written.
 
     Raises:
         InputError: The folder exists and is not empty, lies in the input, shares files with it or with another
             checkpoint, cannot be written or has no room; a link leads out of the input; or something that no run wrote
-            lies where the private part of the folder goes.
+            lies where its private part goes.
     """
     _refuse_no_folder(folder)
     if source is not None:
@@ -83,7 +90,8 @@ def refuse_unusable(
     if occupied and not (folder / record).is_file():
         raise InputError("output", folder, f"has no {record}: not a folder that this command wrote")
     refuse_unwritable(folder)
-    refuse_foreign(folder)
+    if private:
+        refuse_foreign(folder)
     if source is not None and occupied:
         refuse_shared_files(folder, source, scratch)
     if source is not None and copies:

@@ -56,6 +56,11 @@ def public_folder(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix(PRIVATE_SUFFIX) or folder.name)
 
 
+def has_private(folder: Path) -> bool:
+    """Whether a run has put what is private beside a folder."""
+    return any((private_folder(folder) / name).is_file() for name in RECORDS)
+
+
 def refuse_foreign(folder: Path) -> None:
     """Refuse an output folder where something that no run wrote is in the way of its private part.
 
@@ -65,7 +70,7 @@ def refuse_foreign(folder: Path) -> None:
     beside = private_folder(folder)
     if not beside.exists() and not beside.is_symlink():
         return
-    ours = beside.is_dir() and (not any(beside.iterdir()) or any((beside / name).is_file() for name in RECORDS))
+    ours = beside.is_dir() and (not any(beside.iterdir()) or has_private(folder))
     if not ours:
         problem = f"what is private would go to {beside}, which no run wrote; move that away, or choose another folder"
         raise InputError("output", folder, problem)
@@ -105,6 +110,20 @@ def names_only_embedded(record: Mapping[str, Any]) -> bool:
     sources = [value["class_path"] for value in data.values() if isinstance(value, Mapping) and "class_path" in value]
     embedded = all(str(source).startswith("lvlm_prune.data.Embedded") for source in sources)
     return embedded and bool({model.get("path"), record.get("origin")} & set(NAMES))
+
+
+def keeps_private(publishable: bool | None, record: Mapping[str, Any]) -> bool:
+    """Whether a command puts what is private beside its folder.
+
+    Args:
+        publishable: As its user said; None: unless there is nothing private.
+        record: `model` and `config` of its run, `origin` where it has one.
+
+    Example:
+        >>> keeps_private(None, {"model": {"path": "demo"}}), keeps_private(None, {"model": {"path": "/mine"}})
+        (False, True)
+    """
+    return not names_only_embedded(record) if publishable is None else publishable
 
 
 def is_left_out(record: Mapping[str, Any]) -> bool:

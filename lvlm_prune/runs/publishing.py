@@ -37,8 +37,9 @@ from lvlm_prune.output.own_files import records_of
 from lvlm_prune.output.private import (
     CONFIG_HEAD,
     RECORDS,
+    has_private,
     is_left_out,
-    names_only_embedded,
+    keeps_private,
     private_folder,
     without_private,
 )
@@ -81,7 +82,7 @@ class Publication:
         """
         if folder is None or not is_first_process():
             return
-        if self.publishable or (self.publishable is None and _is_private(folder)):
+        if any((folder / name).is_file() for name in RECORDS) and keeps_own_private(folder, self.publishable):
             with writing(private_folder(folder)):
                 keep_private(folder)
             with writing(folder):
@@ -136,7 +137,7 @@ def carry_private(source: Path, folder: Path) -> None:
     Where it lies there already, what came to it since stays.
     """
     origin, beside = private_folder(source), private_folder(folder)
-    if origin.is_dir():
+    if has_private(source):
         with writing(beside):
             beside.mkdir(exist_ok=True)
             _copy_private(origin, beside, only_missing=_is_of_same_run(origin, beside))
@@ -172,11 +173,15 @@ def _copy_private(source: Path, beside: Path, only_missing: bool = False) -> Non
             replace_durably(beside / name, (source / name).read_bytes())
 
 
-def _is_private(folder: Path) -> bool:
-    """Whether anything of the records is private: where not all that was used comes with this package."""
-    found = [name for name in RECORDS if (folder / name).is_file()]
-    told = [_read(folder / name) for name in found if name in (PRUNING_RECORD, RECOVERY_RECORD)]
-    return bool(found) and not (told and all(map(names_only_embedded, told)))
+def keeps_own_private(folder: Path, publishable: bool | None) -> bool:
+    """Whether what is private of a checkpoint goes beside it: by its records, unless its user said so.
+
+    Args:
+        folder: The checkpoint.
+        publishable: As its user said.
+    """
+    told = [_read(folder / name) for name in (PRUNING_RECORD, RECOVERY_RECORD) if (folder / name).is_file()]
+    return any(keeps_private(publishable, record) for record in told or [{}])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -188,6 +188,22 @@ def test_what_somebody_else_has_where_the_private_part_goes_is_left_alone(own, i
     assert found() == before
 
 
+def test_what_somebody_else_has_is_in_the_way_of_nothing_where_nothing_private_is_written(own, in_the_way, tmp_path):
+    command, out = own
+    quick = ["--report=false", "--held_back=0", "--pruning.sparsity=0.6", "--evaluate=false"]
+    assert main([*command, *quick, "--method=magnitude", "--publishable=false"]) == 0
+    packed, embedded = tmp_path / "packed" / "out", tmp_path / "embedded" / "out"
+    for folder in (packed, embedded):
+        folder.parent.mkdir()
+        (folder.parent / "out.private").write_text("years of work")
+    assert main(["pack", f"--model.path={out}", f"--output={packed}", "--publishable=false"]) == 0
+    data = ["--model.path=demo", "--data.num_samples=2"]
+    assert main(["prune", "--method=magnitude", *quick, *data[:1], f"--output={embedded}"]) == 0
+    shutil.rmtree(embedded)
+    assert main(["probe", *data, "--evaluate=false", f"--output={embedded}"]) == 0
+    assert (packed.parent / "out.private").read_text() == (embedded.parent / "out.private").read_text()
+
+
 def test_notes_beside_private_records_stay_when_a_run_is_repeated(own, tmp_path):
     command, out = own
     command = [*command, "--report=false", "--held_back=0", "--method=magnitude"]

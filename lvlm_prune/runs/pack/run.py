@@ -27,6 +27,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
+from lvlm_prune.output.private import has_private
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.output.summaries import size_ratio
@@ -40,6 +41,7 @@ from lvlm_prune.report.card import write_card
 from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD, packed_config, packed_index
 from lvlm_prune.runs.pack.verifying import verify_beside
+from lvlm_prune.runs.publishing import keeps_own_private
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -179,11 +181,20 @@ class Packing(ABC):
 class PackRun(Packing):
     """Packing into another folder; see `LVLMTrainer.pack` for the arguments."""
 
-    def __init__(self, model: LVLMModule, output: str, form: Format, resume: bool, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        model: LVLMModule,
+        output: str,
+        form: Format,
+        resume: bool,
+        quiet: bool = False,
+        publishable: bool | None = None,
+    ) -> None:
         model.open()
         folder = choose_folder(output, f"{model.label}-packed", resume)
         assert model.folder is not None
-        refuse_unusable(folder, model.folder, PACKING_RECORD, resume, copies=False)
+        private = keeps_own_private(model.folder.path, publishable) or has_private(model.folder.path)
+        refuse_unusable(folder, model.folder, PACKING_RECORD, resume, copies=False, private=private)
         super().__init__(model, folder, form, quiet)
         self.resume = resume
         if (folder / PACKING_RECORD).is_file():

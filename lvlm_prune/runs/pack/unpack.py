@@ -26,6 +26,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.locking import claim
 from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD
+from lvlm_prune.output.private import has_private
 from lvlm_prune.output.progress import Progress
 from lvlm_prune.output.provenance import origin_of
 from lvlm_prune.output.units import readable_size
@@ -55,7 +56,8 @@ class UnpackRun:
         self.is_complete = resume and is_occupied(self.folder, UNPACKING_RECORD) and not unfinished
         if self.is_complete:
             return
-        refuse_unusable(self.folder, self.packed.stored, UNPACKING_RECORD, resume, copies=False)
+        carries = has_private(path)
+        refuse_unusable(self.folder, self.packed.stored, UNPACKING_RECORD, resume, copies=False, private=carries)
         self.record = Manifest(
             status="unpacking",
             model=origin_of(model.path, self.packed),

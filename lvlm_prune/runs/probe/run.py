@@ -105,7 +105,9 @@ class ProbeRun:
         run, model, data = self.run, self.model, self.datamodule
         model.refuse_vision("probe")
         model.open()
-        refuse_unusable(self.folder, model.folder, PROBE_RECORD, self.resume, copies=False, scratch=_SCRATCH)
+        refuse_unusable(
+            self.folder, model.folder, PROBE_RECORD, self.resume, copies=False, scratch=_SCRATCH, private=False
+        )
         earlier = Manifest.read(self.folder, PROBE_RECORD) if self.resume else None
         data.setup("prune")
         prepare_source(model, data.source)

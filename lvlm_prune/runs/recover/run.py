@@ -38,9 +38,10 @@ from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD, RUN_FILES
 from lvlm_prune.output.own_files import refuse_changed
+from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.summaries import next_commands, summary
 from lvlm_prune.output.verification import refuse_other_findings
-from lvlm_prune.plugins import plugin_class
+from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned, refuse_unpruned
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
@@ -63,6 +64,11 @@ SCORING = "scoring"
 """What the record says once the checkpoint is whole and verified, and not yet scored."""
 # Of the run that made the base; they would be taken for records of this run.
 _RECORDS = (*RUN_FILES, *WORK_FOLDERS)
+
+
+def _origin(base_record: Mapping[str, Any]) -> str | None:
+    """What the pruned model was made from, by its record."""
+    return base_record.get("origin") or base_record.get("model", {}).get("path")
 
 
 class RecoveryRun(ABC):
@@ -265,7 +271,10 @@ class RecoveryRun(ABC):
             self._lock = FolderLock(self.folder)
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
-        refuse_unusable(self.folder, base, RECOVERY_RECORD, self.resume)
+        pruned = record_of(base.path)
+        origin = {"model": {"path": self.model.path}, "origin": _origin(pruned), "config": describe(self.run.config)}
+        private = keeps_private(self.run.options.publishable, origin)
+        refuse_unusable(self.folder, base, RECOVERY_RECORD, self.resume, private=private)
 
     def _config(self) -> Mapping[str, Any]:
         """What repeats the run."""
@@ -321,7 +330,7 @@ class RecoveryRun(ABC):
 
     def _score(self) -> None:
         """The embedded model dense, pruned and recovered, on the embedded benchmark; others on a few samples."""
-        origin = self.base_record.get("origin") or self.base_record.get("model", {}).get("path")
+        origin = _origin(self.base_record)
         self.record["origin"] = origin
         if not self.run.options.evaluate:
             return

@@ -32,6 +32,7 @@ from lvlm_prune.output.folder import choose_folder, going_on, refuse_unusable, w
 from lvlm_prune.output.locking import remove_unfinished
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
+from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.reading import conforms
 from lvlm_prune.output.records import TriedRecord
 from lvlm_prune.plugins import describe, plugin_class
@@ -100,7 +101,10 @@ class SearchRun:
         self.candidates = self._candidates(recipes)
         name = f"{model.label}-keep{100 * keep:g}"
         self.folder = choose_folder(output, name, options.resume)
-        refuse_unusable(self.folder, model.folder, PRUNING_RECORD, options.resume)
+        private = keeps_private(
+            options.publishable, {"model": {"path": model.path}, "config": describe(self.run.config)}
+        )
+        refuse_unusable(self.folder, model.folder, PRUNING_RECORD, options.resume, private=private)
         self.results = Results(
             self.folder.with_name(f"{self.folder.name}.search"), "search.jsonl", kind="search"
         ).read()
