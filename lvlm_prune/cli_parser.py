@@ -395,6 +395,11 @@ def _run(arguments: Sequence[str]) -> None:
         seed_everything_default=False,
         auto_configure_optimizers=False,
         parser_class=LVLMParser,
-        parser_kwargs={"prog": "lvlm-prune", "default_env": True, "env_prefix": "LVLM", "description": _DESCRIPTION},
+        parser_kwargs={
+            "prog": "lvlm-prune",
+            "default_env": any(name.startswith("LVLM_") for name in os.environ),  # to look for each takes its time
+            "env_prefix": "LVLM",
+            "description": _DESCRIPTION,
+        },
         args=list(arguments),
     )

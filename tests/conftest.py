@@ -49,6 +49,8 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtestloop(session):
     """Keep a process as it is before the first test, of which commands are forks."""
     _make_options_once()
+    _find_options_at_once()
+    _read_signatures_once()
     _read_entry_points_once()
     os.fsync = lambda descriptor: None  # no test has a power cut, and each run would wait for the disk forty times
     gc.freeze()  # millions of objects of libraries, none of which is ever garbage
@@ -64,17 +66,74 @@ def _make_options_once() -> None:
     """
     from lvlm_prune.cli_parser import LVLMCLI
 
-    made: dict[tuple[str, ...], dict[str, object]] = {}
+    made: dict[tuple[object, ...], dict[str, object]] = {}
     setup_parser = LVLMCLI.setup_parser
 
-    def remembered(cli: LVLMCLI, *arguments, **options) -> None:
-        verbs = tuple(cli.subcommands())
-        if verbs not in made:
-            setup_parser(cli, *arguments, **options)
-            made[verbs] = dict(vars(cli))
-        vars(cli).update(made[verbs])
+    def remembered(cli: LVLMCLI, has_verbs: bool, options: dict[str, object], *others) -> None:
+        asked = (options["default_env"], *cli.subcommands())
+        if asked not in made:
+            setup_parser(cli, has_verbs, options, *others)
+            made[asked] = dict(vars(cli))
+        vars(cli).update(made[asked])
 
     LVLMCLI.setup_parser = remembered
+
+
+def _find_options_at_once() -> None:
+    """To parse one command line jsonargparse looks for an option a thousand times, each time among all of them."""
+    from jsonargparse import _core, _subcommands
+    from jsonargparse._actions import ActionFail, _ActionConfigLoad, filter_non_parsing_actions
+
+    really = _subcommands.find_action_and_subcommand
+
+    def named(parser) -> tuple[list, dict[str, list]]:
+        """Commands of a parser, and its options by each of their names; kept at the parser until it gets more."""
+        number, *found = vars(parser).get("_named", (-1, [], {}))
+        if number != len(parser._actions):
+            found = [action for action in parser._actions if isinstance(action, _subcommands.ActionSubCommands)], {}
+            for action in filter_non_parsing_actions(parser._actions):
+                names = {action.dest, *(name[2:] for name in action.option_strings if name.startswith("--"))}
+                for name in names:
+                    found[1].setdefault(name, []).append(action)
+            parser._named = (len(parser._actions), *found)
+        return found
+
+    def find(parser, dest, exclude=None):
+        if exclude is not None:
+            return really(parser, dest, exclude)
+        commands, options = named(parser)
+        command, _, rest = dest.partition(".")
+        for action in commands:
+            if dest in action._name_parser_map:
+                return action, None
+            if command in action._name_parser_map:
+                option, inner = find(action._name_parser_map[command], rest)
+                return option, command if inner is None else f"{command}.{inner}"
+        found = options.get(dest, [])
+        least = (_ActionConfigLoad, ActionFail)
+        return next((action for action in found if not isinstance(action, least)), found[-1] if found else None), None
+
+    for module in [module for name, module in sys.modules.items() if name.startswith(_core.__package__)]:
+        if vars(module).get(really.__name__) is really:
+            setattr(module, really.__name__, find)
+
+
+def _read_signatures_once() -> None:
+    """Lightning looks at the signature of each callback's hook each time that it is raised, a thousand times a run."""
+    from lightning.fabric import Fabric
+
+    really, accepted = Fabric._filter_kwargs_for_callback, {}
+
+    def remembered(fabric: Fabric, method, kwargs: dict[str, object]) -> dict[str, object]:
+        function = getattr(method, "__func__", None)
+        if function is None:  # a test's own
+            return really(fabric, method, kwargs)
+        key = (function, *kwargs)
+        if key not in accepted:
+            accepted[key] = tuple(really(fabric, method, kwargs))
+        return {name: kwargs[name] for name in accepted[key]}
+
+    Fabric._filter_kwargs_for_callback = remembered
 
 
 def _read_entry_points_once() -> None:

@@ -149,3 +149,11 @@ def test_there_is_no_option_for_what_no_command_takes(option, verb, up_to_the_wo
     assert main([verb, *COMMANDS.get(verb, []), f"--{option}=Adam"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --{option}")
+
+
+def test_the_environment_gives_options_that_the_command_line_leaves_open(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LVLM_PRUNE__PRUNING__SPARSITY", "0.25")
+    plan = [*GOLDEN_ARGUMENTS, "--plan=true", f"--output={tmp_path / 'out'}"]
+    for given, sparsity in (([], "25%"), (["--pruning.sparsity=0.75"], "75%")):
+        assert main([*plan, *given]) == 0
+        assert f"{sparsity} unstructured" in capsys.readouterr().out
