@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.runs.reproduce.published import PublishedRow, Values, oddity, retention_of
@@ -22,18 +22,31 @@ class Cell:
         published: As printed; None where nothing is.
         measured: Mean over the calibration seeds; None where nothing is.
         spread: Standard deviation over the seeds; None with fewer than two.
+        alike: What can be held against each other, where these two cannot: both again, over the columns that are
+            printed and measured; None where there are no such columns, or the paper does not print them.
+
+    Example:
+        >>> Cell(90.0, 80.0).difference, Cell(90.0, 80.0, alike=(85.0, 80.0)).difference
+        (-10.0, -5.0)
     """
 
     published: float | None = None
     measured: float | None = None
     spread: float | None = None
+    alike: tuple[float | None, float | None] | None = None
+
+    @property
+    def compared(self) -> tuple[float | None, float | None]:
+        """Published and measured, of the same columns."""
+        return (self.published, self.measured) if self.alike is None else self.alike
 
     @property
     def difference(self) -> float | None:
-        """Measured less published."""
-        if self.published is None or self.measured is None:
+        """Measured less published, of the same columns."""
+        published, measured = self.compared
+        if published is None or measured is None:
             return None
-        return self.measured - self.published
+        return measured - published
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,11 @@ class PartOutcome:
     stand_ins: Sequence[str] = ()
 
     @property
+    def is_partial(self) -> bool:
+        """Whether an average that is printed is of other columns than the measured one."""
+        return any(row.average.alike is not None for row in self.rows)
+
+    @property
     def missing(self) -> int:
         """Rows without a finished run."""
         return sum(not row.seeds for row in self.rows)
@@ -102,12 +120,13 @@ def part_outcome(
         dense: Scores of the dense model; None while there are none.
     """
     dense_values = {} if dense is None else _in_print(part, tasks, dense)
-    averages = [[retention_of(_in_print(part, tasks, run.scores), dense_values) for run in row] for row in runs]
+    printed = [[_in_print(part, tasks, run.scores) for run in row] for row in runs]
+    averages = [[retention_of(values, dense_values) for values in row] for row in printed]
     columns = list(dict.fromkeys([*part.published.columns, *(benchmark.name for benchmark in part.benchmarks)]))
     reference = (runs[0], averages[0]) if runs else ([], [])
     rows = [
-        _row(part, row, columns, [_in_print(part, tasks, run.scores) for run in found], found, kept, reference)
-        for row, found, kept in zip(part.rows, runs, averages)
+        _row(part, row, columns, values, dense_values, found, kept, reference)
+        for row, values, found, kept in zip(part.rows, printed, runs, averages)
     ]
     whole = {name: Cell(part.dense.get(name), dense_values.get(name)) for name in columns if name not in _COSTS}
     unmeasured = [benchmark.name for benchmark in part.benchmarks if benchmark.name not in tasks]
@@ -128,6 +147,7 @@ def _row(
     row: Row,
     columns: Sequence[str],
     values: Sequence[Values],
+    dense: Values,
     runs: Sequence[FinishedRun],
     averages: Sequence[float | None],
     reference: tuple[Sequence[FinishedRun], Sequence[float | None]],
@@ -137,16 +157,35 @@ def _row(
     if runs and not set(_COSTS).isdisjoint(columns):
         costs = _costs(runs, averages, *reference)
         cells |= {name: Cell(printed.values.get(name), costs[name]) for name in columns if name in _COSTS}
+        if len(dense) < len(part.benchmarks) and "gain" in cells:
+            # The points that the paper gains are of all its benchmarks.
+            cells["gain"] = replace(cells["gain"], alike=(None, None))
     first = runs[0].record if runs else {}
+    average = _cell(printed.average, averages)
     return RowOutcome(
         row.label,
-        _cell(printed.average, averages),
+        replace(average, alike=_alike(part, printed, values, dense)) if average.difference is not None else average,
         cells,
         oddity(printed, part.dense),
         len(runs),
         first.get("drift", ()),
         first.get("sparsity_by_kind", {}),
     )
+
+
+def _alike(
+    part: Part, printed: PublishedRow, values: Sequence[Values], dense: Values
+) -> tuple[float | None, float | None] | None:
+    """Both averages of a row over the columns that are printed and measured; None where those are all there are."""
+    measured = {name for name, value in dense.items() if value}
+    shown = {name for name, value in printed.values.items() if value is not None and part.dense.get(name)}
+    # Where only an average is printed it is taken to be over all benchmarks of the table.
+    if measured == (shown or {benchmark.name for benchmark in part.benchmarks}):
+        return None
+    both = shown & measured
+    found = [retention_of({name: each.get(name) for name in both}, dense) for each in values]
+    published = retention_of({name: printed.values[name] for name in both}, part.dense)
+    return published, _cell(None, found).measured
 
 
 def _cell(published: float | None, measured: Sequence[float | None]) -> Cell:

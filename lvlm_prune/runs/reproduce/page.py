@@ -53,13 +53,14 @@ def _figures(table: Table, part: PartOutcome, suffix: str) -> list[PageFigure]:
 
     found = []
     averages = {
-        row.label: (row.average.published, row.average.measured)
+        row.label: (row.average.compared[0], row.average.measured)
         for row in part.rows
-        if row.average.published is not None or row.average.measured is not None
+        if row.average.compared[0] is not None or row.average.measured is not None
     }
     if averages:
         printed = any(published is not None for published, _ in averages.values())
-        caption = "Retention as the paper prints it, and as it was measured."
+        of = ", over the columns that were measured" if part.is_partial else ""
+        caption = f"Retention as the paper prints it{of}, and as it was measured."
         caption = caption if printed else "Retention as it was measured; the paper prints none."
         found.append(PageFigure(f"retention{suffix}", published_and_measured(averages), caption))
     if table.axis:
@@ -87,7 +88,7 @@ def _along_axis(part: PartOutcome) -> dict[str, dict[float, list[float]]]:
             place = float(row.label)
         except ValueError:
             continue
-        for name, value in (("published", row.average.published), ("measured", row.average.measured)):
+        for name, value in (("published", row.average.compared[0]), ("measured", row.average.measured)):
             if value is not None:
                 lines[name][place] = [value / 100]
     return {name: points for name, points in lines.items() if points}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lvlm_prune.runs.reproduce.outcome import Cell, PartOutcome, RowOutcome
 from lvlm_prune.runs.reproduce.published import PAPERS
 from lvlm_prune.runs.reproduce.tables import Table
 
 _HEADS = ("published", "measured", "difference")
+_SAME_COLUMNS = "published, same columns"
 
 
 def heading(table: Table) -> str:
@@ -22,7 +24,8 @@ def heading(table: Table) -> str:
 def csv_text(outcomes: Sequence[PartOutcome]) -> str:
     """One row per model, row of the table and column; `average` is the retention in percent.
 
-    What is not there is an empty cell.
+    Where the printed average is of other columns than the measured one, `average of the same columns` follows, with the
+    difference. What is not there is an empty cell.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -31,7 +34,11 @@ def csv_text(outcomes: Sequence[PartOutcome]) -> str:
         for name, cell in part.dense.items():
             writer.writerow([part.of, part.model, "dense", name, *_numbers(cell), ""])
         for row in part.rows:
-            for name, cell in {**row.cells, "average": row.average}.items():
+            averages = {"average": row.average}
+            if row.average.alike is not None:
+                same = Cell(*row.average.alike)
+                averages = {"average": replace(row.average, alike=(None, None)), "average of the same columns": same}
+            for name, cell in {**row.cells, **averages}.items():
                 writer.writerow([part.of, part.model, row.label, name, *_numbers(cell), row.seeds])
     return text.getvalue()
 
@@ -53,9 +60,13 @@ def markdown_text(table: Table, outcomes: Sequence[PartOutcome]) -> str:
 
 def average_rows(part: PartOutcome) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of retentions."""
-    return ["row", *_HEADS], [
-        [row.label, _number(row.average.published), measured_text(row.average), _signed(row.average.difference)]
-        for row in part.rows
+    heads, more = ["row", *_HEADS], []
+    if part.is_partial:
+        heads.insert(2, _SAME_COLUMNS)
+        more = [[_number(row.average.compared[0])] for row in part.rows]
+    return heads, [
+        [row.label, _number(row.average.published), *same, measured_text(row.average), _signed(row.average.difference)]
+        for row, same in zip(part.rows, more or [[]] * len(part.rows))
     ]
 
 
@@ -74,6 +85,11 @@ def notes(part: PartOutcome) -> list[str]:
     if part.unmeasured:
         names = ", ".join(part.unmeasured)
         found.append(f"Not measured, and not in the measured retention: {names}.")
+    if part.is_partial:
+        found.append(
+            "The published retention is over all columns of the paper. The difference is over those both printed "
+            f"and measured; `{_SAME_COLUMNS}` is the paper's average over them, where it prints them."
+        )
     if part.text:
         found.append(f"The paper says: {part.text}.")
     found += [_oddity(row) for row in part.rows if row.follows is not None]
