@@ -22,13 +22,13 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.methods.survey import Change
 
 # Hidden states that are held at once while streamed blocks pass by. More samples together read the blocks less often.
-_HELD_BYTES = 2**32
+HELD_BYTES = 2**32
 
 # Logits of so many positions are held at once: a vocabulary is fifty times as wide as a model.
 _POSITIONS = 512
 
 # Positions of a sample at which the answers are compared.
-_ANSWERS = 256
+ANSWERS = 256
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class RemainingDecoderBlocks:
     def _behind_the_last(self, changes: Sequence[Change]) -> Iterator[tuple[WaitingSample, CaughtBatch]]:
         """Each sample behind the last block under each change; under one change after the other, as far as they fit."""
         largest = max((sample.batch.hidden.nbytes for sample in self._samples), default=1)
-        together = max(_HELD_BYTES // max(largest * len(changes), 1), 1)
+        together = max(HELD_BYTES // max(largest * len(changes), 1), 1)
         for start in range(0, len(self._samples), together):
             if isinstance(self._weights, ResidentWeights):  # nothing is read, so nothing is gained from holding more
                 for sample, batch in self._behind_the_first(self._samples[start : start + together], changes):
@@ -196,7 +196,7 @@ class RemainingDecoderBlocks:
     @staticmethod
     def _positions(sample: WaitingSample) -> Tensor:
         positions = sample.predicted[1:].nonzero().flatten()
-        every = -(-len(positions) // _ANSWERS)
+        every = -(-len(positions) // ANSWERS)
         return positions[:: max(every, 1)]
 
     def _divergences(self, dense: Tensor, changed: Sequence[Tensor]) -> list[float]:

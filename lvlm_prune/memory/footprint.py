@@ -2,6 +2,7 @@
 
     catching    non-block        + inputs and tower of one batch          + samples caught so far
     survey      block, next one  + forward, what is recorded of it        + samples, twice
+                or: output embedding, statistics, changed weights, their hidden states and logits
     gathering   block            + forward, statistics, held candidates   + samples
     scoring     block            + statistics, masks, one weight's scores + samples
     passing on  block, next one  + forward, masks                         + samples
@@ -22,10 +23,12 @@ from torch import nn
 
 from lvlm_prune.blocks import BlockRunner, ExpertMatrix, Part, Place, find_expert_stacks, prunable_linears
 from lvlm_prune.blocks.attention import HELD_ATTENTION
+from lvlm_prune.blocks.remaining import ANSWERS, HELD_BYTES
 from lvlm_prune.memory.hidden_states import Wanted, choose_place
 from lvlm_prune.memory.sizes import BatchSize, MemoryDemand, Peak, larger_phases
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.solvers import Solver
+from lvlm_prune.methods.survey import Surveyor, surveyed_samples
 from lvlm_prune.methods.tokens import ATTENTION_NEEDS
 from lvlm_prune.module import LVLMModule
 
@@ -82,8 +85,11 @@ class Footprint:
         self._rotary_axes = 3 if "mrope_section" in rotary else 1
         self._eager = getattr(config, "_attn_implementation", "") == "eager"
         self.non_block_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
+        head = module.model.get_output_embeddings()
+        self._vocabulary = 0 if head is None else int(head.weight.shape[0])
+        self.head_bytes = 0 if head is None else sum(one.numel() * one.element_size() for one in head.parameters())
         if module.folder is None:  # the weights are in memory already, part of the baseline
-            self.non_block_bytes, self.block_bytes = 0, [0] * len(self.block_bytes)
+            self.non_block_bytes, self.head_bytes, self.block_bytes = 0, 0, [0] * len(self.block_bytes)
         sizes = (_BlockSize.of(runner.block(index), self.width) for index in range(len(runner)))
         self._blocks = [size if method.prunes_experts else replace(size, experts=()) for size in sizes]
 
@@ -123,8 +129,7 @@ class Footprint:
                 gathering = max((self._gathering(block, batch, self.method.needs) for batch in self.batches), default=0)
                 phases["gathering"] = size + statistics + self._candidates(block, pool) + gathering
             if self.method.surveys:
-                survey = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
-                phases["survey"] = 2 * size + survey
+                phases["survey"] = 2 * size + self._survey(block)
             found = larger_phases(found, phases)
         return {f"{self._label}{name}": count for name, count in found.items()}
 
@@ -178,6 +183,34 @@ class Footprint:
         # A token is sent to a few experts, and goes through each matrix of theirs.
         channels += self._experts_per_token * sum({shape: shape[1] for shape in block.experts}.values())
         return tokens * channels * self.itemsize
+
+    def _survey(self, block: _BlockSize) -> int:
+        """What looking at a dense block takes beside it and the next one: a forward, or plugins that try changes."""
+        surveyors, pool, solver = self.method.surveyors, self.method.pool, self.method.solver
+        statistics = trying = head = 0
+        if pool is not None and any(plugin.wants_survey_statistics for plugin in surveyors):
+            statistics = max(block.statistics(one, pool) for one in (solver, solver.quick()))
+        shapes = dict(zip(block.names, block.shapes))
+        for plugin in surveyors:
+            taken = plugin.survey_bytes(shapes, self.itemsize, self.on_gpu)
+            if plugin.wants_survey_losses:
+                head = self.head_bytes
+                taken = max(taken + self._held_changes(plugin, list(shapes)), self._logits())
+            trying = max(trying, taken)
+        forward = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
+        return head + statistics + max(forward, trying)
+
+    def _held_changes(self, plugin: Surveyor, names: list[str]) -> int:
+        """Hidden states of the samples that go on together, once for each change of a block."""
+        numbers = range(sum(batch.shape[0] for batch in self.batches))
+        share = len(surveyed_samples(plugin.survey_samples, numbers)) / max(len(numbers), 1)
+        changes = plugin.survey_cost({"": names}, 1).losses
+        return min(int(changes * share * sum(map(self._hidden, self.batches))), HELD_BYTES)
+
+    def _logits(self) -> int:
+        """Two sets of them in float32, and what their divergence takes."""
+        positions = max((max(batch.text) for batch in self.batches), default=0)
+        return min(positions, ANSWERS) * self._vocabulary * 16
 
     # ---- the peak ----------------------------------------------------------------------------------------------------
     def working(self) -> tuple[int, int]:
@@ -240,11 +273,13 @@ class _BlockSize:
     """Linears of a block.
 
     Args:
+        names: Of the Linears, relative to the block.
         shapes: (C_out, C_in) of each.
         sites: (C_in, Linears that share this input) of each input site.
         experts: (C_out, C_in) of each matrix of a routed expert.
     """
 
+    names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     sites: tuple[tuple[int, int], ...]
     experts: tuple[tuple[int, int], ...]
@@ -266,7 +301,7 @@ class _BlockSize:
             if ends:
                 sites.append((group[-1].in_features, 1))
         experts = [matrix for stack in find_expert_stacks(block) for matrix in stack.matrices()]
-        return cls(_shapes(linears.values()), tuple(sites), _shapes(experts))
+        return cls(tuple(linears), _shapes(linears.values()), tuple(sites), _shapes(experts))
 
     def statistics(self, solver: Solver, pool: Pool) -> int:
         if solver.statistic is None:

@@ -13,6 +13,7 @@ from lvlm_prune.blocks import modality_of_tokens, with_image_positions
 from lvlm_prune.methods.modality import MODALITIES
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.solvers import Solver
+from lvlm_prune.methods.survey import Surveyor
 
 # Elements that become one patch of a vision tower: 14 x 14 pixels of three colours.
 _PATCH = 588
@@ -78,6 +79,7 @@ class MemoryDemand:
         solver: Finds masks and new weights.
         needs: What is recorded of a forward besides the inputs of the Linears.
         surveys: Whether the dense model is surveyed.
+        surveyors: The plugins that survey it.
         survey_needs: As `needs`, in the survey.
         prunes_experts: Whether routed experts are pruned, each from a statistic of its own.
     """
@@ -86,6 +88,7 @@ class MemoryDemand:
     solver: Solver
     needs: frozenset[str]
     surveys: bool
+    surveyors: tuple[Surveyor, ...]
     survey_needs: frozenset[str]
     prunes_experts: bool
 

@@ -141,6 +141,16 @@ class Surveyor:
         """
         return SurveyCost()
 
+    def survey_bytes(self, shapes: Mapping[str, tuple[int, int]], itemsize: int, on_gpu: bool = False) -> int:
+        """Not required: bytes that trying changed weights of a block takes beside it and its statistics, for the plan.
+
+        Args:
+            shapes: Name of each Linear, relative to the block -> (C_out, C_in).
+            itemsize: Bytes of one weight in memory.
+            on_gpu: Whether the block is on a GPU.
+        """
+        return 0
+
     def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """The samples of this process are at the input of the block; no sums over processes here.
 

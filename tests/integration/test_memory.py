@@ -101,6 +101,14 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
             {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": [UNMEASURED, NO_PAGE], "tamp": [UNMEASURED]},
         ),
         pytest.param(0.6, 6, 200, {"atv": []}, marks=pytest.mark.slow),
+        # Where plugins try changed weights, the survey takes the most.
+        pytest.param(
+            0.06,
+            3,
+            40,
+            {"best": [UNMEASURED, NO_PAGE], "ecoflap": [UNMEASURED, NO_PAGE]},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, visual, recipes, tmp_path):

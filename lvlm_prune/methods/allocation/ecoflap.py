@@ -76,6 +76,10 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         forwards = sum(count * (len(changes) - index) for index, count in enumerate(changes))
         return SurveyCost(samples * forwards, samples * sum(changes))
 
+    def survey_bytes(self, shapes: Mapping[str, tuple[int, int]], itemsize: int, on_gpu: bool = False) -> int:
+        """See `Surveyor.survey_bytes`: one weight in float32 with its noise, before and after, and the new one."""
+        return max((rows * columns * (12 + itemsize) for rows, columns in shapes.values()), default=0)
+
     def survey_block_start(self, block: str, linears: Mapping[str, nn.Linear], remaining: RemainingBlocks) -> None:
         """Losses of each sample with each Linear of the block moved there and back."""
         changes: list[Change] = [

@@ -127,6 +127,14 @@ class KLAllocation(Allocation):
         forwards = 2 * len(changes) + sum(count * (len(changes) - at) for at, count in enumerate(changes))
         return SurveyCost(samples * forwards, samples * (sum(changes) + len(changes)))
 
+    def survey_bytes(self, shapes: Mapping[str, tuple[int, int]], itemsize: int, on_gpu: bool = False) -> int:
+        """See `Surveyor.survey_bytes`: the new weights of one group, and what the solver takes for one of them."""
+        weights = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        groups = self._groups_of("layers.0", list(shapes)).values()
+        held = max((sum(weights[name] for name in names) for names in groups), default=0)
+        working = (self._solver.working_bytes(shape, itemsize, on_gpu) for shape in shapes.values())
+        return held * itemsize + max(working, default=0)
+
     def survey_block_changes(
         self,
         block: str,

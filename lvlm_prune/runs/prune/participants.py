@@ -74,6 +74,10 @@ class Participants:
         """Those that want a survey of the dense model."""
         return [callback for callback in self._callbacks if getattr(callback, "wants_survey", False)]
 
+    def plugin_surveys(self) -> list[PluginSurvey]:
+        """Those that survey on behalf of plugins."""
+        return [callback for callback in self.surveying() if isinstance(callback, PluginSurvey)]
+
     def survey_lines(self, module: LVLMModule, samples: int) -> list[str]:
         """What the surveys of plugins will cost, a line each.
 
@@ -81,8 +85,7 @@ class Participants:
             module: The opened model.
             samples: Number of calibration samples.
         """
-        surveys = (callback for callback in self.surveying() if isinstance(callback, PluginSurvey))
-        return [line for survey in surveys for line in survey.plan_lines(module, samples)]
+        return [line for survey in self.plugin_surveys() for line in survey.plan_lines(module, samples)]
 
     def samples(self) -> bool:
         """Whether calibration samples are needed at all."""
@@ -117,6 +120,7 @@ class Participants:
             pruning.chosen_solver,
             self.needs(),
             bool(self.surveying()),
+            tuple(plugin for survey in self.plugin_surveys() for plugin in survey.surveyors.values()),
             self.survey_needs(),
             pruning.prunes_experts,
         )

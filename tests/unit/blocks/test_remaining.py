@@ -59,7 +59,7 @@ def losses(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_losses_are_those_in_memory(family: str, held: int, tmp_path: Path, monkeypatch) -> None:
     """However many samples go through the later blocks together."""
-    monkeypatch.setattr(tails, "_HELD_BYTES", held)
+    monkeypatch.setattr(tails, "HELD_BYTES", held)
     save(family, tmp_path)
     model = tiny_model(family)
     inputs = [
