@@ -4,6 +4,9 @@ lvlm-prune prune --trainer.logger CSVLogger --trainer.logger.save_dir runs/logs
 
     step 0, 1, 2, ...   one step per block: survey/* of the dense model, then block/* of the pruned one
     last step           run/* of the whole run
+
+A run that goes on logs what it had found once more: loggers begin anew with each command (that for CSV empties
+what it finds), and so the last log of a run is whole.
 """
 
 from collections.abc import Mapping
@@ -24,10 +27,12 @@ class BlockMetrics(PruneCallback):
     """Logs what the manifest says of a block as soon as the block is done; without a logger it does nothing."""
 
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
-        """Log the options of the run."""
+        """Log the options of the run, and the blocks that an interrupted one finished."""
         for logger in trainer.loggers:
             # Without paths: what a logger writes into the folder of the run may be published with it.
             logger.log_hyperparams(without_private(trainer.run.config))
+        for record in trainer.run.record.blocks:
+            self._log_block(trainer, record)
 
     def on_survey_block_start(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, tail: RemainingDecoderBlocks
@@ -55,25 +60,34 @@ class BlockMetrics(PruneCallback):
             if of_block:
                 self._log(trainer, of_block, first + index)
 
+    def on_survey_restored(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
+        """Log what the interrupted run had found in its survey, as it did."""
+        self.on_survey_end(trainer, pl_module)
+
     def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Log the block's numbers of the manifest."""
-        record: dict[str, Any] = dict(trainer.run.record.blocks[-1])
+        self._log_block(trainer, trainer.run.record.blocks[-1])
+
+    def _log_block(self, trainer: "RunTrainer", record: Mapping[str, Any]) -> None:
+        index, block = record["index"], record["name"]
         found = dict(_numbers({key: record[key] for key in record if key not in _NOT_NUMBERS}, "block"))
-        found["block/sparsity"] = trainer.run.record.achieved_sparsity([block.index])
+        found["block/sparsity"] = trainer.run.record.achieved_sparsity([index])
         budgets = record.get("visual_tokens")
         if budgets:
             found["block/visual_tokens"] = sum(budgets) / len(budgets)
         for name, entry in trainer.run.record.linears.items():
-            if entry["block"] == block.index:
-                of = name.removeprefix(f"{block.name}.")
+            if entry["block"] == index:
+                of = name.removeprefix(f"{block}.")
                 found[f"sparsity/{of}"] = entry["achieved"]
                 if "error" in entry:
                     found[f"error/{of}"] = entry["error"]
-        self._log(trainer, found, block.index)
+        self._log(trainer, found, index)
 
     def on_prune_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Log sparsity, time and retention of the whole run, and let the loggers write."""
         manifest = trainer.run.record
+        if trainer.run.was_complete:
+            return
         found = {"run/sparsity": manifest["sparsity"]["achieved"]}
         if "seconds" in manifest:
             found["run/seconds"] = manifest["seconds"]

@@ -68,3 +68,11 @@ def test_what_a_run_that_dies_had_found_is_there(tmp_path):
         with pytest.raises(RuntimeError, match="lights out"):
             main([*arguments, f"--output={tmp_path / 'out'}"])
     assert sorted(logged(tmp_path / "logs")) == [0, 1]
+    again = [*GOLDEN_ARGUMENTS, *logger(tmp_path / "logs"), f"--output={tmp_path / 'out'}", "--resume=true"]
+    assert main(again) == 0
+    versions = tmp_path / "logs" / "lightning_logs"
+    before, whole = (logged(versions / f"version_{number}") for number in (0, 1))
+    assert sorted(whole) == [0, 1, 2, 3]
+    assert all(whole[block] == pytest.approx(before[block]) for block in (0, 1))
+    assert main(again) == 0
+    assert len(list(versions.iterdir())) == 2, "nothing was done, and there is nothing to log"
