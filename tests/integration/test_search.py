@@ -43,8 +43,12 @@ def test_the_sparsest_recipe_wins_and_the_cheaper_one_of_two_equals() -> None:
 
 
 @pytest.fixture
-def fake_quality(monkeypatch: pytest.MonkeyPatch):
+def fake_quality(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Agreement by sparsity alone, so that a test knows what is to be found; the list has every sparsity measured."""
+    return measured_by_sparsity(monkeypatch)
+
+
+def measured_by_sparsity(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     measured: list[float] = []
 
     def quality(self, written) -> dict:
@@ -61,7 +65,9 @@ def fake_quality(monkeypatch: pytest.MonkeyPatch):
 
 
 def arguments(output: Path, *more: str, method: str = "wanda") -> list[str]:
-    return [*with_recipe([GOLDEN_ARGUMENTS[0], "--method", method]), *GOLDEN_ARGUMENTS[1:], f"--output={output}", *more]
+    """A search in which each try calibrates on two samples."""
+    golden = [*GOLDEN_ARGUMENTS[1:], "--data.num_samples=2"]
+    return [*with_recipe([GOLDEN_ARGUMENTS[0], "--method", method]), *golden, f"--output={output}", *more]
 
 
 def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,14 +89,22 @@ def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pyt
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.private"}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[list[float], dict]:
+    """The sparsities that a search tries that nobody interrupts, and what it says of itself."""
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    with pytest.MonkeyPatch.context() as patched:
+        measured = measured_by_sparsity(patched)
+        assert main(arguments(folder, "--keep=0.745", "--held_back=0")) == 0
+    return measured, json.loads((folder / "pruning.json").read_text())["search"]
+
+
 @pytest.mark.parametrize(("tries", "is_changed"), [(0, False), (2, False), (2, True)])
 def test_an_interrupted_search_goes_on_behind_the_last_try(
-    tries: int, is_changed: bool, tmp_path: Path, fake_quality, monkeypatch
+    tries: int, is_changed: bool, uninterrupted, tmp_path: Path, fake_quality, monkeypatch
 ) -> None:
     """A try that says it was another one is made again."""
-    assert main(arguments(tmp_path / "whole", "--keep=0.745", "--held_back=0")) == 0
-    whole = list(fake_quality)
-    fake_quality.clear()
+    whole, expected = uninterrupted
     quality = SampleQuality.__call__
 
     def interrupted(self, written) -> dict:
@@ -109,9 +123,9 @@ def test_an_interrupted_search_goes_on_behind_the_last_try(
         tried.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last | {"level": 1}]))
     assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0")) == 0
     assert fake_quality == whole[:tries] + whole[tries - is_changed :]
-    records = [json.loads((tmp_path / name / "pruning.json").read_text())["search"] for name in ("whole", "out")]
-    assert records[0]["level"] == records[1]["level"]
-    assert records[1]["sparsity"] == 0.55  # 1.3 - 0.55 is 0.75, 1.3 - 0.575 too little
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text())["search"]
+    assert found["level"] == expected["level"]
+    assert found["sparsity"] == 0.55  # 1.3 - 0.55 is 0.75, 1.3 - 0.575 too little
 
 
 @pytest.mark.parametrize("interrupted", ["search", "last run"])
@@ -222,7 +236,7 @@ def test_what_is_not_the_searchs_own_stays(tmp_path, fake_quality):
     begun.mkdir()
     (begun / "search.jsonl").touch()
     (begun / "notes.txt").write_text("mine")
-    assert main([*GOLDEN_ARGUMENTS, "--keep=0.7", f"--output={tmp_path / 'out'}"]) == 0
+    assert main(arguments(tmp_path / "out", "--keep=0.7")) == 0
     assert [path.name for path in begun.iterdir()] == ["notes.txt"]
 
 
