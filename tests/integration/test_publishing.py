@@ -60,6 +60,10 @@ def hub(monkeypatch) -> Hub:
 
 @pytest.fixture
 def own(tmp_path: Path) -> tuple[list[str], Path]:
+    return on_own_samples(tmp_path)
+
+
+def on_own_samples(tmp_path: Path) -> tuple[list[str], Path]:
     """A command on calibration samples in a place that nobody is to read of, and its output folder."""
     place = tmp_path / "patients-of-2026"
     place.mkdir()
@@ -68,6 +72,14 @@ def own(tmp_path: Path) -> tuple[list[str], Path]:
     source = ["--data.source=TensorSource", f"--data.source.path={place / 'calibration.safetensors'}"]
     small = ["--data.num_samples=4", "--trainer.accelerator=cpu", f"--output={out}"]
     return ["prune", f"--model.path={GOLDEN / 'model'}", *source, *small], out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[list[str], Path]:
+    """Such a command, and the folder that it has written, with its page; tests leave it as it is."""
+    command, out = on_own_samples(tmp_path_factory.mktemp("finished"))
+    assert main(command) == 0
+    return command, out
 
 
 def texts(files: dict[str, bytes]) -> str:
@@ -96,28 +108,28 @@ def test_what_is_pushed_is_the_folder_without_what_is_private(own, hub, tmp_path
     assert hub.files
 
 
-def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packed(own, tmp_path, capsys):
-    command, out = own
-    assert main(command) == 0
+def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packed(finished, tmp_path, capsys):
+    command, out = finished
+    place = out.parent
 
     def written(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     before = written(out)
     assert "patients" not in texts(before)
-    assert str(tmp_path) not in texts(before)
+    assert str(place) not in texts(before)
     assert not (out / "report" / "calibration-image.png").exists()
-    beside = written(tmp_path / "out.private")
+    beside = written(place / "out.private")
     assert {"pruning.json", "config.yaml", "report.html"} <= beside.keys()
     assert record_of(out)["dense"]["path"] == str(GOLDEN / "model")
     assert main([*command, "--resume=true"]) == 0
-    assert written(tmp_path / "out.private") == beside
+    assert written(place / "out.private") == beside
     after = written(out)
     assert "patients" not in texts(after)
     assert after["model.safetensors"] == before["model.safetensors"]
     # The page gives what is left out as the reason, and asks for what repeating the run needs.
     page, whole = (
-        re.sub("</?span>", "", (folder / "report.html").read_text()) for folder in (out, tmp_path / "out.private")
+        re.sub("</?span>", "", (folder / "report.html").read_text()) for folder in (out, place / "out.private")
     )
     assert "Not drawn: pictures of samples are left out of this page." in page
     assert "--output NEW_FOLDER --model.path ... --data.source.path ..." in page
@@ -125,6 +137,7 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     capsys.readouterr()
     packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
     assert main(["pack", f"--model.path={out}", f"--output={packed}"]) == 0
+    assert str(place) not in texts(written(packed))
     assert str(tmp_path) not in texts(written(packed))
     # What is said to lie beside it does, and the dense model is found from there.
     assert f"are in {packed}.private" in capsys.readouterr().out.splitlines()[-1]
@@ -188,19 +201,30 @@ def test_what_somebody_else_has_where_the_private_part_goes_is_left_alone(own, i
     assert found() == before
 
 
-def test_what_somebody_else_has_is_in_the_way_of_nothing_where_nothing_private_is_written(own, in_the_way, tmp_path):
+QUICK = ["--method=magnitude", "--report=false", "--held_back=0", "--pruning.sparsity=0.6", "--evaluate=false"]
+
+
+def test_what_somebody_else_has_is_in_the_way_of_nothing_where_nothing_private_is_written(own, in_the_way):
     command, out = own
-    quick = ["--report=false", "--held_back=0", "--pruning.sparsity=0.6", "--evaluate=false"]
-    assert main([*command, *quick, "--method=magnitude", "--publishable=false"]) == 0
+    assert main([*command, *QUICK, "--publishable=false"]) == 0
+    assert in_the_way.is_symlink() or in_the_way.exists()
+    assert out.is_dir()
+
+
+def test_what_somebody_else_has_is_not_in_the_way_of_packing_or_of_the_embedded_model(own, tmp_path):
+    command, out = own
+    assert main([*command, *QUICK, "--publishable=false"]) == 0
     packed, embedded = tmp_path / "packed" / "out", tmp_path / "embedded" / "out"
     for folder in (packed, embedded):
         folder.parent.mkdir()
         (folder.parent / "out.private").write_text("years of work")
     assert main(["pack", f"--model.path={out}", f"--output={packed}", "--publishable=false"]) == 0
-    data = ["--model.path=demo", "--data.num_samples=2"]
-    assert main(["prune", "--method=magnitude", *quick, *data[:1], f"--output={embedded}"]) == 0
+    assert main(["prune", *QUICK, "--model.path=demo", f"--output={embedded}"]) == 0
     shutil.rmtree(embedded)
-    assert main(["probe", *data, "--evaluate=false", f"--output={embedded}"]) == 0
+    data = ["--model.path=demo", "--data.num_samples=2", "--evaluate=false"]
+    small = ["--probing.sparsities=[0.5]", "--probing.pathways=[text]", "--probing.pools=[text]"]
+    small += ["--probing.map_tokens=0", "--probing.curve_samples=0"]
+    assert main(["probe", *data, *small, f"--output={embedded}"]) == 0
     assert (packed.parent / "out.private").read_text() == (embedded.parent / "out.private").read_text()
 
 
@@ -311,10 +335,9 @@ def test_a_full_disk_while_publishing_is_one_line_and_can_be_gone_on_with(full, 
     assert "patients" not in (out / "pruning.json").read_text()
 
 
-def test_figures_without_private_data_are_those_that_were_drawn(own):
+def test_figures_without_private_data_are_those_that_were_drawn(finished):
     """They are not drawn anew; the picture of a sample is on the page beside the folder only."""
-    command, out = own
-    assert main(command) == 0
+    _, out = finished
     beside = out.with_name("out.private")
     pages = [Page((folder / "report.html").read_text()) for folder in (out, beside)]
     assert [figure for figure in pages[1].figures if figure != "tokens"] == pages[0].figures
@@ -326,13 +349,14 @@ def test_figures_without_private_data_are_those_that_were_drawn(own):
 
 def test_a_log_in_the_folder_holds_nothing_private_and_is_not_passed_on(own, tmp_path):
     command, out = own
-    assert main([*command, "--trainer.logger=CSVLogger"]) == 0
+    quick = ["--report=false", "--held_back=0"]
+    assert main([*command, *quick, "--trainer.logger=CSVLogger"]) == 0
     assert (out / "lightning_logs" / "version_0" / "hparams.yaml").is_file()
     for path in out.rglob("*"):
         assert not path.is_file() or b"patients-of-2026" not in path.read_bytes(), path
     packed, again = tmp_path / "packed", tmp_path / "again"
     assert main(["pack", f"--model.path={out}", f"--output={packed}"]) == 0
-    assert main(["prune", f"--config={out / 'config.yaml'}", f"--output={again}"]) == 0
+    assert main(["prune", f"--config={out / 'config.yaml'}", *quick, f"--output={again}"]) == 0
     assert not (packed / "lightning_logs").exists()
     assert (again / "lightning_logs" / "version_0").is_dir(), "the run that repeats it logs into its own folder"
     assert [path.name for path in (out / "lightning_logs").iterdir()] == ["version_0"]
