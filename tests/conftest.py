@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import Markup
 from safetensors.torch import load_file, save_file
 
 from tests import warm
@@ -181,6 +182,17 @@ def golden_arguments() -> list[str]:
 def keep_packed(monkeypatch: pytest.MonkeyPatch):
     """Small packed matrices stay packed in memory, also where a dense product is faster."""
     monkeypatch.setenv("LVLM_PRUNE_KERNELS", "avx512")
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_figures_blank(monkeypatch)
+
+
+def leave_figures_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read words and numbers of a page: to draw its figures takes longer than a run."""
+    monkeypatch.setattr("lvlm_prune.report.page.inline_svg", lambda figure, description: Markup("<svg></svg>"))
+    monkeypatch.setattr("lvlm_prune.report.page.png_bytes", lambda figure: b"a picture")
 
 
 @pytest.fixture(scope="session")

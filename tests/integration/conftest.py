@@ -58,6 +58,10 @@ def refused(recover, labelled, capsys):
 
 @pytest.fixture
 def no_pages(monkeypatch) -> None:
+    without_pages(monkeypatch)
+
+
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a sweep that are kept have a page each, which takes longer than the run."""
     without = lambda **options: RunOptions(**options | {"report": False})  # noqa: E731
     monkeypatch.setattr("lvlm_prune.runs.sweep.run.RunOptions", without)

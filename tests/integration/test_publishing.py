@@ -86,7 +86,7 @@ def texts(files: dict[str, bytes]) -> str:
     return "\n".join(content.decode() for name, content in files.items() if not name.endswith((".safetensors", ".png")))
 
 
-def test_what_is_pushed_is_the_folder_without_what_is_private(own, hub, tmp_path, capsys):
+def test_what_is_pushed_is_the_folder_without_what_is_private(own, hub, tmp_path, capsys, blank_figures):
     command, out = own
     assert main([*command, "--push=ours/sparse"]) == 0
     assert hub.repositories == ["ours/sparse"]
@@ -150,7 +150,7 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
 
 
-def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(tmp_path, monkeypatch):
+def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(tmp_path, monkeypatch, blank_figures):
     write_folder(tmp_path / "dense", "llava")
     photos = write_captions(tmp_path / "patients", 4)
     source = ["--data.source=LlavaJsonSource", f"--data.source.path={photos}", "--data.num_samples=2"]
@@ -211,7 +211,7 @@ def test_what_somebody_else_has_is_in_the_way_of_nothing_where_nothing_private_i
     assert out.is_dir()
 
 
-def test_what_somebody_else_has_is_not_in_the_way_of_packing_or_of_the_embedded_model(own, tmp_path):
+def test_what_somebody_else_has_is_not_in_the_way_of_packing_or_of_the_embedded_model(own, tmp_path, blank_figures):
     command, out = own
     assert main([*command, *QUICK, "--publishable=false"]) == 0
     packed, embedded = tmp_path / "packed" / "out", tmp_path / "embedded" / "out"

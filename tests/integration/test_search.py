@@ -70,7 +70,9 @@ def arguments(output: Path, *more: str, method: str = "wanda") -> list[str]:
     return [*with_recipe([GOLDEN_ARGUMENTS[0], "--method", method]), *golden, f"--output={output}", *more]
 
 
-def test_a_model_is_pruned_as_far_as_it_keeps_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_pruned_as_far_as_it_keeps_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], blank_figures
+) -> None:
     assert main(arguments(tmp_path / "out", "--keep=0.6", "--held_back=4", "--report=true")) == 0
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     found = record["search"]

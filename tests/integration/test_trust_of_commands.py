@@ -16,6 +16,7 @@ from lvlm_prune.runs.recover.fitting import FittingRun
 from tests.conftest import GOLDEN_MODEL
 from tests.families import tiny_model
 from tests.hub_folders import write_captions, write_folder
+from tests.integration.conftest import without_pages
 from tests.integration.test_trust import DAMAGES
 
 
@@ -95,7 +96,7 @@ def test_a_whole_probe_says_so(probed, capsys):
     assert "\nverified: " in capsys.readouterr().out
 
 
-def test_a_probe_that_goes_on_with_scores_scores_every_cell(tmp_path, monkeypatch):
+def test_a_probe_that_goes_on_with_scores_scores_every_cell(tmp_path, monkeypatch, blank_figures):
     """Without, no cell is made; a cell that an older version pruned for nothing is made again."""
     arguments = [*PROBE, "--probing.pools=[text, visual]", f"--output={tmp_path / 'out'}"]
     assert main([*arguments, "--evaluate=false"]) == 0
@@ -121,7 +122,9 @@ SWEEP += ["--grid={pruning.sparsity: [0.5, 0.6]}"]
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swept") / "out"
-    assert main([*SWEEP, f"--output={folder}"]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        without_pages(patched)
+        assert main([*SWEEP, f"--output={folder}"]) == 0
     return folder
 
 
@@ -137,7 +140,7 @@ def test_checkpoints_that_a_sweep_keeps_are_held_against_what_was_written(name, 
     assert name in one_line(capsys)
 
 
-def test_a_line_of_a_sweep_that_was_changed_is_measured_again(swept, tmp_path):
+def test_a_line_of_a_sweep_that_was_changed_is_measured_again(swept, tmp_path, no_pages, blank_figures):
     folder = tmp_path / "out"
     shutil.copytree(swept, folder)
     dense, first, second = (folder / "sweep.jsonl").read_text().splitlines()
@@ -149,13 +152,20 @@ def test_a_line_of_a_sweep_that_was_changed_is_measured_again(swept, tmp_path):
 
 
 # ---- recovery that goes on, or cannot --------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def distilled(bases, labelled, tmp_path_factory) -> dict[str, Any]:
+    """The record of a recovery that asks the dense model."""
+    folder = tmp_path_factory.mktemp("distilled") / "whole"
+    assert main([*recovery(bases, labelled), "--distillation.weight=0.5", f"--output={folder}"]) == 0
+    return without_seconds(folder / "recovery.json")
+
+
 @pytest.mark.parametrize("where", ["_fit", "_write"])
 def test_a_resumed_recovery_has_the_record_of_an_uninterrupted_one(
-    where, bases, labelled, tmp_path, monkeypatch, capsys
+    where, distilled, bases, labelled, tmp_path, monkeypatch
 ):
     """Interrupted before the first step, when the dense model was asked already, or behind the last one."""
     arguments = [*recovery(bases, labelled), "--distillation.weight=0.5"]
-    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
 
     def interrupted(run: FittingRun) -> None:
         raise KeyboardInterrupt
@@ -164,10 +174,9 @@ def test_a_resumed_recovery_has_the_record_of_an_uninterrupted_one(
         patched.setattr(FittingRun, where, interrupted)
         assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 130
     assert main([*arguments, f"--output={tmp_path / 'out'}", "--resume=true"]) == 0
-    whole, resumed = (without_seconds(tmp_path / name / "recovery.json") for name in ("whole", "out"))
-    assert resumed == whole
-    assert whole["training"]["train_loss"] is not None
-    assert whole["teacher"]["bytes"] > 0
+    assert without_seconds(tmp_path / "out" / "recovery.json") == distilled
+    assert distilled["training"]["train_loss"] is not None
+    assert distilled["teacher"]["bytes"] > 0
 
 
 def without_seconds(path: Path) -> dict[str, Any]:
@@ -328,7 +337,7 @@ def test_what_training_left_in_a_tokenizer_changes_no_answer(saved, hub_folder, 
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
-def test_a_comparison_of_two_models_says_so_first(tmp_path, capsys):
+def test_a_comparison_of_two_models_says_so_first(tmp_path, capsys, blank_figures):
     for name, family in (("one", "llava"), ("other", "qwen2_vl")):
         tiny_model(family).save_pretrained(tmp_path / f"dense-{name}")
         magnitude = ["--pruning.scorer=MagnitudeScorer", "--report=false", "--evaluate=false"]

@@ -167,7 +167,7 @@ def test_batches_do_not_change_the_tower(tmp_path: Path):
     assert same_bytes(tmp_path / "1", tmp_path / "3")
 
 
-def test_the_page_tells_the_tower_from_the_decoder(tmp_path: Path):
+def test_the_page_tells_the_tower_from_the_decoder(tmp_path: Path, blank_figures):
     arguments = [*write(tmp_path / "dense", "llava"), "--report=true", BOTH, "--pruning.vision_sparsity=0.25"]
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
     manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())

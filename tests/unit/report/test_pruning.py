@@ -95,7 +95,7 @@ def test_the_page_is_self_contained_and_has_all_figures(folder):
         assert np.asarray(Image.open(folder / "report" / f"{name}.png").convert("L")).std() > 10
 
 
-def test_sparsity_is_drawn_where_it_differs_and_said_where_it_does_not(folder, manifest):
+def test_sparsity_is_drawn_where_it_differs_and_said_where_it_does_not(folder, manifest, blank_figures):
     assert "is about equally sparse in every block" in (folder / "report.html").read_text()
     other = json.loads(json.dumps(manifest))
     for entry in other["linears"].values():
@@ -106,7 +106,7 @@ def test_sparsity_is_drawn_where_it_differs_and_said_where_it_does_not(folder, m
     assert "sparsity" in figures
 
 
-def test_the_title_is_the_name_of_the_model_and_all_sections_can_be_reached(manifest):
+def test_the_title_is_the_name_of_the_model_and_all_sections_can_be_reached(manifest, blank_figures):
     other = manifest | {"model": manifest["model"] | {"path": "/home/somebody/models/my-llava"}}
     text, _ = pruning_page(Manifest(other))
     assert f"<title>my-llava: {manifest['method']['init_args']['name']}</title>" in text
@@ -136,7 +136,7 @@ def test_console_manifest_and_page_say_the_same_numbers(tmp_path, capsys):
     assert manifest["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in manifest["blocks"])
 
 
-def test_retention_is_drawn_for_each_task_that_the_dense_model_can_do(manifest):
+def test_retention_is_drawn_for_each_task_that_the_dense_model_can_do(manifest, blank_figures):
     tasks = {"colour": 0.9, "count": 0.5, "maths": 0.0}
     scores = {"tasks": tasks, "average": 0.5}
     retention = {"tasks": {"colour": 0.95, "count": 1.2}, "average": 1.0}
@@ -160,7 +160,7 @@ def test_names_cannot_inject_markup(manifest):
     assert "&lt;b&gt;singular" in text
 
 
-def test_a_run_without_activations_has_a_page_too(tmp_path):
+def test_a_run_without_activations_has_a_page_too(tmp_path, blank_figures):
     arguments = [*GOLDEN_ARGUMENTS, "--report=true", "--pruning.scorer=MagnitudeScorer"]
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
     page = Page((tmp_path / "out" / "report.html").read_text())
@@ -168,7 +168,7 @@ def test_a_run_without_activations_has_a_page_too(tmp_path):
     assert "uses no activations" in page.text
 
 
-def test_a_model_of_many_experts_has_one_row_per_matrix_and_block(manifest):
+def test_a_model_of_many_experts_has_one_row_per_matrix_and_block(manifest, blank_figures):
     entry = next(iter(manifest["linears"].values()))
     many = json.loads(json.dumps(manifest))
     names = [
