@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,14 @@ def write_inputs(
     return {"decoder": sizes, "samples": samples, "tokens": tokens, "tensors": tensors}
 
 
-def measure(folder: Path, written: dict[str, Any], recipe: str, *options: str) -> dict[str, Any]:
+def _start(arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lvlm_prune.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def measure(
+    folder: Path, written: dict[str, Any], recipe: str, *options: str, start: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """Prune what `write_inputs` wrote into `folder` in a child process, and report its memory.
 
     Args:
@@ -152,22 +159,24 @@ def measure(folder: Path, written: dict[str, Any], recipe: str, *options: str) -
         written: What `write_inputs` returned.
         recipe: Name of a file in `configs/prune`.
         options: More options of the command.
+        start: Starts `lvlm-prune` with these arguments; returns what `subprocess.Popen` would. Default: in a Python
+            of its own.
 
     Raises:
         RuntimeError: The command fails.
     """
     output = folder / recipe
-    command = [sys.executable, "-m", "lvlm_prune.cli", "prune", f"--config={RECIPES / recipe}.yaml"]
-    command += [f"--model.path={folder / 'dense'}", "--data.source=TensorSource"]
-    command += [f"--data.source.path={folder / 'calibration.safetensors'}"]
-    command += [f"--output={output}", "--trainer.accelerator=cpu", *options]
+    arguments = ["prune", f"--config={RECIPES / recipe}.yaml"]
+    arguments += [f"--model.path={folder / 'dense'}", "--data.source=TensorSource"]
+    arguments += [f"--data.source.path={folder / 'calibration.safetensors'}"]
+    arguments += [f"--output={output}", "--trainer.accelerator=cpu", *options]
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as child:
-        peak = sampled_peak(child)
-        seconds = time.perf_counter() - started
-        said.seek(0)
-        if child.returncode:
-            raise RuntimeError(said.read().decode()[-2000:])
+    child = (start or _start)(arguments)
+    peak = sampled_peak(child)
+    seconds = time.perf_counter() - started
+    said = "".join(child.communicate())
+    if child.returncode:
+        raise RuntimeError(said[-2000:])
     manifest = json.loads((output / "pruning.json").read_text())
     shutil.rmtree(output)
     tensors, blocks = written["tensors"], written["decoder"]["blocks"]

@@ -16,6 +16,7 @@ from lvlm_prune.blocks import placement as placement_module
 from lvlm_prune.callbacks import PruneCallback
 from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
 from lvlm_prune.cli import main
+from tests import warm
 from tests.conftest import REPOSITORY
 from tests.families import Sample, make_inputs, tiny_model
 
@@ -114,7 +115,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
 def test_the_predicted_peak_is_the_measured_one(gigabytes, blocks, visual, recipes, tmp_path):
     written = write_inputs(gigabytes, blocks, samples=3, folder=tmp_path, vocabulary=8000, visual=visual)
     for recipe, options in recipes.items():
-        found = measure(tmp_path, written, recipe, *options)
+        found = measure(tmp_path, written, recipe, *options, start=lambda words: warm.start(*words, cwd=tmp_path))
         assert found["predicted_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2), recipe
         assert found["peak_of_manifest_bytes"] == pytest.approx(found["peak_bytes"], rel=0.1), recipe
         above = found["peak_bytes"] - found["libraries_bytes"]
