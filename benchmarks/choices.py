@@ -51,6 +51,9 @@ CHOICES: dict[str, list[str]] = {
     "8 survey samples": ["--pruning.allocation.samples=8"],
     "at most 0.1 from the target": ["--pruning.allocation.width=0.1"],
     "at most 0.25 from the target": ["--pruning.allocation.width=0.25"],
+    "at most 0.4 from the target": ["--pruning.allocation.width=0.4"],
+    "whole blocks, at most 0.25": ["--pruning.allocation.groups=block", "--pruning.allocation.width=0.25"],
+    "whole blocks, at most 0.4": ["--pruning.allocation.groups=block", "--pruning.allocation.width=0.4"],
     "text tokens only": ["--pruning.pool=TextOnlyPool"],
     "tokens of ATV": ["--pruning.pool=AsymmetricPool"],
 }
