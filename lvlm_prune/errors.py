@@ -29,7 +29,7 @@ class InputError(LVLMPruneError):
     Args:
         option: Name of the option as it is written in YAML, for example `model.path`; empty for a value that is given
             without one, as the folders of `compare` are.
-        value: The value that was given.
+        value: The value that was given; a whole number is shown without a decimal point.
         problem: What is wrong with it and, where there is one, the way out.
 
     Example:
@@ -40,7 +40,8 @@ class InputError(LVLMPruneError):
     """
 
     def __init__(self, option: str, value: Any, problem: str) -> None:
-        shown = shortened(value, LONGEST_VALUE)
+        is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+        shown = shortened(int(value) if is_whole else value, LONGEST_VALUE)
         super().__init__(f"--{option} {shown}: {problem}" if option else f"{shown}: {problem}")
         self.option = option
         self.value = value

@@ -57,6 +57,6 @@ def refuse_other_numbers(page: Page, record: dict) -> None:
         assert value == exact, path
         shown = float(re.sub(r"[^0-9.e+-]", "", text))
         sizes = {"kB": 1e-3, "MB": 1e-6, "GB": 1e-9}
-        scale = sizes[text[-2:]] if unit == "bytes" else {"percent": 100}.get(unit, 1)
+        scale = sizes[text[-2:]] if unit == "bytes" else {"percent": 100, "sparsity": 100}.get(unit, 1)
         assert shown == pytest.approx(exact * scale, rel=6e-3, abs=6e-5 if unit == "share" else 0.051), path
     assert not re.search(r"\d", page.text), re.findall(r".{0,20}\d.{0,20}", page.text)

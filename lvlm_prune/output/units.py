@@ -1,4 +1,30 @@
-"""Numbers of bytes as people read them."""
+"""Numbers as people read them; the same number is the same text on screen, card and page."""
+
+from typing import Any
+
+
+def readable_percent(share: float) -> str:
+    """A share of weights in percent, of which two decimals count.
+
+    Example:
+        >>> readable_percent(0.6), readable_percent(0.625), readable_percent(0.59908)
+        ('60%', '62.5%', '59.91%')
+    """
+    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + "%"
+
+
+def plain_number(value: Any) -> Any:
+    """A whole number without a decimal point, also within lists and mappings; other values as they are.
+
+    Example:
+        >>> plain_number([1.0, 0.5, {"alpha": 2.0}, True])
+        [1, 0.5, {'alpha': 2}, True]
+    """
+    if isinstance(value, dict):
+        return {name: plain_number(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain_number(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
 def readable_size(count: float) -> str:

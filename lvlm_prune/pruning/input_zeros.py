@@ -7,6 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.blocks import StreamedWeights, Weights
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.packed.selection import estimated_zeros
 
 if TYPE_CHECKING:
@@ -63,5 +64,5 @@ def zeros_line(share: float, target: float, kept: bool = True, option: str = "")
     if not kept:
         return f"{told}, but may get values again" + (f" (--{option} true keeps them zero)" if option else "")
     if share >= target:
-        return f"{told}, no fewer than the {target:.0%} asked for: little or nothing will change"
-    return f"{told}, and count among the {target:.0%} asked for"
+        return f"{told}, no fewer than the {readable_percent(target)} asked for: little or nothing will change"
+    return f"{told}, and count among the {readable_percent(target)} asked for"

@@ -26,6 +26,7 @@ from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import quality_line, recovered_line
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
 from lvlm_prune.report.card_facts import TEXT_ONLY, card_facts
 from lvlm_prune.report.card_loading import loading
@@ -143,7 +144,7 @@ def write_adapter_card(folder: Path, record: Mapping[str, Any]) -> None:
     parts = [
         "# A sparse LoRA adapter",
         f"Trained by {_link()} (method `{record['method']}`) on {told}, of whose pruned Linears "
-        f"{record['verified']['sparsity']:.2%} is zero. "
+        f"{readable_percent(record['verified']['sparsity'])} is zero. "
         "It belongs to these zeros: merged by plain PEFT it would give pruned weights values again.",
         "```python\nfrom lvlm_prune.recovery import load_sparse_adapter\n\n"
         "model = load_sparse_adapter(model, ADAPTER)  # `model` is the pruned checkpoint; every zero stays zero\n"
@@ -184,7 +185,7 @@ def _title(
     target = how.get("sparsity", {}).get("target")
     # Where the input had more zeros than were asked for, they are still there.
     zeros = max(target, Manifest(record).achieved_sparsity()) if target is not None and "linears" in record else target
-    pruned = f", pruned to {zeros:.0%}" if zeros is not None else ", sparse"
+    pruned = f", pruned to {readable_percent(zeros)}" if zeros is not None else ", sparse"
     recovered = ", recovered" if "training" in record else ""
     return model + pruned + (f" by {method}" if method else "") + recovered
 
@@ -216,8 +217,8 @@ def _scores(folder: Path, record: Mapping[str, Any]) -> str:
     parts = [f"## What is left of the {_before(record)}"]
     if was_pruned_before(record):
         parts.append(
-            f"It had {record['input_zeros']:.0%} zeros before this run. Where `dense` stands here it is that model: "
-            "these numbers do not say what is left of the one that was dense."
+            f"It had {readable_percent(record['input_zeros'])} zeros before this run. Where `dense` stands here it is "
+            "that model: these numbers do not say what is left of the one that was dense."
         )
     if "perplexity" in record.get("quality", {}):
         quality = record["quality"]

@@ -8,6 +8,7 @@ from typing import Any
 from lvlm_prune.methods import solvers
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.summaries import readable_count, size_ratio
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.report.linears import patterns_of
 
 TEXT_ONLY = "ForCausalLM"
@@ -71,8 +72,8 @@ def _pattern(record: Mapping[str, Any]) -> str:
 def _zeros_of(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
     achieved = Manifest(record).achieved_sparsity()
     target = how.get("sparsity", {}).get("target")
-    asked = f" (asked: {target:.1%})" if target is not None else ""
-    return f"{achieved:.2%} of these weights{asked}, counted in the written files"
+    asked = f" (asked: {readable_percent(target)})" if target is not None else ""
+    return f"{readable_percent(achieved)} of these weights{asked}, counted in the written files"
 
 
 def _plugins(method: Mapping[str, Any], is_calibrated: bool) -> str:

@@ -45,8 +45,8 @@ def _folders(record: Mapping[str, Any]) -> Table:
     rows = []
     for number, folder in enumerate(record["folders"]):
         cells = [
-            show(record, "folders", number, key, unit="percent") if folder[key] is not None else "–"
-            for key in ("sparsity", "average", "retention")
+            show(record, "folders", number, key, unit=unit) if folder[key] is not None else "–"
+            for key, unit in (("sparsity", "sparsity"), ("average", "percent"), ("retention", "percent"))
         ]
         rows.append([folder["name"], folder["command"], *cells])
     return Table(["folder", "command", "sparsity", "average score", "retained"], rows)
@@ -109,7 +109,7 @@ def _sparsity(record: Mapping[str, Any], names: list[str]) -> PageFigure:
     rows = [
         [block]
         + [
-            show(record, "sparsity", number, "all", str(block), unit="percent") if str(block) in of["all"] else "–"
+            show(record, "sparsity", number, "all", str(block), unit="sparsity") if str(block) in of["all"] else "–"
             for number, of in enumerate(record["sparsity"])
         ]
         for block in blocks

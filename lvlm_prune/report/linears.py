@@ -78,7 +78,7 @@ def linears_table(run: Mapping[str, Any], names: Iterable[str]) -> Table:
     rows = []
     for name in names:
         entry = run["linears"][name]
-        numbers = [show(run, "linears", name, key, unit="share") for key in ("target", "achieved")]
+        numbers = [show(run, "linears", name, key, unit="sparsity") for key in ("target", "achieved")]
         error = show(run, "linears", name, "error", unit="share") if "error" in entry else "–"
         rows.append([name, error, *numbers, _shape(run, "linears", name)])
     return Table(["Linear", "error", "target", "achieved", "shape"], rows)
@@ -95,7 +95,7 @@ def experts_table(run: Mapping[str, Any]) -> Table:
     for together, entry in run["summary"]["experts"].items():
         path = ("summary", "experts", together)
         errors = [show(run, *path, key, unit="share") if key in entry else "–" for key in ("error", "largest_error")]
-        numbers = [show(run, *path, key, unit="share") for key in ("target", "achieved")]
+        numbers = [show(run, *path, key, unit="sparsity") for key in ("target", "achieved")]
         count = show(run, *path, "experts", unit="count")
         rows.append([together, count, *errors, *numbers, _shape(run, *path)])
     names = ["experts", "number", "mean error", "largest error", "target", "achieved", "shape"]

@@ -28,13 +28,14 @@ from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME
 from lvlm_prune.output.private import is_left_out, left_out_options
-from lvlm_prune.output.units import readable_size
+from lvlm_prune.output.units import readable_percent, readable_size
 from lvlm_prune.report.figures.style import inline_svg, png_bytes, theme_css
 
 _UNITS = {
     "count": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
     "number": lambda value: f"{value:.1f}",
     "percent": lambda value: f"{100 * value:.1f}%",
+    "sparsity": readable_percent,
     "share": lambda value: f"{value:.4f}",
     "small": lambda value: f"{value:.3g}",
     "measure": lambda value: f"{value:.4g}",
@@ -102,8 +103,9 @@ def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     Args:
         record: Nested mappings and lists.
         path: Keys and indices down to the number.
-        unit: `count`, `number` (one decimal), `percent` (of a share), `share`, `small` (three digits), `measure` (four
-            digits, as perplexity and KL on the screen), `seconds`, or `bytes`.
+        unit: `count`, `number` (one decimal), `percent` (of a share), `sparsity` (in percent, two decimals at most),
+            `share`, `small` (three digits), `measure` (four digits, as perplexity and KL on the screen), `seconds`, or
+            `bytes`.
 
     Example:
         >>> show({"sparsity": {"achieved": 0.59375}}, "sparsity", "achieved", unit="percent")

@@ -123,7 +123,7 @@ def _grids(run: Mapping[str, Any]) -> dict[str, Table]:
             for pathway in dict.fromkeys(key[1] for key in places if key[0] == sparsity)
         ]
         place = next(number for key, number in places.items() if key[0] == sparsity)
-        tables[show(run, "grid", place, "sparsity", unit="percent")] = Table(
+        tables[show(run, "grid", place, "sparsity", unit="sparsity")] = Table(
             ["pruned for", *(f"masks from {pool} tokens" for pool in pools)], rows
         )
     return tables
@@ -135,7 +135,7 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
         caption = Markup(
             "Overlap (intersection over union) of the weights that go at {} by text tokens alone and by visual tokens "
             "alone, in the dense model: one where both give up the same weights."
-        ).format(show(run, "summary", "sparsities", sparsity, unit="percent"))
+        ).format(show(run, "summary", "sparsities", sparsity, unit="sparsity"))
         table = table_by_kind(run, "summary", "iou", sparsity)
         plates.append(
             PageFigure(

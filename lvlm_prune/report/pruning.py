@@ -92,7 +92,9 @@ def _tries(run: Mapping[str, Any]) -> Table:
     for place, one in enumerate((run.get("search") or {}).get("tries", [])):
         path = ("search", "tries", place)
         apart = "" if one["kl"] is None else show(run, *path, "kl")
-        shares = (show(run, *path, name, unit="percent") for name in ("sparsity", "agreement"))
+        shares = (
+            show(run, *path, name, unit=unit) for name, unit in (("sparsity", "sparsity"), ("agreement", "percent"))
+        )
         rows.append([one["recipe"], *shares, apart])
     return Table(heads, rows)
 
@@ -183,11 +185,11 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": model_name(run),
         "method": run["method"]["init_args"]["name"],
-        "sparsity": show(run, "sparsity", "achieved", unit="percent"),
+        "sparsity": show(run, "sparsity", "achieved", unit="sparsity"),
         "pattern": run.get("pattern", run["method"]["init_args"]["pattern"]),
     }
     for target in run["sparsity"].get("parts", {}):
-        facts[f"sparsity, {target}"] = show(run, "sparsity", "parts", target, "achieved", unit="percent")
+        facts[f"sparsity, {target}"] = show(run, "sparsity", "parts", target, "achieved", unit="sparsity")
     if "evaluation" in run:
         facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
     facts |= evaluated_facts(run) | _quality_facts(run)
@@ -208,7 +210,7 @@ def _quality_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     before, model = ("before", "sparse model") if was_sparse else ("dense", "dense model")
     names = {"dense_perplexity": f"perplexity, {before}", "perplexity": "perplexity, pruned", "kl": "KL per text token"}
     found = run.get("quality", {})
-    facts: dict[str, Any] = {"zeros before": show(run, "input_zeros", unit="percent")} if was_sparse else {}
+    facts: dict[str, Any] = {"zeros before": show(run, "input_zeros", unit="sparsity")} if was_sparse else {}
     facts |= {
         name: show(run, "quality", key, unit="measure") for key, name in names.items() if found.get(key) is not None
     }

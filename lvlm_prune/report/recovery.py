@@ -101,7 +101,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "base": model_name(run),
         "method": _METHODS.get(run["method"], run["method"]),
-        "sparsity": show(run, "verified", "sparsity", unit="percent"),
+        "sparsity": show(run, "verified", "sparsity", unit="sparsity"),
         "pattern": run["pattern"],
     }
     if "evaluation" in run:
@@ -202,7 +202,7 @@ def _linears(run: Mapping[str, Any]) -> Table:
             name,
             *(show(run, "linears", name, "shape", place, unit="count") for place in (0, 1)),
             show(run, "linears", name, "zeros", unit="count"),
-            show(run, "linears", name, "achieved", unit="share"),
+            show(run, "linears", name, "achieved", unit="sparsity"),
         ]
         for name in run["linears"]
     ]

@@ -41,7 +41,7 @@ def is_uniform(sparsity: Mapping[str, Mapping[int, float]]) -> bool:
 
 def sparsity_span(run: Mapping[str, Any]) -> Markup:
     """`summary` / `sparsity_range` of a run for a sentence: two numbers, or one where they look the same."""
-    low, high = (show(run, "summary", "sparsity_range", end, unit="percent") for end in ("lowest", "highest"))
+    low, high = (show(run, "summary", "sparsity_range", end, unit="sparsity") for end in ("lowest", "highest"))
     return high if low.striptags() == high.striptags() else Markup("{} to {}").format(low, high)
 
 
@@ -52,7 +52,7 @@ def sparsity_figure(run: dict[str, Any], caption: str) -> PageFigure | None:
         return None
     percent = {kind: {block: 100 * value for block, value in of.items()} for kind, of in values.items()}
     drawing = heat_map(percent, "sparsity (%)", "{:.1f}", least_span=10, most=100)
-    return PageFigure("sparsity", drawing, caption, table_by_kind(run, "summary", "sparsity", unit="percent"))
+    return PageFigure("sparsity", drawing, caption, table_by_kind(run, "summary", "sparsity", unit="sparsity"))
 
 
 def table_by_kind(record: Mapping[str, Any], *path: str | int, unit: str = "share") -> Table:

@@ -43,8 +43,8 @@ def yaml_file(folder: Path, text: str) -> str:
 
 
 OPTIONS = {
-    "sparsity zero": (["--pruning.sparsity=0"], ["--pruning.sparsity 0.0"]),
-    "sparsity one": (["--pruning.sparsity=1"], ["--pruning.sparsity 1.0"]),
+    "sparsity zero": (["--pruning.sparsity=0"], ["--pruning.sparsity 0:"]),
+    "sparsity one": (["--pruning.sparsity=1"], ["--pruning.sparsity 1:"]),
     "sparsity above one": (["--pruning.sparsity=1.5"], ["--pruning.sparsity 1.5"]),
     "sparsity nan": (["--pruning.sparsity=nan"], ["--pruning.sparsity nan"]),
     "sparsity text": (["--pruning.sparsity=abc"], ["--pruning.sparsity abc"]),

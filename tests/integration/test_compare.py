@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.report.comparison import comparison_page
 from lvlm_prune.runs.compare.folders import ComparedFolder
 from lvlm_prune.runs.compare.run import different
@@ -50,6 +51,14 @@ def test_settings_that_differ_and_no_others(record):
     assert not {"output", "data.source.path", "fingerprint of the input", "versions.torch"} & settings.keys()
     assert all(len(set(values)) > 1 for values in settings.values())
     assert not any(key.startswith("pruning.allocation.") for key in settings), "options of a class the other has not"
+
+
+def test_a_number_of_python_is_that_of_the_command_line():
+    folders = [ComparedFolder.__new__(ComparedFolder) for _ in range(2)]
+    for folder, alpha in zip(folders, (1, 1.0)):
+        pool = {"class_path": "lvlm_prune.methods.pools.AsymmetricPool", "init_args": {"alpha": alpha}}
+        folder.record, folder.verb = {"config": {"pruning": {"pool": pool}}}, "prune"
+    assert [folder.settings["pruning.pool.alpha"] for folder in folders] == ["1", "1"]
 
 
 def test_a_class_without_options_is_named():
@@ -207,7 +216,7 @@ def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path,
     assert not (again / "adapter").exists()
     capsys.readouterr()
     assert main(["compare", str(base), str(again)]) == 0
-    assert f"| sparsity | {record['folders'][0]['sparsity']:.1%} | 79." in capsys.readouterr().out
+    assert f"| sparsity | {readable_percent(record['folders'][0]['sparsity'])} | 79." in capsys.readouterr().out
 
 
 def refused(capsys, *arguments: str) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.output.manifest import Manifest
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.recipes import with_recipe
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.search.levels import LEVELS, Bracket, best_of, sparsity_of
@@ -84,7 +85,7 @@ def test_a_model_is_pruned_as_far_as_it_keeps_enough(
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
     assert all(f'data-path="search/tries/{place}/agreement"' in page for place in range(len(found["tries"])))
     assert f"the highest of {len(found['tries'])} tries that keeps 60.0% of the dense model's" in card
-    assert f"at {found['sparsity']:.1%} keeps {found['agreement']:.1%}" in capsys.readouterr().out
+    assert f"at {readable_percent(found['sparsity'])} keeps {found['agreement']:.1%}" in capsys.readouterr().out
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["pruning"]["sparsity"] == found["sparsity"]
     assert "keep" not in config
@@ -215,7 +216,7 @@ def test_a_plan_says_how_many_runs_it_takes(tmp_path: Path, capsys) -> None:
         (["--keep=0.9", "--keep_recipes=[wandaa]"], "--keep_recipes wandaa"),
         (["--keep=0.9", f"--keep_recipes=[{'a' * 300}]"], "--keep_recipes aaa"),
         (["--keep=0.9", "--keep_recipes=[atv_2of4]"], "--keep_recipes atv_2of4: prunes 2:4"),
-        (["--keep_recipes=[fast]"], "--keep 0.0: --method auto and --keep_recipes want the share"),
+        (["--keep_recipes=[fast]"], "--keep 0: --method auto and --keep_recipes want the share"),
         (["--keep=0.9", "--pruning.pattern=2:4"], "--pruning.pattern 2:4"),
     ],
 )

@@ -18,6 +18,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.summaries import measured_on
+from lvlm_prune.output.units import plain_number
 from lvlm_prune.packed.folder import open_checkpoint
 
 _OPTION = ""  # folders are given without one
@@ -207,4 +208,4 @@ def _option(key: str) -> str:
 def _text(key: str, value: Any) -> str:
     if key.endswith(".class_path"):
         return str(value).rpartition(".")[2]
-    return "–" if value in (None, "", {}, []) else value if isinstance(value, str) else json.dumps(value)
+    return "–" if value in (None, "", {}, []) else value if isinstance(value, str) else json.dumps(plain_number(value))

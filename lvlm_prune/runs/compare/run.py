@@ -17,6 +17,7 @@ from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.output.summaries import measure_text
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
 # What the output folder may hold, and what that is.
@@ -185,7 +186,7 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     folders = record["folders"]
     names = [folder["name"] for folder in folders]
     rows = [
-        ["sparsity", *(_percent(folder["sparsity"]) for folder in folders)],
+        ["sparsity", *(_sparsity(folder["sparsity"]) for folder in folders)],
         ["average score", *(_percent(folder["average"]) for folder in folders)],
         ["retained", *(_percent(folder["retention"]) for folder in folders)],
     ]
@@ -199,7 +200,7 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     settings = [[key, *map(short_digest, values)] for key, values in record["settings"].items()]
     parts.append(markdown_table(["setting", *names], settings) if settings else "All settings are the same.")
     blocks = sorted({int(block) for of in record["sparsity"] for block in of["all"]})
-    rows = [[str(block), *(_percent(of["all"].get(str(block))) for of in record["sparsity"])] for block in blocks]
+    rows = [[str(block), *(_sparsity(of["all"].get(str(block))) for of in record["sparsity"])] for block in blocks]
     parts.append(markdown_table(["sparsity of block", *names], rows))
     for pair in record["overlap"]:
         title = f"{names[pair['first']]} and {names[pair['second']]}"
@@ -227,6 +228,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _with_text_keys(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
     """As JSON would have it, so that the record in memory is the record on disk."""
     return {kind: {str(block): value for block, value in of.items()} for kind, of in values.items()}
+
+
+def _sparsity(value: float | None) -> str:
+    return "–" if value is None else readable_percent(value)
 
 
 def _percent(value: float | None) -> str:

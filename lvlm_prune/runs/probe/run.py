@@ -34,6 +34,7 @@ from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_changed
 from lvlm_prune.output.provenance import provenance
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.plugins import describe, mounted, plugin_class
 from lvlm_prune.report.page import read_from, write_page
 from lvlm_prune.report.probe import grid_markdown, probe_page, summarise
@@ -237,7 +238,7 @@ class ProbeRun:
             result |= {"scores": scores.to_dict(), "retention": kept.to_dict()}
         retained = f" · {100 * result['retention']['average']:.1f}% retained" if "retention" in result else ""
         run.say(
-            f"{result['pathway']} pathway · pool {result['pool']} · {100 * cell.sparsity:g}% of "
+            f"{result['pathway']} pathway · pool {result['pool']} · {readable_percent(cell.sparsity)} of "
             f"{len(cell.shapes)} Linears{retained}"
         )
         cell.pruned.clear()
@@ -308,9 +309,8 @@ class ProbeRun:
         manifest["digest"] = _digest(manifest)
         self._note("complete")
         for sparsity, overlap in summarise(manifest)["mean_iou"].items():
-            run.say(
-                f"masks from text and from visual tokens overlap by {overlap:.1%} at {float(sparsity):.0%} sparsity"
-            )
+            at = readable_percent(float(sparsity))
+            run.say(f"masks from text and from visual tokens overlap by {overlap:.1%} at {at} sparsity")
         run.say(
             (table + "\n" if table else "") + f"wrote {self.folder} ({PAGE_NAME} · {PROBE_RECORD}) · "
             f"{manifest['seconds']:.0f} s"

@@ -40,6 +40,7 @@ from lvlm_prune.output.names import RECOVERY_RECORD, RUN_FILES
 from lvlm_prune.output.own_files import refuse_changed
 from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.summaries import next_commands, summary
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.output.verification import refuse_other_findings
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned, refuse_unpruned
@@ -175,7 +176,9 @@ class RecoveryRun(ABC):
             self.model.path = earlier.get("model", {}).get("path") or self.model.path
         elif self.trainer.is_global_zero:
             self._refuse_unusable(CheckpointFolder(resolve(self.model.path)))
-            self._say(f"no pruned model given: the embedded one is pruned by ATV to {DEMO_SPARSITY:.0%} first")
+            self._say(
+                f"no pruned model given: the embedded one is pruned by ATV to {readable_percent(DEMO_SPARSITY)} first"
+            )
             self.model.path = str(prune_embedded(self.trainer, self.run, self.model.path))
         else:
             problem = "is pruned by one process only; prune it first and give the folder as --model.path"

@@ -35,6 +35,7 @@ from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.reading import conforms
 from lvlm_prune.output.records import TriedRecord
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.recipes import options_of_method, recipe_file
 from lvlm_prune.run import Run, RunOptions, RunTrainer
@@ -130,7 +131,7 @@ class SearchRun:
         elif not found.pop("is_complete"):
             self._quality(launch)
             self._refuse_other_held_back(found)
-        self.run.say(f"{found['recipe']} at {found['sparsity']:.1%} keeps {found['agreement']:.1%}")
+        self.run.say(f"{found['recipe']} at {readable_percent(found['sparsity'])} keeps {found['agreement']:.1%}")
         point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
         final = self._final(point, found, shared)
         manifest = final()
@@ -228,7 +229,7 @@ class SearchRun:
         best = best_of(brackets)
         if best is None:
             closest = max(tries, key=lambda one: one["agreement"])
-            said = f"{closest['recipe']} at {closest['sparsity']:.1%} keeps {closest['agreement']:.1%}"
+            said = f"{closest['recipe']} at {readable_percent(closest['sparsity'])} keeps {closest['agreement']:.1%}"
             raise RunError(f"--keep {self.keep}: no try keeps as much; {said}")
         chosen = next(one for one in tries if (one["recipe"], one["level"]) == best)
         return {"keep": self.keep, "measured_on": self.measured_on, **chosen, "tries": tries}
@@ -258,7 +259,7 @@ class SearchRun:
         shared.expect(record.get("calibration"), self.datamodule.source)
         apart = float("inf") if record["kl"] is None else record["kl"]
         kept = f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {apart:.3g}"
-        self.run.say(f"try: {recipe} at {record['sparsity']:.1%}: {kept} · {record['seconds']:.0f} s")
+        self.run.say(f"try: {recipe} at {readable_percent(record['sparsity'])}: {kept} · {record['seconds']:.0f} s")
         return {name: value for name, value in record.items() if name not in _OF_LINE}
 
     def _measured(self, point: Point, quality: SampleQuality, shared: SharedCalibration) -> dict[str, Any]:

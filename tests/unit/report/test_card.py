@@ -100,7 +100,7 @@ def test_it_says_what_was_done_and_that_nothing_was_scored(tmp_path):
     for said in (
         "pruned to 60% by ATV",
         "1 Linears, 10.0 k weights",
-        "59.91% of these weights (asked: 60.0%)",
+        "59.91% of these weights (asked: 60%)",
         "AsymmetricPool, WandaScorer, UniformAllocation",
         "96 samples of LlavaJsonSource, seed 3 (7938 text, 13824 image tokens)",
         "89 other tensors, byte for byte",
@@ -143,6 +143,14 @@ def test_after_recovery_a_linear_has_the_pattern_that_its_zeros_have(tmp_path):
     record |= {"pattern": "2:4", "pruned": record["pruned"] | {"pattern": "2:4"}}
     said = card_of(folder_of(tmp_path, record, "recovery.json"), DENSE)
     assert "can make use of 1 Linears (2:4 1), with software for it; not of 1 (dense 1)." in said
+
+
+@pytest.mark.parametrize(("target", "shown"), [(0.5, "50%"), (0.625, "62.5%")])
+def test_a_sparsity_is_written_in_one_way(target, shown, tmp_path):
+    linears = {"layers.0.k_proj": {"shape": [8, 8], "block": 0, "target": target, "pruned": 40, "achieved": target}}
+    own = card_of(folder_of(tmp_path, pruned(sparsity={"target": target, "achieved": target}, linears=linears)), DENSE)
+    assert f"pruned to {shown} by ATV" in own
+    assert f"{shown} of these weights (asked: {shown})" in own
 
 
 def test_an_evaluation_afterwards_is_on_the_card_and_the_dense_card_stays(tmp_path):
