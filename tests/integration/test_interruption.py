@@ -54,7 +54,7 @@ def test_sweep(tmp_path):
     assert not (output / "unfinished").exists()
 
 
-def test_probe(tmp_path):
+def test_probe(tmp_path, blank_figures):
     """In the second cell: the survey makes two masks for each of 24 Linears, a cell one."""
     output = tmp_path / "out"
     arguments = [

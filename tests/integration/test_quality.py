@@ -47,7 +47,7 @@ def small(golden_arguments, tmp_path) -> list[str]:
     return [*golden_arguments, *MEASURED, "--data.num_samples=3", f"--output={tmp_path / 'out'}"]
 
 
-def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys):
+def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys, blank_figures):
     assert main([*small, "--held_back=2", "--report=true"]) == 0
     found = json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]
     data = CalibrationDataModule(TensorSource(CALIBRATION), num_samples=3)
@@ -131,13 +131,18 @@ def test_a_method_without_calibration_is_measured_where_samples_are_named(small,
 
 def test_without_samples_the_lack_of_numbers_is_said(tmp_path, capsys):
     arguments = ["prune", f"--model.path={GOLDEN / 'model'}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
-    assert main([*arguments, *MEASURED]) == 0
+    assert main([*arguments, *MEASURED, "--report=false"]) == 0
     assert "perplexity and KL not measured: the method needs no samples, and none were given" in capsys.readouterr().out
 
 
-def test_what_recovery_gave_back_is_that_of_the_whole_models(bases, labelled, recover, tmp_path, capsys):
+def test_what_recovery_gave_back_is_that_of_the_whole_models(bases, labelled, recover, tmp_path, capsys, blank_figures):
     base, out = bases / "unstructured-float32", tmp_path / "out"
-    assert recover(base, out, "--report=true", "--trainer.max_epochs=2", "--optimization.learning_rate=0.01") == 0
+    assert (
+        recover(
+            base, out, "--report=true", "--evaluate=true", "--trainer.max_epochs=2", "--optimization.learning_rate=0.01"
+        )
+        == 0
+    )
     found = json.loads((out / "recovery.json").read_text())["quality"]
     data = RecoveryDataModule(TensorSource(str(labelled)), validation_samples=2, batch_size=2)
     data.setup()
@@ -159,7 +164,7 @@ def test_what_recovery_gave_back_is_that_of_the_whole_models(bases, labelled, re
 def test_without_validation_samples_or_a_dense_model_it_says_so(bases, recover, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(bases / "unstructured-float32", base)
-    steps = ["--data.validation_samples=0", "--trainer.max_steps=1"]
+    steps = ["--data.validation_samples=0", "--trainer.max_steps=1", "--evaluate=true"]
     assert recover(base, tmp_path / "trained", *steps) == 0
     assert "samples that trained (none was kept for validation)" in capsys.readouterr().out
     assert recover(base, tmp_path / "off", *steps, "--evaluate=false") == 0

@@ -86,7 +86,7 @@ def test_adapter_and_merged_checkpoint_are_the_same_model(dtype, tolerance, base
 
 def test_what_is_no_terminal_gets_lines_and_no_bar(bases, recover, tmp_path, capfd, monkeypatch):
     base, bar = bases / "unstructured-float32", "--trainer.enable_progress_bar=true"
-    assert recover(base, tmp_path / "quick", bar) == 0
+    assert recover(base, tmp_path / "quick", bar, "--evaluate=true") == 0
     said = capfd.readouterr()
     begins = [line.split()[0] for line in said.out.splitlines()]
     assert begins == [

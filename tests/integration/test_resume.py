@@ -117,7 +117,9 @@ def test_full_disk_in_the_middle_of_a_block(call, golden_arguments, uninterrupte
 
 
 @pytest.mark.parametrize("name", ["pruning.json", "report.html", "statistics.0.part", "statistics.safetensors"])
-def test_full_disk_at_every_kind_of_file(name, golden_arguments, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_full_disk_at_every_kind_of_file(
+    name, golden_arguments, uninterrupted, tmp_path, monkeypatch, capsys, blank_figures
+):
     """The last write of each; no temporary file takes room afterwards."""
     folder, rename = tmp_path / "full", Path.replace
 

@@ -229,7 +229,8 @@ def test_n_of_m_below_its_sparsity_leaves_dense_what_moves_answers_most(method, 
 
 def test_of_several_patterns_each_linear_gets_one_and_recovery_keeps_it(golden_arguments, tmp_path):
     """And the mean is reached; what differs from Linear to Linear is what answers say."""
-    options = ["--pruning.allocation=KLAllocation", "--pruning.pattern=3:4,2:4,1:4", "--pruning.sparsity=0.5"]
+    options = ["--pruning.allocation=KLAllocation", "--pruning.allocation.samples=2"]
+    options += ["--pruning.pattern=3:4,2:4,1:4", "--pruning.sparsity=0.5"]
     output = tmp_path / "out"
     assert main([*golden_arguments, "--pruning.pool=MixedPool", *options, f"--output={output}"]) == 0
     manifest = json.loads((output / "pruning.json").read_text())
@@ -239,7 +240,8 @@ def test_of_several_patterns_each_linear_gets_one_and_recovery_keeps_it(golden_a
     targets = {name: entry["target"] for name, entry in manifest["linears"].items()}
     assert len(set(targets.values())) > 2
     model = golden_model()
-    method = BlockwisePruning(pool=MixedPool(), allocation=KLAllocation(), pattern="1:4,2:4,3:4", sparsity=0.5)
+    allocation = KLAllocation(samples=2)
+    method = BlockwisePruning(pool=MixedPool(), allocation=allocation, pattern="1:4,2:4,3:4", sparsity=0.5)
     lvlm_prune.prune(model, SOURCE, method)
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     for name, target in targets.items():
