@@ -22,9 +22,9 @@ def short_digest(text: str) -> str:
 
     Example:
         >>> short_digest("0f" * 32), short_digest("uniform")
-        ('0f0f0f0f0f0f…', 'uniform')
+        ('0f0f0f0f0f…', 'uniform')
     """
-    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{32,}", text) else text
+    return f"{text[:10]}…" if re.fullmatch(r"[0-9a-f]{32,}", text) else text
 
 
 def _shown(text: str) -> str:

@@ -86,7 +86,8 @@ def linears_table(run: Mapping[str, Any], names: Iterable[str]) -> Table:
 
 def _shape(run: Mapping[str, Any], *path: str) -> Markup:
     """Outputs times inputs of a matrix, `512 × 192`."""
-    return Markup(" × ").join(show(run, *path, "shape", place, unit="count") for place in (0, 1))
+    sizes = (show(run, *path, "shape", place, unit="count") for place in (0, 1))
+    return Markup("\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}").join(sizes)
 
 
 def experts_table(run: Mapping[str, Any]) -> Table:

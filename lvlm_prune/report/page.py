@@ -33,7 +33,7 @@ from lvlm_prune.report.figures.style import inline_svg, png_bytes, theme_css
 
 _UNITS = {
     "count": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
-    "number": lambda value: f"{value:.1f}",
+    "number": lambda value: f"{value:,.1f}".removesuffix(".0").replace(",", "\u202f"),
     "percent": lambda value: f"{100 * value:.1f}%",
     "sparsity": readable_percent,
     "share": lambda value: f"{value:.4f}",
@@ -103,9 +103,9 @@ def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
     Args:
         record: Nested mappings and lists.
         path: Keys and indices down to the number.
-        unit: `count`, `number` (one decimal), `percent` (of a share), `sparsity` (in percent, two decimals at most),
-            `share`, `small` (three digits), `measure` (four digits, as perplexity and KL on the screen), `seconds`, or
-            `bytes`.
+        unit: `count`, `number` (one decimal, where it is not whole), `percent` (of a share), `sparsity` (in percent,
+            two decimals at most), `share`, `small` (three digits), `measure` (four digits, as perplexity and KL on the
+            screen), `seconds`, or `bytes`.
 
     Example:
         >>> show({"sparsity": {"achieved": 0.59375}}, "sparsity", "achieved", unit="percent")
@@ -173,15 +173,16 @@ def render_page(template: str, title: str, **values: Any) -> str:
 
 
 def _breakable(value: Any) -> Any:
-    """A name that a narrow screen breaks behind its dots and underscores, and not in the middle of a word.
+    """A name that a narrow screen breaks between its words, and not in the middle of one; numbers stay in one piece.
 
     Example:
-        >>> print(_breakable("self_attn.q_proj"))
-        self_<wbr>attn.<wbr>q_<wbr>proj
+        >>> print(_breakable("layers.0.self_attn"), _breakable("UniformAllocation"), _breakable("0.5"))
+        layers.<wbr>0.<wbr>self_<wbr>attn Uniform<wbr>Allocation 0.5
     """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(value))))
+    behind_letter, before_letter, inside = r"(?<=[^\W\d])[._](?=\w)", r"[._](?=[^\W\d])", r"(?<=[a-z])(?=[A-Z])"
+    return Markup(re.sub(f"{behind_letter}|{before_letter}|{inside}", r"\g<0><wbr>", str(escape(value))))
 
 
 def _with_contents(page: str) -> str:
