@@ -29,7 +29,9 @@ def processor():
     return AutoProcessor.from_pretrained(CHECKPOINT)
 
 
-def test_a_run_shows_retention_and_leaves_a_model_that_answers(tmp_path, monkeypatch, capsys, questions, processor):
+def test_a_run_shows_retention_and_leaves_a_model_that_answers(
+    tmp_path, monkeypatch, capsys, questions, processor, blank_figures
+):
     small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=12, num_text=36))
     monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
     output = tmp_path / "pruned"

@@ -1,11 +1,14 @@
 """What a survey found is not lost where a run is interrupted."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruningReport
 from lvlm_prune.cli import main
+from tests.conftest import GOLDEN_ARGUMENTS
 
 ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocation"]
 
@@ -22,42 +25,54 @@ def interrupt_behind(owner: type, hook: str, at: int, arguments: list[str], monk
         assert main(arguments) == 130
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_resuming_does_not_survey_again_and_gives_the_same_bytes(
-    allocation, golden_arguments, tmp_path, monkeypatch, capsys
-):
-    arguments = [*golden_arguments, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
+def arguments_of(allocation: str) -> list[str]:
+    arguments = [*GOLDEN_ARGUMENTS, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
     if allocation in ("ECoFLaPAllocation", "KLAllocation"):
         arguments.append("--pruning.allocation.samples=2")
-    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Callable[[str], Path]:
+    """What a run with an allocation writes that nobody interrupts; each is made once."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+
+    def written(allocation: str) -> Path:
+        if not (folder / allocation).exists():
+            assert main([*arguments_of(allocation), f"--output={folder / allocation}"]) == 0
+        return folder / allocation
+
+    return written
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_resuming_does_not_survey_again_and_gives_the_same_bytes(allocation, uninterrupted, tmp_path, monkeypatch):
+    arguments, whole = arguments_of(allocation), uninterrupted(allocation)
     folder = tmp_path / "interrupted"
     interrupt_behind(BlockwisePruning, "on_block_end", 1, [*arguments, f"--output={folder}"], monkeypatch)
     for hook in ("on_survey_block_start", "on_survey_batch_end", "on_survey_end"):
         monkeypatch.setattr(PluginSurvey, hook, lambda *_, **__: pytest.fail("surveyed again"))
     assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    surveys = [json.loads((path / "pruning.json").read_text())["survey"] for path in (folder, tmp_path / "whole")]
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    surveys = [json.loads((path / "pruning.json").read_text())["survey"] for path in (folder, whole)]
     assert surveys[0]["allocation"] == surveys[1]["allocation"]
 
 
-def test_a_survey_that_was_interrupted_starts_over(golden_arguments, tmp_path, monkeypatch):
-    arguments = [*golden_arguments, "--pruning.allocation=OWLAllocation"]
-    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+def test_a_survey_that_was_interrupted_starts_over(uninterrupted, tmp_path, monkeypatch):
+    arguments, whole = arguments_of("OWLAllocation"), uninterrupted("OWLAllocation")
     folder = tmp_path / "interrupted"
     interrupt_behind(PluginSurvey, "on_survey_block_end", 2, [*arguments, f"--output={folder}"], monkeypatch)
     assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("killed_at", [0, 2, 3])
 @pytest.mark.parametrize("allocation", ["ECoFLaPAllocation", "KLAllocation"])
 def test_a_survey_that_tries_changes_goes_on_behind_the_last_finished_block(
-    allocation, killed_at, golden_arguments, tmp_path, monkeypatch, capsys
+    allocation, killed_at, uninterrupted, tmp_path, monkeypatch
 ):
     """These surveys take most of a run; the dense model has four blocks."""
-    arguments = [*golden_arguments, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
-    arguments.append("--pruning.allocation.samples=2")
-    assert main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    arguments, whole = arguments_of(allocation), uninterrupted(allocation)
     folder = tmp_path / "interrupted"
     interrupt_behind(PruningReport, "on_survey_block_end", killed_at, [*arguments, f"--output={folder}"], monkeypatch)
     assert json.loads((folder / "pruning.json").read_text())["surveying"]["blocks"] == killed_at + 1
@@ -71,8 +86,8 @@ def test_a_survey_that_tries_changes_goes_on_behind_the_last_finished_block(
     monkeypatch.setattr(PluginSurvey, "on_survey_block_start", note)
     assert main([*arguments, f"--output={folder}", "--resume=true"]) == 0
     assert seen == list(range(killed_at + 1, 4))
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    records = [json.loads((path / "pruning.json").read_text()) for path in (folder, tmp_path / "whole")]
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    records = [json.loads((path / "pruning.json").read_text()) for path in (folder, whole)]
     assert "surveying" not in records[0]
     assert records[0]["survey"]["allocation"] == records[1]["survey"]["allocation"]
     # The answers of the dense model may have been asked for again.

@@ -44,7 +44,7 @@ def test_a_path_that_is_refused_is_named_in_one_line(name: str, tmp_path: Path, 
     assert "--output" in said(capsys)
 
 
-def test_a_model_is_written_to_a_folder_of_any_name(name: str, tmp_path: Path, capsys) -> None:
+def test_a_model_is_written_to_a_folder_of_any_name(name: str, tmp_path: Path, capsys, blank_figures) -> None:
     folder = tmp_path / name
     if name == NAMES["not UTF-8"]:
         assert main([*GOLDEN_ARGUMENTS, f"--output={folder}"]) == 2
