@@ -35,7 +35,7 @@ def test_a_run_shows_retention_and_leaves_a_model_that_answers(
     small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=12, num_text=36))
     monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
     output = tmp_path / "pruned"
-    options = ["--pruning.sparsity=0.5", "--data.num_samples=24", "--model.dtype=float32"]
+    options = ["--pruning.sparsity=0.5", "--data.num_samples=12", "--model.dtype=float32"]
     assert main(["prune", *options, f"--output={output}"]) == 0
     shown = capsys.readouterr().out
     assert "dense   pruned   retained" in shown
@@ -57,7 +57,7 @@ def test_which_tokens_calibrate_decides_what_is_retained(questions, processor):
     averages = {}
     for pool, sparsity in [(TextOnlyPool, 0.6), (MixedPool, 0.6), (VisualOnlyPool, 0.6), (TextOnlyPool, 0.7)]:
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
-        data = CalibrationDataModule(EmbeddedSource(), num_samples=24, batch_size=8)
+        data = CalibrationDataModule(EmbeddedSource(), num_samples=12, batch_size=8)
         prune(model, data, BlockwisePruning(sparsity=sparsity, pool=pool()), processor=processor)
         averages[pool.__name__, sparsity] = score(model, processor, questions).average
     assert averages["TextOnlyPool", 0.6] > averages["MixedPool", 0.6] > averages["VisualOnlyPool", 0.6]
