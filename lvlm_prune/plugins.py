@@ -95,6 +95,11 @@ def arguments_of(plugin: Any) -> list[str]:
     return [name for name in inspect.signature(plugin_class(plugin)).parameters if name not in ("args", "kwargs")]
 
 
+def _whole(text: str) -> str:
+    """A whole number without its decimal point, as `InputError` shows one; other text as it is."""
+    return re.sub(r"^(-?\d+)\.0$", r"\1", text)
+
+
 # ---- which option an error is about ----------------------------------------------------------------------------------
 @contextmanager
 def mounted(**holders: Any) -> Iterator[None]:
@@ -126,7 +131,7 @@ def mounted(**holders: Any) -> Iterator[None]:
         option = refused and _option_of(error, refused["argument"], holders)
         if not (refused and option):
             raise
-        raise InputError(option, refused["value"], refused["problem"]) from None
+        raise InputError(option, _whole(refused["value"]), refused["problem"]) from None
 
 
 @contextmanager
@@ -164,7 +169,7 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
         # Of several parts of one class it is the first one that was given this value.
         exact = [option for option, values in places if said.startswith(f"{values[argument]}: ")]
         option = next(iter([*exact, *(option for option, _ in places)]), argument)
-        raise InputError(option, refused["value"], refused["problem"]) from None
+        raise InputError(option, _whole(refused["value"]), refused["problem"]) from None
 
 
 def _missing_module(error: BaseException | None) -> str:

@@ -170,7 +170,7 @@ def test_attention_is_read_only_for_pools_that_need_it(monkeypatch):
         (["AsymmetricPool", "--pruning.pool.k=-2"], "error: --pruning.pool.k -2: must be 0 or larger"),
         (
             ["AsymmetricPool", "--pruning.pool.text_retention=7"],
-            "error: --pruning.pool.text_retention 7.0: must lie between 0 and 1",
+            "error: --pruning.pool.text_retention 7: must lie between 0 and 1",
         ),
     ],
 )

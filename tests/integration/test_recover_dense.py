@@ -200,10 +200,10 @@ def test_killed_and_resumed_reconstruction_is_byte_identical(inputs, bases, labe
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--distillation.weight=2"], "--distillation.weight 2.0: must lie in [0, 1]"),
-        (["--distillation.weight=0.5", "--distillation.temperature=0"], "--distillation.temperature 0.0"),
+        (["--distillation.weight=2"], "--distillation.weight 2: must lie in [0, 1]"),
+        (["--distillation.weight=0.5", "--distillation.temperature=0"], "--distillation.temperature 0:"),
         (["--distillation.weight=0.5", "--distillation.top_k=0"], "--distillation.top_k 0"),
-        (["--distillation.temperature=3"], "--distillation.temperature 3.0: does nothing without a weight"),
+        (["--distillation.temperature=3"], "--distillation.temperature 3: does nothing without a weight"),
         (["--dense=nowhere"], "--dense nowhere: does nothing without"),
         ([*DISTIL, "--dense=nowhere"], "--dense nowhere: no such folder"),
         (["--method=blockwise", "--dense=nowhere"], "--dense nowhere: no such folder"),

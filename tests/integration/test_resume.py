@@ -315,7 +315,7 @@ class Onlooker(PruneCallback):
     [
         ("--pruning.sparsity=0.6", "--pruning.sparsity 0.6: the unfinished run"),
         ("--data.num_samples=5", "--data.num_samples 5: the unfinished run"),
-        ("--pruning.pool.alpha=2", "--pruning.pool.init_args.alpha 2.0: the unfinished run"),
+        ("--pruning.pool.alpha=2", "--pruning.pool.init_args.alpha 2: the unfinished run"),
     ],
 )
 def test_resume_with_another_configuration_is_refused(change, named, golden_arguments, tmp_path, monkeypatch, capsys):

@@ -98,9 +98,9 @@ class Holder:
 @pytest.mark.parametrize(
     ("plugin", "option"),
     [
-        (Picky(2.0), "--pruning.scorer.number 2.0: is too large"),
-        (Picky(inner=Picky(3.0)), "--pruning.scorer.inner.number 3.0: is too large"),
-        (Picky(parts=[Picky(), Picky(4.0)]), "--pruning.scorer.parts[1].number 4.0: is too large"),
+        (Picky(2.0), "--pruning.scorer.number 2: is too large"),
+        (Picky(inner=Picky(3.0)), "--pruning.scorer.inner.number 3: is too large"),
+        (Picky(parts=[Picky(), Picky(4.0)]), "--pruning.scorer.parts[1].number 4: is too large"),
     ],
 )
 def test_what_a_plugin_says_later_names_the_option_where_it_is_mounted(plugin, option):
@@ -138,7 +138,7 @@ def test_broken_numbers_are_a_fault_of_the_run():
 def test_of_several_parts_of_one_class_the_one_that_is_wrong_is_named():
     parts = [{"class_path": "a.Picky", "init_args": {"number": number}} for number in (1.0, -1.0, -2.0)]
     config = {"data": {"source": {"class_path": "b.Mixture", "init_args": {"parts": parts}}}}
-    with pytest.raises(InputError, match=r"^--data.source.parts\[1\].number -1.0: "), built_from(config):
+    with pytest.raises(InputError, match=r"^--data.source.parts\[1\].number -1: "), built_from(config):
         [Picky(part["init_args"]["number"]) for part in parts]
 
 
