@@ -93,7 +93,7 @@ def check_accuracy(model, processor, benchmark, least):
 
 def test_dense_accuracy_on_unseen_questions(model, processor):
     """A subset, so with some room for chance below the 95% of the whole benchmark."""
-    check_accuracy(model, processor, EmbeddedBenchmark(num_images=50, num_text=120, seed=3), least=0.85)
+    check_accuracy(model, processor, EmbeddedBenchmark(num_images=25, num_text=80, seed=3), least=0.85)
 
 
 @pytest.mark.slow

@@ -26,9 +26,12 @@ def untrained():
     return model, build_processor(build_tokenizer())
 
 
+IMAGES = 3
+
+
 @pytest.fixture(scope="module")
 def questions():
-    return EmbeddedBenchmark(num_images=5, num_text=8, seed=1).questions
+    return EmbeddedBenchmark(num_images=IMAGES, num_text=8, seed=1).questions
 
 
 def generate_alone(model, processor, question):
@@ -67,7 +70,7 @@ def test_image_is_encoded_once_for_all_its_questions(untrained, questions):
     answer(model, processor, vision, batch_size=16)
     hook.remove()
     assert encoded[1] <= 16  # the first batch is also asked without the shortcut
-    assert encoded[0] + sum(encoded[2:]) == 5
+    assert encoded[0] + sum(encoded[2:]) == IMAGES
 
 
 def test_a_model_for_which_the_shortcut_is_wrong_is_asked_the_plain_way(untrained, questions, monkeypatch):
