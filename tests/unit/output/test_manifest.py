@@ -25,6 +25,15 @@ def test_what_is_written_is_read(written):
     assert [path.name for path in folder.iterdir()] == [PRUNING_RECORD]
 
 
+def test_line_breaks_are_for_readers_of_a_finished_run(written):
+    """To put them in takes longer than all else of a write, and there is one at each block."""
+    manifest, folder = written
+    assert len((folder / PRUNING_RECORD).read_text().splitlines()) == 1
+    manifest["status"] = "complete"
+    manifest.write(folder)
+    assert len((folder / PRUNING_RECORD).read_text().splitlines()) > 10
+
+
 def test_the_same_run_may_go_on_with_other_devices(written):
     manifest, folder = written
     same = Manifest(manifest | {"config": manifest["config"] | {"trainer": {"devices": 8}, "resume": True}})
