@@ -33,7 +33,12 @@ COMMANDS = {
     "recover": [],
     "evaluate": [],
     "sweep": [],
-    "reproduce": ["--table=atv/table_2", "--engine=BuiltinEngine", '--tasks={"GQA": "place"}'],
+    "reproduce": [
+        "--table=atv/table_2",
+        "--engine=BuiltinEngine",
+        '--tasks={"GQA": "place"}',
+        '--calibration={"sharegpt4v": {"source": {"class_path": "EmbeddedSource"}, "num_samples": 2}}',
+    ],
 }
 # What a plugin needs to be tried; files of texts are made by the test.
 REQUIRED = {
