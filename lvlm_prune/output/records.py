@@ -1,7 +1,6 @@
 """What stands in `pruning.json` and its like, as far as it is read again; `docs/file_formats.md` has the whole files.
 
-A file that is read is held against these types: it may be of another version, or of another tool.
-"""
+A file that is read is held against these types: it may be of another version, or of another tool."""
 
 from typing import Annotated, Any, Required, TypedDict
 
@@ -248,6 +247,7 @@ class PruningRecord(RunRecord, total=False):
     method: PluginRecord
     linears: dict[str, LinearRecord]
     sparsity: SparsityRecord
+    input_zeros: Share
     evaluation: PruningEvaluation
     search: "FoundRecord"
 
