@@ -114,7 +114,7 @@ def test_padding_by_the_processor_changes_no_statistic(family: str, captions: Pa
         assert (one[key] - four[key]).abs().max() <= 1e-6 * one[key].max(), key
 
 
-def test_broken_and_missing_images_are_left_out_counted_and_named(tmp_path: Path, capsys):
+def test_broken_and_missing_images_are_left_out_counted_and_named(tmp_path: Path, capsys, blank_figures):
     captions = write_captions(tmp_path / "captions")
     write_folder(tmp_path / "dense", "llava")
     (captions.parent / "2.png").write_bytes((captions.parent / "2.png").read_bytes()[:300])

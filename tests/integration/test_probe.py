@@ -183,7 +183,7 @@ def test_the_page_shows_the_records_numbers(run):
     assert all(one >= other for one, other in zip(curves["received"], curves["received"][1:]))
 
 
-def test_scores_stand_in_the_table(run):
+def test_scores_stand_in_the_table(run, blank_figures):
     """The embedded model is scored; here the form alone is looked at."""
     record = json.loads((run[0] / "probe.json").read_text())
     for number, cell in enumerate(record["grid"]):
@@ -195,7 +195,7 @@ def test_scores_stand_in_the_table(run):
     assert shown == {f"grid/{number}/retention/average" for number in range(12)}
 
 
-def test_the_embedded_model_is_scored(tmp_path, capsys):
+def test_the_embedded_model_is_scored(tmp_path, capsys, blank_figures):
     arguments = ["--data.num_samples=4", "--probing.images=1", "--probing.texts=4", "--probing.sparsities=[0.5]"]
     arguments += ["--probing.pathways=[text]", "--probing.pools=[mixed]", "--probing.map_tokens=0"]
     assert main(["probe", *arguments, f"--output={tmp_path / 'out'}"]) == 0
@@ -240,7 +240,7 @@ def scored_by_an_engine(folder: Path, resume: bool, questions: str = "") -> Mani
     return ProbeRun(trainer, model, data, str(folder), resume, True, probe, ShareLeft(questions=questions))()
 
 
-def test_a_probe_whose_questions_changed_does_not_go_on(tmp_path):
+def test_a_probe_whose_questions_changed_does_not_go_on(tmp_path, blank_figures):
     """A reproduced table would compare scores of different questions."""
     questions, folder = tmp_path / "questions", tmp_path / "out"
 
@@ -255,7 +255,7 @@ def test_a_probe_whose_questions_changed_does_not_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("ended", ["killed", "disk"])
-def test_a_probe_that_ended_while_an_engine_scored_goes_on(ended, tmp_path, monkeypatch):
+def test_a_probe_that_ended_while_an_engine_scored_goes_on(ended, tmp_path, monkeypatch, blank_figures):
     """What the engine was given is full of links to the input, and is removed."""
     score = ShareLeft.score
 

@@ -15,7 +15,7 @@ from lvlm_prune.run import RunTrainer
 from tests.conftest import GOLDEN
 
 
-def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypatch):
+def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypatch, blank_figures):
     """A run from Python records its method as the command line does."""
     folder = tmp_path / "out"
     source = TensorSource(str(GOLDEN / "calib.safetensors"))
