@@ -34,11 +34,7 @@ from lvlm_prune.trainer import LVLMTrainer
 _DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
 _QUIET = {"logger": False, "enable_model_summary": False}
 _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "prune": _QUIET | {"enable_checkpointing": False},
-    "probe": _QUIET | {"enable_checkpointing": False},
-    "sweep": _QUIET | {"enable_checkpointing": False},
-    "reproduce": _QUIET | {"enable_checkpointing": False},
-    "evaluate": _QUIET | {"enable_checkpointing": False},
+    **{verb: _QUIET | {"enable_checkpointing": False} for verb in ("prune", "probe", "sweep", "reproduce", "evaluate")},
     "recover": _QUIET | {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0},
 }
 # Verbs that read and write folders, with nothing to train or to calibrate.
@@ -386,6 +382,7 @@ def _run(arguments: Sequence[str]) -> None:
     LVLMParser.shown = arguments
     arguments = ["--help" if argument == TRAINER_HELP else argument for argument in arguments]
     LVLMParser.command_line, LVLMParser.folder = arguments, Path.cwd()
+    looks = any(name.startswith("LVLM_") for name in os.environ)  # to look for each option takes its time
     LVLMCLI(
         LVLMModule,
         CalibrationDataModule,
@@ -395,11 +392,6 @@ def _run(arguments: Sequence[str]) -> None:
         seed_everything_default=False,
         auto_configure_optimizers=False,
         parser_class=LVLMParser,
-        parser_kwargs={
-            "prog": "lvlm-prune",
-            "default_env": any(name.startswith("LVLM_") for name in os.environ),  # to look for each takes its time
-            "env_prefix": "LVLM",
-            "description": _DESCRIPTION,
-        },
+        parser_kwargs={"prog": "lvlm-prune", "default_env": looks, "env_prefix": "LVLM", "description": _DESCRIPTION},
         args=list(arguments),
     )
