@@ -25,9 +25,13 @@ from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.scores import Scores, retention
 from lvlm_prune.methods.solvers import ALPSSolver, Solver
+from lvlm_prune.output.markdown import markdown_table
 
 SEEDS = (10, 11)
 """Calibration seeds; those of the tables begin at 0."""
+
+BASE = ["--method=best", "--pruning.allocation.width=0.15"]
+"""What each choice changes one option of: `best` as it was when they were made, its width named."""
 
 FIXED = ["--model.dtype=float32", "--evaluate=false", "--report=false", "--trainer.enable_progress_bar=false"]
 
@@ -74,7 +78,7 @@ def run_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
                     output = Path(temporary) / "pruned"
                     own = [f"--data.seed={seed}", f"--output={output}"]
                     begin = time.process_time()
-                    run("prune", "--method=best", where, *CHOICES[choice], *FIXED, *own)
+                    run("prune", *BASE, where, *CHOICES[choice], *FIXED, *own)
                     seconds = time.process_time() - begin
                     scores = engine.score(output)
                 results["runs"][name] = {"cpu_seconds": seconds, "scores": scores.to_dict()}
@@ -93,15 +97,15 @@ def table(results: dict[str, Any]) -> str:
         cells.setdefault((choice, target), []).append(100 * kept.average)
     targets = sorted({target for _, target in cells}, key=lambda target: (":" in target, target))
     heads = ["choice", *(target if ":" in target else f"{100 * float(target):g}%" for target in targets)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for choice in dict.fromkeys(choice for choice, _ in cells):
         row = [choice]
         for target in targets:
             values = cells.get((choice, target), [])
             each = ", ".join(f"{value:.1f}" for value in values)
             row.append(f"{statistics.mean(values):.1f} ({each})" if values else "")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(row)
+    return markdown_table(heads, rows)
 
 
 def main() -> None:

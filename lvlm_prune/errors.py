@@ -23,6 +23,16 @@ class LVLMPruneError(Exception):
     """True once the processes of a run agreed that this one, of those that failed, shows its error."""
 
 
+def whole(value: Any) -> Any:
+    """A whole number without a decimal point; other values as they are.
+
+    Example:
+        >>> whole(2.0), whole(0.5), whole("2.0")
+        (2, 0.5, '2.0')
+    """
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
+
+
 class InputError(LVLMPruneError):
     """A bad option or a bad file behind an option.
 
@@ -40,8 +50,7 @@ class InputError(LVLMPruneError):
     """
 
     def __init__(self, option: str, value: Any, problem: str) -> None:
-        is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
-        shown = shortened(int(value) if is_whole else value, LONGEST_VALUE)
+        shown = shortened(whole(value), LONGEST_VALUE)
         super().__init__(f"--{option} {shown}: {problem}" if option else f"{shown}: {problem}")
         self.option = option
         self.value = value

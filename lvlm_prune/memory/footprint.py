@@ -84,10 +84,11 @@ class Footprint:
         self._experts_per_token = max(_largest(config, name, 1) for name in _EXPERTS_PER_TOKEN)
         self._rotary_axes = 3 if "mrope_section" in rotary else 1
         self._eager = getattr(config, "_attn_implementation", "") == "eager"
-        self.non_block_bytes, self.block_bytes, self._tower_width = _weight_sizes(module, runner)
         head = module.model.get_output_embeddings()
         self._vocabulary = 0 if head is None else int(head.weight.shape[0])
         self.head_bytes = 0 if head is None else sum(one.numel() * one.element_size() for one in head.parameters())
+        sizes_of_weights = _weight_sizes(module, runner, self.head_bytes)
+        self.non_block_bytes, self.block_bytes, self._tower_width = sizes_of_weights
         if module.folder is None:  # the weights are in memory already, part of the baseline
             self.non_block_bytes, self.head_bytes, self.block_bytes = 0, 0, [0] * len(self.block_bytes)
         sizes = (_BlockSize.of(runner.block(index), self.width) for index in range(len(runner)))
@@ -315,7 +316,7 @@ def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, in
     return tuple((matrix.out_features, matrix.in_features) for matrix in matrices)
 
 
-def _weight_sizes(module: LVLMModule, runner: BlockRunner) -> tuple[int, list[int], int]:
+def _weight_sizes(module: LVLMModule, runner: BlockRunner, head_bytes: int) -> tuple[int, list[int], int]:
     """Bytes of the frame, of each of the runner's blocks, and the widest Linear of a tower."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in module.model.state_dict().items()}
     paths = tuple(f"{module.runner.name(index)}." for index in range(len(module.runner)))
@@ -323,7 +324,6 @@ def _weight_sizes(module: LVLMModule, runner: BlockRunner) -> tuple[int, list[in
     names = [f"{runner.name(index)}." for index in range(len(runner))]
     blocks = [sum(size for name, size in sizes.items() if name.startswith(path)) for path in names]
     output = module.model.get_output_embeddings()
-    unused = sum(parameter.numel() * parameter.element_size() for parameter in output.parameters()) if output else 0
     tied = output is not None and output.weight is module.model.get_input_embeddings().weight
     # By the weight: families write widths that they compute as tensors.
     widths: list[int] = [
@@ -331,7 +331,7 @@ def _weight_sizes(module: LVLMModule, runner: BlockRunner) -> tuple[int, list[in
         for name, linear in module.model.named_modules()
         if isinstance(linear, nn.Linear) and linear is not output and not name.startswith(paths)
     ]
-    return sum(sizes.values()) - decoder - (0 if tied else unused), blocks, max(widths, default=0)
+    return sum(sizes.values()) - decoder - (0 if tied else head_bytes), blocks, max(widths, default=0)
 
 
 def _largest(config: Any, name: str, default: int) -> int:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from lvlm_prune.errors import whole
+
 
 def readable_percent(share: float) -> str:
     """A share of weights in percent, of which two decimals count.
@@ -24,7 +26,7 @@ def plain_number(value: Any) -> Any:
         return {name: plain_number(item) for name, item in value.items()}
     if isinstance(value, list):
         return [plain_number(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
+    return whole(value)
 
 
 def readable_size(count: float) -> str:
