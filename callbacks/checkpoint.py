@@ -9,6 +9,7 @@ from the input checkpoint.
 """
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lvlm_prune import __version__
 from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.callbacks.pruning import BlockwisePruning
@@ -219,8 +221,22 @@ class SparseCheckpointWriter(PruneCallback):
 
     def _verify_again(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> None:
         """Nothing is to be done, but exit status 0 is to say that the folder holds what was promised."""
-        refuse_changed(folder, trainer.run.record.get("files", {}))
-        refuse_other_findings(trainer.run.record["linears"], self._verify(trainer, pl_module, folder))
+        record = trainer.run.record
+        if not record.get("files") and record.get("versions", {}).get("lvlm_prune") == __version__:
+            raise InputError("output", folder, f"its {PRUNING_RECORD} does not say which files were written")
+        refuse_changed(folder, record.get("files", {}))
+        found = self._verify(trainer, pl_module, folder)
+        refuse_other_findings(record["linears"], found)
+        # What is said next stands in the record, and is to be what was found.
+        pruning, now = trainer.run.find(BlockwisePruning), deepcopy(record)
+        assert pruning is not None
+        _note_findings(now, found)
+        _note_achieved(now)
+        now["pattern"] = str(pruning.pattern)
+        if "parts" not in now["sparsity"]:
+            now["sparsity"]["target"] = pruning.mean_target()
+        if now != record:
+            raise InputError("output", folder, f"its {PRUNING_RECORD} says something else than what is found there")
         _remove_parts(folder)
 
     @staticmethod
@@ -250,16 +266,9 @@ class SparseCheckpointWriter(PruneCallback):
     def _finish(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         pruning = trainer.run.find(BlockwisePruning)
         assert pruning is not None
-        linears = trainer.run.record["linears"]
         refuse_changed(folder, _needed(trainer.run.record))
         found = self._verify(trainer, pl_module, folder)
-        digests = found.pop("digests")
-        for name, zeros in found.pop("zeros").items():
-            rows, columns = linears[name]["shape"]
-            linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
-            if name in digests:
-                linears[name]["digest"] = digests[name]
-        trainer.run.record["verified"] = found
+        _note_findings(trainer.run.record, found)
         self._summarise(trainer, pl_module)
         trainer.run.record["pattern"] = str(pruning.pattern)
         trainer.run.record["updates_weights"] = pruning.chosen_solver.updates_weights
@@ -278,19 +287,12 @@ class SparseCheckpointWriter(PruneCallback):
         assert pruning is not None
         trainer.run.record["memory"]["measured"] = trainer.run.memory.measured()
         trainer.run.record["method"] = describe(pruning)
-        found: dict[str, Any] = {
-            "target": pruning.mean_target(),
-            "achieved": trainer.run.record.achieved_sparsity(),
-        }
-        if "vision" in pl_module.targets:
-            found["parts"] = {
-                target: {
-                    "target": pruning.sparsity_of(target),
-                    "achieved": trainer.run.record.achieved_sparsity(trainer.run.record.blocks_of(target)),
-                }
-                for target in dict.fromkeys(part.target for part in pl_module.parts)
-            }
+        parts = dict.fromkeys(part.target for part in pl_module.parts if "vision" in pl_module.targets)
+        found: dict[str, Any] = {"target": pruning.mean_target(), "achieved": 0.0}
+        if parts:
+            found["parts"] = {target: {"target": pruning.sparsity_of(target)} for target in parts}
         trainer.run.record["sparsity"] = found
+        _note_achieved(trainer.run.record)
 
     @staticmethod
     def _join_statistics(trainer: "RunTrainer", folder: Path) -> None:
@@ -304,6 +306,25 @@ class SparseCheckpointWriter(PruneCallback):
             content = save(joined)
             replace_durably(folder / STATISTICS_NAME, content)
             trainer.run.record["files"][STATISTICS_NAME] = record_of_content(content)
+
+
+def _note_findings(manifest: Manifest, found: dict[str, Any]) -> None:
+    """Put what verification found into the record."""
+    linears, digests = manifest.linears, found["digests"]
+    for name, zeros in found["zeros"].items():
+        rows, columns = linears[name]["shape"]
+        linears[name] |= {"zeros": zeros, "achieved": zeros / (rows * columns)}
+        if name in digests:
+            linears[name]["digest"] = digests[name]
+    manifest["verified"] = {name: found[name] for name in found if name not in ("zeros", "digests")}
+
+
+def _note_achieved(manifest: Manifest) -> None:
+    """Put the share of zeros of all Linears into the record, and of each part where the vision tower is one."""
+    found = manifest["sparsity"]
+    found["achieved"] = manifest.achieved_sparsity()
+    for target, part in found.get("parts", {}).items():
+        part["achieved"] = manifest.achieved_sparsity(manifest.blocks_of(target))
 
 
 def _verified_line(manifest: Manifest) -> str:

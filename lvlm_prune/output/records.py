@@ -154,12 +154,19 @@ class PluginRecord(TypedDict, total=False):
     init_args: dict[str, Any]
 
 
+class PartSparsity(TypedDict):
+    """The same of the decoder, or of the vision tower."""
+
+    target: float
+    achieved: Share
+
+
 class SparsityRecord(TypedDict, total=False):
     """Share of zeros over all weights that were to be pruned."""
 
     target: float
     achieved: Share
-    parts: dict[str, Any]
+    parts: dict[str, PartSparsity]
 
 
 class OriginRecord(TypedDict, total=False):

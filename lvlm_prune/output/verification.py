@@ -126,9 +126,9 @@ def refuse_other_findings(recorded: Mapping[str, Mapping[str, Any]], found: Mapp
     """
     for name, zeros in found["zeros"].items():
         known, digest = recorded.get(name), found["digests"].get(name)
-        if known is None or (digest is not None and "digest" not in known):
+        if known is None or "zeros" not in known or (digest is not None and "digest" not in known):
             raise RunError(f"verification failed: the record does not say how {name} was written")
-        if known.get("zeros", zeros) != zeros or known.get("digest", digest) != digest:
+        if known["zeros"] != zeros or known.get("digest", digest) != digest:
             raise RunError(f"verification failed: {name} is not as it was written")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lvlm_prune.errors import InputError, first_line
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.reading import conforms
+from lvlm_prune.output.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -73,7 +74,9 @@ def save_sparse_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = base or config.base_model_name_or_path
-    config.save_pretrained(str(folder))
+    with temporary_folder() as place:  # PEFT would write through what may be a link to somebody's file
+        config.save_pretrained(str(place))
+        replace_durably(folder / _CONFIG_NAME, (place / _CONFIG_NAME).read_bytes())
     named = {_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): tensor.cpu() for name, tensor in tensors.items()}
     replace_durably(folder / _WEIGHTS_NAME, save({k: v.contiguous() for k, v in named.items()}))
     marker = {

@@ -322,15 +322,20 @@ def test_what_another_run_writes_meanwhile_stays(small: Path, tmp_path: Path, ca
     assert contents(output) == {"other.json": b"{}"}
 
 
-@pytest.mark.parametrize(("name", "content"), [("pruning.json", "{"), ("pruning.json", "[]"), ("config.yaml", "a: [")])
-def test_a_record_that_somebody_changed_is_one_line(small: Path, tmp_path: Path, capsys, name, content) -> None:
-    """What is private is taken out of the folder again."""
+RECORDS = ["pruning.json {", "pruning.json []", 'pruning.json {"model": {"path": "llava"}, "seconds": 3}']
+RECORDS += ["config.yaml a: [", "config.yaml model: {path: llava, dtype: auto}"]
+
+
+@pytest.mark.parametrize("change", RECORDS)
+def test_a_record_that_somebody_changed_is_one_line(small: Path, tmp_path: Path, capsys, change) -> None:
+    """What is private was taken out of it, and is all that may differ."""
+    name, _, content = change.partition(" ")
     (small / "pruning.json").write_text('{"model": {"path": "/home/me/llava"}}')
     (small / "config.yaml").write_text("model: {path: /home/me/llava}")
     arguments = ["pack", f"--model.path={small}", f"--output={tmp_path / 'output'}"]
     assert main(arguments) == 0
     (tmp_path / "output" / name).write_text(content)
-    assert f"its {name} is not as a run writes it" in refused(capsys, *arguments, "--resume=true")
+    assert f"{name} in {tmp_path / 'output'} is not as it was written" in refused(capsys, *arguments, "--resume=true")
 
 
 def test_shards_of_two_packings_are_refused(small: Path, tmp_path: Path, capsys) -> None:

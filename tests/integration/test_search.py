@@ -122,7 +122,7 @@ def test_an_interrupted_search_goes_on_behind_the_last_try(
     if is_changed:
         tried = tmp_path / "out.search" / "search.jsonl"
         *lines, last = map(json.loads, tried.read_text().splitlines())
-        del last["digest"]  # as version 0.1 wrote it
+        del last["digest"]
         tried.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last | {"level": 1}]))
     assert main(arguments(tmp_path / "out", "--keep=0.745", "--held_back=0")) == 0
     assert fake_quality == whole[:tries] + whole[tries - is_changed :]

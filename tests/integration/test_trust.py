@@ -347,6 +347,30 @@ def test_a_record_of_other_linears_is_not_taken_for_verified(name, finished, tmp
     assert "its pruning.json does not name the Linears that are pruned" in line
 
 
+SAID: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "sparsity": lambda record: record["sparsity"].update(achieved=0.9),
+    "target": lambda record: record["sparsity"].update(target=0.9),
+    "pattern": lambda record: record.update(pattern="2:4"),
+    "untouched tensors": lambda record: record["verified"].update(untouched_tensors=3),
+    "sparsity of a Linear": lambda record: next(iter(record["linears"].values())).update(achieved=0.9),
+    "no zeros of a Linear": lambda record: next(iter(record["linears"].values())).pop("zeros"),
+    "no files": lambda record: record.pop("files"),
+}
+
+
+@pytest.mark.parametrize("change", SAID.values(), ids=SAID.keys())
+def test_a_complete_folder_is_not_said_to_hold_what_only_its_record_says(change, finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    record = json.loads((folder / "pruning.json").read_text())
+    change(record)
+    (folder / "pruning.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert resumed_as(finished, folder) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "record" in line or "its pruning.json " in line
+
+
 def test_scores_of_another_shape_are_no_traceback(finished, tmp_path, capsys):
     """An `evaluation.json` that is not as `evaluate` writes it says nothing about the checkpoint."""
     folder = tmp_path / "out"

@@ -140,11 +140,16 @@ def test_checkpoints_that_a_sweep_keeps_are_held_against_what_was_written(name, 
     assert name in one_line(capsys)
 
 
-def test_a_line_of_a_sweep_that_was_changed_is_measured_again(swept, tmp_path, no_pages, blank_figures):
+@pytest.mark.parametrize("digest", ["of another line", "none"])
+def test_a_line_of_a_sweep_that_was_changed_is_measured_again(digest, swept, tmp_path, no_pages, blank_figures):
+    """Every version whose lines this one goes on with wrote a digest."""
     folder = tmp_path / "out"
     shutil.copytree(swept, folder)
     dense, first, second = (folder / "sweep.jsonl").read_text().splitlines()
-    better = json.dumps(json.loads(first) | {"retention": 2.0})
+    changed = json.loads(first) | {"retention": 2.0}
+    if digest == "none":
+        del changed["digest"]
+    better = json.dumps(changed)
     (folder / "sweep.jsonl").write_text("\n".join([dense, better, second]) + "\n")
     assert main([*SWEEP, f"--output={folder}"]) == 0
     last = json.loads((folder / "sweep.jsonl").read_text().splitlines()[-1])
@@ -187,6 +192,31 @@ def without_seconds(path: Path) -> dict[str, Any]:
         return value
 
     return cleaned(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_recovery_writes_nothing_through_links(kind, recovered, bases, labelled, tmp_path, monkeypatch, capsys):
+    """In the place of every file that is still to be written, but weights and what is copied, where it is refused."""
+    arguments, folder = [*recovery(bases, labelled), f"--output={tmp_path / 'out'}"], tmp_path / "out"
+
+    def interrupted(run: FittingRun) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FittingRun, "_write", interrupted)
+        assert main(arguments) == 130
+    others = [*(bases / "2:4-float32").rglob("*"), *folder.rglob("*")]
+    there = {path.name for path in others} | {"adapter_model.safetensors"}
+    files = [path.relative_to(recovered) for path in recovered.rglob("*") if path.is_file()]
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    linked = [name for name in files if name.name not in there]
+    assert Path("adapter/adapter_config.json") in linked
+    for name in linked:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(mine) if kind == "symbolic" else (folder / name).hardlink_to(mine)
+    assert main([*arguments, "--resume=true"]) == 0
+    assert mine.read_text() == "precious"
 
 
 SHAPES = ["flipped", "truncated", "text", "other keys", "other weights", "a list", "no loops"]

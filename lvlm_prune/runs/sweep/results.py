@@ -117,7 +117,7 @@ def _is_finished(record: Any, kind: str) -> bool:
     if kind == "sweep" and record["identity"].startswith(DENSE):
         shape = DenseRecord
     try:
-        return conforms(record, shape) and digest in (None, digest_of_json(record))  # version 0.1 wrote none
+        return conforms(record, shape) and digest == digest_of_json(record)
     except RecursionError:
         return False
 

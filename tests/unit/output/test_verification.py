@@ -169,6 +169,7 @@ def test_a_block_of_columns_with_too_few_zeros(checkpoints):
         ({"a": {"zeros": 3, "digest": "x"}}, ""),
         ({"a": {"zeros": 4, "digest": "x"}}, "a is not as it was written"),
         ({"a": {"zeros": 3, "digest": "y"}}, "a is not as it was written"),
+        ({"a": {"digest": "x"}}, "does not say how a was written"),
         ({"a": {"zeros": 3}}, "does not say how a was written"),
         ({}, "does not say how a was written"),
     ],
