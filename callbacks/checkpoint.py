@@ -35,7 +35,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PRUNING_RECORD, RUN_FILES, STATISTICS_NAME
-from lvlm_prune.output.own_files import record_of_content, refuse_changed
+from lvlm_prune.output.own_files import record_of_content, records_of, refuse_changed
 from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.records import FileRecord
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
@@ -120,6 +120,7 @@ class SparseCheckpointWriter(PruneCallback):
         write_config(folder, trainer.run.config)
         # The input may have been pruned or recovered itself: its own records would be taken for ours.
         manifest["files"] = copy_checkpoint(pl_module.folder, folder, leave_out=RUN_FILES)
+        manifest["files"] |= records_of(folder, [folder / "config.yaml"])
         manifest["status"] = "pruning"
         manifest.write(folder)
         return manifest

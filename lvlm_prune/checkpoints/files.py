@@ -26,12 +26,11 @@ _OTHER_FORMATS = (
     "*.safetensors.index.json",
     "consolidated*",
     "pytorch_model*",
-    "tf_model*",
-    "flax_model*",
-    "*.gguf",
-    "*.ckpt",
+    *("tf_model*", "flax_model*", "rust_model*", "openvino_model*"),
+    *("model*.bin", "model*.pt", "model*.pth"),
+    *("*.gguf", "*.ckpt", "*.onnx", "*.onnx_data"),
 )
-_OTHER_FOLDERS = ("original", "onnx", "checkpoint-*", "global_step*")
+_OTHER_FOLDERS = ("original", "consolidated*", "onnx", "openvino*", "checkpoint-*", "global_step*")
 
 
 def refuse_undecodable(path: Path, option: str) -> None:
@@ -124,7 +123,7 @@ def refuse_links_out(folder: Path, files: Collection[Path], option: str) -> None
             if not path.is_file():
                 raise InputError(option, folder, f"holds {relative}, which is no regular file")
             continue
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # of a circle of links, too
         if not target.is_file():
             raise InputError(option, folder, f"{relative} is a link to {os.readlink(path)}, which is no file")
         if not any(target.is_relative_to(place) for place in allowed):

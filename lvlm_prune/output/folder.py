@@ -186,7 +186,7 @@ def refuse_shared_files(folder: Path, source: CheckpointFolder, scratch: str = "
             continue
         found, problem = (folder / relative).lstat(), ""
         if stat.S_ISLNK(found.st_mode):
-            target = (folder / relative).resolve()
+            target = Path(os.path.realpath(folder / relative))  # of a circle of links, too
             written = any(file.is_relative_to(relative) for file in copied)
             if written or target.is_relative_to(source.path.resolve()) or identity(target) in inputs:
                 problem = f"{relative} is a link to {target}"
@@ -237,8 +237,9 @@ def make_folder(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.yaml`, which repeats the run."""
-    replace_durably(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+    """Write `config.yaml`, which repeats the run from its beginning, also where this one goes on."""
+    config = {name: False if name == "resume" else value for name, value in config.items()}
+    replace_durably(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
 
 
 @contextmanager

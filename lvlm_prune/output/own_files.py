@@ -12,17 +12,44 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import MODEL_CARD
+from lvlm_prune.output.private import without_private
 from lvlm_prune.output.records import FileRecord
+
+# What is private in them may be taken out later, which changes nothing that is held against anything.
+_CLEANED = ("config.yaml", "adapter_config.json")
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and digest of a file."""
+    """Size and digest of a file; of one that may be without what is private later, of what stays in it."""
+    stays = public_content(path) if path.name in _CLEANED else None
+    return _record_of_file(path) if stays is None else record_of_content(stays)
+
+
+def _record_of_file(path: Path) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def public_content(path: Path) -> bytes | None:
+    """What a record or configuration says that is not private, in one order; None where the file is none.
+
+    Args:
+        path: JSON, or else YAML.
+    """
+    load = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        found = load(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return json.dumps(without_private(found), sort_keys=True).encode()
+    except (TypeError, ValueError, RecursionError, yaml.YAMLError):
+        pass
+    return None
 
 
 def record_of_content(content: bytes) -> FileRecord:
@@ -64,7 +91,7 @@ def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:
         problem = ""
         if not path.is_file():
             problem = "is missing"
-        elif path.stat().st_size != record["bytes"] or record_of(path) != record:
+        elif record_of(path) != record and _record_of_file(path) != record:  # the whole file, of an older version
             problem = "is not the file that was written"
         if problem:
             way_out = "put it back, or write elsewhere"

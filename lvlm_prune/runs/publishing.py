@@ -33,7 +33,6 @@ from lvlm_prune.output.names import (
     PRUNING_RECORD,
     RECOVERY_RECORD,
 )
-from lvlm_prune.output.own_files import records_of
 from lvlm_prune.output.private import (
     CONFIG_HEAD,
     RECORDS,
@@ -201,18 +200,14 @@ def _object(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
 
 def leave_out_private(folder: Path) -> None:
     """Take what is private out of a finished folder: paths, ids and the picture of a sample; a second time nothing."""
-    written = {}
     if (folder / _ADAPTER_CONFIG).is_file():
         adapter = _read(folder / _ADAPTER_CONFIG)
         base = adapter.get("base_model_name_or_path") or ""
         adapter["base_model_name_or_path"] = hub_name(base) or Path(base).name or None
         replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
-        written = records_of(folder, [folder / _ADAPTER_CONFIG])
     for name in RECORDS:
         if (folder / name).is_file():
             record = without_private(_read(folder / name))
-            if "files" in record:
-                record["files"] |= {file: found for file, found in written.items() if file in record["files"]}
             replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
     if (folder / "config.yaml").is_file():
         config = without_private(_object(folder / "config.yaml", lambda text: yaml.safe_load(text) or {}))

@@ -40,7 +40,7 @@ def recovery(bases: Path, labelled: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-@pytest.mark.parametrize("name", ["shard", "config.json", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["shard", "config.json", "config.yaml", "adapter/adapter_model.safetensors"])
 def test_a_recovered_folder_is_verified_again(name, damage, recovered, bases, labelled, tmp_path, capsys):
     folder = tmp_path / "out"
     shutil.copytree(recovered, folder)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from filecmp import cmp
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.errors import RunError
 from lvlm_prune.output.names import EVALUATION_FILES, FIGURE_FOLDER, MODEL_CARD, PACKING_RECORD, PAGE_NAME
-from lvlm_prune.output.private import RECORDS, without_private
+from lvlm_prune.output.own_files import public_content
+from lvlm_prune.output.private import RECORDS
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD
 
 # Without what is private, other bytes.
@@ -43,18 +40,7 @@ def verify_beside(source: CheckpointFolder, folder: Path, made: Mapping[str, byt
             same = written.read_bytes() == made[str(file)]
         else:
             same = file.name == MODEL_CARD or cmp(source.path / file, written, shallow=False)
-            same = same or (file.name in _CLEANED and _public(source.path / file) == _public(written) is not None)
+            stays = public_content(source.path / file) if file.name in _CLEANED else None
+            same = same or (stays is not None and stays == public_content(written))
         if not same:
             raise RunError(f"verification failed: {file} in {folder} is not as it was written")
-
-
-def _public(path: Path) -> dict[str, Any] | None:
-    """What a record or configuration says that is not private; None where it is none."""
-    load = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        found = load(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, yaml.YAMLError):
-        return None
-    if not isinstance(found, dict):
-        return None
-    return {name: value for name, value in without_private(found).items() if name != "files"}  # digests of such files

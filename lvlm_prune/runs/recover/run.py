@@ -37,7 +37,7 @@ from lvlm_prune.output.folder import (
 from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import RECOVERY_RECORD, RUN_FILES
-from lvlm_prune.output.own_files import refuse_changed
+from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.summaries import next_commands, summary
 from lvlm_prune.output.units import readable_percent
@@ -291,6 +291,7 @@ class RecoveryRun(ABC):
         base = self.model.folder
         assert base is not None
         self.record["files"] = copy_checkpoint(base, self.folder, leave_out=_RECORDS)
+        self.record["files"] |= records_of(self.folder, [self.folder / "config.yaml"])
         return base.at(self.folder)
 
     def _verify_again(self, earlier: Manifest) -> None:
