@@ -69,6 +69,17 @@ class Document:
     id: str = ""
 
 
+def task_name(value: Any) -> str:
+    """What a record says its task is, which is a word or a number; empty where it says nothing.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value is None or isinstance(value, (str, int, float)):
+        return str(value or "")
+    raise ValueError(f"`task` is {type(value).__name__}, not a name")
+
+
 def load_image(image: Image.Image | Path) -> Image.Image:
     """The image, upright and in RGB, as transformers' own loader would give it; 16 bits per pixel become 8.
 

@@ -10,12 +10,14 @@ from typing import Any
 from PIL import Image
 
 from lvlm_prune.data.conversation import (
+    MEDIA,
     Conversation,
     Document,
     Message,
     messages_from_turns,
     open_image_bytes,
     place_media,
+    task_name,
 )
 from lvlm_prune.data.references import kind_of_key, opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, verify_files
@@ -99,7 +101,8 @@ class HFDatasetSource(CalibrationSource):
         understood = bool({"image", "images"} & set(features))
         for name, feature in features.items():
             number = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "").startswith(_NUMBERS)
-            kind = "image" if isinstance(feature, datasets.Image) else kind_of_key(name)
+            decoded = getattr(feature, "_type", "").lower()  # class of a column's decoder
+            kind = decoded if decoded in MEDIA else kind_of_key(name)
             if kind is None or number or name in _ROLES or (kind == "image" and understood):
                 continue
             way_out = f"{{image: {name}, ...}}" if kind == "image" else "the columns to take; this source takes images"
@@ -184,7 +187,7 @@ class HFDatasetSource(CalibrationSource):
                 messages = messages_from_turns([{"role": "user", "content": values["text"]}])
             else:
                 messages = _question_and_answer(values, row.get("choices"))
-            task = str(values.get("task") or "")
+            task = task_name(values.get("task"))
             return Conversation(place_media(messages, len(images)), images, id=name, task=task)
         except ValueError as error:
             raise RunError(str(error)) from None

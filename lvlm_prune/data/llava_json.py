@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media
+from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media, task_name
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.data.references import opened, references_of_record, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, verify_files
@@ -64,9 +64,9 @@ class LlavaJsonSource(CalibrationSource):
             messages = messages_from_turns(turns, media)
             for kind in media:
                 messages = place_media(messages, len(files[kind]), kind)
+            task = task_name(record.get("task"))
         except ValueError as error:
             raise RunError(str(error)) from None
-        task = str(record.get("task") or "")
         return Conversation(messages, [*files["image"]], name, files["video"], files["audio"], task)
 
     def _files(self, record: dict[str, Any], turns: list[Any], name: str) -> dict[str, list[Any]]:

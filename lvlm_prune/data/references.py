@@ -24,10 +24,14 @@ from lvlm_prune.data.conversation import MEDIA, kind_of_part, open_image_bytes
 from lvlm_prune.errors import LONGEST_FILE_NAME, RunError, shortened
 
 _LOOKS_LIKE_MEDIA = re.compile(
-    r"(([a-z]+_)?(image|img|picture|photo|video|audio)s?|(media|clip|frame|sound|speech)s?|visuals)"
-    r"(_?\d+)?(_?(path|file|filename|name|url|uri|list|byte|b64|base64|data)s?)?(_?\d+)?"
+    r"(([a-z]+_){0,2}(image|img|picture|pic|photo|screenshot|video|audio)s?|(key_)?(media|clip|frame|sound|speech|visual)s?"
+    r"|jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|webm|wav|mp3|flac|ogg)"
+    r"(_?(\d+|(path|file|filename|name|url|uri|link|list|byte|b64|base64|data|binary|frame|clip|local|abs|absolute|rel"
+    r"|relative|full)s?))*"
 )
-_KINDS = {"video": "video", "clip": "video", "frame": "video", "audio": "audio", "sound": "audio", "speech": "audio"}
+_KINDS = dict.fromkeys(("video", "clip", "frame", "mp4", "avi", "mov", "webm"), "video")
+_KINDS |= dict.fromkeys(("audio", "sound", "speech", "wav", "mp3", "flac", "ogg"), "audio")
+_LONGEST_KEY = 60
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}\s*")
 
 
@@ -60,10 +64,13 @@ def kind_of_key(key: str) -> str | None:
     Example:
         >>> [kind_of_key(key) for key in ("image_0", "main_image", "img_b64", "frames", "image_id", "imagination")]
         ['image', 'image', 'image', 'video', None, None]
+        >>> [kind_of_key(key) for key in ("image_file_name", "imageFilePath", "video-frames", "jpg", "part_of_speech")]
+        ['image', 'image', 'video', 'image', None]
     """
-    if _LOOKS_LIKE_MEDIA.fullmatch(key.lower()) is None:
+    plain = key.lower().replace("-", "_")
+    if len(plain) > _LONGEST_KEY or _LOOKS_LIKE_MEDIA.fullmatch(plain) is None:
         return None
-    return next((kind for word, kind in _KINDS.items() if word in key.lower()), "image")
+    return next((kind for word, kind in _KINDS.items() if word in plain), "image")
 
 
 def _named(record: Mapping[str, Any], kind: str) -> list[Any]:

@@ -196,6 +196,13 @@ def test_an_answer_that_is_no_text_is_refused(answer, tmp_path: Path):
         HFDatasetSource(str(tmp_path / "rows.parquet"))[0]
 
 
+def test_a_column_of_sounds_is_not_left_out_in_silence_whatever_its_name(tmp_path: Path):
+    features = datasets.Features({"text": datasets.Value("string"), "recording": datasets.Audio()})
+    datasets.Dataset.from_dict({"text": ["a"], "recording": [None]}, features=features).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="the column recording holds audios and has no role"):
+        HFDatasetSource(str(tmp_path / "rows")).setup()
+
+
 def test_images_of_a_column_without_a_role_are_not_left_out_in_silence(tmp_path: Path, rows):
     rows.rename_column("q", "question").to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"columns .*the column picture holds images and has no role"):

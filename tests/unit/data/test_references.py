@@ -71,6 +71,11 @@ REFUSED = {
     "encoded": ({"image_base64": "iVBORw0KGgo", "conversations": ASKED}, "`image_base64` is not understood"),
     "one of a kind": ({"main_image": "a.png", "conversations": ASKED}, "`main_image` is not understood"),
     "frames": ({"frames": ["a.png"], "conversations": ASKED}, "`frames` is not understood; `video` or `videos`"),
+    "words for a name": ({"image_file_name": "a.png", "conversations": ASKED}, "`image_file_name` is not understood"),
+    "a WebDataset": ({"jpg": "a.jpg", "conversations": ASKED}, "`jpg` is not understood"),
+    "in one word": ({"videoFramePaths": ["a.png"], "conversations": ASKED}, "`videoFramePaths` is not understood"),
+    "which frames": ({"key-frames": ["a.png"], "conversations": ASKED}, "`key-frames` is not understood"),
+    "a task that is no name": ({"task": {"name": "vqa"}, "conversations": ASKED}, "`task` is dict, not a name"),
     "short for it": ({"imgs": ["a.png"], "conversations": ASKED}, "`imgs` is not understood"),
     "objects": ({"images": [{"bytes": "x"}], "conversations": ASKED}, "neither a file name nor a list"),
     "two that differ": ({"image": "a.png", "images": ["b.png"], "conversations": ASKED}, "name different images"),
@@ -97,6 +102,7 @@ def test_what_only_describes_an_image_is_no_obstacle(picture: Path):
 
 def test_what_only_counts_images_is_no_obstacle(tmp_path: Path):
     counted = {"has_image": False, "num_images": 2, "image_id": "a7", "imagination": "free", "social_media": "yes"}
+    counted |= {"part_of_speech": "noun", "image_caption": "A cat.", "image_source": "COCO", "question_about": "images"}
     assert read(tmp_path, {**counted, "conversations": ASKED}).images == []
 
 
