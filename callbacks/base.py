@@ -12,12 +12,14 @@ on_prune_start
   on_block_start(block)
     on_calibration_batch_end(block, sample)     activations of every site are at hand here, and only here
   on_block_calibrated(block)                    pruning happens here
+    on_site_calibration_batch_end(block, sample), on_site_calibrated(block, names)      or here, site after site
     on_propagation_batch_end(block)
   on_block_end(block)                           pruned outputs propagated, weights about to be released
 on_prune_end
 teardown
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback
@@ -98,6 +100,16 @@ class PruneCallback(Callback):
 
     def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """All calibration samples went through the block: prune it now."""
+
+    def on_site_calibration_batch_end(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """One sample went through the block, as it is by now, as far as the site at hand; only `site_inputs` holds."""
+
+    def on_site_calibrated(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, names: Sequence[str]
+    ) -> None:
+        """All samples did: prune these Linears of the block now, see `Block.open_sites`."""
 
     def on_propagation_batch_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """One calibration batch went through the pruned block and is the input of the next one now."""

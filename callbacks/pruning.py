@@ -5,12 +5,11 @@ on_calibration_batch_end  the pool selects tokens; they are added, candidates ar
 on_block_calibrated       the pool says how many candidates count; score, mask, new weights
 """
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from lvlm_prune.blocks import Target
 from lvlm_prune.callbacks.base import PruneCallback
@@ -26,12 +25,14 @@ from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.output.summaries import readable_count
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
-from lvlm_prune.pruning.block import BlockPruner, solver_of
+from lvlm_prune.pruning.block import BlockPruner, refuse_broken, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
+from lvlm_prune.pruning.lines import rare_experts_line, skipped_line
 from lvlm_prune.pruning.naming import folder_label, method_name
 from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
-from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_towers, refuse_widths
+from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_samples, refuse_towers, refuse_widths
+from lvlm_prune.pruning.site_calibration import SiteCalibration, sites_in_order
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -67,6 +68,8 @@ class BlockwisePruning(PruneCallback):
         rare_experts: `magnitude` prunes such an expert by the size of its weights, `keep` leaves it dense.
         calibrate_on: `pruned`: each block is calibrated on what the pruned blocks before it give; `dense`: on what the
             dense model gives, which takes one forward of each sample and block instead of two.
+        sequential: Input sites of a block one after the other: each is calibrated on what the pruned Linears before it
+            in its block give, too. Each block runs a few times more, mostly in part. Default: what the solver asks for.
         record: Also write `statistics.safetensors`: channel norms, saliencies and selected tokens.
         name: Name of the method in what is printed; default: named after the composition.
 
@@ -94,6 +97,7 @@ class BlockwisePruning(PruneCallback):
         vision_sparsity: float | None = None,
         solver: Solver | None = None,
         calibrate_on: Literal["pruned", "dense"] = "pruned",
+        sequential: bool | None = None,
     ) -> None:
         pool, scorer, allocation = own_instance(pool), own_instance(scorer), own_instance(allocation)
         self.solver = None if solver is None else own_instance(solver)
@@ -127,12 +131,25 @@ class BlockwisePruning(PruneCallback):
         if calibrate_on not in ("pruned", "dense"):
             raise InputError("pruning.calibrate_on", calibrate_on, "must be pruned or dense")
         self.calibrate_on = calibrate_on
-        self.name = name or method_name(pool, scorer, allocation, self.solver)
+        self.sequential = self.chosen_solver.wants_sequential if sequential is None else sequential
+        self._refuse_contradictions()
+        self.name = name or method_name(pool, scorer, allocation, self.solver, bool(sequential))
         self.targets: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self._in_towers: Set[str] = frozenset()
         self.prunes_experts = False
         """Whether any matrix of a routed expert is among what is pruned; known after `plan`."""
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse samples that would go another way than what is asked of them."""
+        statistic, from_dense = self.chosen_solver.statistic, self.calibrate_on == "dense"
+        if from_dense and statistic is not None and statistic.takes_dense:
+            problem = "makes up for what pruning did to a Linear's input; needs --pruning.calibrate_on pruned"
+            raise InputError(self._solver_path, plugin_class(self.chosen_solver).__name__, problem)
+        if self.sequential and (from_dense or statistic is None):
+            same = "needs --pruning.calibrate_on pruned: what the dense model gives a site does not change"
+            problem = same if from_dense else "needs a method that looks at calibration samples"
+            raise InputError("pruning.sequential", True, problem)
 
     @property
     def wants_activations(self) -> bool:  # type: ignore[override]
@@ -250,15 +267,7 @@ class BlockwisePruning(PruneCallback):
         if not self.wants_activations:
             return
         tokens = trainer.run.record["calibration"]["tokens"]
-        if self.pool.needs_text and not any(count for name, count in tokens.items() if name not in self.visual):
-            problem = "needs text tokens, and no calibration sample has any"
-            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
-        if self.pool.needs_visual and not any(tokens.get(name) for name in self.visual):
-            problem = "needs visual tokens, and no calibration sample has any"
-            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
-        if "vision" in pl_module.targets and not (tokens.get("image") or tokens.get("video")):
-            problem = "no calibration sample has an image or a video"
-            raise InputError("model.targets", "vision", problem)
+        refuse_samples(self.pool, tokens, self.visual, prunes_tower="vision" in pl_module.targets)
 
     # ---- at each block -----------------------------------------------------------------------------------------------
     def on_block_start(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
@@ -266,29 +275,16 @@ class BlockwisePruning(PruneCallback):
         matrices = block.matrices()
         full_names = {name: f"{block.name}.{name}" for name in matrices}
         self._targets = {name: full_name for name, full_name in full_names.items() if full_name in self.targets}
-        self._refuse_broken({full_name: matrices[name].weight for name, full_name in self._targets.items()})
+        refuse_broken({full_name: matrices[name].weight for name, full_name in self._targets.items()})
         self._calibration: BlockCalibration | None = None
         if self.chosen_solver.statistic is not None:
-            self._calibration = BlockCalibration(
-                block.index,
-                self._targets,
-                self.pool,
-                self.chosen_solver.statistic,
-                self.record,
-                example=None
-                if trainer.run.samples.picture is None or block.target == "vision"
-                else trainer.run.samples.picture.sample,
+            kind = SiteCalibration if self.sequential else BlockCalibration
+            picture = None if block.target == "vision" else trainer.run.samples.picture
+            example = None if picture is None else picture.sample
+            statistic = self.chosen_solver.statistic
+            self._calibration = kind(
+                block.index, self._targets, self.pool, statistic, self.record, example, self.visual
             )
-
-    @staticmethod
-    def _refuse_broken(weights: Mapping[str, Tensor]) -> None:
-        """Stop at NaN or infinity, with one look at all weights: a look at each would make a GPU wait."""
-        if not weights:
-            return
-        extremes = torch.stack([torch.stack(weight.aminmax()).double() for weight in weights.values()])
-        for full_name, is_finite in zip(weights, torch.isfinite(extremes).all(dim=1).tolist()):
-            if not is_finite:
-                raise RunError(f"NaN or infinity in the weight of {full_name}")
 
     def on_calibration_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
@@ -305,23 +301,60 @@ class BlockwisePruning(PruneCallback):
         Raises:
             InputError: The pool selects nothing.
         """
-        calibration = self._calibration
-        if calibration is not None:
-            devices = {name: matrix.weight.device for name, matrix in block.matrices().items()}
-            block.record.update(calibration.finish(trainer.run.processes, devices))
-            if calibration.example is not None:
-                trainer.run.recorded[f"{EXAMPLE}.{block.index}"] = calibration.example
-            # Later blocks may be left dense one by one, which is said at the end; with the first goes the whole model.
-            if not trainer.run.record.get("linears") and calibration.selected_nothing:
-                problem = f"selects no token of any calibration sample at block {block.index}: nothing would be pruned"
-                raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
-        targets = {name: self.targets[full_name] for name, full_name in self._targets.items()}
-        pruner = BlockPruner(self.chosen_solver, self.pattern, self.min_expert_tokens, self.rare_experts)
+        calibration, processes = self._calibration, trainer.run.processes
+        self._pruner = BlockPruner(self.chosen_solver, self.pattern, self.min_expert_tokens, self.rare_experts)
+        if calibration is None:
+            self._prune(trainer, block, self._targets)
+            return
+        if isinstance(calibration, SiteCalibration):
+            found = calibration.settle(processes)
+            experts = [name for name in self._targets if name not in block.linears]
+            block.open_sites = sites_in_order(processes.gather(block.sites), self._targets, experts)
+        else:
+            found = calibration.finish(processes, _devices(block))
+        block.record.update(found)
+        if calibration.example is not None:
+            trainer.run.recorded[f"{EXAMPLE}.{block.index}"] = calibration.example
+        if not block.open_sites:
+            self._prune(trainer, block, self._targets)
+            self._record(trainer)
+
+    def on_site_calibration_batch_end(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
+    ) -> None:
+        """Add the tokens that the pool chose in the first pass."""
+        assert isinstance(self._calibration, SiteCalibration)
         with _faults_end_the_run():
-            pruner.prune(block, targets, calibration, trainer.run.processes)
-        if self.record and calibration is not None:
+            self._calibration.add_site(sample)
+
+    def on_site_calibrated(
+        self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, names: Sequence[str]
+    ) -> None:
+        """Prune the Linears of one site."""
+        calibration = self._calibration
+        assert isinstance(calibration, SiteCalibration)
+        calibration.finish_site(trainer.run.processes, _devices(block))
+        self._prune(trainer, block, names)
+        calibration.begin()
+        if not block.open_sites:
+            self._record(trainer)
+
+    def _prune(self, trainer: "RunTrainer", block: Block, names: Iterable[str]) -> None:
+        calibration = self._calibration
+        # Later blocks may be left dense one by one, which is said at the end; with the first goes the whole model.
+        first = not trainer.run.record.get("linears") and not block.masks
+        if calibration is not None and first and calibration.selected_nothing:
+            problem = f"selects no token of any calibration sample at block {block.index}: nothing would be pruned"
+            raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
+        targets = {name: self.targets[self._targets[name]] for name in names}
+        with _faults_end_the_run():
+            self._pruner.prune(block, targets, calibration, trainer.run.processes)
+
+    def _record(self, trainer: "RunTrainer") -> None:
+        """Keep what was asked for of the block's calibration, and let go of it."""
+        if self.record and self._calibration is not None:
             num_samples = trainer.run.record["calibration"]["num_samples"]
-            trainer.run.recorded.update(calibration.recorded(trainer.run.processes, num_samples))
+            trainer.run.recorded.update(self._calibration.recorded(trainer.run.processes, num_samples))
         self._calibration = None
 
     @property
@@ -341,21 +374,18 @@ class BlockwisePruning(PruneCallback):
         linears = trainer.run.record.get("linears", {})
         lines = [
             self.chosen_solver.summary({name: entry.get("solver", {}) for name, entry in linears.items()}),
-            self._rare_experts_line(linears),
-            _skipped_line(trainer.run.record.get("calibration", {})),
+            rare_experts_line(linears, self.min_expert_tokens, self.rare_experts),
+            skipped_line(trainer.run.record.get("calibration", {})),
         ]
         if lines := [line for line in lines if line]:
             trainer.run.record["warnings"] = lines
             for line in lines:
                 trainer.run.say(f"warning: {line}")
 
-    def _rare_experts_line(self, linears: Mapping[str, Mapping[str, Any]]) -> str:
-        rare = [name for name, entry in linears.items() if "routed_tokens" in entry]
-        if not rare:
-            return ""
-        done = "left dense" if self.rare_experts == "keep" else "pruned by magnitude"
-        few = f"fewer than {self.min_expert_tokens} calibration tokens"
-        return f"{len(rare)} matrices of experts that {few} were sent to were {done} (the first is {rare[0]})"
+
+def _devices(block: Block) -> dict[str, torch.device]:
+    """Where each matrix is, and its statistic is to be."""
+    return {name: matrix.weight.device for name, matrix in block.matrices().items()}
 
 
 @contextmanager
@@ -365,12 +395,3 @@ def _faults_end_the_run() -> Iterator[None]:
         yield
     except PluginFault as fault:
         raise RunError(str(fault)) from None
-
-
-def _skipped_line(calibration: Mapping[str, Any]) -> str:
-    skipped = calibration.get("skipped", [])
-    if not skipped:
-        return ""
-    count, total = len(skipped), len(skipped) + calibration["num_samples"]
-    line = f"{count} of {total} calibration samples could not be read and were left out"
-    return line if isinstance(skipped[0], str) else f"{line} (the first is {skipped[0][0]}: {skipped[0][1]})"

@@ -24,6 +24,7 @@ from lvlm_prune.callbacks.sparse_lora import SparseLoRA
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
+from lvlm_prune.loop.dense_path import DensePath
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.own_files import record_of_content
 from lvlm_prune.output.progress import Progress
@@ -84,8 +85,7 @@ class BlockwiseReconstruction(PruneCallback):
         self._train = [batch for key, batch in batches.items() if key not in held_out]
         self._validation = [batch for key, batch in batches.items() if key in held_out] or self._train
         self._all = list(batches.values())
-        # The dense model's own way of the samples, through dense blocks alone.
-        self._dense_way = {key: batch.fork() for key, batch in batches.items()} if self._follows_dense else {}
+        self._dense_path = DensePath(pl_module.runner, self._all)
         self._step = sum(entry["steps"] for entry in trainer.run.record["blocks"])
         per_block = len(self._all) + self.options.epochs * len(self._train)
         self._bar = Progress(
@@ -104,8 +104,7 @@ class BlockwiseReconstruction(PruneCallback):
         """Take the dense model's samples through a block that an earlier run finished."""
         if self._follows_dense:
             self.dense.load_block(index)
-            for batch in self._dense_way.values():
-                pl_module.runner.advance(index, batch)
+            self._dense_path.advance(index)
 
     def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Ask the dense block, fit the adapters, merge them."""
@@ -155,14 +154,18 @@ class BlockwiseReconstruction(PruneCallback):
     # ---- one block ---------------------------------------------------------------------------------------------------
     def _ask_dense(self, trainer: "RunTrainer", pl_module: "LVLMModule", index: int) -> dict[int, Tensor]:
         """What the dense block puts out for each batch; afterwards the pruned block is in memory again."""
-        runner, targets = pl_module.runner, {}
-        self.dense.load_block(index)
-        for batch in self._all:
-            if self._follows_dense:
-                targets[id(batch)] = runner.advance(index, self._dense_way[id(batch)])
-            else:
-                targets[id(batch)] = runner.run(index, batch)
+        targets: dict[int, Tensor] = {}
+
+        def keep(batch: CaughtBatch, output: Tensor) -> None:
+            targets[id(batch)] = output
             self._bar.update(1)
+
+        self.dense.load_block(index)
+        if self._follows_dense:
+            self._dense_path.advance(index, keep)
+        else:
+            for batch in self._all:
+                keep(batch, pl_module.runner.run(index, batch))
         trainer.run.weights.load_block(index)
         return targets
 

@@ -134,7 +134,9 @@ class PluginSurvey(PruneCallback):
             statistic = self.pruning.chosen_solver.statistic
             assert statistic is not None
             names = {name: f"{block.name}.{name}" for name in self._linears(block)}
-            self._calibration = BlockCalibration(block.index, names, self.pruning.pool, statistic, record=False)
+            self._calibration = BlockCalibration(
+                block.index, names, self.pruning.pool, statistic, record=False, visual=self.pruning.visual
+            )
         return self._calibration
 
     def on_survey_block_changes(
@@ -155,10 +157,10 @@ class PluginSurvey(PruneCallback):
         """Show the sample to each plugin that takes it."""
         linears = self._linears(block)
         inputs: dict[str, Tensor] = {}
-        for site, values, _ in sample.site_inputs():
-            for name in sample.sites[site]:
+        for site in sample.site_inputs():
+            for name in sample.sites[site.name]:
                 if name in linears:
-                    inputs[name] = torch.cat([inputs[name], values]) if name in inputs else values
+                    inputs[name] = torch.cat([inputs[name], site.inputs]) if name in inputs else site.inputs
         for option, plugin in self.surveyors.items():
             if sample.sample not in self._samples[option]:
                 continue

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lvlm_prune.blocks import BlockRunner, CaughtBatch, Decoder, find_decoder, prunable_linears
+from lvlm_prune.methods.paired_statistics import CrossGram
+from lvlm_prune.methods.patterns import Unstructured
+from lvlm_prune.methods.solvers import LinearProblem, Solver
 
 
 def own_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
@@ -91,7 +94,11 @@ def compute_experts_one_by_one(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def prune_by_full_forwards(
-    model: nn.Module, batches: list[dict[str, Tensor]], experts: bool = False, calibrate_on: str = "pruned"
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    experts: bool = False,
+    calibrate_on: str = "pruned",
+    sequential: bool = False,
 ) -> dict[str, Tensor]:
     """Wanda at 50%: a whole forward of the model for each block and sample.
 
@@ -100,51 +107,138 @@ def prune_by_full_forwards(
         batches: The samples.
         experts: Prune the matrices of routed experts too.
         calibrate_on: `dense`: every block is as it was again before the next one is looked at.
+        sequential: Prune the first site that is open, and run the model again; experts come last.
 
     Returns:
         Full name of each Linear that was called -> where its weight is zero afterwards; of each expert matrix likewise,
         under the name `experts.7.down_proj`.
     """
-    decoder, masks = find_decoder(model), {}
+    decoder, masks = find_decoder(model), dict[str, Tensor]()
     for path, block in zip(decoder.names, decoder.layers):
-        norms: dict[str, Tensor] = {}
         before = {name: value.clone() for name, value in block.state_dict().items()}
-
         linears = {
             name: linear
             for name, linear in prunable_linears(block).items()
             if experts or "experts" not in name.split(".")
         }
-        hooks = [linear.register_forward_pre_hook(_add_to(norms, name)) for name, linear in linears.items()]
         stacks = {
             name: parameter.data
             for name, parameter in block.named_parameters()
             if experts and parameter.ndim == 3 and ".shared" not in name and "conv" not in name
         }
-        with _ExpertProducts(stacks) as products:
-            for batch in batches:
-                model(**batch, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for name, norms_of in products.norms.items():
-            parent, _, leaf = name.rpartition(".")
-            for index, squares in norms_of.items():
-                matrix = stacks[name][index]
-                if matrix.shape[1] != len(squares) or _is_transposed(block.get_submodule(parent)):
-                    matrix = matrix.T
-                lowest = (matrix.abs().double() * squares.sqrt()).argsort(dim=1, stable=True)
-                matrix.scatter_(1, lowest[:, : matrix.shape[1] // 2], 0.0)
-                masks[f"{path}.{parent}.{index}.{leaf}"] = matrix == 0
-        for name, linear in linears.items():
-            if name not in norms:
-                continue
-            score = linear.weight.abs().double() * norms[name].sqrt()
-            lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
-            linear.weight.data.scatter_(1, lowest, 0.0)
-            masks[f"{path}.{name}"] = linear.weight == 0
+        while found := _prune_once(model, batches, path, block, linears, stacks, sequential):
+            masks |= found
+            linears = {name: linear for name, linear in linears.items() if f"{path}.{name}" not in masks}
+            leaves = {name.rpartition(".")[2] for name in found if ".experts." in name}
+            stacks = {name: stack for name, stack in stacks.items() if name.rpartition(".")[2] not in leaves}
+            if not sequential:
+                break
         if calibrate_on == "dense":
             block.load_state_dict(before)
     return masks
+
+
+def _prune_once(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    path: str,
+    block: nn.Module,
+    linears: dict[str, nn.Linear],
+    stacks: dict[str, Tensor],
+    first_only: bool,
+) -> dict[str, Tensor]:
+    """Masks of all Linears and experts of a block, or of the first site among them, from a forward of each sample."""
+    norms: dict[str, Tensor] = {}
+    fed: dict[str, Tensor] = {}
+    hooks = [linear.register_forward_pre_hook(_add_to(norms, name, fed)) for name, linear in linears.items()]
+    with _ExpertProducts(stacks) as products:
+        for batch in batches:
+            model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    called = list(norms)
+    if first_only:
+        called = [name for name in called if fed[name].data_ptr() == fed[called[0]].data_ptr()]
+        leaves = [name for name in stacks if not called and name.endswith(("up_proj", "down_proj"))]
+        leaf = max((name.rpartition(".")[2] for name in leaves), default="")  # `up` and `gate_up` before `down`
+    masks = {}
+    for name, norms_of in products.norms.items():
+        if first_only and not (leaves and name.rpartition(".")[2] == leaf):
+            continue
+        parent, _, last = name.rpartition(".")
+        for index, squares in norms_of.items():
+            matrix = stacks[name][index]
+            if matrix.shape[1] != len(squares) or _is_transposed(block.get_submodule(parent)):
+                matrix = matrix.T
+            lowest = (matrix.abs().double() * squares.sqrt()).argsort(dim=1, stable=True)
+            matrix.scatter_(1, lowest[:, : matrix.shape[1] // 2], 0.0)
+            masks[f"{path}.{parent}.{index}.{last}"] = matrix == 0
+    for name in called:
+        linear = linears[name]
+        score = linear.weight.abs().double() * norms[name].sqrt()
+        lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+        linear.weight.data.scatter_(1, lowest, 0.0)
+        masks[f"{path}.{name}"] = linear.weight == 0
+    return masks
+
+
+@torch.no_grad()
+def solve_by_full_forwards(
+    model: nn.Module, dense: nn.Module, batches: list[dict[str, Tensor]], solver: Solver, sequential: bool
+) -> dict[str, Tensor]:
+    """Half of each Linear, from whole forwards of the model and of the dense one.
+
+    Args:
+        model: The model.
+        dense: The same model, which stays as it is.
+        batches: The samples, without padding.
+        solver: Asks for `CrossGram`.
+        sequential: Solve the first site that is open, and run the model again; else all sites of a block at once.
+
+    Returns:
+        Full name -> weight of each Linear in the order in which they were solved.
+    """
+    decoder, solved = find_decoder(model), dict[str, Tensor]()
+    for index, path in enumerate(decoder.names):
+        block, twin = decoder.layers[index], find_decoder(dense).layers[index]
+        linears = {name: one for name, one in prunable_linears(block).items() if "experts" not in name.split(".")}
+        while open_linears := {name: one for name, one in linears.items() if f"{path}.{name}" not in solved}:
+            sums: dict[str, CrossGram] = {}
+            site: list[str] = []
+            for batch in batches:
+                own, other = (
+                    _inputs_of(one, module, open_linears, batch) for one, module in ((model, block), (dense, twin))
+                )
+                for name, inputs in own.items():
+                    sums.setdefault(name, CrossGram(inputs.shape[-1]))
+                    sums[name].add(inputs, torch.ones(len(inputs)), dense=other[name])
+                first = next(iter(own.values()))
+                site = site or [name for name, inputs in own.items() if inputs.data_ptr() == first.data_ptr()]
+            for name in site if sequential else list(sums):
+                weight = linears[name].weight
+                solution = solver.solve(LinearProblem(weight.data.clone(), sums[name], 0.5, Unstructured()))
+                weight.data.copy_(solution.weight)
+                solved[f"{path}.{name}"] = solution.weight
+    return solved
+
+
+def _inputs_of(
+    model: nn.Module, block: nn.Module, linears: Mapping[str, nn.Module], batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the Linears of a block are fed in a whole forward, shape (tokens, channels), in the order of their calls."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found[name] = arguments[0].flatten(0, -2)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
+    model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def zeros(model: nn.Module, name: str) -> Tensor:
@@ -166,8 +260,12 @@ def _is_transposed(experts: nn.Module) -> bool:
     return type(experts).__name__ in ("AriaExperts", "Llama4TextExperts")
 
 
-def _add_to(norms: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _add_to(norms: dict[str, Tensor], name: str, fed: dict[str, Tensor] | None = None) -> Callable[..., None]:
+    """Adds the squares of what a Linear is fed; `fed` keeps that of the last sample."""
+
     def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if fed is not None:
+            fed[name] = arguments[0]
         tokens = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
         norms[name] = norms.get(name, 0) + tokens.square().sum(0)
 

@@ -23,6 +23,7 @@ RECIPES = {
     "ecoflap": ["--pruning.allocation.samples=2"],
     "mllm_pruner": [],
     "alps": [],
+    "alps_dense_target": ["--pruning.record=true"],
     "alps_kl": ["--pruning.allocation.samples=2"],
     "best": ["--pruning.allocation.samples=2", "--pruning.pattern=3:4,2:4,1:4"],
     "fast": ["--pruning.pattern=2:4"],

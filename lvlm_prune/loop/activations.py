@@ -7,8 +7,9 @@ gate_proj up_proj ────┘ (found by tensor identity)             padding
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lvlm_prune.blocks import CaughtBatch, ExpertStack, attended, modality_of_tokens
 from lvlm_prune.blocks.attention import AttentionCall, recorded_attention, self_attention
+from lvlm_prune.blocks.capture import StopForward
 from lvlm_prune.blocks.experts import RoutedCall, RoutedInput, rows_in_call
 from lvlm_prune.errors import RunError
 from lvlm_prune.methods.modality import MODALITIES, PADDING
@@ -112,6 +114,26 @@ def fork_rows(rows: Iterable[SampleRow]) -> list[SampleRow]:
     return forked
 
 
+@dataclass(frozen=True)
+class SiteInput:
+    """What one input site was fed of one sample.
+
+    Args:
+        name: Name of the site: its first Linear.
+        inputs: The tokens, shape (n, C_in).
+        repeats: How often each decoder token occurs in them: 1 for ordinary sites (n = T), k where k streams run side
+            by side (n = k T, stream by stream), and 0 where the tokens are not the decoder's own, as in the keys and
+            values of cross-attention.
+        dense: What the dense model feeds the site, of the same shape; None where nobody asked, and for tokens that are
+            not the decoder's own.
+    """
+
+    name: str
+    inputs: Tensor
+    repeats: int
+    dense: Tensor | None = None
+
+
 @dataclass
 class ForwardRecord:
     """What a block computed in one forward of one batch: inputs of its Linears, and what else was asked for."""
@@ -120,8 +142,13 @@ class ForwardRecord:
     later_inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
     attention: list[AttentionCall] = field(default_factory=list)
     routed: list[tuple[ExpertStack, RoutedCall]] = field(default_factory=list)
+
+    def calls_of(self, site: str) -> list[Tensor]:
+        """The input of a site in each call of its first Linear."""
+        return [self.inputs[site], *self.later_inputs.get(site, ())] if site in self.inputs else []
 
     def sites(self) -> dict[str, list[str]]:
         """Name of a site (its first Linear) -> the Linears that it feeds.
@@ -147,7 +174,10 @@ class ForwardRecord:
 
 @contextmanager
 def recording(
-    linears: Mapping[str, nn.Module], needs: frozenset[str] = frozenset(), stacks: Iterable[ExpertStack] = ()
+    linears: Mapping[str, nn.Module],
+    needs: frozenset[str] = frozenset(),
+    stacks: Iterable[ExpertStack] = (),
+    stop_after: int | None = None,
 ) -> Iterator[ForwardRecord]:
     """Record what feeds the Linears while the context is open.
 
@@ -156,11 +186,19 @@ def recording(
         needs: What else is to be recorded: outputs of the Linears, queries and keys of the attention (`tokens.NEEDS`),
             what is routed to experts (`tokens.EXPERTS`).
         stacks: Stacks of routed experts.
+        stop_after: Leave the forward, and the context with it, at the last of so many calls of the Linears; None: it
+            runs to its end.
     """
     record = ForwardRecord()
 
     def hook(name: str):
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            record.calls.append(name)
+            keep(name, args)
+            if len(record.calls) == stop_after:
+                raise StopForward
+
+        def keep(name: str, args: tuple[Tensor, ...]) -> None:
             if name not in record.inputs:
                 record.inputs[name], record.versions[name] = args[0], args[0]._version
             elif "outputs" in needs:
@@ -189,7 +227,7 @@ def recording(
         handles += [stack.module.register_forward_pre_hook(stack_hook(stack), with_kwargs=True) for stack in stacks]
     if "outputs" in needs:
         handles += [module.register_forward_hook(output_hook(name)) for name, module in linears.items()]
-    with ExitStack() as stack:
+    with suppress(StopForward), ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         if needs & ATTENTION_NEEDS:
@@ -207,6 +245,7 @@ class Activations:
         hidden_in: Block input of the whole batch, shape (B, S, D).
         hidden_out: Block output of the whole batch, shape (B, S, D).
         block: Index of the block.
+        dense: What was recorded in the forward of the same batch through the dense block; None where nobody asked.
     """
 
     def __init__(
@@ -217,8 +256,9 @@ class Activations:
         hidden_in: Tensor,
         hidden_out: Tensor,
         block: int,
+        dense: ForwardRecord | None = None,
     ) -> None:
-        self.row, self.sites, self.block = row, sites, block
+        self.row, self.sites, self.block, self._dense = row, sites, block, dense
         self._record, self._hidden_in, self._hidden_out = record, hidden_in, hidden_out
         self._batch_shape = row.batch.token_shape
 
@@ -267,16 +307,16 @@ class Activations:
             sample=self.sample,
         )
 
-    def site_inputs(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Each site's input: (site, tokens of shape (n, C_in), how often each decoder token occurs in them).
-
-        The count is 1 for ordinary sites (n = T), k where k streams run side by side (n = k T, stream by stream), and
-        0 where the tokens are not the decoder's own, as in the keys and values of cross-attention. A Linear that the
-        block calls several times comes once for each call.
-        """
+    def site_inputs(self) -> Iterator[SiteInput]:
+        """What each site was fed; a Linear that the block calls several times comes once for each call."""
         for site in self.sites:
-            for inputs in (self._record.inputs[site], *self._record.later_inputs.get(site, ())):
-                yield site, *self._flatten(inputs)
+            calls = self._record.calls_of(site)
+            of_dense = [] if self._dense is None else self._dense.calls_of(site)
+            for inputs, dense in zip_longest(calls, of_dense[: len(calls)]):
+                tokens, repeats = self._flatten(inputs)
+                # Tokens that are not the decoder's own may be other ones in the dense model.
+                has_dense = dense is not None and repeats > 0 and dense.shape == inputs.shape
+                yield SiteInput(site, tokens, repeats, self._flatten(dense)[0] if has_dense else None)
 
     def routed_inputs(self) -> Iterator[RoutedInput]:
         """What each matrix of a routed expert was fed, with the decoder tokens behind it; needs `tokens.EXPERTS`."""

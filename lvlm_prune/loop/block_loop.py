@@ -3,6 +3,9 @@
     for each block:   load weights ─► forward all samples ─► hooks ─► forward again ─► hooks ─► release weights
                                       gather statistics      prune    propagate       write
 
+    site by site:     load weights ─► forward all samples ─► hooks ─┬─► forward as far as a site ─► hooks ─┬─► ...
+                                      choose tokens                 └──◄ gather for it              prune ◄─┘
+
     in one pass:      load weights ─► forward all samples ─► hooks ─► release weights       (inputs of the dense model)
 
     survey before:    load weights ─► forward all samples ─► hooks ─► release weights       (dense, nothing changes)
@@ -12,8 +15,7 @@ The loop knows nothing about pruning; callbacks do everything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +23,8 @@ from torch import Tensor, nn
 
 from lvlm_prune.blocks import (
     CaughtBatch,
-    ExpertMatrix,
-    ExpertStack,
     Part,
     Placement,
-    Target,
     Weights,
     find_expert_stacks,
     prunable_linears,
@@ -34,46 +33,11 @@ from lvlm_prune.blocks.remaining import RemainingDecoderBlocks, WaitingSample
 from lvlm_prune.checkpoints import give_back_freed
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import Activations, SampleRow, fork_rows, recording
+from lvlm_prune.loop.block import Block
+from lvlm_prune.loop.dense_path import DensePath
 from lvlm_prune.memory.measuring import Stopwatch, peak_memory
 from lvlm_prune.methods.modality import TEXT
-
-
-@dataclass
-class Block:
-    """A block while it is being worked on.
-
-    Args:
-        index: Its number among all blocks of the run; those of a vision tower come before those of the decoder.
-        place: Its number in its own decoder or tower.
-        target: `language` or `vision`: what it belongs to.
-        name: Its full module path.
-        module: The module itself; its weights are loaded.
-        linears: Name relative to the block -> every Linear that could be pruned.
-        stacks: Stacks of routed experts, whose matrices could be pruned.
-        masks: Name relative to the block -> mask of each Linear or expert matrix that was pruned (True where pruned);
-            filled by the pruning callback in `on_block_calibrated`.
-        updated: Names of pruned Linears whose remaining weights changed too.
-        record: Numbers about this block for the manifest, filled by callbacks and by the loop.
-        forwards: Forwards of the block on this process, one per calibration batch and pass; known when the block ends.
-        solve_seconds: Time in which remaining weights were updated, noted by the pruning callback.
-    """
-
-    index: int
-    place: int
-    target: Target
-    name: str
-    module: nn.Module
-    linears: dict[str, nn.Linear]
-    stacks: list[ExpertStack] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    updated: set[str] = field(default_factory=set)
-    record: dict[str, Any] = field(default_factory=dict)
-    forwards: int = 0
-    solve_seconds: float = 0.0
-
-    def matrices(self) -> dict[str, nn.Linear | ExpertMatrix]:
-        """Name relative to the block -> every Linear and every matrix of a routed expert."""
-        return {**self.linears, **{matrix.name: matrix for stack in self.stacks for matrix in stack.matrices()}}
+from lvlm_prune.methods.tokens import EXPERTS
 
 
 class BlockLoop:
@@ -91,6 +55,9 @@ class BlockLoop:
         device: Where the blocks run.
         one_pass: Samples go on with what they were gathered from: each block sees the dense model's inputs, and runs
             once for each batch instead of twice.
+        follows_dense: Activations are to hold what the dense model feeds the Linears too: copies of the samples go
+            through the dense model beside the others.
+        by_site: The input sites of a block are gathered for and pruned one after the other.
     """
 
     def __init__(
@@ -105,12 +72,16 @@ class BlockLoop:
         placement: Placement | None = None,
         device: torch.device | str = "cpu",
         one_pass: bool = False,
+        follows_dense: bool = False,
+        by_site: bool = False,
     ) -> None:
-        self.device, self.one_pass = device, one_pass
+        self.device, self.one_pass, self.follows_dense, self.by_site = device, one_pass, follows_dense, by_site
+        self._dense: DensePath | None = None
         self.part, self.runner, self.weights = part, part.runner, weights
         self.raise_hook, self.gathers, self.needs, self.agree = raise_hook, gathers, needs, agree
         self.placement = placement or Placement()
         self.rows = rows
+        self._calls: dict[int, list[str]] = {}
         self.rows_of_batch: dict[int, list[SampleRow]] = {}
         self.batches: list[CaughtBatch] = []
         for row in rows:
@@ -131,12 +102,17 @@ class BlockLoop:
             done: Places of blocks that an earlier run finished; samples only pass through them, and no hook is raised.
             load_done: Loads the weights of the block in such a place: the finished ones, or in one pass the dense ones.
         """
+        if self.follows_dense:
+            self._dense = DensePath(self.runner, self.batches, self.placement)
         last_open = max((place for place in range(len(self.runner)) if place not in set(done)), default=-1)
         for place in range(last_open + 1):
             if place in done:
                 assert load_done is not None
                 load_done(place)
                 self._together(self._propagate, self._block(place), hooks=False)
+                if self._dense is not None:
+                    self.weights.load_block(place)
+                    self._together(self._dense.advance, place)
             else:
                 following = place + 1 if place < last_open and place + 1 not in done else None
                 self._work(place, is_last=place == last_open, following=following)
@@ -190,6 +166,7 @@ class BlockLoop:
         clock = Stopwatch(self.device)
         self.weights.load_block(place)
         block = self._block(place)
+        block.keeps_dense = self.by_site and self._dense is not None
         seconds["read"] = clock.lap()
         self.raise_hook("on_block_start", block=block)
         gathers = self.gathers()
@@ -199,7 +176,21 @@ class BlockLoop:
         seconds["gather"] = clock.lap()
         self.raise_hook("on_block_calibrated", block=block)
         give_back_freed()
-        seconds["score"], seconds["solve"] = clock.lap() - block.solve_seconds, block.solve_seconds
+        seconds["score"] = clock.lap()
+        while block.open_sites:
+            names = block.open_sites.pop(0)
+            self._together(self._gather_site, block, names)
+            give_back_freed()
+            seconds["gather"] += clock.lap()
+            self.raise_hook("on_site_calibrated", block=block, names=names)
+            give_back_freed()
+            seconds["score"] += clock.lap()
+        if self._dense is not None and self.by_site and not is_last:
+            with block.dense_weights():
+                self._together(self._dense.advance, place)
+            block.dense.clear()
+            seconds["gather"] += clock.lap()
+        seconds["score"], seconds["solve"] = seconds["score"] - block.solve_seconds, block.solve_seconds
         # Not earlier: what scoring takes beside the block is gone by now.
         if following is not None:
             self.weights.prefetch_block(following)
@@ -225,8 +216,10 @@ class BlockLoop:
         totals = []
         called = [batch for batch in self.batches if self.runner.calls(block.place, batch)]
         forward = self.runner.advance if moves_on else self.runner.run
-        for batch, here in self.placement.stream(called, block.place):
-            hidden_out = self._observe(block, batch, here, forward, hook)
+        # Site by site, what the dense model feeds a site is looked at when it is the site's turn.
+        follows = self._dense is not None and not self.by_site and hook == "on_calibration_batch_end"
+        for batch, here, copy in self._beside(called, block.place, follows):
+            hidden_out = self._observe(block, batch, here, copy, forward, hook)
             totals.append((batch, hidden_out.float().sum()))
 
         def origin(batch: CaughtBatch) -> str:
@@ -234,23 +227,66 @@ class BlockLoop:
 
         self._refuse_faults(totals, f"in the output of block {block.name}", origin)
 
+    def _beside(
+        self, batches: Sequence[CaughtBatch], place: int, follows_dense: bool
+    ) -> Iterator[tuple[CaughtBatch, CaughtBatch, CaughtBatch | None]]:
+        """Each batch in turn: (as it waits, on the device, and the dense model's on the device if that is wanted)."""
+        if follows_dense and self._dense is not None:
+            yield from self._dense.beside(batches, place)
+            return
+        for batch, here in self.placement.stream(batches, place):
+            yield batch, here, None
+
     def _observe(
         self,
         block: Block,
         batch: CaughtBatch,
         here: CaughtBatch,
+        copy: CaughtBatch | None,
         forward: Callable[[int, CaughtBatch], Tensor],
         hook: str,
     ) -> Tensor:
-        """One forward of one batch, `here` on the device; raises `hook` for each sample with what was computed."""
-        hidden_in = here.hidden
+        """One forward of one batch, `here` on the device; raises `hook` for each sample with what was computed.
+
+        `copy` is the same batch on its way through the dense model; it moves on.
+        """
+        hidden_in, of_dense = here.hidden, None
+        if copy is not None:
+            with recording(block.linears) as of_dense:
+                self.runner.advance(block.place, copy)
         with recording(block.linears, self.needs(), block.stacks) as record:
             hidden_out = forward(block.place, here)
         sites = record.sites()
-        for row in self.rows_of_batch[id(batch)]:
-            sample = Activations(row, record, sites, hidden_in, hidden_out, block.place)
+        rows = self.rows_of_batch[id(batch)]
+        if self.by_site:
+            self._calls[id(batch)] = record.calls
+            order = tuple(map(tuple, sites.values()))
+            if order not in block.sites.values():
+                block.sites[rows[0].sample] = order
+        for row in rows:
+            sample = Activations(row, record, sites, hidden_in, hidden_out, block.place, of_dense)
             self.raise_hook(hook, block=block, sample=sample)
         return hidden_out
+
+    def _gather_site(self, block: Block, names: Sequence[str]) -> None:
+        """Run all batches through the block as far as some of its Linears, as it is by now."""
+        linears = {name: block.linears[name] for name in names if name in block.linears}
+        routed = len(linears) < len(names)
+        needs, stacks = (frozenset({EXPERTS}), block.stacks) if routed else (frozenset(), [])
+        # A batch that calls none of them has nothing to add.
+        calls = {id(batch): sum(name in linears for name in self._calls.get(id(batch), ())) for batch in self.batches}
+        called = [batch for batch in self.batches if calls[id(batch)] or (routed and id(batch) in self._calls)]
+        for batch, here, copy in self._beside(called, block.place, not routed):
+            stop_after, of_dense = None if routed else calls[id(batch)], None
+            if copy is not None:
+                with block.dense_weights(), recording(linears, stop_after=stop_after) as of_dense:
+                    self.runner.run(block.place, copy)
+            with recording(linears, needs, stacks, stop_after) as record:
+                self.runner.run(block.place, here)
+            sites = record.sites()
+            for row in self.rows_of_batch[id(batch)]:
+                sample = Activations(row, record, sites, here.hidden, here.hidden, block.place, of_dense)
+                self.raise_hook("on_site_calibration_batch_end", block=block, sample=sample)
 
     def _propagate(self, block: Block, hooks: bool = True) -> None:
         totals = []

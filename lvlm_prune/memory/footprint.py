@@ -117,18 +117,21 @@ class Footprint:
             "catching": max(map(self._catching, self.batches), default=0) + self.non_block_bytes * bool(self.batches)
         }
         for size, block in zip(self.block_bytes, self._blocks):
-            statistics = 0 if pool is None else block.statistics(solver, pool)
+            statistics = 0 if pool is None else block.statistics(solver, pool, self.method.by_site)
+            forward = max((self._forward(block, one) for one in self.batches), default=0)
+            # Dense weights of what is pruned already, where the dense block is to run once more.
+            kept = size if self.method.by_site and self.method.follows_dense else 0
             matrices = (*block.shapes, *block.experts)
             masks = sum(map(prod, matrices))
             working = (solver.working_bytes(shape, self.itemsize, self.on_gpu) for shape in matrices)
             scoring = max(working, default=0) + _EFFECTS
             phases = {
-                "scoring": size + statistics + masks + scoring,
-                "passing on": 2 * size + masks + max((self._forward(block, one) for one in self.batches), default=0),
+                "scoring": size + kept + statistics + masks + scoring,
+                "passing on": 2 * size + kept + masks + forward,
             }
             if pool is not None:
                 gathering = max((self._gathering(block, batch, self.method.needs) for batch in self.batches), default=0)
-                phases["gathering"] = size + statistics + self._candidates(block, pool) + gathering
+                phases["gathering"] = size + kept + statistics + self._candidates(block, pool) + gathering
             if self.method.surveys:
                 phases["survey"] = 2 * size + self._survey(block)
             found = larger_phases(found, phases)
@@ -149,7 +152,8 @@ class Footprint:
 
     def _gathering(self, block: _BlockSize, batch: BatchSize, needs: frozenset[str]) -> int:
         """A forward whose inputs of Linears are recorded, and what is made of one sample's afterwards."""
-        recorded = sum(channels for channels, _ in block.sites) + 2 * self.width
+        inputs = sum(channels for channels, _ in block.sites)
+        recorded = inputs + 2 * self.width + (inputs if self.method.follows_dense else 0)
         if "outputs" in needs:
             recorded += sum(rows for rows, _ in block.shapes)
         if needs & ATTENTION_NEEDS:
@@ -229,12 +233,12 @@ class Footprint:
         return batch.positions * self.width * self.itemsize
 
     def waiting_bytes(self) -> int:
-        """Bytes of the samples as they wait, twice where the dense model is surveyed meanwhile."""
+        """Bytes of the samples as they wait, twice where they go through the dense model too."""
         return sum(self._waiting())
 
     def _waiting(self) -> list[int]:
-        """Bytes of each batch as it waits, and of its hidden states in a survey."""
-        again = map(self._hidden, self.batches) if self.method.surveys else ()
+        """Bytes of each batch as it waits, and of its hidden states in a survey, or in the dense model."""
+        again = map(self._hidden, self.batches) if self.method.surveys or self.method.follows_dense else ()
         return [*map(self._held, self.batches), *again]
 
     def place(self, wanted: Wanted, on_device: int, in_host: int) -> Place:
@@ -304,12 +308,19 @@ class _BlockSize:
         experts = [matrix for stack in find_expert_stacks(block) for matrix in stack.matrices()]
         return cls(tuple(linears), _shapes(linears.values()), tuple(sites), _shapes(experts))
 
-    def statistics(self, solver: Solver, pool: Pool) -> int:
+    def statistics(self, solver: Solver, pool: Pool, by_site: bool = False) -> int:
+        """Bytes of the statistics that are held together: those of all sites, or of the largest one."""
         if solver.statistic is None:
             return 0
-        sites = [(channels, shared if pool.per_linear else 1) for channels, shared in self.sites]
-        sites += [(channels, 1) for _, channels in self.experts]
-        return sum(solver.statistic_bytes(channels) * count for channels, count in sites)
+        held = [
+            solver.statistic_bytes(channels) * (shared if pool.per_linear else 1) for channels, shared in self.sites
+        ]
+        # All experts of a stack are one step, first their first matrices, then their last ones.
+        experts: dict[tuple[int, int], int] = {}
+        for shape in self.experts:
+            experts[shape] = experts.get(shape, 0) + solver.statistic_bytes(shape[1])
+        held += experts.values()
+        return max(held, default=0) if by_site else sum(held)
 
 
 def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, int], ...]:

@@ -82,6 +82,8 @@ class MemoryDemand:
         surveyors: The plugins that survey it.
         survey_needs: As `needs`, in the survey.
         prunes_experts: Whether routed experts are pruned, each from a statistic of its own.
+        follows_dense: Whether the samples go through the dense model too, beside the pruned one.
+        by_site: Whether the sites of a block are calibrated one after the other.
     """
 
     pool: Pool | None
@@ -91,6 +93,8 @@ class MemoryDemand:
     surveyors: tuple[Surveyor, ...]
     survey_needs: frozenset[str]
     prunes_experts: bool
+    follows_dense: bool = False
+    by_site: bool = False
 
 
 @dataclass(frozen=True)

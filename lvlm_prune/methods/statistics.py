@@ -6,7 +6,8 @@ A statistic belongs to an input *site*: Linears that are fed by the same tensor 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partialmethod
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Statistic(ABC):
     """What `output_energy` is: `exact`, or `diagonal`, which takes channels for uncorrelated."""
     takes_counted: ClassVar[bool] = False
     """True where `add` also takes `counted`, see `Selection`: it leaves out tokens that do not count."""
+    takes_dense: ClassVar[bool] = False
+    """True where `add` also takes `dense`: what the dense model feeds the site for the same tokens, of the inputs'
+    shape. The samples go through the dense model beside the pruned one then; None where both are fed the same."""
+    takes_visual: ClassVar[bool] = False
+    """True where `add` also takes `visual`: which tokens are visual, bool of shape (T,)."""
 
     @abstractmethod
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None: ...
@@ -42,6 +48,26 @@ class Statistic(ABC):
     @abstractmethod
     def tensors(self) -> list[Tensor]:
         """The float64 sums themselves, to be summed over processes in place; the first has an entry per channel."""
+
+    @classmethod
+    def with_options(cls, **options: Any) -> type[Self]:
+        """The same statistic, whose constructor gets these options too; a solver says so in its `statistic`.
+
+        Args:
+            options: Of the constructor, besides channels and device.
+
+        Example:
+            >>> class Power(Statistic):
+            ...     def __init__(self, channels, device="cpu", exponent=1.0):
+            ...         self.value, self.exponent = torch.zeros(channels, dtype=torch.float64, device=device), exponent
+            ...     def add(self, inputs, weights):
+            ...         self.value += weights.float().square() @ inputs.float().abs() ** self.exponent
+            ...     def tensors(self):
+            ...         return [self.value]
+            >>> Power.with_options(exponent=4.0)(2).exponent
+            4.0
+        """
+        return type(cls.__name__, (cls,), {"__init__": partialmethod(cls.__init__, **options), "__doc__": cls.__doc__})
 
     @classmethod
     def nbytes(cls, channels: int) -> int:
@@ -152,12 +178,9 @@ class Gram(Statistic):
             weights: Weight of each token, shape (T,), bool or float.
             counted: Where the weight is not zero, as indices or a slice; looked for by default.
         """
-        # The product costs T * channels^2: what does not count is left out first.
         if counted is None:
-            counted = weights if weights.dtype == torch.bool else weights != 0
-        tokens = inputs[counted].float()
-        if weights.dtype != torch.bool:
-            tokens = tokens * weights[counted].float()[:, None]
+            counted = counted_tokens(weights)
+        tokens = weighted_tokens(inputs, weights, counted)
         if len(tokens):
             for rows in stripes(inputs.shape[1]):
                 self._lower[rows, : rows.stop] += tokens[:, rows].T @ tokens[:, : rows.stop]
@@ -272,3 +295,22 @@ class Gram(Statistic):
         for rows in stripes(len(inverse)):
             upper[rows] = inverse[len(inverse) - rows.stop : len(inverse) - rows.start].flip(0, 1)
         return InverseFactor(upper, dead, int(dead_channels), share)
+
+
+def counted_tokens(weights: Tensor) -> Tensor:
+    """Which tokens have a weight, bool of shape (T,)."""
+    return weights if weights.dtype == torch.bool else weights != 0
+
+
+def weighted_tokens(inputs: Tensor, weights: Tensor, counted: Tensor | slice) -> Tensor:
+    """The tokens that count, each times its weight, float32 of shape (n, channels).
+
+    A product with them costs n * channels^2: what does not count is left out first.
+
+    Args:
+        inputs: Shape (T, channels), any float dtype.
+        weights: Weight of each token, shape (T,), bool or float.
+        counted: Where the weight is not zero, as mask, indices or slice.
+    """
+    tokens = inputs[counted].float()
+    return tokens if weights.dtype == torch.bool else tokens * weights[counted].float()[:, None]

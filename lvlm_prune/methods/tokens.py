@@ -1,7 +1,7 @@
 """What a plugin sees of one calibration sample at one block, and what a pool answers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -111,6 +111,19 @@ class Selection:
     candidates: Tensor | None = None
     saliency: Tensor | None = None
     counted: Tensor | slice | None = None
+
+    def settled(self, count: int) -> "Selection":
+        """The same, now that the first `count` candidates are known to count.
+
+        Example:
+            >>> Selection(torch.tensor([True, False, False, False]), torch.tensor([3, 1])).settled(1).weights
+            tensor([ True, False, False,  True])
+        """
+        if self.candidates is None or not count:
+            return replace(self, candidates=None)
+        weights = self.weights.clone()
+        weights[self.candidates[:count]] = 1
+        return Selection(weights, saliency=self.saliency)
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ deal out ─► for each matrix: score ─► mask ─► new weight ─► exch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -35,29 +35,45 @@ def solver_of(entry: Mapping[str, Any], solver: Solver) -> Solver:
     return _BY_MAGNITUDE if entry.get("scored_by") == "magnitude" else solver
 
 
+def refuse_broken(weights: Mapping[str, Tensor]) -> None:
+    """Stop at NaN or infinity, with one look at all weights: a look at each would make a GPU wait.
+
+    Raises:
+        RunError: A weight is not finite; names it.
+    """
+    if not weights:
+        return
+    extremes = torch.stack([torch.stack(weight.aminmax()).double() for weight in weights.values()])
+    for full_name, is_finite in zip(weights, torch.isfinite(extremes).all(dim=1).tolist()):
+        if not is_finite:
+            raise RunError(f"NaN or infinity in the weight of {full_name}")
+
+
 @dataclass(frozen=True)
 class BlockPruner:
-    """Has the matrices of a block solved, and overwrites them.
+    """Has the matrices of a block solved, all at once or in several steps, and overwrites them.
 
     Args:
         solver: Finds masks and new weights.
         pattern: Which weights may go together.
         min_expert_tokens: An expert that fewer tokens were sent to is not judged by them.
         rare_experts: What is done with it instead.
+        effects: What was done to the matrices of the block so far.
     """
 
     solver: Solver
     pattern: Pattern
     min_expert_tokens: int
     rare_experts: RareExperts
+    effects: PruningErrors = field(default_factory=PruningErrors)
 
     def prune(
         self, block: Block, targets: Mapping[str, float], calibration: BlockCalibration | None, processes: Processes
     ) -> None:
-        """Prune a block; its masks, its weights and its record say what was done, the same on all processes.
+        """Prune matrices of a block; its masks, weights and record say what was done, the same on all processes.
 
         Args:
-            block: Its dense weights are loaded.
+            block: Its weights are loaded; those to prune are dense.
             targets: Name of each matrix to prune, relative to the block -> target sparsity.
             calibration: Finished statistics; None for a solver that needs none.
             processes: All processes of the run.
@@ -69,6 +85,8 @@ class BlockPruner:
         entries: dict[str, dict[str, Any]] = {}
         effects, finite = PruningErrors(), dict[str, Tensor]()
         unseen = _saw_nothing(targets, calibration)
+        if block.keeps_dense:
+            block.dense |= {name: matrices[name].weight.detach().clone() for name in targets}
         owners = self._deal({name: matrices[name].weight for name in targets}, calibration, processes.count)
         for name, target in targets.items():
             weight = matrices[name].weight
@@ -80,7 +98,8 @@ class BlockPruner:
             if "note" in entry:
                 del owners[name]
             elif owners[name] == processes.rank:
-                self._prune_matrix(block, name, weight, statistic, entry, effects, finite)
+                siblings = self._siblings(block, name, targets, calibration)
+                self._prune_matrix(block, name, statistic, siblings, entry, effects, finite)
             else:
                 block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
         if finite and not torch.stack(list(finite.values())).all():
@@ -98,9 +117,10 @@ class BlockPruner:
             effects = PruningErrors.of_all(processes.gather(effects.on_cpu()))
         for full_name, error in effects.errors().items():
             linears[full_name]["error"] = error
-        if (scores := effects.scores()) is not None:
+        self.effects.take(effects)
+        if (scores := self.effects.scores()) is not None:
             block.record["scores"] = scores
-        block.record["linears"] = linears
+        block.record.setdefault("linears", {}).update(linears)
 
     def _deal(self, weights: Mapping[str, Tensor], calibration: BlockCalibration | None, count: int) -> dict[str, int]:
         """Name of each matrix -> rank of the process that prunes it; those of one statistic stay together."""
@@ -128,12 +148,23 @@ class BlockPruner:
             return {"target": 0.0, "routed_tokens": routed, "note": note}
         return {"routed_tokens": routed, "scored_by": "magnitude"}
 
+    @staticmethod
+    def _siblings(
+        block: Block, name: str, targets: Iterable[str], calibration: BlockCalibration | None
+    ) -> dict[str, Tensor]:
+        """Full name -> weight of what is fed by the same input and pruned on this process too."""
+        if calibration is None:
+            return {}
+        site = calibration.site_of(name)
+        others = [other for other in targets if other != name and calibration.site_of(other) == site]
+        return {f"{block.name}.{other}": block.matrices()[other].weight for other in others}
+
     def _prune_matrix(
         self,
         block: Block,
         name: str,
-        weight: Tensor,
         statistic: Statistic | None,
+        siblings: Mapping[str, Tensor],
         entry: dict[str, Any],
         effects: PruningErrors,
         finite: dict[str, Tensor],
@@ -143,8 +174,9 @@ class BlockPruner:
         `finite` gets whether all of an updated weight is finite: to look at once would make a GPU wait.
         """
         solver, target, full_name = solver_of(entry, self.solver), entry["target"], f"{block.name}.{name}"
-        bias = getattr(block.matrices()[name], "bias", None)
-        problem = LinearProblem(weight, statistic, target, self.pattern.at(target), full_name, block.index, bias)
+        matrix = block.matrices()[name]
+        weight, bias, pattern = matrix.weight, getattr(matrix, "bias", None), self.pattern.at(target)
+        problem = LinearProblem(weight, statistic, target, pattern, full_name, block.index, bias, siblings)
         clock = Stopwatch(weight.device)
         solution = solver.solve(problem)
         block.masks[name] = solution.mask

@@ -7,7 +7,8 @@ sample ──► pool ──┬─ tokens that count in any case ──► added
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,55 @@ from torch import Tensor
 
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
-from lvlm_prune.loop.activations import Activations
+from lvlm_prune.loop.activations import Activations, SampleRow, SiteInput
 from lvlm_prune.methods.contract import checked_selection
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
 from lvlm_prune.pruning.composition import PoolCounts
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Tokens that are to be added to a statistic.
+
+    Args:
+        inputs: What the site was fed, shape (T, channels).
+        weights: Weight of each, shape (T,), bool or float.
+        counted: Where the weight is not zero, as indices or a slice; None where that is not known.
+        dense: What the site is fed in the dense model, of the same shape; None where that is the same.
+        visual: Which are visual, bool of shape (T,); None where no statistic asks.
+    """
+
+    inputs: Tensor
+    weights: Tensor
+    counted: Tensor | slice | None = None
+    dense: Tensor | None = None
+    visual: Tensor | None = None
+
+    def taken_by(self, statistic: Statistic) -> dict[str, Any]:
+        """What the statistic takes of them besides inputs and weights."""
+        named = {"counted": self.counted, "dense": self.dense, "visual": self.visual}
+        return {name: value for name, value in named.items() if getattr(statistic, f"takes_{name}")}
+
+    def some(self, which: Tensor | slice) -> _Counted:
+        """Some of these tokens, which all count."""
+        dense = None if self.dense is None else self.dense[which]
+        visual = None if self.visual is None else self.visual[which]
+        return _Counted(self.inputs[which], self.weights[which], slice(None), dense, visual)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the pool selected of one sample.
+
+    Args:
+        shared: For all Linears; None for a pool that chooses for each.
+        own: For each Linear, by its name relative to the block.
+    """
+
+    shared: Selection | None
+    own: dict[str, Selection]
 
 
 class BlockCalibration:
@@ -36,6 +80,7 @@ class BlockCalibration:
         statistic: What is summed up.
         record: Keep selections and saliencies for `statistics.safetensors`.
         example: Number of the sample whose visual tokens are noted one by one; None for none.
+        visual: Modalities that count as visual tokens.
     """
 
     def __init__(
@@ -46,15 +91,17 @@ class BlockCalibration:
         statistic: type[Statistic],
         record: bool,
         example: int | None = None,
+        visual: Sequence[str] = ("image", "video"),
     ) -> None:
         self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
+        self.visual = visual
         self._composition = PoolCounts(example)
         self.example: Tensor | None = None
         """How much each visual token of the example counts, uint8 in steps of 1/255; known once finished."""
         self._statistics: dict[str, Statistic] = {}
         self._site_of: dict[str, str] = {}
-        self._held: list[tuple[str, int, Tensor, int, float]] = []
-        self._held_routed: list[tuple[str, int, Tensor, Tensor, float]] = []
+        self._held: list[tuple[str, int, _Counted, int]] = []
+        self._held_routed: list[tuple[str, int, _Counted, Tensor]] = []
         self._routed_tokens: dict[str, Tensor] = {}
         self._samples: list[int] = []
         self._selections: dict[int, tuple[Tensor, Selection | None]] = {}
@@ -67,54 +114,73 @@ class BlockCalibration:
         Raises:
             RunError: A Linear shares its input with others in some samples and not in others.
         """
+        self._add_sites(sample, self._choose(sample, tokens), len(self._samples) - 1)
+
+    def _choose(self, sample: Activations, tokens: Tokens) -> Chosen:
+        """Let the pool select; note what it did."""
         order = len(self._samples)
         self._samples.append(sample.sample)
-        shared = None if self.pool.per_linear else checked_selection(self.pool, self.pool.select(tokens), tokens)
-        if shared is not None:
-            self._composition.add(tokens, shared, order)
+        shared, own = None, dict[str, Selection]()
+        if self.pool.per_linear:
+            called = (site.name for site in sample.site_inputs() if site.repeats > 0)
+            names = [name for site in called for name in sample.sites[site] if name in self.targets]
+            answers = self.pool.select_each(tokens, names)
+            own = {name: checked_selection(self.pool, answers[name], tokens) for name in names}
+        else:
+            shared = checked_selection(self.pool, self.pool.select(tokens), tokens)
+        for selection in own.values() if shared is None else [shared]:
+            self._composition.add(tokens, selection, order)
         if self.record:
             self._selections[sample.sample] = (tokens.visual, shared)
-        sites = list(sample.site_inputs()) if self.pool.per_linear else sample.site_inputs()
-        own = self._selected_each(sample, tokens, sites) if isinstance(sites, list) else {}
-        for site, inputs, repeats in sites:
-            names = [name for name in sample.sites[site] if name in self.targets]
-            keys = {name: name if self.pool.per_linear else site for name in names}
-            for name, key in keys.items():
-                if self._site_of.setdefault(name, key) != key:
-                    full_name = self.targets[name]
-                    raise RunError(f"{full_name} shares its input with other Linears in some samples only")
-            for key in dict.fromkeys(keys.values()):
-                selection = shared
-                if selection is None and repeats > 0:
-                    selection = checked_selection(self.pool, own[key], tokens)
-                    self._composition.add(tokens, selection, order)
-                    if self.record:
-                        self._linear_selections[sample.sample, key] = selection.weights
-                self._add(key, inputs, repeats, selection, order, sample.row.weight)
-        self._add_routed(sample, shared, order)
+            self._linear_selections |= {(sample.sample, name): one.weights for name, one in own.items()}
+        return Chosen(shared, own)
 
-    def _selected_each(
-        self, sample: Activations, tokens: Tokens, sites: Iterable[tuple[str, Tensor, int]]
-    ) -> dict[str, Selection]:
-        """What a pool that chooses for each Linear answers for those of the decoder's own tokens."""
-        names = [name for site, _, repeats in sites if repeats > 0 for name in sample.sites[site]]
-        return self.pool.select_each(tokens, [name for name in names if name in self.targets])
+    def _add_sites(self, sample: Activations, chosen: Chosen, order: int) -> None:
+        """Add what each site was fed, as far as it counts."""
+        for site in sample.site_inputs():
+            for key in self._keys(sample, site):
+                self._add(key, site, chosen.shared or chosen.own.get(key), order, sample.row)
+        self._add_routed(sample, chosen.shared, order)
 
-    def _add(
-        self, key: str, inputs: Tensor, repeats: int, selection: Selection | None, order: int, sample_weight: float
-    ) -> None:
+    def _keys(self, sample: Activations, site: SiteInput) -> list[str]:
+        """What the statistics of a site's Linears are kept under, as far as these are to be pruned.
+
+        Raises:
+            RunError: A Linear shares its input with others in some samples and not in others.
+        """
+        names = [name for name in sample.sites[site.name] if name in self.targets]
+        keys = {name: name if self.pool.per_linear else site.name for name in names}
+        for name, key in keys.items():
+            if self._site_of.setdefault(name, key) != key:
+                full_name = self.targets[name]
+                raise RunError(f"{full_name} shares its input with other Linears in some samples only")
+        return list(dict.fromkeys(keys.values()))
+
+    def _add(self, key: str, site: SiteInput, selection: Selection | None, order: int, row: SampleRow) -> None:
+        inputs, repeats = site.inputs, site.repeats
         if key not in self._statistics:
             self._statistics[key] = self.statistic(inputs.shape[1], inputs.device)
         if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
-            self._sum_up(key, inputs, _scaled(_all(inputs), sample_weight), order, slice(None))
+            counted = _Counted(inputs, _scaled(_all(inputs), row.weight), slice(None), site.dense)
+            self._sum_up(key, counted, order)
             return
         assert selection is not None
+        visual = row.of(*self.visual) if self.statistic.takes_visual else None
         weights = selection.weights if repeats == 1 else selection.weights.repeat(repeats)
-        counted = selection.counted if repeats == 1 else None
-        self._sum_up(key, inputs, _scaled(weights, sample_weight), order, counted)
+        which = selection.counted if repeats == 1 else None
+        seen = visual.repeat(repeats) if visual is not None else None
+        self._sum_up(key, _Counted(inputs, _scaled(weights, row.weight), which, site.dense, seen), order)
         if selection.candidates is not None and len(selection.candidates):
-            streams = inputs.unflatten(0, (repeats, -1))[:, selection.candidates]
-            self._held.append((key, order, streams.transpose(0, 1).flatten(0, 1), repeats, sample_weight))
+            chosen = selection.candidates
+
+            def of_candidates(values: Tensor) -> Tensor:
+                """Candidate by candidate, the streams of each together."""
+                return values.unflatten(0, (repeats, -1))[:, chosen].transpose(0, 1).flatten(0, 1)
+
+            dense = None if site.dense is None else of_candidates(site.dense)
+            seen = None if seen is None else of_candidates(seen)
+            held = _Counted(of_candidates(inputs), _scaled(_all(inputs), row.weight), slice(None), dense, seen)
+            self._held.append((key, order, held, repeats))
 
     def _add_routed(self, sample: Activations, selection: Selection | None, order: int) -> None:
         """Add what routed experts were fed; a token counts for the experts that it was sent to."""
@@ -129,7 +195,8 @@ class BlockCalibration:
                 self._statistics[name] = self.statistic(inputs.shape[1], inputs.device)
                 self._routed_tokens[name] = torch.zeros((), dtype=torch.float64, device=inputs.device)
             weights = selection.weights[routed.tokens]
-            self._sum_up(name, inputs, _scaled(weights, sample.row.weight), order)
+            seen = sample.row.of(*self.visual)[routed.tokens] if self.statistic.takes_visual else None
+            self._sum_up(name, _Counted(inputs, _scaled(weights, sample.row.weight), visual=seen), order)
             self._routed_tokens[name] += (weights > 0).sum()
             if selection.candidates is None or not len(selection.candidates):
                 continue
@@ -138,16 +205,13 @@ class BlockCalibration:
                 ranks[selection.candidates] = torch.arange(len(selection.candidates), device=ranks.device)
             held = ranks[routed.tokens] < len(selection.candidates)
             own_ranks = ranks[routed.tokens][held]
-            self._held_routed.append((name, order, inputs[held], own_ranks, sample.row.weight))
+            every = _scaled(_all(own_ranks), sample.row.weight)
+            chosen = _Counted(inputs[held], every, slice(None), visual=None if seen is None else seen[held])
+            self._held_routed.append((name, order, chosen, own_ranks))
 
-    def _sum_up(
-        self, key: str, inputs: Tensor, weights: Tensor, order: int, counted: Tensor | slice | None = None
-    ) -> None:
+    def _sum_up(self, key: str, tokens: _Counted, order: int) -> None:
         statistic = self._statistics[key]
-        if statistic.takes_counted:
-            statistic.add(inputs, weights, counted)  # type: ignore[call-arg]
-        else:
-            statistic.add(inputs, weights)
+        statistic.add(tokens.inputs, tokens.weights, **tokens.taken_by(statistic))
         if (norms := statistic.squared_norms()) is not None:
             # Looked at only where the sums turn out to be broken: to look at once would make a GPU wait.
             self._totals.setdefault(key, []).append((self._samples[order], norms.sum()))
@@ -166,17 +230,24 @@ class BlockCalibration:
             RunError: A sum is NaN or infinite; names the Linears and the sample.
         """
         cutoffs = self.pool.cutoffs(processes.sum)
-        for key, order, inputs, repeats, sample_weight in self._held:
-            chosen = inputs[: cutoffs[order] * repeats]
-            if not len(chosen):
-                continue
-            self._sum_up(key, chosen, _scaled(_all(chosen), sample_weight), order, slice(None))
+        for key, order, held, repeats in self._held:
+            if count := cutoffs[order] * repeats:
+                self._sum_up(key, held.some(slice(count)), order)
         self._held.clear()
-        for name, order, inputs, ranks, sample_weight in self._held_routed:
-            chosen = inputs[ranks < cutoffs[order]]
-            self._sum_up(name, chosen, _scaled(_all(chosen), sample_weight), order, slice(None))
-            self._routed_tokens[name] += len(chosen)
+        for name, order, held, ranks in self._held_routed:
+            chosen = held.some(ranks < cutoffs[order])
+            self._sum_up(name, chosen, order)
+            self._routed_tokens[name] += len(chosen.inputs)
         self._held_routed.clear()
+        self._sum_over_processes(processes, devices)
+        return self._found(cutoffs, processes)
+
+    def _sum_over_processes(self, processes: Processes, devices: Mapping[str, torch.device]) -> None:
+        """Make the statistics the same on all processes.
+
+        Raises:
+            RunError: A sum is NaN or infinite; names the Linears and the sample.
+        """
         known = {key: len(statistic.tensors()[0]) for key, statistic in self._statistics.items()}
         for others, site_of in processes.gather((known, self._site_of)):
             self._site_of.update(site_of)
@@ -190,6 +261,9 @@ class BlockCalibration:
             + [self._routed_tokens[name] for name in sorted(self._routed_tokens)]
         )
         self._refuse_faults(processes)
+
+    def _found(self, cutoffs: list[int], processes: Processes) -> dict[str, Any]:
+        """What the manifest says of the tokens that count, given how many candidates of each sample do."""
         self._chosen_of = dict(zip(self._samples, cutoffs))
         counted, self.example = self._composition.finish(self._chosen_of, processes)
         found: dict[str, Any] = dict(self.pool.summary()) | {"pool": counted}
@@ -249,11 +323,14 @@ class BlockCalibration:
             own[f"{self.pool.name}_sel.{self.block}.{sample}.{linear}"] = weights.cpu()
         everything = {key: value for part in processes.gather(own) for key, value in part.items()}
         for name in self.targets:
-            statistic = self._statistics.get(self._site_of.get(name, ""))
-            norms = None if statistic is None else statistic.squared_norms()
-            if norms is not None:
+            if (norms := self._norms_of(name)) is not None:
                 everything[f"scaler_row.{self.block}.{name}"] = (norms / num_samples).float().cpu()
         return everything
+
+    def _norms_of(self, name: str) -> Tensor | None:
+        """Squared norm of each channel of a Linear's input; None where no sample called it, or no statistic tells."""
+        statistic = self.statistic_of(name)
+        return None if statistic is None else statistic.squared_norms()
 
     def _recorded_selection(self, sample: int, visual: Tensor, selection: Selection) -> dict[str, Tensor]:
         recorded = {}

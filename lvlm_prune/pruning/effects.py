@@ -82,13 +82,19 @@ class PruningErrors:
         """What was collected in several parts, each about other Linears."""
         together = cls()
         for part in parts:
-            for name, (lost, whole) in part._errors.items():
-                together._errors[name] = (lost.cpu(), whole.cpu())
-            if part._counts is not None:
-                counts = part._counts.cpu()
-                together._counts = counts if together._counts is None else together._counts + counts
-            together._thresholds += [threshold.cpu() for threshold in part._thresholds]
+            copy = cls()
+            copy._errors = {name: (lost.cpu(), whole.cpu()) for name, (lost, whole) in part._errors.items()}
+            copy._counts = None if part._counts is None else part._counts.cpu()
+            copy._thresholds = [threshold.cpu() for threshold in part._thresholds]
+            together.take(copy)
         return together
+
+    def take(self, part: PruningErrors) -> None:
+        """Take in what was collected of other Linears of the block, on the same device."""
+        self._errors |= part._errors
+        if part._counts is not None:
+            self._counts = part._counts if self._counts is None else self._counts + part._counts
+        self._thresholds += part._thresholds
 
     def errors(self) -> dict[str, float]:
         r"""Relative reconstruction error of each Linear, full name -> share of the norm of its outputs.

@@ -11,7 +11,9 @@ from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.plugins import plugin_class
 
 
-def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solver | None = None) -> str:
+def method_name(
+    pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solver | None = None, sequential: bool = False
+) -> str:
     """Name of a method after its parts, for example `mixed Wanda`; ATV where the parts are those of the paper.
 
     Example:
@@ -26,6 +28,8 @@ def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solv
         'mixed Wanda + SparseSwaps + Refit'
         >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), ALPSSolver())
         'mixed ALPS'
+        >>> method_name(MixedPool(), WandaScorer(), UniformAllocation(), sequential=True)
+        'mixed Wanda + sequential'
     """
     if (
         type(pool) is AsymmetricPool
@@ -35,6 +39,7 @@ def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solv
         and not scorer.variant
         and allocation.uniform
         and solver is None
+        and not sequential
     ):
         return "ATV"
     needs_tokens = (scorer if solver is None else solver).statistic is not None
@@ -48,6 +53,8 @@ def method_name(pool: Pool, scorer: Scorer, allocation: Allocation, solver: Solv
         pool_name = plugin_class(pool).__name__.removesuffix("Pool")
         words.insert(0, re.sub(r"(?<=[a-z])(?=[A-Z])", "-", pool_name).lower())
     words += later
+    if sequential:
+        words.append("+ sequential")
     if not allocation.uniform:
         words.append("+ " + plugin_class(allocation).__name__.removesuffix("Allocation"))
     return " ".join(words)

@@ -162,3 +162,25 @@ def _is_of_routed_expert(name: str) -> bool:
         (True, False)
     """
     return re.search(r"\.experts\.\d+\.", name) is not None
+
+
+def refuse_samples(pool: Pool, tokens: Mapping[str, int], visual: Sequence[str], prunes_tower: bool) -> None:
+    """Refuse calibration samples that lack what is to be looked at.
+
+    Args:
+        pool: Which tokens count.
+        tokens: Modality -> number of tokens in all samples.
+        visual: Modalities that count as visual.
+        prunes_tower: Whether a vision tower is pruned.
+
+    Raises:
+        InputError: There is no text, no visual token, or no picture where one is needed.
+    """
+    if pool.needs_text and not any(count for name, count in tokens.items() if name not in visual):
+        problem = "needs text tokens, and no calibration sample has any"
+        raise InputError("pruning.pool", plugin_class(pool).__name__, problem)
+    if pool.needs_visual and not any(tokens.get(name) for name in visual):
+        problem = "needs visual tokens, and no calibration sample has any"
+        raise InputError("pruning.pool", plugin_class(pool).__name__, problem)
+    if prunes_tower and not (tokens.get("image") or tokens.get("video")):
+        raise InputError("model.targets", "vision", "no calibration sample has an image or a video")

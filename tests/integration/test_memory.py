@@ -107,7 +107,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
             0.06,
             3,
             40,
-            {"best": [UNMEASURED, NO_PAGE], "ecoflap": [UNMEASURED, NO_PAGE]},
+            {name: [UNMEASURED, NO_PAGE] for name in ("best", "ecoflap", "alps_dense_target")},
             marks=pytest.mark.slow,
         ),
     ],

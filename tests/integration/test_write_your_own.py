@@ -18,14 +18,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "write_your_own.md"
 def mine(tmp_path, monkeypatch):
     """The page's files, in the working directory."""
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert [name for name, _ in blocks] == ["mine.py", "test_mine.py"]
+    assert [name for name, _ in blocks] == ["mine.py", "test_mine.py", "mysolver.py"]
     for name, code in blocks:
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield importlib.import_module("mine")
-    sys.modules.pop("mine", None)
-    sys.modules.pop("test_mine", None)
+    for name, _ in blocks:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def test_the_example_keeps_its_contract_and_is_short(mine, tmp_path):
@@ -41,6 +41,16 @@ def test_the_example_prunes_and_verifies_from_the_command_line(mine, golden_argu
     manifest = Manifest.read(tmp_path / "out")
     assert manifest["status"] == "complete"
     assert manifest["method"]["init_args"]["scorer"] == {"class_path": "mine.DeviationScorer", "init_args": {}}
+
+
+def test_the_solver_keeps_its_contract_and_prunes(mine, golden_arguments, tmp_path):
+    check_plugin(importlib.import_module("mysolver").RowScale())
+    options = ["--pruning.solver=mysolver.RowScale", "--pruning.sparsity=0.5", "--output=out", "--evaluate=false"]
+    assert main([*golden_arguments, *options]) == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.01)
+    # The samples went through the dense model too.
+    assert manifest["blocks"][0]["forwards"] == 3 * manifest["calibration"]["num_samples"]
 
 
 SHAPELESS = """

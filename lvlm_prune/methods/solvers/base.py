@@ -31,6 +31,9 @@ class LinearProblem:
         name: Full name of the Linear.
         block: Number of its block among all blocks of the run.
         bias: Its bias, shape (C_out,); None where it has none.
+        siblings: Full name -> weight of each other Linear that is fed by the same input (the keys' and values' for a
+            query), as it is by now: pruned for those that were solved before, dense for the others.
+        dense_zeros: What is zero in the dense weight, where `weight` is another one; None: look at `weight`.
 
     Example:
         >>> import torch
@@ -46,6 +49,8 @@ class LinearProblem:
     name: str = ""
     block: int = 0
     bias: Tensor | None = None
+    siblings: Mapping[str, Tensor] = field(default_factory=dict)
+    dense_zeros: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -55,7 +60,7 @@ class LinearProblem:
     @property
     def zeros(self) -> Tensor:
         """Weights that are zero before anything is pruned, bool of the weight's shape."""
-        return self.weight == 0
+        return self.weight == 0 if self.dense_zeros is None else self.dense_zeros
 
     @property
     def gram(self) -> Gram:
@@ -101,6 +106,8 @@ class Solver(ABC):
     """The sums over the pool that `solve` needs of a Linear's input; None where weights are enough."""
     updates_weights: bool = True
     """True where `solve` changes weights that stay; else the writer checks that they are byte-identical."""
+    wants_sequential: bool = False
+    """True where the input sites of a block are to come one after the other unless it is said otherwise."""
     continues: bool = False
     """True where it begins with what the scorer's own solver found: see `starting_from`."""
     group: Group = "layer"

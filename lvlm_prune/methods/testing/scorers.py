@@ -55,8 +55,14 @@ def filled(kind: type[Statistic] | None) -> Statistic | None:
         return None
     statistic = kind(CHANNELS)
     for seed in (0, 1):
-        statistic.add(_inputs(seed), torch.ones(30, dtype=torch.bool))
+        statistic.add(_inputs(seed), torch.ones(30, dtype=torch.bool), **_also(kind, seed))
     return statistic
+
+
+def _also(kind: type[Statistic], seed: int) -> dict[str, Tensor]:
+    """What a statistic takes of 30 tokens besides inputs and weights."""
+    also = {"dense": _inputs(seed) + 0.1 * _inputs(seed + 10)} if kind.takes_dense else {}
+    return also | ({"visual": torch.arange(30) % 3 == seed} if kind.takes_visual else {})
 
 
 def _inputs(seed: int, count: int = 30, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,15 +175,16 @@ def check_statistic(kind: type[Statistic]) -> None:
     checked_sums(statistic, CHANNELS)
     _check_weights(kind)
     _check_sums(kind)
+    _check_more(kind)
     norms = statistic.squared_norms()
     if norms is not None:
         checked(norms, torch.empty(CHANNELS), f"{kind.__name__}.squared_norms", (torch.float64,))
 
 
-def _sums(kind: type[Statistic], *samples: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _sums(kind: type[Statistic], *samples: tuple[Any, ...]) -> list[Tensor]:
     statistic = kind(CHANNELS)
-    for inputs, weights in samples:
-        statistic.add(inputs, weights)
+    for inputs, weights, *also in samples:
+        statistic.add(inputs, weights, **(also[0] if also else {}))
     return [part.clone() for part in statistic.tensors()]
 
 
@@ -214,6 +221,20 @@ def _check_sums(kind: type[Statistic]) -> None:
         raise PluginFault(
             f"{kind.__name__}.tensors: copies ({found}); return the sums themselves, they are summed in place"
         )
+
+
+def _check_more(kind: type[Statistic]) -> None:
+    """What is taken besides inputs and weights: nothing said is the same as nothing special, and weights hold too."""
+    inputs, counts = _inputs(3), torch.arange(30) % 3 > 0
+    plain = {"dense": inputs} if kind.takes_dense else {}
+    plain |= {"visual": torch.zeros(30, dtype=torch.bool)} if kind.takes_visual else {}
+    if plain and not _close(_sums(kind, (inputs, counts)), _sums(kind, (inputs, counts, plain))):
+        problem = "leaving it out has to be the dense model's inputs as they are, and no visual token"
+        raise PluginFault(f"{kind.__name__}.add, {' and '.join(plain)}: {problem}")
+    also = _also(kind, 1)
+    some = {name: value[counts] for name, value in also.items()}
+    if also and not _close(_sums(kind, (inputs, counts, also)), _sums(kind, (inputs[counts], torch.ones(20), some))):
+        raise PluginFault(f"{kind.__name__}.add, {' and '.join(also)}: tokens of weight 0 count")
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------

@@ -95,6 +95,15 @@ class Participants:
         """Whether samples go on from the dense blocks, as they are before they are pruned."""
         return self.pruning is not None and self.pruning.calibrate_on == "dense"
 
+    def by_site(self) -> bool:
+        """Whether the sites of a block are calibrated one after the other."""
+        return self.pruning is not None and self.pruning.sequential and self.pruning.wants_activations
+
+    def follows_dense(self) -> bool:
+        """Whether the samples go through the dense model too, beside the pruned one."""
+        statistic = None if self.pruning is None else self.pruning.chosen_solver.statistic
+        return statistic is not None and statistic.takes_dense
+
     def needs(self) -> frozenset[str]:
         """What is to be recorded of a forward, of `lvlm_prune.methods.tokens.NEEDS`."""
         return self._together("needs")
@@ -123,4 +132,6 @@ class Participants:
             tuple(plugin for survey in self.plugin_surveys() for plugin in survey.surveyors.values()),
             self.survey_needs(),
             pruning.prunes_experts,
+            self.follows_dense(),
+            self.by_site(),
         )

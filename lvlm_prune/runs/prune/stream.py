@@ -170,6 +170,8 @@ class CalibrationStream:
             placement=self._run.memory.placement,
             device=self._device,
             one_pass=self._participants.one_pass(),
+            follows_dense=self._participants.follows_dense(),
+            by_site=self._participants.by_site(),
         )
 
     def _weights_of(self, part: Part) -> Weights:

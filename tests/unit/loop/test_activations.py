@@ -44,28 +44,32 @@ def test_padding_is_nowhere(padded):
     assert tokens.visual.tolist() == [True, False, False]
     assert torch.equal(tokens.hidden_in, padded.hidden[1, 2:])
     assert torch.equal(tokens.hidden_out, padded.hidden[1, 2:] + 1)
-    ((site, inputs, repeats),) = sample.site_inputs()
+    (fed,) = sample.site_inputs()
+    site, inputs, repeats = fed.name, fed.inputs, fed.repeats
     assert (site, repeats) == ("linear", 1)
     assert torch.equal(inputs, padded.hidden[1, 2:])
 
 
 @pytest.mark.parametrize("shape", [(10, 4), (2, 1, 5, 4), (2, 5, 4)])
 def test_flattened_tokens_are_told_apart_by_sample(padded, shape):
-    ((_, inputs, repeats),) = activations_of(padded, 1, padded.hidden.reshape(shape)).site_inputs()
+    (fed,) = activations_of(padded, 1, padded.hidden.reshape(shape)).site_inputs()
+    inputs, repeats = fed.inputs, fed.repeats
     assert repeats == 1
     assert torch.equal(inputs, padded.hidden[1, 2:])
 
 
 def test_parallel_streams_hold_every_token_once_each(padded):
     streams = torch.stack([padded.hidden, padded.hidden * 2, padded.hidden * 3])
-    ((_, inputs, repeats),) = activations_of(padded, 1, streams).site_inputs()
+    (fed,) = activations_of(padded, 1, streams).site_inputs()
+    inputs, repeats = fed.inputs, fed.repeats
     assert repeats == 3
     assert torch.equal(inputs, torch.cat([padded.hidden[1, 2:] * factor for factor in (1, 2, 3)]))
 
 
 def test_tokens_that_are_not_the_decoders_own_belong_to_their_sample(padded):
     image_features = torch.randn(2, 7, 4)
-    ((_, inputs, repeats),) = activations_of(padded, 1, image_features).site_inputs()
+    (fed,) = activations_of(padded, 1, image_features).site_inputs()
+    inputs, repeats = fed.inputs, fed.repeats
     assert repeats == 0
     assert torch.equal(inputs, image_features[1])
 
@@ -103,7 +107,7 @@ def test_every_call_of_a_linear_counts(padded):
         linear(padded.hidden)
         linear(padded.hidden * 2)
     sample = Activations(row, record, record.sites(), padded.hidden, padded.hidden, block=3)
-    first, second = (inputs for _, inputs, _ in sample.site_inputs())
+    first, second = (fed.inputs for fed in sample.site_inputs())
     assert torch.equal(first, padded.hidden[1, 2:])
     assert torch.equal(second, padded.hidden[1, 2:] * 2)
 

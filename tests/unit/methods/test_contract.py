@@ -12,6 +12,7 @@ from lvlm_prune.methods.allocation import (
     OWLAllocation,
     UniformAllocation,
 )
+from lvlm_prune.methods.paired_statistics import ByModality, CrossGram
 from lvlm_prune.methods.patterns import SemiStructured, SemiStructuredChoice, Unstructured
 from lvlm_prune.methods.pools import (
     AMIAPool,
@@ -26,7 +27,15 @@ from lvlm_prune.methods.pools import (
 )
 from lvlm_prune.methods.saliency import AttentionSaliency, DiversitySaliency, DriftSaliency, RandomSaliency
 from lvlm_prune.methods.scorers import MagnitudeScorer, MaskSolver, RIAScorer, SparseGPTScorer, WandaScorer
-from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, Solver, SparseGPTSolver, SparseSwapsSolver
+from lvlm_prune.methods.solvers import (
+    ALPSSolver,
+    DenseTargetSolver,
+    RefitSolver,
+    Solver,
+    SparseGPTSolver,
+    SparseSwapsSolver,
+    VisualWeightSolver,
+)
 from lvlm_prune.methods.statistics import ChannelNorm, Gram
 from lvlm_prune.methods.testing import PluginFault, check_plugin
 
@@ -70,8 +79,14 @@ PLUGINS = [
     SparseSwapsSolver(),
     SparseSwapsSolver(rounds=2, candidates=1),
     RefitSolver(SparseSwapsSolver()),
+    DenseTargetSolver(),
+    DenseTargetSolver(ALPSSolver(), share=0.5),
+    VisualWeightSolver(),
+    VisualWeightSolver(DenseTargetSolver(SparseGPTSolver()), visual_weight=0.5),
     ChannelNorm,
     Gram,
+    CrossGram,
+    ByModality,
     UniformAllocation(),
     DASAllocation(),
     DASAllocation("per_block", aggregate="avg"),
@@ -93,6 +108,7 @@ def test_every_plugin_keeps_its_contract(plugin):
 
 def test_no_plugin_of_the_project_is_left_out():
     import lvlm_prune.methods.allocation as allocation
+    import lvlm_prune.methods.paired_statistics as paired
     import lvlm_prune.methods.patterns as patterns
     import lvlm_prune.methods.pools as pools
     import lvlm_prune.methods.saliency as saliency
@@ -103,11 +119,16 @@ def test_no_plugin_of_the_project_is_left_out():
     kinds = (Allocation, Pattern, Pool, Saliency, Scorer, Solver, Statistic)
     there = {
         value
-        for module in (allocation, patterns, pools, saliency, scorers, solvers, statistics)
+        for module in (allocation, paired, patterns, pools, saliency, scorers, solvers, statistics)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, kinds) and value not in kinds
     }
     assert there == {plugin if isinstance(plugin, type) else type(plugin) for plugin in PLUGINS}
+
+
+@pytest.mark.parametrize("kind", [CrossGram, ChannelNorm])
+def test_any_sum_can_be_kept_by_modality(kind):
+    check_plugin(ByModality.of(kind))
 
 
 # ---- plugins that are wrong ------------------------------------------------------------------------------------------

@@ -6,27 +6,38 @@ import pytest
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.paired_statistics import CrossGram
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
 from lvlm_prune.methods.solvers import LinearProblem
-from lvlm_prune.methods.statistics import Gram
 
 CASES = ["0.5", "0.7", "2:4"]
 
 
 @pytest.fixture
 def make_problem() -> Callable[..., LinearProblem]:
-    """`make_problem("0.5")` has correlated channels of unequal strength, as the inputs of real Linears are."""
+    """`make_problem("0.5")` has correlated channels of unequal strength, as the inputs of real Linears are.
+
+    With `drift` the dense model's inputs are others, by so much of their strength.
+    """
 
     def make(
-        case: str = "0.5", rows: int = 12, columns: int = 32, tokens: int = 300, seed: int = 0, dead: int = 0
+        case: str = "0.5",
+        rows: int = 12,
+        columns: int = 32,
+        tokens: int = 300,
+        seed: int = 0,
+        dead: int = 0,
+        drift: float = 0.0,
     ) -> LinearProblem:
         generator = torch.Generator().manual_seed(seed)
         mixing = torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator)
         strengths = torch.logspace(-0.7, 0.7, columns)[torch.randperm(columns, generator=generator)]
         inputs = torch.randn(tokens, columns, generator=generator) @ mixing * strengths
         inputs[:, :dead] = 0
-        gram = Gram(columns)
-        gram.add(inputs, torch.ones(tokens, dtype=torch.bool))
+        gram = CrossGram(columns)
+        change = torch.randn(columns, columns, generator=torch.Generator().manual_seed(9)) / columns**0.5
+        dense = inputs + drift * (inputs / strengths) @ change * strengths
+        gram.add(inputs, torch.ones(tokens, dtype=torch.bool), dense=dense if drift else None)
         weight = torch.randn(rows, columns, generator=generator) / columns**0.5
         pattern: Pattern = parse_pattern(case) if ":" in case else Unstructured()
         sparsity = pattern.sparsity if isinstance(pattern, SemiStructured) else float(case)

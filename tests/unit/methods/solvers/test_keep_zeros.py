@@ -7,13 +7,20 @@ import torch
 
 from lvlm_prune.methods.patterns import SemiStructured
 from lvlm_prune.methods.scorers import MagnitudeScorer, MaskSolver, SparseGPTScorer
-from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseGPTSolver, SparseSwapsSolver
+from lvlm_prune.methods.solvers import (
+    ALPSSolver,
+    DenseTargetSolver,
+    RefitSolver,
+    SparseGPTSolver,
+    SparseSwapsSolver,
+)
 from tests.unit.methods.solvers.conftest import CASES, loss
 
 BY_SIZE = MaskSolver(MagnitudeScorer())
 UPDATING = [SparseGPTSolver, ALPSSolver, lambda **options: ALPSSolver(schedule="paper", **options)]
 UPDATING += [lambda **options: RefitSolver(SparseGPTSolver(), **options)]
 UPDATING += [lambda **options: SparseGPTScorer(**options).solver()]
+UPDATING += [lambda **options: DenseTargetSolver(ALPSSolver(**options))]
 
 
 def pruned_before(problem, share=0.4):
@@ -62,5 +69,6 @@ def test_without_zeros_the_option_changes_nothing(make, make_problem):
 @pytest.mark.parametrize("solver", [BY_SIZE, SparseSwapsSolver(BY_SIZE)])
 def test_solvers_that_leave_weights_as_they_are_keep_zeros_by_themselves(solver, make_problem):
     problem = pruned_before(make_problem("0.5"))
+    assert not DenseTargetSolver(solver).keeps_zeros()
     assert solver.keeps_zeros()
     assert not solver.solve(problem).weight[problem.zeros].any()
