@@ -38,6 +38,7 @@ from lvlm_prune.output.names import PRUNING_RECORD, RUN_FILES, STATISTICS_NAME
 from lvlm_prune.output.own_files import record_of_content, records_of, refuse_changed
 from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.records import FileRecord
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from lvlm_prune.plugins import describe
 from lvlm_prune.report.card import read_card, write_card
@@ -333,12 +334,13 @@ def _verified_line(manifest: Manifest) -> str:
     untouched = manifest["verified"]["untouched_tensors"]
     left = sum("note" in entry for entry in manifest["linears"].values())
     note = f", {left} Linears left dense that saw too few calibration tokens, or none" if left else ""
-    promised = f"target {target:.4g}, {manifest['pattern']}"
+    promised = f"target {readable_percent(target)}, {manifest['pattern']}"
     parts = "".join(
-        f", {name} {part['achieved']:.4g} (target {part['target']:g})"
+        f", {name} {readable_percent(part['achieved'])} (target {readable_percent(part['target'])})"
         for name, part in manifest["sparsity"].get("parts", {}).items()
     )
-    return f"verified: sparsity {achieved:.4g} ({promised}){parts}, {untouched} other tensors untouched{note}"
+    found = f"sparsity {readable_percent(achieved)} ({promised}){parts}"
+    return f"verified: {found}, {untouched} other tensors untouched{note}"
 
 
 def _by_parameter(block: Block) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:

@@ -9,6 +9,7 @@ from lvlm_prune.callbacks.base import PruneCallback
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.output.progress import Progress
+from lvlm_prune.output.units import readable_percent
 
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
@@ -85,7 +86,7 @@ class PruneProgressBar(TQDMProgressBar, PruneCallback):
 
     def on_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Show what the block showed."""
-        self._findings = f" · sparsity {trainer.run.record.achieved_sparsity([block.index]):.3f}"
+        self._findings = f" · sparsity {readable_percent(trainer.run.record.achieved_sparsity([block.index]))}"
         self._findings += "".join(
             f" · {name.removeprefix('mean_')} {value:.3f}"
             for name, value in block.record.items()

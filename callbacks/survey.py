@@ -23,6 +23,7 @@ from lvlm_prune.loop.activations import Activations
 from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.methods.survey import SurveyCost, Surveyor, surveyed_samples
 from lvlm_prune.output.progress import readable_time
+from lvlm_prune.output.units import readable_percent
 from lvlm_prune.plugins import plugin_class
 from lvlm_prune.pruning.calibration import BlockCalibration
 
@@ -198,7 +199,8 @@ class PluginSurvey(PruneCallback):
         self.pruning.allocate()
         targets = self.pruning.targets.values()
         if min(targets) < max(targets):
-            trainer.run.say(f"surveyed: sparsity {min(targets):.3f} to {max(targets):.3f} per Linear")
+            least, most = readable_percent(min(targets)), readable_percent(max(targets))
+            trainer.run.say(f"surveyed: sparsity {least} to {most} per Linear")
 
     def _linears(self, block: Block) -> dict[str, nn.Linear]:
         """Linears of the block that are going to be pruned."""

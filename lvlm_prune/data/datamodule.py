@@ -229,7 +229,7 @@ class CalibrationDataModule(L.LightningDataModule):
             limits.refuse(inputs)
             return inputs
         except RunError as error:
-            self._leave_out(name, str(error))
+            self._leave_out(getattr(error, "id", "") or name, str(error))
             return None
 
     def leave_out(self, number: int, reason: str) -> None:

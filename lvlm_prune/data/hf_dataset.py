@@ -20,8 +20,8 @@ from lvlm_prune.data.conversation import (
     task_name,
 )
 from lvlm_prune.data.references import kind_of_key, opened, references_of_turns
-from lvlm_prune.data.source import CalibrationSource, verify_files
-from lvlm_prune.errors import RunError, first_line
+from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
+from lvlm_prune.errors import first_line
 
 _ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
 _NUMBERS = ("bool", "int", "uint", "float", "null")  # a column of these only counts or describes
@@ -160,7 +160,7 @@ class HFDatasetSource(CalibrationSource):
         return rows
 
     def verify(self, indices: Sequence[int]) -> None:
-        verify_files(self, indices, "path", self.path)
+        verify_files(self, indices, self.path)
 
     def __len__(self) -> int:
         self.setup()
@@ -190,7 +190,7 @@ class HFDatasetSource(CalibrationSource):
             task = task_name(values.get("task"))
             return Conversation(place_media(messages, len(images)), images, id=name, task=task)
         except ValueError as error:
-            raise RunError(str(error)) from None
+            raise SampleError(str(error), str(values.get("id", ""))) from None
 
     def _named(self, column: str, value: Any) -> Any:
         """The name of a class where the column holds class numbers."""

@@ -9,8 +9,7 @@ from typing import Any
 from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media, task_name
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.data.references import opened, references_of_record, references_of_turns
-from lvlm_prune.data.source import CalibrationSource, verify_files
-from lvlm_prune.errors import RunError
+from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
 
 
 class LlavaJsonSource(CalibrationSource):
@@ -39,10 +38,8 @@ class LlavaJsonSource(CalibrationSource):
             self._records = JsonRecords(self.path)
 
     def verify(self, indices: Sequence[int]) -> None:
-        if self.image_folder is None:
-            verify_files(self, indices, "path", self.path, hint="; is `image_folder` needed?")
-        else:
-            verify_files(self, indices, "image_folder", self.image_folder)
+        hint = "; is `image_folder` needed?" if self.image_folder is None else ""
+        verify_files(self, indices, self.path, self.image_folder, hint)
 
     def __len__(self) -> int:
         self.setup()
@@ -52,9 +49,11 @@ class LlavaJsonSource(CalibrationSource):
     def __getitem__(self, index: int) -> Conversation:
         self.setup()
         assert self._records is not None
+        own = ""
         try:
             record = self._records[index]
-            name = str(record.get("id", index))
+            own = str(record.get("id", ""))
+            name = own or str(index)
             turns = record.get("conversations", record.get("messages"))
             if not isinstance(turns, list):
                 raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
@@ -66,7 +65,7 @@ class LlavaJsonSource(CalibrationSource):
                 messages = place_media(messages, len(files[kind]), kind)
             task = task_name(record.get("task"))
         except ValueError as error:
-            raise RunError(str(error)) from None
+            raise SampleError(str(error), own) from None
         return Conversation(messages, [*files["image"]], name, files["video"], files["audio"], task)
 
     def _files(self, record: dict[str, Any], turns: list[Any], name: str) -> dict[str, list[Any]]:

@@ -181,7 +181,7 @@ class RecoveryDataModule(L.LightningDataModule):
             if not (inputs["labels"][:, 1:] != IGNORED).any():
                 raise RunError("has no answer tokens: nothing could be learnt from it")
         except RunError as error:
-            raise RunError(f"{name}: {error}") from None
+            raise RunError(f"{getattr(error, 'id', '') or name}: {error}") from None
         return inputs | {SAMPLE_NUMBER: torch.tensor([number])}
 
     def _encode(self, sample: Any) -> Inputs:

@@ -101,20 +101,50 @@ class CalibrationSource(ABC):
         """
 
 
+class SampleError(RunError):
+    """A record that is no sample.
+
+    Args:
+        problem: What is wrong with it.
+        id: Its name in the source; empty where it has none.
+    """
+
+    def __init__(self, problem: str, id: str = "") -> None:
+        super().__init__(problem)
+        self.id = id
+
+
+def name_of(sample: object, index: int) -> str:
+    """What a sample, or the error that it is none, is called in a message: by its own name, else by its number.
+
+    Example:
+        >>> name_of(SampleError("no text", "q-7"), 3), name_of(RunError("no text"), 3)
+        ('sample q-7', 'sample 3')
+    """
+    return f"sample {shortened(getattr(sample, 'id', ''), 200) or index}"
+
+
 def verify_files(
-    source: CalibrationSource, indices: Sequence[int], argument: str, value: str | None, hint: str = ""
+    source: CalibrationSource, indices: Sequence[int], path: str, image_folder: str | None = None, hint: str = ""
 ) -> None:
     """Read the chosen conversations and see that their images, videos and sounds exist; none is decoded.
 
+    Args:
+        source: Where they come from.
+        indices: Their numbers.
+        path: The source's argument `path`, at fault where a record is no sample.
+        image_folder: Its argument of this name, at fault where files are missing. Default: `path` is.
+        hint: What a line about missing files ends with.
+
     Raises:
-        ValueError: A sample is malformed or files are missing; it names `argument`, and ends with `hint`.
+        ValueError: A sample is malformed or files are missing; it names the argument.
     """
     missing = []
     for index in indices:
         try:
             sample = source[index]
         except RunError as error:
-            raise ValueError(f"`{argument}` {value}: sample {index}: {error}") from None
+            raise ValueError(f"`path` {path}: {name_of(error, index)}: {error}") from None
         if isinstance(sample, Conversation):
             files = [("image", image) for image in sample.images if isinstance(image, Path)]
             files += [("video", video) for video in sample.videos] + [("audio", audio) for audio in sample.audios]
@@ -123,4 +153,5 @@ def verify_files(
         name, kind, file = missing[0]
         problem = f"{kind} file {shortened(file, 200)} of sample {shortened(name, 200)} is missing"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"`{argument}` {value}: {problem}{others}{hint}")
+        at_fault = f"`path` {path}" if image_folder is None else f"`image_folder` {image_folder}"
+        raise ValueError(f"{at_fault}: {problem}{others}{hint}")

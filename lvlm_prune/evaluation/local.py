@@ -14,7 +14,7 @@ from typing import Literal
 
 from lvlm_prune.data.content import digests_of_media
 from lvlm_prune.data.conversation import Conversation
-from lvlm_prune.data.source import CalibrationSource
+from lvlm_prune.data.source import CalibrationSource, name_of
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.metrics import suitable_metric
 from lvlm_prune.evaluation.scores import Benchmark, Question
@@ -89,9 +89,12 @@ class LocalBenchmark(Benchmark):
         for index in self._chosen():
             try:
                 sample = self.source[index]
+            except RunError as error:
+                raise ValueError(f"`source` {path or default}: {name_of(error, index)}: {error}") from None
+            try:
                 answer = _answer_of(sample)
             except RunError as error:
-                raise ValueError(f"`source` {path or default}: sample {index} {error}") from None
+                raise ValueError(f"`source` {path or default}: {name_of(sample, index)} {error}") from None
             assert isinstance(sample, Conversation)
             found.setdefault(sample.task or default, []).append((index, sample, answer))
         metrics = {

@@ -12,7 +12,7 @@ from lvlm_prune.blocks import Place, StreamedWeights
 from lvlm_prune.memory.footprint import Footprint
 from lvlm_prune.memory.sizes import Peak, larger_phases
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.units import readable_size
+from lvlm_prune.output.units import readable_percent, readable_size
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Plan:
             kinds.setdefault((name, linear.shape), []).append(linear.target)
         width = max(len(name) for name, _ in kinds)
         for (name, shape), targets in kinds.items():
-            bounds = dict.fromkeys(f"{target:.4f}" for target in (min(targets), max(targets)))
+            bounds = dict.fromkeys(map(readable_percent, (min(targets), max(targets))))
             written = " x ".join(f"{length:>7}" for length in shape)
             yield f"{name:{width}} {len(targets):>5} of {written:>17}  {' to '.join(bounds)}"
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PAGE_NAME, PRIVATE_SUFFIX, RECOVERY_RECORD
+from lvlm_prune.output.units import readable_percent
 
 
 def readable_count(count: int) -> str:
@@ -31,14 +32,14 @@ def summary(record: Manifest, folder: Path) -> str:
     if "teacher" in record:
         how += " with distillation"
     losses = [
-        f"{name.replace('_', ' ')}{_mixed(record, name)} {training[name]:.3f}"
+        f"{name.replace('_', ' ')}{_mixed(record, name)} {training[name]:.3g}"
         for name in ("train_loss", "validation_loss", "error_before", "error_after")
         if training.get(name) is not None
     ]
     lines = [
         f"recovered by {how}: {readable_count(training['trainable_parameters'])} trainable parameters · "
         f"{training['steps']} steps in {training['seconds']:.0f} s · {' · '.join(losses)}",
-        f"verified: sparsity {verified['sparsity']:.4g} ({record['pattern']}), every pruned weight +0.0 in "
+        f"verified: sparsity {readable_percent(verified['sparsity'])} ({record['pattern']}), every pruned weight +0.0 in "
         f"{len(record['linears'])} Linears, {verified['untouched_tensors']} other tensors untouched",
     ]
     if "evaluation" in record:

@@ -122,7 +122,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
             facts[key.replace("_", " ")] = show(run, "training", key, unit="count")
     for key in ("train_loss", "validation_loss", "error_before", "error_after"):
         if training.get(key) is not None:
-            facts[key.replace("_", " ")] = show(run, "training", key, unit="share")
+            facts[key.replace("_", " ")] = show(run, "training", key)
     facts["time"] = show(run, "seconds", unit="seconds")
     return facts
 

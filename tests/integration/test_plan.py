@@ -28,7 +28,7 @@ def listed_kinds(lines: list[str]) -> dict[str, list[str]]:
     """Name of each kind of Linear in a plan -> how many, sizes of the shape, target."""
     kinds = {}
     for line in lines:
-        if found := re.fullmatch(r"(\S+) +(\d+) of +(\d+) x +(\d+)  ([\d.]+(?: to [\d.]+)?)", line):
+        if found := re.fullmatch(r"(\S+) +(\d+) of +(\d+) x +(\d+)  ([\d.]+%(?: to [\d.]+%)?)", line):
             kinds[found[1]] = list(found.groups()[1:])
     return kinds
 
@@ -46,7 +46,7 @@ def test_a_plan_counts_every_tensor_and_writes_nothing(golden_arguments, tmp_pat
     for name, (count, rows, columns, target) in listed.items():
         keys = fnmatch.filter(folder, name)
         assert {folder[key].shape for key in keys} == {(int(rows), int(columns))}
-        assert (len(keys), target) == (int(count), "0.6000")
+        assert (len(keys), target) == (int(count), "60%")
         planned += keys
     assert len(planned) == 24
     weights = sum(prod(folder[key].shape) for key in planned)
@@ -61,7 +61,7 @@ def test_a_plan_is_short_however_many_blocks_there_are_and_gives_bounds_of_targe
     assert main([*golden_arguments, *arguments, "--plan=true", f"--output={tmp_path / 'out'}"]) == 0
     listed = listed_kinds(capsys.readouterr().out.splitlines())
     assert len(listed) == 7
-    assert {(count, target) for count, _, _, target in listed.values()} == {("4", "0.4000 to 0.6000")}
+    assert {(count, target) for count, _, _, target in listed.values()} == {("4", "40% to 60%")}
 
 
 def test_a_plan_says_what_a_run_would_refuse_for_lack_of_room(golden_arguments, tmp_path, capsys, monkeypatch):

@@ -24,7 +24,11 @@ def test_every_number_is_the_records(method, figures, bases, recover, tmp_path, 
     page = Page((output / "report.html").read_text())
     refuse_other_numbers(page, record | {"summary": json.loads(json.dumps(summarise(record)))})
     assert record["seconds"] >= drawn[0], "its user waits for the figures too"
-    assert f"recovery.json) · {record['seconds']:.0f} s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"recovery.json) · {record['seconds']:.0f} s" in said
+    shown = {path: text for path, _, _, text in page.numbers}
+    losses = [f"{name.replace('_', ' ')} {shown[f'training/{name}']}" for name in ("train_loss", "validation_loss")]
+    assert " · ".join(losses) in said
     assert page.figures == figures
     assert {path.stem for path in (output / "report").glob("*.png")} == set(figures)
     history = record["training"]["history"]

@@ -197,11 +197,11 @@ def test_the_plan_lists_the_tower_first(tmp_path: Path, capsys):
     assert main([*arguments, BOTH, *options, f"--output={tmp_path / 'out'}"]) == 0
     assert not (tmp_path / "out").exists()
     printed = capsys.readouterr().out
-    words = [line.split() for line in printed.splitlines() if line.split()[-1:] in (["0.3000"], ["0.5000"])]
+    words = [line.split() for line in printed.splitlines() if line.split()[-1:] in (["30%"], ["50%"])]
     kinds = [(row[0].split(".")[0], row[-1]) for row in words]
-    tower = [entry for entry in kinds if entry == ("visual", "0.3000")]
+    tower = [entry for entry in kinds if entry == ("visual", "30%")]
     assert tower
-    assert kinds == tower + [("model", "0.5000")] * 7
+    assert kinds == tower + [("model", "50%")] * 7
     assert "vision tower, gathering" in printed
 
 

@@ -11,6 +11,7 @@ from lvlm_prune.data import json_records as json_records_module
 from lvlm_prune.data.conversation import load_image
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.evaluation.local import LocalBenchmark
 
 
 def test_json_and_jsonl_give_the_same_samples(tmp_path: Path, llava_json: Path, llava_rows: list[dict]):
@@ -152,6 +153,23 @@ def test_bad_files_are_one_clear_line_before_the_run(tmp_path: Path, content, me
     assert message.replace("{folder}", str(tmp_path)) in str(error.value)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"--data.source.path {path}: ")
+
+
+def test_a_broken_record_is_the_fault_of_the_file_by_its_own_name(tmp_path: Path, llava_json: Path, processor):
+    """Whatever the folder of images is; evaluation and reading with `on_error: skip` call it by that name too."""
+    path = tmp_path / "broken.json"
+    path.write_text('[{"id": "q-7", "conversations": []}]')
+    source = LlavaJsonSource(str(path), str(llava_json.parent))
+    with pytest.raises(InputError) as error:
+        CalibrationDataModule(source).setup()
+    assert str(error.value).startswith(f"--data.source.path {path}: sample q-7: the conversation is empty; --data.on_e")
+    with pytest.raises(ValueError, match=r"^`path` \S+: sample q-7: the conversation is empty$"):
+        LocalBenchmark(source).check()
+    with pytest.raises(ValueError, match=r"^`source` \S+: sample q-7: the conversation is empty$"):
+        LocalBenchmark(source).questions  # noqa: B018
+    data = CalibrationDataModule(source, on_error="skip")
+    with pytest.raises(RunError, match=r"the first one, q-7: the conversation is empty"):
+        list(data.calibration_batches(processor))
 
 
 def test_missing_image_folder(llava_json: Path):
