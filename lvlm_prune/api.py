@@ -18,7 +18,7 @@ from lvlm_prune.blocks import Target
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli_errors import explain
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, meant
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.plugins import built_from, refuse_values
@@ -101,7 +101,7 @@ def load_pruning(config: str | Path, **options: Any) -> BlockwisePruning:
         file = recipe_file(str(config))
     elif not exists(file):
         problem = f"no such file, and no recipe of that name; there are {', '.join(recipe_names())}"
-        raise InputError("config", config, problem)
+        raise InputError("config", config, problem + meant(config, recipe_names()))
     values = options_of_method(file, "config") | options
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(BlockwisePruning, "pruning")

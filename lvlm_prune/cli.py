@@ -106,9 +106,9 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["reproduce"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments[1] = f"--table={arguments[1]}"
-    from lvlm_prune.cli_help import misspelt_option
+    from lvlm_prune.cli_help import misspelt
 
-    if problem := misspelt_option(arguments):
+    if problem := misspelt(arguments):
         print(f"error: {problem}", file=sys.stderr)
         return 2
     refuse_wrong_ranks()

@@ -15,6 +15,9 @@ from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, shortened
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
 
+GO_ON = ("sweep", "reproduce")
+"""Those that go on with what lies in their folder without being asked to."""
+
 ALONE = {
     "methods": "List the recipes that `prune --method NAME` takes.",
     "completion": "Print a script that completes commands and options: `completion bash`, `zsh`, `tcsh` or `fish`.",
@@ -130,8 +133,10 @@ def explain(
         return _unknown(option, known, plugins)
     if (stray := re.search(r"unrecognized arguments: (\S+)", rest)) and not stray[1].startswith("--"):
         return f"{stray[1]}: {_STRAY}"
-    if unknown := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: (\S+)", rest):
+    if unknown := re.search(r"[Oo]ption '([\w.]+)'|(?:unrecognized arguments|ambiguous option): (\S+)", rest):
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
+        if name == "resume" and arguments and arguments[0] in GO_ON:
+            return f"--resume: is not needed by {arguments[0]}: the same command goes on behind the last finished run"
         return _unknown(_full_name(name, arguments), known, plugins)
     return f"{option}: {rest}" if key else rest
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lvlm_prune.cli_errors import ALONE, VERBS, hint
+from lvlm_prune.cli_errors import ALONE, VERBS, explain, hint
 
 TRAINER_HELP = "--help-trainer"
 
@@ -63,21 +63,25 @@ def stored_help(verb: str) -> str:
     return (STORED_HELP / f"{verb}.txt").read_text(encoding="utf-8")
 
 
-def misspelt_option(arguments: Sequence[str]) -> str:
-    """An option that a command does not have and that comes close to one that it has, in a line; else empty.
+def misspelt(arguments: Sequence[str]) -> str:
+    """A command that there is not, or an option that a command does not have and that comes close to one that it has, in a line; else empty.
 
-    Found in the stored help, since the parser that knows all options takes all libraries. Only the parser tells of
+    Options are looked for in the stored help, since the parser that knows all options takes all libraries. Only the parser tells of
     options of classes (`--pruning.pool.beta`), of Lightning's and of those without a section.
 
     Args:
         arguments: The command and what follows it.
 
     Example:
-        >>> misspelt_option(["prune", "--pruning.sparsty", "0.5"])
+        >>> misspelt(["prune", "--pruning.sparsty", "0.5"])
         '--pruning.sparsty: unknown option; is --pruning.sparsity meant?'
-        >>> misspelt_option(["prune", "--pruning.sparsity", "0.5", "--trainer.devces", "2"])
+        >>> misspelt(["prune", "--pruning.sparsity", "0.5", "--trainer.devces", "2"])
         ''
+        >>> misspelt(["methods", "atv"])
+        'methods atv: `methods` takes nothing'
     """
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        return explain("subcommand", arguments)
     known = re.findall(r"^  (--[\w.]+)", stored_help(arguments[0]) if arguments else "", re.MULTILINE)
     if not known or TRAINER_HELP in arguments:
         return ""

@@ -1,6 +1,8 @@
 """The one kind of error that a user is meant to read."""
 
 import signal
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 LONGEST_VALUE = 300
@@ -102,6 +104,20 @@ def shortened(value: Any, longest: int = 80) -> str:
     text = one_line(value)
     head, tail = longest // 2 - 1, longest // 4
     return text if len(text) <= longest else f"{text[:head]}...{text[-tail:]}"
+
+
+def meant(name: Any, known: Iterable[str]) -> str:
+    """What a misspelt name may be meant to be, to go on with a sentence; empty where nothing comes close.
+
+    Args:
+        name: What was given.
+        known: The names that there are.
+
+    Example:
+        >>> meant("wandaa", ["atv", "wanda"])
+        '; is wanda meant?'
+    """
+    return "".join(f"; is {one} meant?" for one in get_close_matches(str(name), list(known), n=1))
 
 
 class RunError(LVLMPruneError):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, meant
 from lvlm_prune.option_files import read_yaml
 
 _BESIDE, _INSIDE = Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"
@@ -39,10 +38,9 @@ def recipe_file(name: str, verb: str = "prune") -> Path:
     """
     known = recipe_names(verb)
     if name not in known:
-        close = get_close_matches(name, [*known, AUTO] if verb == "prune" else known, n=1)
-        meant = f"; is {close[0]} meant?" if close else ""
+        close = meant(name, [*known, AUTO] if verb == "prune" else known)
         listed = "`lvlm-prune methods` lists them" if verb == "prune" else "there are " + ", ".join(known)
-        raise InputError("method", name, f"no such recipe{meant} ({listed})")
+        raise InputError("method", name, f"no such recipe{close} ({listed})")
     return CONFIGS / verb / f"{name}.yaml"
 
 

@@ -391,5 +391,5 @@ class LVLMTrainer(RunTrainer):
 
         run = UnpackRun(model, output, resume)
         sizes = run()
-        carry_private(run.packed.path, run.folder)
+        carry_private(run.packed.path, run.folder, quiet=False)
         return sizes

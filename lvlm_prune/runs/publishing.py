@@ -130,16 +130,23 @@ def keep_private(folder: Path) -> None:
     _copy_private(folder, beside)
 
 
-def carry_private(source: Path, folder: Path) -> None:
+def carry_private(source: Path, folder: Path, quiet: bool = True) -> None:
     """Give a folder that was packed or unpacked what lies beside the one it was made from, where anything does.
 
     Where it lies there already, what came to it since stays.
+
+    Args:
+        source: What was packed or unpacked.
+        folder: What was made from it.
+        quiet: Whether nothing is said of it.
     """
     origin, beside = private_folder(source), private_folder(folder)
     if has_private(source):
         with writing(beside):
             beside.mkdir(exist_ok=True)
             _copy_private(origin, beside, only_missing=_is_of_same_run(origin, beside))
+        if not quiet:
+            print(private_line(folder), flush=True)
 
 
 def _is_of_same_run(origin: Path, beside: Path) -> bool:

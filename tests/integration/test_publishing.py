@@ -147,6 +147,7 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert texts(written(tmp_path / "packed.private")) == private
     assert record_of(packed)["dense"]["path"] == str(GOLDEN / "model")
     assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
+    assert f"are in {unpacked}.private" in capsys.readouterr().out.splitlines()[-1]
     assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
 
 

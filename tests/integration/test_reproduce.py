@@ -177,7 +177,7 @@ def test_several_seeds_give_a_spread(tmp_path):
 
 
 BAD = {
-    "table": (["reproduce", "atv/table_9"], ["error: atv/table_9: no such table; is atv/table_", "atv/table_2"]),
+    "table": (["reproduce", "atv/table_9"], ["error: atv/table_9: no such table; there are ", "atv/table_2", "; is atv/table_"]),
     "no checkpoint": (["reproduce", "tamp/table_3"], ["--model.path VideoLLaMA2-7B", "transformers has no"]),
     "calibration": (
         ["reproduce", "atv/table_3", MODEL, "--calibration={nothing: {}}"],
@@ -217,6 +217,14 @@ BAD = {
     "column": (
         ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={GQA: q_proj}"],
         ["--tasks GQA", "MMB"],
+    ),
+    "misspelt column": (
+        ["reproduce", "tamp/table_1", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={ChartQ: q_proj}"],
+        ["--tasks ChartQ: is no column", "is ChartQA meant?"],
+    ),
+    "misspelt calibration set": (
+        ["reproduce", "atv/table_3", MODEL, "--calibration={sharegpt4: {}}"],
+        ["--calibration sharegpt4: no such set", "is sharegpt4v meant?"],
     ),
     "no samples": (
         ["reproduce", "atv/table_3", MODEL, "--engine=tests.engines.ShareLeft", "--tasks={MMB: q_proj}"],

@@ -202,6 +202,7 @@ BAD = {
         [grid(pruning__sparsity=[n / 999 for n in range(1, 200)], pruning__pool__alpha=[*range(99)])],
         [],
     ),
+    "misspelt recipe": (["--recipes=[wandaa]"], ["--recipes wandaa", "is wanda meant?"]),
     "folder for a recipe": (["--recipes=[tests]"], ["--recipes tests", "is no file"]),
     "a recipe without an end": (["--recipes=[{anchor}]"], ["anchor.yaml", "nested too deeply, or in itself"]),
     "a date in a recipe": (["--recipes=[{date}]"], ["date.yaml", "cannot be read"]),

@@ -177,8 +177,11 @@ def test_without_a_command_there_is_help_and_a_failure(capsys):
     [
         (["compare"], "compare: name two folders or more"),
         (["compare", "nowhere"], "compare nowhere: name two folders or more"),
-        (["compare", "nowhere", "nothing"], "nowhere: has no pruning.json and no recovery.json"),
+        (["compare", "nowhere", "nothing"], "nowhere: no such folder"),
         (["pack", "nowhere"], "nowhere: has no option before it"),
+        (["evaluate", "--engin", "x"], "--engin: unknown option; is --engine meant?"),
+        (["sweep", "--resume", "true"], "--resume: is not needed by sweep: the same command goes on behind the last"),
+        (["evaluate", "--resume", "true"], "--resume: unknown option"),
         (["sweep", "--recipes", "a.yaml", "b.yaml"], "b.yaml: has no option before it"),
     ],
 )

@@ -46,6 +46,7 @@ class ComparedFolder:
             raise InputError(_OPTION, path, f"holds only what is private of {whose}; compare that")
         if name is None:
             problem = f"has no {PRUNING_RECORD} and no {RECOVERY_RECORD}: not a folder that prune or recover wrote"
+            problem = problem if self.path.is_dir() else "no such folder"
             raise InputError(_OPTION, path, problem)
         try:
             self.record: Mapping[str, Any] = Manifest.read(self.path, name)

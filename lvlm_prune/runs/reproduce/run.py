@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_prune.checkpoints.files import refuse_undecodable
-from lvlm_prune.errors import InputError, shortened
+from lvlm_prune.errors import InputError, meant, shortened
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.output.folder import refuse_other_content, writing
@@ -75,7 +74,7 @@ def table_points(part: Part, seeds: Sequence[int], calibration: Mapping[str, Map
     """
     known = calibration_sets()
     if unknown := next((name for name in calibration if name not in known), None):
-        raise InputError("calibration", unknown, f"no such set; there are {', '.join(known)}")
+        raise InputError("calibration", unknown, f"no such set; there are {', '.join(known)}{meant(unknown, known)}")
     for name, given in calibration.items():
         if not isinstance(given, Mapping):
             problem = f"expected options of `data`, for example {{num_samples: 64}}, not {shortened(given)}"
@@ -158,7 +157,8 @@ class ReproductionRun:
             raise InputError("tasks", tasks, "names tasks of --engine, which is not given")
         known = {benchmark.name for entry in table.parts for benchmark in entry.benchmarks}
         if unknown := sorted(set(tasks) - known):
-            raise InputError("tasks", unknown[0], f"is no column of {table.name}; there are {', '.join(sorted(known))}")
+            problem = f"is no column of {table.name}; there are {', '.join(sorted(known))}"
+            raise InputError("tasks", unknown[0], problem + meant(unknown[0], known))
         if engine is not None and not tasks:
             problem = f"says for no column of {table.name} which task of --engine it is; there are"
             raise InputError("tasks", "{}", f"{problem} {', '.join(sorted(known))}")
@@ -286,8 +286,7 @@ def _refuse_absent(names: Mapping[str, str], scored: Collection[str]) -> None:
     """
     if absent := sorted(set(names.values()) - set(scored)):
         problem = f"is not scored by the engine, which scores {', '.join(scored)}"
-        close = "".join(f"; is {one} meant?" for one in get_close_matches(absent[0], scored, n=1))
-        raise InputError("tasks", absent[0], problem + close)
+        raise InputError("tasks", absent[0], problem + meant(absent[0], scored))
 
 
 def folder_name(entry: Part) -> str:

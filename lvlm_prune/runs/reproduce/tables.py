@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 import yaml
 
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, meant
 from lvlm_prune.recipes import CONFIGS
 from lvlm_prune.runs.reproduce.published import Labels, PublishedTable, Values, published_table
 
@@ -149,8 +148,7 @@ def load_table(name: str) -> Table:
     """
     file = FOLDER / f"{name}.yaml"
     if name not in table_names():
-        close = "".join(f"is {one} meant? " for one in get_close_matches(name, table_names(), n=1))
-        raise InputError("", name, f"no such table; {close}there are {', '.join(table_names())}")
+        raise InputError("", name, f"no such table; there are {', '.join(table_names())}{meant(name, table_names())}")
     content = yaml.safe_load(file.read_text())
     parts = [_part(content | entry) for entry in content["models"]]
     published = [part.published for part in parts]

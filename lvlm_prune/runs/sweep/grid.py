@@ -32,7 +32,7 @@ from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli_errors import explain, hint
 from lvlm_prune.cli_help import options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, meant
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.methods.patterns import parse_pattern
 from lvlm_prune.plugins import built_from, describe, refuse_values
@@ -325,7 +325,8 @@ def _methods(recipes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in files:
             path = Path(file)
             if not exists(path):
-                raise InputError("recipes", pattern, "no such file, and no recipe of that name")
+                problem = f"no such file, and no recipe of that name{meant(pattern, recipe_names())}"
+                raise InputError("recipes", pattern, problem)
             pruning = options_of_method(path, "recipes")
             if seen.setdefault(path.stem, file) != file:
                 raise InputError("recipes", file, f"has the same name as {seen[path.stem]}")
