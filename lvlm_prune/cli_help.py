@@ -64,10 +64,10 @@ def stored_help(verb: str) -> str:
 
 
 def misspelt(arguments: Sequence[str]) -> str:
-    """A command that there is not, or an option that a command does not have and that comes close to one that it has, in a line; else empty.
+    """A command that there is not, or an option that comes close to one of the command, in a line; else empty.
 
-    Options are looked for in the stored help, since the parser that knows all options takes all libraries. Only the parser tells of
-    options of classes (`--pruning.pool.beta`), of Lightning's and of those without a section.
+    Options are looked for in the stored help, since the parser that knows all options takes all libraries. Only the
+    parser tells of options of classes (`--pruning.pool.beta`), of Lightning's and of those without a section.
 
     Args:
         arguments: The command and what follows it.

@@ -39,8 +39,8 @@ def summary(record: Manifest, folder: Path) -> str:
     lines = [
         f"recovered by {how}: {readable_count(training['trainable_parameters'])} trainable parameters · "
         f"{training['steps']} steps in {training['seconds']:.0f} s · {' · '.join(losses)}",
-        f"verified: sparsity {readable_percent(verified['sparsity'])} ({record['pattern']}), every pruned weight +0.0 in "
-        f"{len(record['linears'])} Linears, {verified['untouched_tensors']} other tensors untouched",
+        f"verified: sparsity {readable_percent(verified['sparsity'])} ({record['pattern']}), every pruned weight "
+        f"+0.0 in {len(record['linears'])} Linears, {verified['untouched_tensors']} other tensors untouched",
     ]
     if "evaluation" in record:
         lines.append(_scores_table(record["evaluation"]))

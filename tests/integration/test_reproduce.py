@@ -177,7 +177,10 @@ def test_several_seeds_give_a_spread(tmp_path):
 
 
 BAD = {
-    "table": (["reproduce", "atv/table_9"], ["error: atv/table_9: no such table; there are ", "atv/table_2", "; is atv/table_"]),
+    "table": (
+        ["reproduce", "atv/table_9"],
+        ["error: atv/table_9: no such table; there are ", "atv/table_2", "; is atv/table_"],
+    ),
     "no checkpoint": (["reproduce", "tamp/table_3"], ["--model.path VideoLLaMA2-7B", "transformers has no"]),
     "calibration": (
         ["reproduce", "atv/table_3", MODEL, "--calibration={nothing: {}}"],

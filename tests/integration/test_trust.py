@@ -143,7 +143,7 @@ def test_a_complete_folder_is_verified_again(name, damage, finished, tmp_path, c
 def test_a_complete_folder_that_is_whole_says_so(finished, capsys):
     before = contents(finished)
     assert resumed(finished, "--pruning.record=true", "--pruning.scorer=SparseGPTScorer") == 0
-    assert "\nverified: sparsity 50% (target 50%, unstructured), " in capsys.readouterr().out
+    assert "\nverified: sparsity 50.02% (target 50%, unstructured), " in capsys.readouterr().out
     assert contents(finished) == before
 
 
