@@ -310,6 +310,7 @@ class BlockwisePruning(PruneCallback):
             found = calibration.settle(processes)
             experts = [name for name in self._targets if name not in block.linears]
             block.open_sites = sites_in_order(processes.gather(block.sites), self._targets, experts)
+            calibration.begin(block.open_sites[0] if block.open_sites else [])
         else:
             found = calibration.finish(processes, _devices(block))
         block.record.update(found)
@@ -335,8 +336,9 @@ class BlockwisePruning(PruneCallback):
         assert isinstance(calibration, SiteCalibration)
         calibration.finish_site(trainer.run.processes, _devices(block))
         self._prune(trainer, block, names)
-        calibration.begin()
-        if not block.open_sites:
+        if block.open_sites:
+            calibration.begin(block.open_sites[0])
+        else:
             self._record(trainer)
 
     def _prune(self, trainer: "RunTrainer", block: Block, names: Iterable[str]) -> None:

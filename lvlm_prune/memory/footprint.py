@@ -4,7 +4,7 @@
     survey      block, next one  + forward, what is recorded of it        + samples, twice
                 or: output embedding, statistics, changed weights, their hidden states and logits
     gathering   block            + forward, statistics, held candidates   + samples
-    scoring     block            + statistics, masks, one weight's scores + samples
+    scoring     block            + statistics of what is dense still, masks, one weight's scores + samples
     passing on  block, next one  + forward, masks                         + samples
     verifying   one weight, dense and pruned
 
@@ -123,10 +123,8 @@ class Footprint:
             kept = size if self.method.by_site and self.method.follows_dense else 0
             matrices = (*block.shapes, *block.experts)
             masks = sum(map(prod, matrices))
-            working = (solver.working_bytes(shape, self.itemsize, self.on_gpu) for shape in matrices)
-            scoring = max(working, default=0) + _EFFECTS
             phases = {
-                "scoring": size + kept + statistics + masks + scoring,
+                "scoring": size + kept + masks + self._scoring(block),
                 "passing on": 2 * size + kept + masks + forward,
             }
             if pool is not None:
@@ -136,6 +134,22 @@ class Footprint:
                 phases["survey"] = 2 * size + self._survey(block)
             found = larger_phases(found, phases)
         return {f"{self._label}{name}": count for name, count in found.items()}
+
+    def _scoring(self, block: _BlockSize) -> int:
+        """Statistics of sites with Linears that are dense still, and what the solver takes for one of the next site."""
+        pool, solver = self.method.pool, self.method.solver
+        matrices = (*block.shapes, *block.experts)
+        held = [] if pool is None else block.statistics_of_sites(solver, pool)
+        if not held:
+            working = (solver.working_bytes(shape, self.itemsize, self.on_gpu) for shape in matrices)
+            return max(working, default=0) + _EFFECTS
+        most = 0
+        for number, (channels, statistic) in enumerate(held):
+            fed = (shape for shape in matrices if shape[1] == channels)
+            working = (solver.working_bytes(shape, self.itemsize, self.on_gpu) for shape in fed)
+            later = 0 if self.method.by_site else sum(count for _, count in held[number + 1 :])
+            most = max(most, statistic + later + max(working, default=0))
+        return most + _EFFECTS
 
     def _catching(self, batch: BatchSize) -> int:
         inputs = batch.input_elements * (4 + self.itemsize)
@@ -309,18 +323,22 @@ class _BlockSize:
         return cls(tuple(linears), _shapes(linears.values()), tuple(sites), _shapes(experts))
 
     def statistics(self, solver: Solver, pool: Pool, by_site: bool = False) -> int:
-        """Bytes of the statistics that are held together: those of all sites, or of the largest one."""
+        """Bytes of the statistics that are gathered together: those of all sites, or of the largest one."""
+        held = [count for _, count in self.statistics_of_sites(solver, pool)]
+        return max(held, default=0) if by_site else sum(held)
+
+    def statistics_of_sites(self, solver: Solver, pool: Pool) -> list[tuple[int, int]]:
+        """(C_in, bytes of its statistics) of each site; all experts of a stack are one, but for their last matrices."""
         if solver.statistic is None:
-            return 0
-        held = [
-            solver.statistic_bytes(channels) * (shared if pool.per_linear else 1) for channels, shared in self.sites
+            return []
+        sites = [
+            (channels, solver.statistic_bytes(channels) * (shared if pool.per_linear else 1))
+            for channels, shared in self.sites
         ]
-        # All experts of a stack are one step, first their first matrices, then their last ones.
         experts: dict[tuple[int, int], int] = {}
         for shape in self.experts:
             experts[shape] = experts.get(shape, 0) + solver.statistic_bytes(shape[1])
-        held += experts.values()
-        return max(held, default=0) if by_site else sum(held)
+        return sites + [(channels, count) for (_, channels), count in experts.items()]
 
 
 def _shapes(matrices: Iterable[nn.Linear | ExpertMatrix]) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,7 @@ deal out ─► for each matrix: score ─► mask ─► new weight ─► exch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -85,12 +86,12 @@ class BlockPruner:
         entries: dict[str, dict[str, Any]] = {}
         effects, finite = PruningErrors(), dict[str, Tensor]()
         unseen = _saw_nothing(targets, calibration)
+        left = Counter() if calibration is None else Counter(map(calibration.site_of, targets))
         if block.keeps_dense:
             block.dense |= {name: matrices[name].weight.detach().clone() for name in targets}
         owners = self._deal({name: matrices[name].weight for name in targets}, calibration, processes.count)
         for name, target in targets.items():
             weight = matrices[name].weight
-            statistic = None if calibration is None else calibration.statistic_of(name)
             entry = entries[name] = {"shape": list(weight.shape), "target": target}
             if calibration is not None:
                 is_expert = isinstance(matrices[name], ExpertMatrix)
@@ -99,9 +100,16 @@ class BlockPruner:
                 del owners[name]
             elif owners[name] == processes.rank:
                 siblings = self._siblings(block, name, targets, calibration)
+                statistic = None if calibration is None else calibration.statistic_of(name)
                 self._prune_matrix(block, name, statistic, siblings, entry, effects, finite)
+                del statistic
             else:
                 block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
+            if calibration is not None:
+                site = calibration.site_of(name)
+                left[site] -= 1
+                if not left[site]:  # the next site's solver needs the room
+                    calibration.let_go(site)
         if finite and not torch.stack(list(finite.values())).all():
             full_name = next(full_name for full_name, is_finite in finite.items() if not is_finite)
             raise RunError(f"NaN or infinity in the updated weight of {full_name}")

@@ -7,7 +7,7 @@ sample ──► pool ──┬─ tokens that count in any case ──► added
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,8 @@ class BlockCalibration:
         self.example: Tensor | None = None
         """How much each visual token of the example counts, uint8 in steps of 1/255; known once finished."""
         self._statistics: dict[str, Statistic] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._wanted: Collection[str] = targets
         self._site_of: dict[str, str] = {}
         self._held: list[tuple[str, int, _Counted, int]] = []
         self._held_routed: list[tuple[str, int, _Counted, Tensor]] = []
@@ -148,7 +150,7 @@ class BlockCalibration:
         Raises:
             RunError: A Linear shares its input with others in some samples and not in others.
         """
-        names = [name for name in sample.sites[site.name] if name in self.targets]
+        names = [name for name in sample.sites[site.name] if name in self._wanted]
         keys = {name: name if self.pool.per_linear else site.name for name in names}
         for name, key in keys.items():
             if self._site_of.setdefault(name, key) != key:
@@ -186,7 +188,7 @@ class BlockCalibration:
         """Add what routed experts were fed; a token counts for the experts that it was sent to."""
         ranks: Tensor | None = None
         for routed in sample.routed_inputs():
-            if routed.name not in self.targets:
+            if routed.name not in self._wanted:
                 continue
             assert selection is not None, "pools that choose for each Linear are refused for experts"
             name, inputs = routed.name, routed.inputs
@@ -302,6 +304,13 @@ class BlockCalibration:
         """The sums over the pool of a Linear's input; None where no sample called it."""
         return self._statistics.get(self._site_of.get(name, ""))
 
+    def let_go(self, site: str) -> None:
+        """No Linear of this site is left to prune: its statistic is not needed any more."""
+        norms = self._norms_of(site)
+        if self.record and norms is not None:
+            self._norms[site] = norms.clone()
+        self._statistics.pop(site, None)
+
     def routed_tokens(self, name: str) -> int:
         """How many tokens that count were sent to the expert of a matrix, over all samples."""
         counted = self._routed_tokens.get(name)
@@ -323,14 +332,14 @@ class BlockCalibration:
             own[f"{self.pool.name}_sel.{self.block}.{sample}.{linear}"] = weights.cpu()
         everything = {key: value for part in processes.gather(own) for key, value in part.items()}
         for name in self.targets:
-            if (norms := self._norms_of(name)) is not None:
+            if (norms := self._norms_of(self.site_of(name))) is not None:
                 everything[f"scaler_row.{self.block}.{name}"] = (norms / num_samples).float().cpu()
         return everything
 
-    def _norms_of(self, name: str) -> Tensor | None:
-        """Squared norm of each channel of a Linear's input; None where no sample called it, or no statistic tells."""
-        statistic = self.statistic_of(name)
-        return None if statistic is None else statistic.squared_norms()
+    def _norms_of(self, site: str) -> Tensor | None:
+        """Squared norm of each channel of a site's input; None where no sample called it, or no statistic tells."""
+        statistic = self._statistics.get(site)
+        return self._norms.get(site) if statistic is None else statistic.squared_norms()
 
     def _recorded_selection(self, sample: int, visual: Tensor, selection: Selection) -> dict[str, Tensor]:
         recorded = {}

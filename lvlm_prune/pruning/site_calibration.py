@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.loop.activations import Activations
@@ -25,7 +24,6 @@ class SiteCalibration(BlockCalibration):
         super().__init__(*arguments, **options)
         self._kept: list[Chosen] = []
         self._order_of: dict[int, int] = {}
-        self._norms: dict[str, Tensor] = {}
 
     def add(self, sample: Activations, tokens: Tokens) -> None:
         """Let the pool choose; nothing is summed up yet."""
@@ -52,12 +50,9 @@ class SiteCalibration(BlockCalibration):
         ]
         return self._found(cutoffs, processes)
 
-    def begin(self) -> None:
-        """The next sites come: the statistics of those before are not needed any more."""
-        for name in self._site_of:
-            if (norms := super()._norms_of(name)) is not None:
-                self._norms[name] = norms.clone()
-        self._statistics.clear()
+    def begin(self, names: Sequence[str]) -> None:
+        """These come next: their sites are at hand until they are pruned."""
+        self._wanted = set(names)
 
     def add_site(self, sample: Activations) -> None:
         """Add what the sites at hand were fed."""
@@ -67,9 +62,6 @@ class SiteCalibration(BlockCalibration):
     def finish_site(self, processes: Processes, devices: Mapping[str, torch.device]) -> None:
         """Make the sums at hand the same on all processes; see `BlockCalibration.finish`."""
         self._sum_over_processes(processes, devices)
-
-    def _norms_of(self, name: str) -> Tensor | None:
-        return self._norms[name] if name in self._norms else super()._norms_of(name)
 
 
 def sites_in_order(

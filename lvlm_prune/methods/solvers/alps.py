@@ -60,7 +60,7 @@ class ALPSSolver(Solver):
     iterations took about 3 to 4 times SparseGPT's processor time (one thread of an AMD EPYC, AVX2, two runs); a
     square one takes more, as factorising counts for less there. The largest Linear of a 72B model,
     8192 x 29568, takes 7.0 GB for its statistic, 7.9 GB for H and inverse and 5.5 GB for weights; with its block and
-    the other statistics that is 23.7 GB by this formula; nothing of that size was run.
+    masks that is 22.9 GB by the plan; nothing of that size was run.
 
     Args:
         iterations: At most so many. Default: 8 with the fast schedule, 300 with the published one.
