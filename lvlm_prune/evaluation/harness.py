@@ -54,6 +54,9 @@ _PAPER_METRICS = {
 }
 _PAPER_FULL_MARKS = {"mmbench_en_dev": 100.0, "mme": 2800.0}
 
+TASKS = "engine.tasks"
+"""Option under which every command takes the tasks of a harness."""
+
 _PATHWAYS = "lvlm_prune.evaluation.pathways"
 
 # What launchers tell a process about its fellows; a child that read it would wait for them.
@@ -183,6 +186,7 @@ class HarnessEngine(Engine):
         """Run the child on some tasks and read its results.
 
         Raises:
+            InputError: It knows no such task.
             RunError: It failed, or has no score for a task.
         """
         through = [_PATHWAYS, str(folder)] if (folder / PATHWAY_FILE).is_file() else []
@@ -215,7 +219,10 @@ class HarnessEngine(Engine):
                     raise RunError(f"{self.package} wrote no results")
                 return read_results(json.loads(files[-1].read_text()), tasks, self.metrics, self.package)
             except RunError as error:
-                raise RunError(f"{error}; {_last_words(log.read_bytes(), self.package)}") from None
+                said = log.read_bytes()
+                if unknown := _unknown_task(said, tasks):
+                    raise InputError(TASKS, unknown, f"is no task of the {self.package} that ran") from None
+                raise RunError(f"{error}; {_last_words(said, self.package)}") from None
 
 
 class LMEvalEngine(HarnessEngine):
@@ -315,10 +322,31 @@ def _with_own_package(folder: Path, known: str) -> str:
     return os.pathsep.join(filter(None, [str(folder), known]))
 
 
+def _lines(log: bytes) -> list[str]:
+    """What the child said, without the colours of its logger."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", log.decode(errors="replace"))
+    return [line.strip() for line in plain.splitlines() if line.strip()]
+
+
+def _unknown_task(log: bytes, tasks: Sequence[str]) -> str:
+    """The first task that the child says it does not know; empty where it complains of something else.
+
+    Example:
+        >>> _unknown_task(b"ValueError: Tasks not found: gqaa, popee", ["pope", "popee"])
+        'popee'
+        >>> _unknown_task(b"Tasks were not found: gqaa.", ["gqaa"]), _unknown_task(b"no file gqaa", ["gqaa"])
+        ('gqaa', '')
+    """
+    said = re.findall(
+        r"Tasks? (?:were |was )?not found:(.*)|Tasks? (.*) (?:were|was) not found", "\n".join(_lines(log))
+    )
+    names = {name.strip("'\".") for one in said for name in re.split(r"[\s,\[\]]+", " ".join(one))}
+    return next((task for task in tasks if task in names), "")
+
+
 def _last_words(log: bytes, package: str) -> str:
     """The last line that the child said, and where all of it is kept."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", log.decode(errors="replace"))  # colours of its logger
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    lines = _lines(log)
     with NamedTemporaryFile(prefix=f"{package}-", suffix=".log", delete=False) as kept:
         kept.write(log)
     return f"its last words: {lines[-1][:200] if lines else '(none)'} (all of them in {kept.name})"

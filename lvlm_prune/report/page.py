@@ -31,6 +31,9 @@ from lvlm_prune.output.private import is_left_out, left_out_options
 from lvlm_prune.output.units import readable_percent, readable_size
 from lvlm_prune.report.figures.style import inline_svg, png_bytes, theme_css
 
+_LONGEST_WORD = 24
+"""Characters of a word in a table that are kept together."""
+
 _UNITS = {
     "count": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
     "number": lambda value: f"{value:,.1f}".removesuffix(".0").replace(",", "\u202f"),
@@ -140,8 +143,11 @@ def repeat_command(verb: str, record: Mapping[str, Any]) -> str:
     Example:
         >>> repeat_command("prune", {"config": {"data": {"path": "(left out)"}}})
         'lvlm-prune prune --config config.yaml --output NEW_FOLDER --data.path ...'
+        >>> repeat_command("sweep", {"config": {"table": "atv/table_2"}})  # of a part of a table
+        'lvlm-prune reproduce --config config.yaml --output NEW_FOLDER'
     """
     config = record.get("config") or {}
+    verb = "reproduce" if "table" in config else verb
     wanted = [option for option in left_out_options(config) if option != "output"]
     model = (config.get("model") or {}).get("path", "")
     if is_left_out(record) and model not in NAMES and hub_name(model) is None:
@@ -167,6 +173,7 @@ def render_page(template: str, title: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["coded"] = _coded
     return _with_contents(
         environment.get_template(template).render(title=title, theme_css=Markup(theme_css()), **values)
     )
@@ -175,14 +182,29 @@ def render_page(template: str, title: str, **values: Any) -> str:
 def _breakable(value: Any) -> Any:
     """A name that a narrow screen breaks between its words, and not in the middle of one; numbers stay in one piece.
 
+    What has no words, as a digest has none, may break after every so many characters.
+
     Example:
         >>> print(_breakable("layers.0.self_attn"), _breakable("UniformAllocation"), _breakable("0.5"))
         layers.<wbr>0.<wbr>self_<wbr>attn Uniform<wbr>Allocation 0.5
     """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
+    without_words = rf"\w{{{_LONGEST_WORD}}}(?=\w)"
     behind_letter, before_letter, inside = r"(?<=[^\W\d])[._](?=\w)", r"[._](?=[^\W\d])", r"(?<=[a-z])(?=[A-Z])"
-    return Markup(re.sub(f"{behind_letter}|{before_letter}|{inside}", r"\g<0><wbr>", str(escape(value))))
+    return Markup(
+        re.sub(f"{without_words}|{behind_letter}|{before_letter}|{inside}", r"\g<0><wbr>", str(escape(value)))
+    )
+
+
+def _coded(text: str) -> Markup:
+    """A sentence of Markdown in a page: what stands between backticks is code.
+
+    Example:
+        >>> print(_coded("ChartQA is `color` & more"))
+        ChartQA is <code>color</code> &amp; more
+    """
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _with_contents(page: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,34 @@ def test_a_harness_that_fails_is_an_error(results, plan, said, harness, tmp_path
     assert "a line of noise" in log.read_text()
     log.unlink()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "plan"),
+    [
+        ("lm_eval", {"status": 1, "words": "ValueError: Tasks not found: gqa"}),
+        ("lmms_eval", {"words": "\x1b[31mTasks were not found: gqa\x1b[0m"}),
+    ],
+)
+def test_a_task_that_the_harness_does_not_know_is_an_option_of_its_own(package, plan, harness, tmp_path, capsys):
+    """Whether it ends or goes on without it; nothing else that it said is left behind."""
+    logs = set(Path(tempfile.gettempdir()).glob(f"{package}-*.log"))
+    assert harness(package, {}, "--engine.tasks=[pope, gqa]", f"--model.path={CHECKPOINT}", **plan) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --engine.tasks gqa: is no task of the {package} that ran\n"
+    assert set(Path(tempfile.gettempdir()).glob(f"{package}-*.log")) == logs
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_of_a_table_that_the_harness_does_not_know_is_the_harness(harness, tmp_path, monkeypatch, capsys):
+    """Nobody named the task: the release of the harness is another one than the table was declared for."""
+    plan = {"results": {}, "calls": str(tmp_path / "calls"), "file": "results.json", "words": "Tasks not found: mme"}
+    monkeypatch.setenv("HARNESS_PLAN", json.dumps(plan | {"status": 1}))
+    captions = {"sharegpt4v": {"source": {"class_path": "EmbeddedSource"}, "num_samples": 2}}
+    command = ["reproduce", "tamp/table_1", "--model.path=demo", f"--calibration={json.dumps(captions)}"]
+    assert main([*command, f"--harness.python={tmp_path / 'python'}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --harness.python {tmp_path / 'python'}: its lmms_eval has no task mme; ")
 
 
 @pytest.mark.skipif(not LM_EVAL, reason=WITHOUT_LM_EVAL)

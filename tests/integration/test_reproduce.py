@@ -166,6 +166,21 @@ def test_what_is_not_as_in_the_paper_is_said(tmp_path):
         assert "of ShareLeft" in text
         assert ("the paper prints none" in text) == (name == "report.html")
         assert "Calibrated on samples that --calibration names in the place of sharegpt4v." in text
+        assert "ShareLeft scores 2 tasks, and 1 of them stand here" in text
+    assert "ChartQA is <code>q_proj</code> of ShareLeft" in (out / "report.html").read_text()
+
+
+def test_what_a_page_says_repeats_the_table_does(tmp_path, capsys):
+    """The page of the table and that of each model's sweep; neither is of a part."""
+    out = tmp_path / "out"
+    assert main([*arguments("tamp/table_1", out), "--part=1/1"]) == 0
+    (sweep,) = out.glob("*/sweep.md")
+    for folder in (out, sweep.parent):
+        page = re.sub("</?span>", "", (folder / "report.html").read_text())
+        assert "lvlm-prune reproduce --config config.yaml --output NEW_FOLDER" in page
+        again = tmp_path / f"again-{folder.name}"
+        assert main(["reproduce", f"--config={folder / 'config.yaml'}", f"--output={again}"]) == 0
+        assert (again / "table.csv").read_bytes() == (out / "table.csv").read_bytes()
 
 
 def test_several_seeds_give_a_spread(tmp_path):

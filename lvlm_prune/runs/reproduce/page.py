@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lvlm_prune.output.provenance import versions
 from lvlm_prune.runs.reproduce.outcome import PartOutcome
 from lvlm_prune.runs.reproduce.tables import Table
 from lvlm_prune.runs.reproduce.text import average_rows, column_rows, heading, notes
@@ -16,16 +17,19 @@ if TYPE_CHECKING:
 TEMPLATE = "reproduction.html.j2"
 
 
-def write_table_page(folder: Path, table: Table, outcomes: Sequence[PartOutcome]) -> None:
+def write_table_page(
+    folder: Path, table: Table, outcomes: Sequence[PartOutcome], config: Mapping[str, Any] | None = None
+) -> None:
     """Write `report.html` and its figures.
 
     Args:
         folder: Where the table is written.
         table: What was to be done.
         outcomes: What came out for each model.
+        config: What repeats the command; None where nothing does.
     """
     from lvlm_prune.report.page import Table as PageTable
-    from lvlm_prune.report.page import render_page, write_page
+    from lvlm_prune.report.page import render_page, repeat_command, write_page
 
     figures: list[PageFigure] = []
     sections = []
@@ -42,7 +46,9 @@ def write_table_page(folder: Path, table: Table, outcomes: Sequence[PartOutcome]
                 "figures": drawn,
             }
         )
-    write_page(folder, render_page(TEMPLATE, heading(table), sections=sections), figures)
+    repeat = repeat_command("reproduce", {"config": config}) if config else ""
+    page = render_page(TEMPLATE, heading(table), sections=sections, repeat=repeat, versions=versions())
+    write_page(folder, page, figures)
 
 
 def _figures(table: Table, part: PartOutcome, suffix: str) -> list[PageFigure]:

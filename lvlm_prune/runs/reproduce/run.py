@@ -6,6 +6,7 @@ table ─► rows as points ─► for each model: sweep (caught and surveyed on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError, meant, shortened
 from lvlm_prune.evaluation.engine import Engine
-from lvlm_prune.evaluation.harness import LMMSEvalEngine
-from lvlm_prune.output.folder import refuse_other_content, writing
+from lvlm_prune.evaluation.harness import TASKS, LMMSEvalEngine
+from lvlm_prune.output.folder import refuse_other_content, write_config, writing
 from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import PROBE_RECORD
@@ -189,8 +190,8 @@ class ReproductionRun:
                 option = f"calibration.{name}.{error.option.removeprefix('data.')}"
                 raise InputError(option, error.value, error.problem + way) from None
 
-    def _stand_ins(self, entry: Part, names: Mapping[str, str]) -> list[str]:
-        """What was not as in the paper, in sentences."""
+    def _stand_ins(self, entry: Part, names: Mapping[str, str], scored: Collection[str]) -> list[str]:
+        """What was not as in the paper, in sentences; `scored` are all tasks that the engine scores."""
         found = []
         if self.engine is not None:
             by = type(self.engine).__name__
@@ -199,6 +200,12 @@ class ReproductionRun:
                 + ", ".join(f"{column} is `{task}` of {by}" for column, task in names.items())
                 + "."
             )
+            if others := len(set(scored) - set(names.values())):
+                shown = len(scored) - others
+                found.append(
+                    f"{by} scores {len(scored)} tasks, and {shown} of them stand here: shares of the runs themselves, "
+                    "on the screen and in `sweep.md`, are over all."
+                )
         elif self.harness.limit is not None:
             found.append(f"Only {self.harness.limit} questions of each benchmark were asked.")
         if others := sorted({row.calibration for row in entry.rows} & self.calibration.keys()):
@@ -214,7 +221,15 @@ class ReproductionRun:
                 if not (self.folder / _TABLE).is_file():
                     replace_durably(self.folder / _TABLE, markdown_text(self.table, outcomes).encode())
         for entry, points in zip(self.table.parts, self.points):
-            outcomes.append(self._measure(entry, points))
+            try:
+                outcomes.append(self._measure(entry, points))
+            except InputError as error:
+                if self.engine is not None or error.option != TASKS:
+                    raise
+                problem = f"its lmms_eval has no task {error.value}; tables were declared for release 0.7.3"
+                named = InputError("harness.python", self.harness.python or sys.executable, problem)
+                named.agreed = error.agreed
+                raise named from None
             if self.trainer.is_global_zero:
                 self._write(outcomes)
         where = f"wrote {self.folder} · table.md · table.csv · report.html"
@@ -246,13 +261,13 @@ class ReproductionRun:
                 lambda dense: _refuse_absent(names, dense.tasks),
             )
             outcome = part_outcome(entry, module.path, names, rows, dense)
-            return replace(outcome, stand_ins=self._stand_ins(entry, names))
+            return replace(outcome, stand_ins=self._stand_ins(entry, names, dense.tasks))
         sweep = SweepRun(self.trainer, module, points, engine, str(folder), self.part, self.keep, "")
         sweep.check_dense = lambda dense: _refuse_absent(names, dense.tasks)
         runs: dict[str, FinishedRun] = {run.point.identity: run for run in sweep()}
         rows = [[runs[point.identity] for point in row if point.identity in runs] for row in points.rows]
         outcome = part_outcome(entry, module.path, names, rows, sweep.dense)
-        return replace(outcome, stand_ins=self._stand_ins(entry, names))
+        return replace(outcome, stand_ins=self._stand_ins(entry, names, sweep.dense.tasks))
 
     def _engine(self, entry: Part) -> tuple[Engine, dict[str, str]]:
         """What scores the checkpoints of one model, and benchmark -> name under which it is scored."""
@@ -274,7 +289,11 @@ class ReproductionRun:
         with writing(self.folder, WAY_ON):
             replace_durably(self.folder / _TABLE, markdown_text(self.table, outcomes).encode())
             replace_durably(self.folder / "table.csv", csv_text(outcomes).encode())
-            write_table_page(self.folder, self.table, outcomes)
+            # As in a sweep: the folder is of all parts.
+            config = {name: value for name, value in (self.trainer.config or {}).items() if name != "part"}
+            if config:
+                write_config(self.folder, config)
+            write_table_page(self.folder, self.table, outcomes, config)
 
 
 def _refuse_absent(names: Mapping[str, str], scored: Collection[str]) -> None:

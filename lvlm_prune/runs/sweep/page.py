@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
+from typing import Any
 
 from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.output.provenance import versions
@@ -16,7 +18,13 @@ TEMPLATE = "sweep.html.j2"
 
 
 def write_sweep_page(
-    folder: Path, model: str, runs: Sequence[FinishedRun], dense: Scores, across: str, note: str = ""
+    folder: Path,
+    model: str,
+    runs: Sequence[FinishedRun],
+    dense: Scores,
+    across: str,
+    note: str = "",
+    config: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write `report.html` and the figure `report/retention.png`.
 
@@ -27,6 +35,7 @@ def write_sweep_page(
         dense: Scores of the dense model.
         across: The option on the horizontal axis.
         note: What is still to be said, for example that runs are missing.
+        config: What repeats the command.
     """
     from lvlm_prune.report.figures.sweeps import retention_curve
     from lvlm_prune.report.figures.tasks import task_bars
@@ -53,7 +62,7 @@ def write_sweep_page(
     page = render_page(
         TEMPLATE,
         f"{model}: sweep of {len(runs)} runs",
-        repeat=repeat_command("sweep", {}),
+        repeat=repeat_command("sweep", {"config": config}),
         versions=versions(),
         summary=summary(dense),
         table=Table(heads, rows),

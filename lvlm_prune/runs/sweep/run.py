@@ -279,7 +279,7 @@ class SweepRun:
             replace_durably(self.folder / "sweep.csv", csv_table(runs).encode())
             replace_durably(self.folder / "sweep.md", text.encode())
             if runs:
-                write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note)
+                write_sweep_page(self.folder, self.model.label, runs, dense, self.across, note, self.run.config)
         self.run.say(f"{text}\nwrote {self.folder} · sweep.md · sweep.csv" + (" · report.html" if runs else ""))
 
 
