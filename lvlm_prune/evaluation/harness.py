@@ -219,10 +219,10 @@ class HarnessEngine(Engine):
                     raise RunError(f"{self.package} wrote no results")
                 return read_results(json.loads(files[-1].read_text()), tasks, self.metrics, self.package)
             except RunError as error:
-                said = log.read_bytes()
-                if unknown := _unknown_task(said, tasks):
+                told = log.read_bytes()
+                if unknown := _unknown_task(told, tasks):
                     raise InputError(TASKS, unknown, f"is no task of the {self.package} that ran") from None
-                raise RunError(f"{error}; {_last_words(said, self.package)}") from None
+                raise RunError(f"{error}; {_last_words(told, self.package)}") from None
 
 
 class LMEvalEngine(HarnessEngine):

@@ -200,8 +200,8 @@ class ReproductionRun:
                 + ", ".join(f"{column} is `{task}` of {by}" for column, task in names.items())
                 + "."
             )
-            if others := len(set(scored) - set(names.values())):
-                shown = len(scored) - others
+            if besides := len(set(scored) - set(names.values())):
+                shown = len(scored) - besides
                 found.append(
                     f"{by} scores {len(scored)} tasks, and {shown} of them stand here: shares of the runs themselves, "
                     "on the screen and in `sweep.md`, are over all."
