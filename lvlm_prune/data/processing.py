@@ -147,7 +147,16 @@ def encode(
 
 
 def render(processor: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as text, with one placeholder of the processor per image, video and sound."""
+    """The conversation as text, with one placeholder of the processor per image, video and sound.
+
+    Raises:
+        RunError: The chat template does not take it; see `refusals`.
+    """
+    with refusals(processor):
+        return _rendered(processor, messages, add_generation_prompt)
+
+
+def _rendered(processor: Any, messages: list[Message], add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     # Folders written by older versions keep the template with the tokenizer.

@@ -140,10 +140,11 @@ def _why_not(processor: Any, question: Question, limits: ModelLimits) -> str:
     The text alone tells it, and needs no image; where that finds nothing the processor's own tokens decide.
     """
     try:
-        sample = question.answered
-        ids = tokenizer_of(processor)(render(processor, sample.messages), add_special_tokens=False)["input_ids"]
-        label_last_answer(processor, sample, torch.tensor([ids]))
-    except (RunError, ValueError):
+        with refusals(processor):
+            sample = question.answered
+            ids = tokenizer_of(processor)(render(processor, sample.messages), add_special_tokens=False)["input_ids"]
+            label_last_answer(processor, sample, torch.tensor([ids]))
+    except RunError:
         try:
             _encoded(processor, question, limits)
         except RunError as error:

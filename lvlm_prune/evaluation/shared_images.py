@@ -23,7 +23,7 @@ from lvlm_prune.checkpoints.versions import cache_argument
 from lvlm_prune.data.batches import Inputs
 from lvlm_prune.data.labels import IGNORED, label_last_answer
 from lvlm_prune.data.limits import ModelLimits
-from lvlm_prune.data.processing import pad_token_of, render, tokenizer_of
+from lvlm_prune.data.processing import pad_token_of, refusals, render, tokenizer_of
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.scores import Question
 from lvlm_prune.module import LVLMModule
@@ -172,7 +172,8 @@ class SharedImages:
         try:
             text = render(self.processor, sample.messages)
             starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-            short = tokenizer(text, add_special_tokens=not starts)["input_ids"]
+            with refusals(self.processor):
+                short = tokenizer(text, add_special_tokens=not starts)["input_ids"]
             if short.count(self.image_token) != 1:
                 return None
             place = short.index(self.image_token)

@@ -272,6 +272,9 @@ def test_a_diverging_recovery_stops_and_names_step_and_learning_rate(bases, labe
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 ROLES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+# With the right answer only; a question is asked without one.
+ROLES += "{% if 'Bless you' in messages[-1].content|string %}{{ 1 / 0 }}{% endif %}"
+ROLES += "{% if 'Bless me' in messages[-1].content|string %}{{ raise_exception('No blessings') }}{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +304,17 @@ def long_question(row: dict[str, Any]) -> None:
     row["conversations"][0]["value"] += " why" * 600
 
 
+def answer_with(text: str) -> Callable[[dict[str, Any]], None]:
+    def change(row: dict[str, Any]) -> None:
+        row["conversations"][-1]["value"] = text
+
+    return change
+
+
 REFUSALS = {
     "the template": (system_turn, "System role not supported"),
+    "the template, of the answer": (answer_with("Bless me"), "No blessings"),
+    "an error in the template, of the answer": (answer_with("Bless you"), "division by zero"),
     "the model's context": (long_question, "tokens, the model's context is "),
 }
 
