@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.option_files import count_values, read_yaml
+from lvlm_prune.option_files import count_values, read_yaml, refuse_endless
 
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
@@ -60,6 +60,8 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
             except (ValueError, yaml.YAMLError):
                 continue  # said by the parser
             _refuse_no_classes(content, option.removeprefix("--"))
+        elif option.startswith("--") and option != "--config":
+            refuse_endless(value, option.removeprefix("--"), folder)
     for path in config_files(arguments):
         try:
             content = read_yaml(folder / path, "config", path)
@@ -69,6 +71,7 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
             raise InputError("config", path, "holds no options; expected, for example, `pruning: {sparsity: 0.5}`")
         _refuse_no_names(content, path)
         _refuse_no_classes(content, "")
+        refuse_endless(content, "", (folder / path).parent)
 
 
 def _refuse_no_names(content: dict[Any, Any], file: Path, place: str = "") -> None:

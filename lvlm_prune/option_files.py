@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,39 @@ def read_yaml(file: Path, option: str, shown: Any) -> Any:
     except ValueError as error:  # of dates and numbers that there are not
         raise InputError(option, shown, f"holds a value that cannot be read ({first_line(error)})") from None
     return content
+
+
+def refuse_endless(value: Any, option: str, folder: Path) -> None:
+    """Refuse values that name a file of options which has no end; any other value is another's matter.
+
+    A section of options, or a class with its own, may be a file as well, which the parser opens whatever it is.
+
+    Args:
+        value: Of an option, or options as nested plain data.
+        option: Their place.
+        folder: Where names of files begin.
+
+    Raises:
+        InputError: One is a pipe, or YAML that holds itself.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            refuse_endless(item, option if name == "init_args" else f"{option}.{name}" if option else str(name), folder)
+    elif isinstance(value, list):
+        for item in value:
+            refuse_endless(item, option, folder)
+    if not isinstance(value, str) or not value or _OF_PATHS.search(option):
+        return
+    try:
+        mode = os.stat(folder / value).st_mode
+        if stat.S_ISREG(mode):
+            count_values(yaml.safe_load((folder / value).read_text(encoding="utf-8")))
+        elif not stat.S_ISDIR(mode):
+            raise InputError(option, value, "is no file")
+    except (RecursionError, OverflowError):
+        raise InputError(option, value, "is nested too deeply, or in itself") from None
+    except (OSError, ValueError, yaml.YAMLError):
+        return
 
 
 class _Twice(ValueError):

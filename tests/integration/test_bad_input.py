@@ -164,6 +164,23 @@ def test_bad_configuration_file(text, said, refused, golden_arguments, tmp_path)
     assert said in refused(*golden_arguments, yaml_file(tmp_path, text))
 
 
+@pytest.mark.parametrize("option", ["pruning", "data", "trainer", "data.source", "pruning.scorer"])
+@pytest.mark.parametrize("kind", ["pipe", "in itself"])
+@pytest.mark.parametrize("place", ["command line", "configuration file"])
+def test_a_file_of_options_without_an_end(place, kind, option, refused, golden_arguments, tmp_path):
+    """A section, or a class with its options, may be a file too."""
+    file, inner = tmp_path / "inner.yaml", option.rpartition(".")[2]
+    os.mkfifo(file) if kind == "pipe" else file.write_text("pool: &p {pool: *p}")
+    given = f"--{option}={file}"
+    if place == "configuration file":
+        section, dot, _ = option.partition(".")
+        given = yaml_file(tmp_path, f"{section}: {{{inner}: inner.yaml}}" if dot else f"{option}: inner.yaml")
+    said = "is no file" if kind == "pipe" else "is nested too deeply, or in itself"
+    message = refused(*golden_arguments, given)
+    assert f"--{option} " in message
+    assert message.endswith(said)
+
+
 def test_missing_configuration_file(refused, golden_arguments, tmp_path):
     assert "nowhere.yaml" in refused(*golden_arguments, f"--config={tmp_path / 'nowhere.yaml'}")
 
