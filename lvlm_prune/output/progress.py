@@ -1,7 +1,8 @@
 """How far a run is: a bar on a terminal, a line a minute in a file.
 
 A bar draws itself again and again in one line; in a log that is thousands of lines, or nothing at all for hours. So
-where standard error is no terminal a line is printed once a minute, with what is done and what is left:
+where standard error is no terminal a line is printed once a minute of the command, whatever it does one after the
+other, with what is done and what is left:
 
     Scoring model: 412 of 1300 questions (32%) after 2 min, about 4 min left
 """
@@ -11,8 +12,11 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import ClassVar
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lvlm_prune.clock import command_began
 
 #: Seconds between two lines where there is no terminal.
 SECONDS_BETWEEN_LINES = 60.0
@@ -36,12 +40,15 @@ class Progress:
         'Scoring: 128 of 1300 questions (10%) after 1 min, about 9 min left'
     """
 
+    _last_line: ClassVar[float] = float("-inf")
+
     def __init__(
         self, title: str, total: float, unit: str = "", *, initial: float = 0, shown: bool = True, leave: bool = False
     ) -> None:
         self.title, self.total, self.unit, self.initial = title, total, unit, initial
         self.done, self._text = initial, ""
-        self._begun = self._said = time.monotonic()
+        self._begun = time.perf_counter()
+        self._command_began = command_began()
         counts = f"{{n_fmt}}/{{total_fmt}} {unit} · " if unit else "{desc}"
         self._bar: Tqdm | None = None
         self._lines = shown and not sys.stderr.isatty()
@@ -58,9 +65,9 @@ class Progress:
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
-        now = time.monotonic()
-        if self._lines and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
+        now = time.perf_counter()
+        if self._lines and now - max(self._command_began, Progress._last_line) >= SECONDS_BETWEEN_LINES:
+            Progress._last_line = now
             print(self.line(now - self._begun), file=sys.stderr, flush=True)
 
     def advance_to(self, amount: float) -> None:

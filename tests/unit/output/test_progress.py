@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from lvlm_prune.clock import command
 from lvlm_prune.output import progress
 from lvlm_prune.output.progress import SECONDS_BETWEEN_LINES, Progress
 
@@ -18,7 +19,8 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Progress, "_last_line", float("-inf"))
     return now
 
 
@@ -31,6 +33,21 @@ def test_a_file_gets_a_line_a_minute(clock, capsys):
     assert out == ""
     assert err.splitlines()[0] == "Scoring: 15 of 100 questions (15%) after 1 min, about 6 min left"
     assert len(err.splitlines()) == 300 / SECONDS_BETWEEN_LINES
+
+
+def test_a_minute_is_one_of_the_command_and_not_of_each_thing_that_it_does(clock, capsys):
+    """Two models are scored in 50 seconds each, after libraries were imported for 10."""
+    with command():
+        for begin, title in ((10, "Scoring baseline"), (60, "Scoring model"), (110, "Answers")):
+            clock[0] = float(begin)
+            with Progress(title, 50, "questions") as shown:
+                for second in range(begin + 1, begin + 51):
+                    clock[0] = float(second)
+                    shown.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "Scoring baseline: 50 of 50 questions (100%) after 50 s, about 0 s left",
+        "Answers: 10 of 50 questions (20%) after 10 s, about 40 s left",
+    ]
 
 
 def test_what_an_earlier_run_did_counts_as_done_but_not_for_the_time_left(clock, capsys):
