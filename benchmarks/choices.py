@@ -44,6 +44,17 @@ class SurveyedByALPS(ALPSSolver):
         return ALPSSolver(iterations=6, damping=self.damping)
 
 
+_WIDER = ["--pruning.allocation.width=0.25"]
+_BLOCKS = ["--pruning.allocation.groups=block", *_WIDER]
+
+
+def _handed_on(solver: str) -> list[str]:
+    """ALPS as `best` has it, on a problem that another solver hands on to it."""
+    solvers = "lvlm_prune.methods.solvers"
+    start = [f"--pruning.solver.start={solvers}.ALPSSolver", "--pruning.solver.start.iterations=16"]
+    return [f"--pruning.solver={solvers}.{solver}", *start]
+
+
 CHOICES: dict[str, list[str]] = {
     "best": [],
     "8 iterations": ["--pruning.solver.iterations=8"],
@@ -54,10 +65,13 @@ CHOICES: dict[str, list[str]] = {
     "2 survey samples": ["--pruning.allocation.samples=2"],
     "8 survey samples": ["--pruning.allocation.samples=8"],
     "at most 0.1 from the target": ["--pruning.allocation.width=0.1"],
-    "at most 0.25 from the target": ["--pruning.allocation.width=0.25"],
+    "at most 0.25 from the target": _WIDER,
     "at most 0.4 from the target": ["--pruning.allocation.width=0.4"],
-    "whole blocks, at most 0.25": ["--pruning.allocation.groups=block", "--pruning.allocation.width=0.25"],
+    "whole blocks, at most 0.25": _BLOCKS,
     "whole blocks, at most 0.4": ["--pruning.allocation.groups=block", "--pruning.allocation.width=0.4"],
+    "at most 0.25, dense target": [*_WIDER, *_handed_on("DenseTargetSolver")],
+    "whole blocks, at most 0.25, dense target": [*_BLOCKS, *_handed_on("DenseTargetSolver")],
+    "at most 0.25, visual tokens weigh 0.3": [*_WIDER, *_handed_on("VisualWeightSolver")],
     "text tokens only": ["--pruning.pool=TextOnlyPool"],
     "tokens of ATV": ["--pruning.pool=AsymmetricPool"],
 }
