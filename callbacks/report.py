@@ -68,7 +68,7 @@ class PruningReport(PruneCallback):
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
         trainer.run.say(f"wrote {folder} (weights {readable_size(size)}) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
         pruning = trainer.run.find(BlockwisePruning)
-        if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver, ALPSSolver):
+        if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver.innermost, ALPSSolver):
             trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")
         if trainer.owns_process and pl_module.path not in NAMES and not trainer.run.options.packed:
             assert pl_module.folder is not None

@@ -137,6 +137,11 @@ class Solver(ABC):
         magnitude = problem.weight[rows].float().abs()
         return magnitude if norms is None else magnitude * norms.sqrt().float()
 
+    @property
+    def innermost(self) -> Solver:
+        """The solver that others continue or hand on to; itself where it is alone."""
+        return self
+
     def starting_from(self, solver: Solver) -> Solver:
         """Not required: this solver, which begins with what another one found; default: it begins by itself.
 
@@ -210,6 +215,11 @@ class ContinuingSolver(Solver):
         if self.start is None:
             raise TypeError("what to begin with is not said: `start`, or `starting_from`")
         return self.start
+
+    @property
+    def innermost(self) -> Solver:
+        """See `Solver.innermost`."""
+        return self.first.innermost
 
     def starting_from(self, solver: Solver) -> Solver:
         """See `Solver.starting_from`: this one, with a start that begins with the given one where none was named."""

@@ -113,6 +113,11 @@ def test_a_survey_weighs_tokens_as_the_run_does():
     assert torch.equal(solver.quick().solve(problem).weight, expected.weight)
 
 
+def test_the_solver_that_does_the_work_is_found_through_all_others():
+    assert type(VisualWeightSolver(DenseTargetSolver(ALPSSolver())).innermost) is ALPSSolver
+    assert type(SparseGPTSolver().innermost) is SparseGPTSolver
+
+
 def test_what_cannot_be_chained_is_refused():
     pattern = Unstructured()
     with pytest.raises(ValueError, match="`start` VisualWeightSolver: weighs tokens itself"):
