@@ -61,3 +61,11 @@ def assert_same_result(expected: Path, found: Path) -> None:
     assert surveys[0].get("pool") == pytest.approx(surveys[1].get("pool"))
     if "calibration" in manifests[0]:
         assert manifests[0]["calibration"].get("fingerprint") == manifests[1]["calibration"].get("fingerprint")
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        if name not in ("pruning.json", "report.html", "config.yaml"):  # these tell times and the folder's own name
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
