@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lvlm_prune.callbacks import BlockwisePruning
+from lvlm_prune.cli import main
+from lvlm_prune.output.manifest import Manifest
 from tests.conftest import GOLDEN_ARGUMENTS, REPOSITORY
 
 # 5 samples divide neither by two nor by three.
@@ -69,3 +72,19 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     for name in names:
         if name not in ("pruning.json", "report.html", "config.yaml"):  # these tell times and the folder's own name
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def interrupt_and_go_on(arguments: list[str], output: Path) -> None:
+    """Run a command that is interrupted while its third block is pruned, and then have it go on."""
+    calibrated = BlockwisePruning.on_block_calibrated
+
+    def interrupted(self, trainer, pl_module, block) -> None:
+        if block.index == 2:
+            raise KeyboardInterrupt
+        calibrated(self, trainer, pl_module, block)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BlockwisePruning, "on_block_calibrated", interrupted)
+        assert main([*arguments, f"--output={output}"]) == 130
+    assert len(Manifest.read(output).finished_blocks()) == 2
+    assert main([*arguments, f"--output={output}", "--resume=true"]) == 0

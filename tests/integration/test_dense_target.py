@@ -17,6 +17,7 @@ from lvlm_prune.output.manifest import Manifest
 from tests.conftest import GOLDEN_ARGUMENTS
 from tests.families import Sample, make_inputs, tiny_model
 from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards, solve_by_full_forwards, zeros
+from tests.recipes import interrupt_and_go_on
 
 SOLVERS = "lvlm_prune.methods.solvers"
 DENSE_TARGET = [f"--pruning.solver={SOLVERS}.DenseTargetSolver", f"--pruning.solver.start={SOLVERS}.ALPSSolver"]
@@ -76,21 +77,9 @@ def assert_same(whole: Path, found: Path) -> None:
         assert (whole / name).read_bytes() == (found / name).read_bytes()
 
 
-def test_it_goes_on_after_an_interruption(
-    whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (arguments, folder), calibrated = whole, BlockwisePruning.on_block_calibrated
-
-    def interrupted(self, trainer, pl_module, block) -> None:
-        if block.index == 2:
-            raise KeyboardInterrupt
-        calibrated(self, trainer, pl_module, block)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BlockwisePruning, "on_block_calibrated", interrupted)
-        assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 130
-    assert len(Manifest.read(tmp_path / "out").finished_blocks()) == 2
-    assert main([*arguments, f"--output={tmp_path / 'out'}", "--resume=true"]) == 0
+def test_it_goes_on_after_an_interruption(whole: tuple[list[str], Path], tmp_path: Path) -> None:
+    arguments, folder = whole
+    interrupt_and_go_on(arguments, tmp_path / "out")
     assert_same(folder, tmp_path / "out")
 
 

@@ -12,6 +12,7 @@ from lvlm_prune.output.manifest import Manifest
 from tests.conftest import GOLDEN_ARGUMENTS
 from tests.families import Sample, make_inputs, tiny_model
 from tests.full_forward import prune_by_full_forwards
+from tests.recipes import interrupt_and_go_on
 
 ARGUMENTS = [*GOLDEN_ARGUMENTS, "--pruning.calibrate_on=dense", "--pruning.record=true"]
 
@@ -42,19 +43,8 @@ def test_a_block_runs_once_for_each_sample(whole: Path) -> None:
     assert {block["forwards"] for block in manifest["blocks"]} == {manifest["calibration"]["num_samples"]}
 
 
-def test_it_goes_on_with_the_dense_models_inputs(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibrated = BlockwisePruning.on_block_calibrated
-
-    def interrupted(self, trainer, pl_module, block) -> None:
-        if block.index == 2:
-            raise KeyboardInterrupt
-        calibrated(self, trainer, pl_module, block)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BlockwisePruning, "on_block_calibrated", interrupted)
-        assert main([*ARGUMENTS, f"--output={tmp_path / 'out'}"]) == 130
-    assert len(Manifest.read(tmp_path / "out").finished_blocks()) == 2
-    assert main([*ARGUMENTS, f"--output={tmp_path / 'out'}", "--resume=true"]) == 0
+def test_it_goes_on_with_the_dense_models_inputs(whole: Path, tmp_path: Path) -> None:
+    interrupt_and_go_on(ARGUMENTS, tmp_path / "out")
     for name in ("model.safetensors", "statistics.safetensors"):
         assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
