@@ -137,8 +137,9 @@ def console() -> NoReturn:
     To let go of everything in order, as Python does at its end, takes seconds, and a thread of a library that is inside
     C++ then can end the process with another status. So the process ends at once; an interruption does not even wait
     for what was asked to be done at the end. A reader that went away (`| head -1`) ends it quietly, a full disk behind
-    `>` in one line.
+    `>` in one line. A stream that the caller closed takes what is said and drops it.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -153,7 +154,8 @@ def console() -> NoReturn:
             raise
         status = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
         if status == 2:
-            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            with suppress(OSError):  # it may have been this one
+                print(f"error: standard output: {error.strerror}", file=sys.stderr)
     if status <= 128:
         # What was asked to be done at the end, by loggers for example; as `multiprocessing` ends its own processes.
         threading._shutdown()  # type: ignore[attr-defined]
@@ -162,6 +164,13 @@ def console() -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Put streams that lead nowhere in the place of those that were closed (`>&-`), which Python has as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # its number is that of the stream, the lowest that is free
 
 
 def _is_lost(stream: TextIO, error: OSError) -> bool:

@@ -48,6 +48,22 @@ def test_a_full_disk_behind_the_output_is_one_line():
     assert ended.stderr.splitlines() == ["error: standard output: No space left on device"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_errors_changes_no_exit_status():
+    code = "import sys\nfrom lvlm_prune import cli\nsys.argv[1:] = ['nonesuch']\ncli.console()"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stderr=full).returncode == 2
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_stream_that_is_closed_is_no_traceback(closed: str, status: int):
+    code = f"from lvlm_prune import cli\ndef main():\n    print('x'); return {status}\ncli.main = main\ncli.console()"
+    ended = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], capture_output=True)
+    assert (ended.returncode, ended.stderr) == (status, b"")
+    assert ended.stdout == (b"" if " >&-" in f" {closed}" else b"x\n")
+
+
 def test_names_that_are_no_text_are_printed():
     ended = run(r"print('wrote \udcff'); return 0")
     assert (ended.returncode, ended.stdout) == (0, "wrote \\udcff\n")
