@@ -76,7 +76,12 @@ def check(table: str, out: Path) -> None:
     page, text = (out / "report.html").read_text(), (out / "table.md").read_text()
     for one in (page, text):
         assert all(head in one for head in ("published", "measured", "difference"))
-    assert re.search(r"\| row \| published \|( published, same columns \|)? measured \| difference \|", text)
+    labels, runs = re.escape(load_table(table).labels), load_table(table).runs
+    assert re.search(rf"\| {labels} \| published \|( published, same columns \|)? measured \| difference \|", text)
+    assert f"each run in <code>{runs}</code> of its model's folder" in page
+    assert {path.relative_to(out).parts[0] for path in out.rglob(runs.replace(".", "*."))} == {
+        part.model.path.rpartition("/")[2] for part in load_table(table).parts
+    }
     assert (out / "report").is_dir()
 
 
@@ -166,7 +171,7 @@ def test_what_is_not_as_in_the_paper_is_said(tmp_path):
         assert "of ShareLeft" in text
         assert ("the paper prints none" in text) == (name == "report.html")
         assert "Calibrated on samples that --calibration names in the place of sharegpt4v." in text
-        assert "ShareLeft scores 2 tasks, and 1 of them stand here" in text
+        assert "ShareLeft scores 2 tasks, of which 1 stands here" in text
     assert "ChartQA is <code>q_proj</code> of ShareLeft" in (out / "report.html").read_text()
 
 

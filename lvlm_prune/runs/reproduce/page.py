@@ -40,14 +40,14 @@ def write_table_page(
             {
                 "name": part.of,
                 "checkpoint": part.model,
-                "averages": PageTable(*average_rows(part)),
-                "columns": PageTable(*column_rows(part)),
+                "averages": PageTable(*average_rows(part, table.labels)),
+                "columns": PageTable(*column_rows(part, table.labels)),
                 "notes": notes(part),
                 "figures": drawn,
             }
         )
     repeat = repeat_command("reproduce", {"config": config}) if config else ""
-    page = render_page(TEMPLATE, heading(table), sections=sections, repeat=repeat, versions=versions())
+    page = render_page(TEMPLATE, heading(table), sections=sections, runs=table.runs, repeat=repeat, versions=versions())
     write_page(folder, page, figures)
 
 

@@ -203,8 +203,8 @@ class ReproductionRun:
             if besides := len(set(scored) - set(names.values())):
                 shown = len(scored) - besides
                 found.append(
-                    f"{by} scores {len(scored)} tasks, and {shown} of them stand here: shares of the runs themselves, "
-                    "on the screen and in `sweep.md`, are over all."
+                    f"{by} scores {len(scored)} tasks, of which {shown} stand{'s' * (shown == 1)} here: shares on the "
+                    f"screen and in the folders of the models are over all."
                 )
         elif self.harness.limit is not None:
             found.append(f"Only {self.harness.limit} questions of each benchmark were asked.")

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from lvlm_prune.errors import InputError, meant
+from lvlm_prune.output.names import PROBE_RECORD
 from lvlm_prune.recipes import CONFIGS
 from lvlm_prune.runs.reproduce.published import Labels, PublishedTable, Values, published_table
 
@@ -82,7 +83,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The labels in one line; a share below one as percent."""
+        """The labels in one line."""
         return " · ".join(_readable(label) for label in self.labels)
 
 
@@ -121,6 +122,7 @@ class Table:
         axis: What the rows run along, where they do.
         cost: Whether seconds are part of the table.
         probe: Whether the rows are pathways that the modality probe prunes.
+        labels: What the labels of a row are, where they do not say it themselves.
     """
 
     name: str
@@ -129,6 +131,12 @@ class Table:
     axis: str = ""
     cost: bool = field(default=False)
     probe: bool = False
+    labels: str = "row"
+
+    @property
+    def runs(self) -> str:
+        """Where the runs stand, in a model's folder."""
+        return PROBE_RECORD if self.probe else "sweep.jsonl"
 
 
 def table_names() -> list[str]:
@@ -153,7 +161,8 @@ def load_table(name: str) -> Table:
     parts = [_part(content | entry) for entry in content["models"]]
     published = [part.published for part in parts]
     cost = any("seconds" in table.columns for table in published)
-    return Table(name, content["title"], parts, content.get("axis", ""), cost, content.get("probe", False))
+    probe, labels = content.get("probe", False), content.get("labels", "row")
+    return Table(name, content["title"], parts, content.get("axis", ""), cost, probe, labels)
 
 
 def benchmarks() -> dict[str, Benchmark]:

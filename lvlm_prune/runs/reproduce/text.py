@@ -53,14 +53,18 @@ def markdown_text(table: Table, outcomes: Sequence[PartOutcome]) -> str:
     parts = [f"# {heading(table)}"]
     for part in outcomes:
         parts += [f"## {part.of}", f"Measured on `{part.model}`." if part.model != part.of else ""]
-        parts += ["Retention in percent: mean over the benchmarks of pruned / dense.", _markdown(*average_rows(part))]
-        parts += ["Every column: published / measured (difference).", _markdown(*column_rows(part)), *notes(part)]
+        parts += [
+            "Retention in percent: mean over the benchmarks of pruned / dense.",
+            _markdown(*average_rows(part, table.labels)),
+        ]
+        columns = _markdown(*column_rows(part, table.labels))
+        parts += ["Every column: published / measured (difference).", columns, *notes(part)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def average_rows(part: PartOutcome) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table of retentions."""
-    heads, more = ["row", *_HEADS], []
+def average_rows(part: PartOutcome, labels: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of retentions; `labels` says what those of a row are."""
+    heads, more = [labels, *_HEADS], []
     if part.is_partial:
         heads.insert(2, _SAME_COLUMNS)
         more = [[_number(row.average.compared[0])] for row in part.rows]
@@ -70,11 +74,11 @@ def average_rows(part: PartOutcome) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def column_rows(part: PartOutcome) -> tuple[list[str], list[list[str]]]:
+def column_rows(part: PartOutcome, labels: str) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of all columns; the dense model comes first."""
     rows = [["dense", *(_pair(part.dense.get(name, Cell())) for name in part.columns)]]
     rows += [[row.label, *(_pair(row.cells[name]) for name in part.columns)] for row in part.rows]
-    return ["row", *part.columns], rows
+    return [labels, *part.columns], rows
 
 
 def notes(part: PartOutcome) -> list[str]:
