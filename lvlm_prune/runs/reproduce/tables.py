@@ -122,7 +122,7 @@ class Table:
         axis: What the rows run along, where they do.
         cost: Whether seconds are part of the table.
         probe: Whether the rows are pathways that the modality probe prunes.
-        labels: What the labels of a row are, where they do not say it themselves.
+        labels: What the labels of a row are; `row` where they say it themselves.
     """
 
     name: str
@@ -161,7 +161,7 @@ def load_table(name: str) -> Table:
     parts = [_part(content | entry) for entry in content["models"]]
     published = [part.published for part in parts]
     cost = any("seconds" in table.columns for table in published)
-    probe, labels = content.get("probe", False), content.get("labels", "row")
+    probe, labels = content.get("probe", False), content.get("labels") or content.get("axis") or "row"
     return Table(name, content["title"], parts, content.get("axis", ""), cost, probe, labels)
 
 
