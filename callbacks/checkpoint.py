@@ -102,6 +102,11 @@ class SparseCheckpointWriter(PruneCallback):
         assert pl_module.folder is not None
         if copies := ", ".join(pl_module.folder.other_copies()):
             trainer.run.say(f"left out: {copies} (copies of the weights, which are dense)")
+        if isinstance(trainer.run.weights, StreamedWeights) and (beyond := trainer.run.weights.keys_beyond()):
+            trainer.run.say(
+                f"warning: {len(beyond)} tensors look like those of decoder blocks, and config.json counts no block "
+                f"that they are of; they stay as they are (the first is {beyond[0]})"
+            )
         for key in ("survey", "surveying"):
             if key in started:
                 trainer.run.record[key] = started[key]

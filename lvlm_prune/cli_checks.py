@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from lvlm_prune.errors import InputError
 from lvlm_prune.option_files import count_values, read_yaml, refuse_endless
 
+_MOST_PROCESSES = 64
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
 
@@ -19,7 +21,7 @@ def refuse_devices(devices: Any) -> None:
     """Refuse what cannot be a choice of devices; whether the machine has them, Lightning knows.
 
     Raises:
-        InputError: It is of another kind, or none.
+        InputError: It is of another kind, or none, or many more than a machine has.
 
     Example:
         >>> refuse_devices("0,1")
@@ -38,6 +40,10 @@ def refuse_devices(devices: Any) -> None:
         understood = devices is None or (counts and (devices == -1 or 0 < devices < 10**6))
     if not understood:
         raise InputError("trainer.devices", devices, "expected `auto`, how many, or a list of their numbers")
+    # Processes on a CPU may be as many as anybody asks for, and each is a Python with torch of its own.
+    count, most = str(devices).strip(), max(_MOST_PROCESSES, os.cpu_count() or 1)
+    if count.isdecimal() and int(count) > most:
+        raise InputError("trainer.devices", devices, f"more than {most} processes are never started on one machine")
 
 
 def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:

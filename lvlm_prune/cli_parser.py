@@ -230,7 +230,8 @@ class LVLMCLI(LightningCLI):
         except Exception as error:  # of Lightning, about one of its many options, in as many ways
             if isinstance(error, LVLMPruneError):
                 raise
-            option = self._option_at_fault(str(error))
+            is_time = isinstance(error, OverflowError) and self._get(self.config, "trainer.max_time") is not None
+            option = "max_time" if is_time else self._option_at_fault(str(error))
             said = one_line(error)
             # What SLURM lacks is said with the way out.
             problem = said if isinstance(error, RuntimeError) else said.split(". ")[0]

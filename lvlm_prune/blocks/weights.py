@@ -6,6 +6,7 @@ memory ██ non-block weights: towers, embeddings  ──► released once all
             ░▓▓ block 1 ──► released ...       ░ read in the background while block 0 is in work
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from lvlm_prune.checkpoints.skeleton import NEEDS_ORIGINAL
 from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.checkpoints.versions import tied_names
 from lvlm_prune.errors import InputError
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Weights(ABC):
@@ -176,6 +179,22 @@ class StreamedWeights(Weights):
     def keys_of(self, name: str) -> list[str]:
         """Names on disk of all tensors that a parameter of the model is made from."""
         return [key for keys in self._sources[self._provider[name]].keys.values() for key in keys]
+
+    def keys_beyond(self) -> list[str]:
+        """Names on disk that only their block's number tells from those of a block, and that the model has not.
+
+        Its `config.json` counts fewer blocks than there are, or they are for something else (prediction of tokens
+        further ahead).
+        """
+        used = {key for source in self._sources.values() for keys in source.keys.values() for key in keys}
+        kinds = {
+            _NUMBER.sub("#", key)
+            for names in self._block_names
+            for name in names
+            if name in self._provider
+            for key in self.keys_of(name)
+        }
+        return [key for key in self._folder if key not in used and _NUMBER.sub("#", key) in kinds]
 
     def stored(self, name: str, folder: CheckpointFolder | None = None) -> Tensor:
         """A parameter of the model as the checkpoint has it: in the model's shape, in the dtype on disk, on the CPU.

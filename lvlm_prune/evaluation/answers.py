@@ -273,6 +273,8 @@ class _Answerer:
             tokens = self.model.generate(**inputs, **greedy, max_new_tokens=limit, pad_token_id=self.padding)
         except (TypeError, ValueError) as error:
             raise RunError(f"the model cannot answer with its generation_config.json: {first_line(error)}") from error
+        except (LookupError, ArithmeticError, AttributeError) as error:
+            raise RunError(f"the model cannot answer: {first_line(error)}") from error
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

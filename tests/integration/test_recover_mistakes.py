@@ -211,6 +211,7 @@ def test_stopping_by_a_loss_that_nothing_is_held_back_for_is_one_line(bases, rec
     ("options", "said"),
     [
         (["--trainer.max_time=00:00:00:00"], "--trainer.max_time, or a callback that stops: nothing was trained"),
+        (["--trainer.max_time=99999999999:00:00:00"], "--trainer.max_time 99999999999:00:00:00: Python int too large"),
         (["--trainer.barebones=true"], "--trainer.barebones True: measures no loss"),
         (["--trainer.strategy=ddp_spawn"], "--trainer.strategy ddp_spawn: trains in processes that give nothing back"),
         (["--trainer.val_check_interval=0"], "--trainer.val_check_interval 0: must be larger than 0"),

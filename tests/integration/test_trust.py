@@ -173,6 +173,25 @@ def test_other_copies_of_the_weights_are_left_out_and_that_is_said(tmp_path, cap
     assert "left out: pytorch_model.bin, original/ (copies of the weights, which are dense)" in capsys.readouterr().out
 
 
+def test_blocks_that_the_configuration_does_not_count_are_told_of(tmp_path, capsys):
+    """transformers leaves them out in silence; some families keep there what predicts tokens further ahead."""
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(GOLDEN / "model", model)
+    magnitude = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}"]
+    assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={tmp_path / 'whole'}"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    config = json.loads((model / "config.json").read_text())
+    counted = config.get("text_config", config)
+    counted["num_hidden_layers"] -= 1
+    for name in ("layer_types", "max_window_layers"):
+        counted.pop(name, None)
+    (model / "config.json").write_text(json.dumps(config))
+    assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={folder}"]) == 0
+    said = capsys.readouterr().out
+    assert "config.json counts no block that they are of" in said
+    assert f".layers.{counted['num_hidden_layers']}." in said
+
+
 REFUSED = {
     "adapter": ("adapter_config.json", {}, "merge it first"),
     "announced beside": ("hf_quant_config.json", {"quantization": {}}, "the weights are quantized"),

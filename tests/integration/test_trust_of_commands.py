@@ -358,6 +358,16 @@ def test_what_was_saved_for_generation_changes_no_answer_or_is_one_line(hub_fold
         assert "generation_config.json" in one_line(capsys)
 
 
+def test_a_model_that_cannot_run_as_its_configuration_says_is_one_line(hub_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(hub_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(asked(folder, tmp_path / "out")) == 2
+    assert "the model cannot answer: tuple index out of range" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("saved", ["truncation", "padding"])
 def test_what_training_left_in_a_tokenizer_changes_no_answer(saved, hub_folder, tmp_path):
     folder = tmp_path / "model"

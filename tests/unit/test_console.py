@@ -81,7 +81,9 @@ def test_devices_of_every_kind_are_understood(devices):
     refuse_devices(devices)
 
 
-@pytest.mark.parametrize("devices", [0, -2, "0", "abc", "", 1.5, True, [], ["a"], [0, 0], [-1], 10**20, {}])
+@pytest.mark.parametrize(
+    "devices", [0, -2, "0", "abc", "", 1.5, True, [], ["a"], [0, 0], [-1], 10**20, {}, 10**5, "100000"]
+)
 def test_devices_that_can_be_none_are_refused(devices):
     with pytest.raises(InputError, match=r"--trainer\.devices"):
         refuse_devices(devices)

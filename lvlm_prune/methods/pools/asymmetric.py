@@ -149,7 +149,7 @@ class AsymmetricPool(Pool):
             return num_visual
         if self.rounding == "released":
             return min(num_visual, round(min(1.0, self.alpha * mean) * num_text))
-        return min(num_visual, math.floor(self.alpha * mean * num_text))
+        return math.floor(min(num_visual, self.alpha * mean * num_text))
 
     def held_tokens(self, text: int, visual: int) -> int:
         """See `Pool.held_tokens`."""

@@ -142,3 +142,9 @@ def test_a_saliency_that_is_not_finite_names_block_and_sample():
     pool.select(samples_of_a_block(0)[1])
     with pytest.raises(FloatingPointError, match=r"NaN or infinity in the drift .* block 0 for calibration sample 0"):
         pool.cutoffs(alone)
+
+
+@pytest.mark.parametrize("rounding", ["floor", "released"])
+def test_a_budget_beyond_any_number_is_all_visual_tokens(rounding):
+    pool = AsymmetricPool(alpha=1e308, rounding=rounding)
+    assert pool.held_tokens(text=60, visual=25) == 25
