@@ -35,7 +35,7 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 SHARD = 5 * 10**9
-METHODS = ("wanda", "atv", "sparsegpt", "alps", "best")
+METHODS = ("wanda", "atv", "sparsegpt", "alps", "alps_dense_target", "best")
 
 
 def write_headers(folder: Path) -> None:

@@ -145,9 +145,13 @@ class DenseTargetSolver(HandingOnSolver):
         super().check(pattern)
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
-        """What the other one takes on a weight in float32, beside the target; or what is needed to find it."""
+        """What the other one takes on a weight in float32, beside the target; or what finding the target takes.
+
+        That is a factor in float64, and then D in float32 with four matrices of the weight's size.
+        """
         weights, square = shape[0] * shape[1], shape[1] ** 2
-        return max(self.first.working_bytes(shape, 4, on_gpu) + 4 * weights, 16 * weights + 24 * square)
+        finding = max(8 * square, 16 * weights + 4 * square)
+        return max(self.first.working_bytes(shape, 4, on_gpu) + 4 * weights, finding)
 
     def statistic_bytes(self, channels: int) -> int:
         """Both sums in float64, and the factor in float32."""
