@@ -78,7 +78,10 @@ class LVLMParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
+        # What stands in files is refused by the parser of all commands, which has no options itself.
+        commands = self._subcommands_action.choices if self._subcommands_action is not None else {}
+        parser = commands.get(next(iter(self.command_line), ""), self)
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
         raise OptionError(explain(message, self.command_line, self.folder, known, _plugins())) from None
 
 

@@ -191,6 +191,23 @@ def test_what_is_given_without_an_option_is_named_as_it_was_typed(arguments, sai
     assert line.startswith(f"error: {said}")
 
 
+@pytest.mark.parametrize(
+    ("content", "meant"),
+    [
+        ("pruning: {sparsty: 0.5}", "--pruning.sparsty: unknown option; is --pruning.sparsity meant?"),
+        ("prunning: {sparsity: 0.5}", "--prunning.sparsity: unknown option; is --pruning.sparsity meant?"),
+        (
+            "pruning: {pool: {class_path: AsymmetricPool, init_args: {alhpa: 2}}}",
+            "--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?",
+        ),
+    ],
+)
+def test_what_is_misspelt_in_a_file_is_told_as_on_the_command_line(content, meant, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(content)
+    assert main(["prune", f"--config={tmp_path / 'own.yaml'}", f"--output={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err == f"error: {meant}\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["xyzzy"]])
 def test_without_a_command_all_commands_are_named(arguments, capsys):
     """In one line where another one was given, in the help where none was."""
