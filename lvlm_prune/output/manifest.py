@@ -16,6 +16,8 @@ from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.output.reading import conforms, read_record
 from lvlm_prune.output.records import (
     BlockRecord,
+    CompletePacking,
+    CompleteProbe,
     CompletePruning,
     CompleteRecovery,
     LinearRecord,
@@ -32,7 +34,12 @@ _KINDS: dict[str, type] = {
     PROBE_RECORD: ProbeRecord,
     PACKING_RECORD: PackingRecord,
 }
-_WHEN_COMPLETE = {PRUNING_RECORD: CompletePruning, RECOVERY_RECORD: CompleteRecovery}
+_WHEN_COMPLETE = {
+    PRUNING_RECORD: CompletePruning,
+    RECOVERY_RECORD: CompleteRecovery,
+    PROBE_RECORD: CompleteProbe,
+    PACKING_RECORD: CompletePacking,
+}
 
 METHOD_PHASES = ("gather", "score", "solve", "propagate")
 """Of the phases of a block those that depend on the method."""

@@ -338,6 +338,34 @@ class ProbeRecord(RunRecord, total=False):
     grid: list[CellRecord]
 
 
+class PackedSizes(TypedDict):
+    """Bytes of the tensors that were packed, before and after."""
+
+    tensors: Count
+    dense: Count
+    packed: Count
+
+
+class PackingConfig(TypedDict):
+    """How it was packed."""
+
+    format: str
+
+
+class CompletePacking(TypedDict):
+    """What the record of a finished packing has in any case."""
+
+    config: PackingConfig
+    packed: PackedSizes
+
+
+class CompleteProbe(TypedDict):
+    """What the record of a finished probe has in any case."""
+
+    calibration: CalibrationRecord
+    files: dict[str, FileRecord]
+
+
 class TaskRecord(TypedDict):
     """A task in `evaluation.json`."""
 

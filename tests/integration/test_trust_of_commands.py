@@ -91,6 +91,16 @@ def is_newline(name: str, damage: Callable) -> bool:
     return name == "probe.json" and damage is DAMAGES["truncated"]
 
 
+def test_a_finished_probe_whose_record_lacks_what_is_asked_for_is_one_line(probed, tmp_path, capsys):
+    shutil.copytree(probed, tmp_path / "out")
+    whole = json.loads((probed / "probe.json").read_text())
+    for name in ("calibration", "files", "config", "linears", "digest", "model"):
+        (tmp_path / "out" / "probe.json").write_text(json.dumps({key: whole[key] for key in whole if key != name}))
+        capsys.readouterr()
+        assert main([*PROBE, f"--output={tmp_path / 'out'}", "--resume=true"]) == 2, name
+        assert "probe.json" in one_line(capsys)
+
+
 def test_a_whole_probe_says_so(probed, capsys):
     assert main([*PROBE, f"--output={probed}", "--resume=true"]) == 0
     assert "\nverified: " in capsys.readouterr().out

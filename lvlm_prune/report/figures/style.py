@@ -29,6 +29,7 @@ WIDTH = 4.9
 SEQUENTIAL = "cividis"
 """Colour map of quantities, the same to readers who do not see red or green."""
 
+_NOT_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _INK, _LINE = "#1b1f24", "#d0d7de"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#6e7781")
 """Colours of series, in order."""
@@ -139,7 +140,8 @@ def inline_svg(figure: Figure, description: str) -> Markup:
     with house_style():
         _arrange(figure)
         figure.savefig(drawn, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
-    root = ElementTree.fromstring(drawn.getvalue())
+    # Labels may be names of files, and those may have signs in them that XML has not.
+    root = ElementTree.fromstring(_NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", drawn.getvalue().decode()))
     for element in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(element)
     for group in root.iter(f"{{{_SVG}}}g"):

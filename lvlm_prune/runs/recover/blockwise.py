@@ -49,8 +49,9 @@ class BlockwiseRun(RecoveryRun):
         if earlier is not None and earlier.get("status") in (_RECONSTRUCTING, SCORING):
             assert self.model.folder is not None
             self.model.folder.refuse_other_layout(self.folder)
-            self.record |= {"status": _RECONSTRUCTING, "blocks": earlier["blocks"], "files": earlier.get("files", {})}
-            blocks = (block for block in earlier["blocks"] if "adapters" in block)
+            done = earlier.get("blocks", [])
+            self.record |= {"status": _RECONSTRUCTING, "blocks": done, "files": earlier.get("files", {})}
+            blocks = (block for block in done if "adapters" in block)
             written = {f"{BLOCKS}/{block['index']:04}.safetensors": block["adapters"] for block in blocks}
             refuse_changed(self.folder, {**self.record["files"], **written})
             return

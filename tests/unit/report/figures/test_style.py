@@ -47,6 +47,14 @@ def test_a_figure_in_a_page_follows_the_theme_and_keeps_its_text():
     assert not re.findall(r"#[0-9a-f]{6}", svg)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_a_label_with_signs_that_xml_has_not_is_drawn():
+    figure = _lines()
+    figure.axes[0].set_xlabel("a\x1b[31mred\x00\uffff")
+    texts = [element.text for element in ElementTree.fromstring(inline_svg(figure, "lines")).iter()]
+    assert any("[31mred" in (text or "") for text in texts)
+
+
 def test_the_same_figure_gives_the_same_bytes(tmp_path):
     assert inline_svg(_lines(), "lines") == inline_svg(_lines(), "lines")
     for name in ("one.png", "two.png"):
