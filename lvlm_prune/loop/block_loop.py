@@ -170,6 +170,7 @@ class BlockLoop:
         seconds["read"] = clock.lap()
         self.raise_hook("on_block_start", block=block)
         gathers = self.gathers()
+        self._calls.clear()
         if gathers:
             self._together(self._gather, block, moves_on=self.one_pass)
         give_back_freed()

@@ -60,7 +60,7 @@ class CrossGram(Gram):
             return
         tokens = weighted_tokens(inputs, weights, counted)
         if len(tokens):
-            change = weighted_tokens(dense, weights, counted).sub_(tokens)
+            change = weighted_tokens(dense, weights, counted) - tokens
             for rows in stripes(inputs.shape[1]):
                 self.drift[rows] += change[:, rows].T @ tokens
 

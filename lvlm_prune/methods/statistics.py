@@ -311,6 +311,9 @@ def weighted_tokens(inputs: Tensor, weights: Tensor, counted: Tensor | slice) ->
         inputs: Shape (T, channels), any float dtype.
         weights: Weight of each token, shape (T,), bool or float.
         counted: Where the weight is not zero, as mask, indices or slice.
+
+    Returns:
+        May be a view of the inputs: not to be changed.
     """
     tokens = inputs[counted].float()
     return tokens if weights.dtype == torch.bool else tokens * weights[counted].float()[:, None]

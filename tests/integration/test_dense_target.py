@@ -15,7 +15,7 @@ from lvlm_prune.methods.scorers import WandaScorer
 from lvlm_prune.methods.solvers import DenseTargetSolver, RefitSolver, Solver, SparseGPTSolver, VisualWeightSolver
 from lvlm_prune.output.manifest import Manifest
 from tests.conftest import GOLDEN_ARGUMENTS
-from tests.families import Sample, make_inputs, tiny_model
+from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards, solve_by_full_forwards, zeros
 from tests.recipes import interrupt_and_go_on
 
@@ -32,11 +32,17 @@ SAMPLES = Sample(3, 0, 5), Sample(2, 1, 9), Sample(4, None, 6)
         ("llava", DenseTargetSolver(SparseGPTSolver())),
         ("qwen2_5_vl", DenseTargetSolver(RefitSolver(WandaScorer().solver()), share=0.5, damping=0.1)),
         ("gemma3", DenseTargetSolver(WandaScorer().solver())),
+        # Nothing comes before its queries: they are fed the samples themselves.
+        ("exaone4_5", DenseTargetSolver(SparseGPTSolver())),
     ],
 )
 def test_weights_are_those_of_whole_forwards(family: str, solver: Solver, sequential: bool) -> None:
-    model, reference, dense = (tiny_model(family) for _ in range(3))
-    batches = [make_inputs(family, model, [sample]) for sample in SAMPLES]
+    if family in FAMILIES:
+        model, reference, dense = (tiny_model(family) for _ in range(3))
+        batches = [make_inputs(family, model, [sample]) for sample in SAMPLES]
+    else:
+        model, reference, dense = (tiny_decoder(family) for _ in range(3))
+        batches = [*image_samples(model), *text_samples(2)]
     expected = solve_by_full_forwards(reference, dense, batches, solver, sequential)
     prune(model, batches, BlockwisePruning(sparsity=0.5, pool=MixedPool(), solver=solver, sequential=sequential))
     for name, weight in expected.items():

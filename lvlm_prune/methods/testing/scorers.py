@@ -176,6 +176,7 @@ def check_statistic(kind: type[Statistic]) -> None:
     _check_weights(kind)
     _check_sums(kind)
     _check_more(kind)
+    _check_inputs_stay(kind)
     norms = statistic.squared_norms()
     if norms is not None:
         checked(norms, torch.empty(CHANNELS), f"{kind.__name__}.squared_norms", (torch.float64,))
@@ -235,6 +236,16 @@ def _check_more(kind: type[Statistic]) -> None:
     some = {name: value[counts] for name, value in also.items()}
     if also and not _close(_sums(kind, (inputs, counts, also)), _sums(kind, (inputs[counts], torch.ones(20), some))):
         raise PluginFault(f"{kind.__name__}.add, {' and '.join(also)}: tokens of weight 0 count")
+
+
+def _check_inputs_stay(kind: type[Statistic]) -> None:
+    """What is added is the model's own: blocks without a norm in front hand their Linears the samples themselves."""
+    given = {"inputs": _inputs(3), "weights": torch.ones(30, dtype=torch.bool), **_also(kind, 1)}
+    before = {name: value.clone() for name, value in given.items()}
+    kind(CHANNELS).add(**given, **({"counted": slice(None)} if kind.takes_counted else {}))
+    for name, value in before.items():
+        if not torch.equal(given[name], value):
+            raise PluginFault(f"{kind.__name__}.add: changes `{name}`, which the model still needs")
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
