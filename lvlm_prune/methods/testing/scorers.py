@@ -240,9 +240,9 @@ def _check_more(kind: type[Statistic]) -> None:
 
 def _check_inputs_stay(kind: type[Statistic]) -> None:
     """What is added is the model's own: blocks without a norm in front hand their Linears the samples themselves."""
-    given = {"inputs": _inputs(3), "weights": torch.ones(30, dtype=torch.bool), **_also(kind, 1)}
+    given: dict[str, Any] = {"inputs": _inputs(3), "weights": torch.ones(30, dtype=torch.bool), **_also(kind, 1)}
     before = {name: value.clone() for name, value in given.items()}
-    kind(CHANNELS).add(**given, **({"counted": slice(None)} if kind.takes_counted else {}))
+    kind(CHANNELS).add(**given | ({"counted": slice(None)} if kind.takes_counted else {}))
     for name, value in before.items():
         if not torch.equal(given[name], value):
             raise PluginFault(f"{kind.__name__}.add: changes `{name}`, which the model still needs")
