@@ -166,6 +166,19 @@ def test_a_line_of_a_sweep_that_was_changed_is_measured_again(digest, swept, tmp
     assert last["retention"] == json.loads(first)["retention"]
 
 
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_sweep_adds_to_no_file_that_is_somebody_elses_too(kind, swept, tmp_path, no_pages, blank_figures):
+    folder, mine = tmp_path / "out", tmp_path / "mine.jsonl"
+    shutil.copytree(swept, folder)
+    (folder / "sweep.jsonl").rename(mine)
+    before = mine.read_bytes()
+    (folder / "sweep.jsonl").symlink_to(mine) if kind == "symbolic" else (folder / "sweep.jsonl").hardlink_to(mine)
+    more = "--grid={pruning.sparsity: [0.5, 0.6, 0.7]}"
+    assert main([*SWEEP[:-1], more, f"--output={folder}"]) == 0
+    assert mine.read_bytes() == before
+    assert (folder / "sweep.jsonl").read_bytes().startswith(before)
+
+
 # ---- recovery that goes on, or cannot --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def distilled(bases, labelled, tmp_path_factory) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.scores import Retention, Scores, retention
 from lvlm_prune.output.folder import refuse_other_content
 from lvlm_prune.output.locking import FolderLock, shared
-from lvlm_prune.output.manifest import sync_folder
+from lvlm_prune.output.manifest import replace_durably, sync_folder
 from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.output.reading import conforms
 from lvlm_prune.output.records import DenseRecord, SweptRecord, TriedRecord
@@ -79,6 +79,8 @@ class Results:
             if not self.path.exists():
                 self.path.touch()
                 sync_folder(self.folder)
+            elif self.path.is_symlink() or self.path.stat().st_nlink > 1:  # what it leads to may be somebody's
+                replace_durably(self.path, self.path.read_bytes())
         self._lock = FolderLock(self.folder, self.path.name)
         self.read()  # another process may have finished meanwhile
 
