@@ -209,11 +209,15 @@ def solve_by_full_forwards(
                 own, other = (
                     _inputs_of(one, module, open_linears, batch) for one, module in ((model, block), (dense, twin))
                 )
-                for name, inputs in own.items():
-                    sums.setdefault(name, CrossGram(inputs.shape[-1]))
-                    sums[name].add(inputs, torch.ones(len(inputs)), dense=other[name])
-                first = next(iter(own.values()))
-                site = site or [name for name, inputs in own.items() if inputs.data_ptr() == first.data_ptr()]
+                for name, calls in own.items():
+                    sums.setdefault(name, CrossGram(calls[0].shape[-1]))
+                    for inputs, dense_inputs in zip(calls, other[name], strict=True):
+                        sums[name].add(inputs, torch.ones(len(inputs)), dense=dense_inputs)
+                if own and not site:
+                    first = next(iter(own.values()))[0]
+                    site = [name for name, calls in own.items() if calls[0].data_ptr() == first.data_ptr()]
+            if not sums:  # what is left is called by no sample
+                break
             for name in site if sequential else list(sums):
                 weight = linears[name].weight
                 solution = solver.solve(LinearProblem(weight.data.clone(), sums[name], 0.5, Unstructured()))
@@ -224,13 +228,16 @@ def solve_by_full_forwards(
 
 def _inputs_of(
     model: nn.Module, block: nn.Module, linears: Mapping[str, nn.Module], batch: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What the Linears of a block are fed in a whole forward, shape (tokens, channels), in the order of their calls."""
-    found: dict[str, Tensor] = {}
+) -> dict[str, list[Tensor]]:
+    """What the Linears of a block are fed in a whole forward, in the order of their calls.
+
+    For each call of one a tensor of shape (tokens, channels).
+    """
+    found: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found[name] = arguments[0].flatten(0, -2)
+            found.setdefault(name, []).append(arguments[0].flatten(0, -2))
 
         return hook
 

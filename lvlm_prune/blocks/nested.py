@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int
     result: Any
     if isinstance(value, Tensor):
         result = function(value)
-    elif isinstance(value, dict):
+    elif isinstance(value, MutableMapping):  # transformers has one that is no `dict` on purpose
         result = copy.copy(value)
         memo[id(value)] = result
         for key, item in value.items():
@@ -75,21 +75,21 @@ def contents_restored(value: Any) -> Iterator[None]:
         >>> shared
         {}
     """
-    saved = [(container, container.copy()) for container in containers_in(value)]
+    saved = [(container, copy.copy(container)) for container in containers_in(value)]
     try:
         yield
     finally:
         for container, contents in saved:
             container.clear()
-            if isinstance(container, dict):
-                container.update(contents)
-            else:
+            if isinstance(container, list):
                 container.extend(contents)
+            else:
+                container.update(contents)
 
 
-def containers_in(value: Any) -> Iterator[dict | list]:
+def containers_in(value: Any) -> Iterator[MutableMapping | list]:
     """Every dictionary and list in `value`, itself included."""
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (MutableMapping, list)):
         yield value
     if isinstance(value, Mapping):
         value = list(value.values())

@@ -16,7 +16,8 @@ from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.methods.solvers import DenseTargetSolver, SparseGPTSolver
 from tests.full_forward import compute_experts_one_by_one, prune_by_full_forwards, solve_by_full_forwards, zeros
 
-QUICK = ("exaone4_5", "llava")
+# Nothing comes before the queries; blocks hand keys and values on; neither.
+QUICK = ("exaone4_5", "gemma4", "llava")
 
 
 def held_against_whole_forwards(name: str) -> dict[str, Any]:
