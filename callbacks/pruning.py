@@ -24,7 +24,7 @@ from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.output.summaries import readable_count
-from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
+from lvlm_prune.plugins import describe, lazy_default, mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, refuse_broken, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
@@ -255,7 +255,7 @@ class BlockwisePruning(PruneCallback):
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Say what will be done; refuse a pool of visual tokens where there are none."""
         trainer.run.say(self.headline(pl_module, trainer.run.record["calibration"].get("num_samples", 0)))
-        if not self.wants_activations and type(self.pool) is not AsymmetricPool:
+        if not self.wants_activations and describe(self.pool) != describe(AsymmetricPool()):
             name = plugin_class(self.pool).__name__
             trainer.run.say(f"--pruning.pool {name} is not used: {self.name} needs no calibration samples")
         if trainer.run.folder is not None and trainer.run.processes.is_main:

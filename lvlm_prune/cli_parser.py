@@ -235,9 +235,8 @@ class LVLMCLI(LightningCLI):
                 raise
             is_time = isinstance(error, OverflowError) and self._get(self.config, "trainer.max_time") is not None
             option = "max_time" if is_time else self._option_at_fault(str(error))
-            said = one_line(error)
             # What SLURM lacks is said with the way out.
-            problem = said if isinstance(error, RuntimeError) else said.split(". ")[0]
+            problem = one_line(error) if isinstance(error, RuntimeError) else one_line(error).split(". ")[0]
             raise InputError(f"trainer.{option}", self._get(self.config, f"trainer.{option}"), problem) from None
 
     def _option_at_fault(self, said: str) -> str:

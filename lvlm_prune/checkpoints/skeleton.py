@@ -8,19 +8,19 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lvlm_prune.checkpoints.allocator import give_back_from
 from lvlm_prune.checkpoints.checkpoint import PACKED, CheckpointFolder
 from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes
 from lvlm_prune.checkpoints.versions import names_pattern, no_init_weights, prepare
-from lvlm_prune.errors import InputError, shortened
+from lvlm_prune.errors import InputError, first_line, shortened
 
 _AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
 
 NEEDS_ORIGINAL = "pruning needs the original checkpoint"
-# How tools announce quantized weights beside `config.json`: ModelOpt, GPTQ, AWQ.
-_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# How tools announce quantized weights beside `config.json`: ModelOpt, GPTQ, AWQ, others.
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 def build_skeleton(
@@ -49,6 +49,8 @@ def build_skeleton(
         way_out = f"lvlm-prune unpack --model.path {folder.path} --output DIR"
         raise InputError("model.path", folder.path, f"is a packed checkpoint; unpack it first: `{way_out}`")
     _refuse_quantized(folder)
+    if unread := unread_generation(folder):
+        raise InputError("model.path", folder.path, unread)
     refuse_absurd_sizes(folder)
     config = _load_config(folder, trust_remote_code)
     model_class, config = _model_class(folder, config, trust_remote_code)
@@ -87,6 +89,17 @@ def _refuse_quantized(folder: CheckpointFolder) -> None:
     if said or _announces_quantization(folder.config):
         where = said[0] if said else "config.json"
         raise InputError("model.path", folder.path, f"the weights are quantized ({where}); {NEEDS_ORIGINAL}")
+
+
+def unread_generation(folder: CheckpointFolder) -> str:
+    """Why transformers cannot read how the model is to answer, and so cannot load it; empty where it can."""
+    try:
+        GenerationConfig.from_pretrained(folder.path, local_files_only=True)
+    except OSError:  # there is none, or no JSON in it: transformers does without
+        return ""
+    except Exception as cause:
+        return f"its generation_config.json cannot be read ({type(cause).__name__}: {first_line(cause)})"
+    return ""
 
 
 def _announces_quantization(config: Any) -> bool:

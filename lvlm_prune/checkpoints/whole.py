@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
+from lvlm_prune.checkpoints.skeleton import unread_generation
 from lvlm_prune.errors import InputError, first_line
 
 
@@ -40,10 +41,4 @@ def load_whole_model(
 
 
 def _why_not_loaded(folder: CheckpointFolder, error: Exception) -> str:
-    try:
-        GenerationConfig.from_pretrained(folder.path, local_files_only=True)
-    except OSError:  # there is none, or no JSON in it: transformers does without
-        pass
-    except Exception as cause:
-        return f"its generation_config.json cannot be read ({type(cause).__name__}: {first_line(cause)})"
-    return f"transformers cannot load it ({type(error).__name__}: {first_line(error)})"
+    return unread_generation(folder) or f"transformers cannot load it ({type(error).__name__}: {first_line(error)})"

@@ -9,10 +9,11 @@ from typing import Any
 
 from lvlm_prune.evaluation.engine import Measurement
 from lvlm_prune.evaluation.scores import retention
-from lvlm_prune.output import reading, records
+from lvlm_prune.output import reading
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, EVALUATION_TABLE
+from lvlm_prune.output.score_records import EvaluationRecord
 
 
 def evaluation_record(measured: Measurement) -> dict[str, Any]:
@@ -137,4 +138,4 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier `evaluate` found of the checkpoint in a folder; None where there is nothing readable."""
-    return reading.read_record(folder / EVALUATION_RECORD, records.EvaluationRecord)
+    return reading.read_record(folder / EVALUATION_RECORD, EvaluationRecord)

@@ -1,6 +1,5 @@
 """SparseGPT, named as a scorer: see `lvlm_prune.methods.solvers.SparseGPTSolver`, which does the work."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from lvlm_prune.methods.patterns import Pattern, ZeroCount
 from lvlm_prune.methods.scorers.base import Scorer
 from lvlm_prune.methods.solvers.base import LinearProblem, Solver
+from lvlm_prune.methods.solvers.scaling import checked_damping
 from lvlm_prune.methods.solvers.sparsegpt import SparseGPTSolver, damping_notes, obs_score
 from lvlm_prune.methods.statistics import Gram, Statistic
 
@@ -51,10 +51,8 @@ class SparseGPTScorer(Scorer):
     def __init__(self, block_size: int = 128, damping: float = 0.01, keep_zeros: bool = False) -> None:
         if block_size < 1:
             raise ValueError(f"`block_size` {block_size}: must be 1 or larger")
-        if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(f"`damping` {damping}: must be a finite number, 0 or larger")
         self.block_size = block_size
-        self.damping = damping
+        self.damping = checked_damping(damping)
         self.keep_zeros = keep_zeros
         self._solver = SparseGPTSolver(block_size, damping, keep_zeros)
 

@@ -22,6 +22,9 @@ from lvlm_prune.methods.solvers.sparsegpt import SparseGPTSolver
 
 Schedule = Literal["fast", "paper"]
 
+# More of them than this no schedule takes to its end.
+_MOST_ITERATIONS = 10**5
+
 # The published schedule: iterations with one rho, and the rho of the first of them.
 _EVERY, _FIRST_RHO = 3, 0.1
 
@@ -89,8 +92,8 @@ class ALPSSolver(Solver):
         damping: float = 0.01,
         keep_zeros: bool = False,
     ) -> None:
-        if iterations is not None and iterations < 1:
-            raise ValueError(f"`iterations` {iterations}: must be at least 1")
+        if iterations is not None and not 1 <= iterations <= _MOST_ITERATIONS:
+            raise ValueError(f"`iterations` {iterations}: must lie between 1 and {_MOST_ITERATIONS}")
         if schedule not in ("fast", "paper"):
             raise ValueError(f"`schedule` {schedule}: must be `fast` or `paper`")
         self.iterations, self.schedule = iterations, schedule

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lvlm_prune.methods.statistics import Gram
 
+_MOST_DAMPING = 1e6
+
 # A least eigenvalue that float32 tells from zero in a matrix of any size, with a diagonal of ones.
 _CERTAINLY_REGULAR = 1e-4
 
@@ -95,8 +97,10 @@ def checked_damping(damping: float) -> float:
     """A share of the mean diagonal of a Gram matrix.
 
     Raises:
-        ValueError: It is negative or not finite.
+        ValueError: It is negative or not finite, or so large that nothing of the matrix is left in float32.
     """
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"`damping` {damping}: must be a finite number, 0 or larger")
+    if damping > _MOST_DAMPING:
+        raise ValueError(f"`damping` {damping:g}: must be at most {_MOST_DAMPING:g}")
     return damping

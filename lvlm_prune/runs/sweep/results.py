@@ -22,7 +22,8 @@ from lvlm_prune.output.locking import FolderLock, shared
 from lvlm_prune.output.manifest import replace_durably, sync_folder
 from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.output.reading import conforms
-from lvlm_prune.output.records import DenseRecord, SweptRecord, TriedRecord
+from lvlm_prune.output.records import TriedRecord
+from lvlm_prune.output.score_records import DenseRecord, SweptRecord
 from lvlm_prune.runs.sweep.grid import Point
 
 DENSE = "dense-"

@@ -212,6 +212,7 @@ def test_a_gram_matrix_that_says_nothing_is_an_error(value, problem, gathered):
         ({"damping": -0.1}, "`damping` -0.1: "),
         ({"damping": float("nan")}, "`damping` nan: "),
         ({"damping": float("inf")}, "`damping` inf: "),
+        ({"damping": 1e308}, r"`damping` 1e\+308: must be at most"),
     ],
 )
 def test_bad_options(arguments, option):

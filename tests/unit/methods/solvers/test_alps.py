@@ -122,7 +122,9 @@ def test_the_published_schedule_ends_where_nothing_changes(make_problem):
     assert 10 < notes["iterations"] < 300
 
 
-@pytest.mark.parametrize("options", [{"iterations": 0}, {"schedule": "slow"}, {"damping": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"iterations": 0}, {"iterations": 2**31}, {"schedule": "slow"}, {"damping": -0.1}, {"damping": 1e308}]
+)
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
         ALPSSolver(**options)

@@ -1,0 +1,185 @@
+"""What lies in a checkpoint or a sample that would give a wrong result is refused, or left out and said."""
+
+import json
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lvlm_prune.checkpoints import CheckpointFolder
+from lvlm_prune.cli import main
+from lvlm_prune.data import TensorSource
+from lvlm_prune.recipes import with_recipe
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+
+
+def test_other_copies_of_the_weights_are_left_out_and_that_is_said(tmp_path, capsys):
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(GOLDEN / "model", model)
+    (model / "original").mkdir()
+    for name in ("pytorch_model.bin", "original/consolidated.00.pth"):
+        (model / name).write_bytes(b"dense")
+    magnitude = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}", f"--output={folder}"]
+    assert main([*GOLDEN_ARGUMENTS, *magnitude]) == 0
+    assert not (folder / "pytorch_model.bin").exists()
+    assert not (folder / "original").exists()
+    assert "left out: pytorch_model.bin, original/ (copies of the weights, which are dense)" in capsys.readouterr().out
+
+
+def test_blocks_that_the_configuration_does_not_count_are_told_of(tmp_path, capsys):
+    """transformers leaves them out in silence; some families keep there what predicts tokens further ahead."""
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(GOLDEN / "model", model)
+    magnitude = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}"]
+    assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={tmp_path / 'whole'}"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    config = json.loads((model / "config.json").read_text())
+    counted = config.get("text_config", config)
+    counted["num_hidden_layers"] -= 1
+    for name in ("layer_types", "max_window_layers"):
+        counted.pop(name, None)
+    (model / "config.json").write_text(json.dumps(config))
+    assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={folder}"]) == 0
+    said = capsys.readouterr().out
+    assert "config.json counts no block that they are of" in said
+    assert f".layers.{counted['num_hidden_layers']}." in said
+
+
+REFUSED = {
+    "adapter": ("adapter_config.json", {}, "merge it first"),
+    "announced beside": ("hf_quant_config.json", {"quantization": {}}, "the weights are quantized"),
+    "announced by a tool": ("quantization_config.json", {"bits": 4}, "the weights are quantized"),
+    "announced within": ("config.json", {"text_config": {"quantization_config": {"bits": 4}}}, "are quantized"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
+def test_what_changes_the_weights_is_refused_by_every_command(verb, name, content, problem, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    earlier = json.loads((model / name).read_text()) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(earlier | content))
+    assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert problem in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"greedy"', "5"])
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
+def test_what_no_model_could_be_loaded_with_is_refused(verb, content, tmp_path, capsys):
+    """A pruned copy of it could not be loaded either."""
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    (model / "generation_config.json").write_text(content)
+    assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its generation_config.json cannot be read" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
+def test_missing_tensors_are_refused_by_every_command(verb, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    checkpoint = CheckpointFolder(model)
+    tensors = {key: tensor for shard in checkpoint.shards for key, tensor in load_file(model / shard).items()}
+    for shard in checkpoint.shards:
+        (model / shard).unlink()
+    save_file({key: one for key, one in tensors.items() if "embed_tokens" not in key}, model / "model.safetensors")
+    options = ["--pruning.scorer=MagnitudeScorer"] if verb == "prune" else []
+    assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint lacks the tensor" in line
+    assert "embed_tokens.weight" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("pool", "kind"), [("TextOnlyPool", "visual"), ("AsymmetricPool", "visual")])
+def test_a_pool_that_selects_nothing_is_no_success(pool, kind, tmp_path, capsys):
+    """Of a calibration set of images alone nothing is left for a pool of text."""
+    token = json.loads((GOLDEN / "model" / "config.json").read_text())["image_token_id"]
+    samples = load_file(GOLDEN / "calib.safetensors")
+    only = {}
+    for number in range(2):
+        own = {key: one for key, one in samples.items() if key.startswith(f"s{number}.")}
+        ids = own[f"s{number}.input_ids"]
+        keep = ids == token
+        only |= {key: one[keep][None] if one.shape == ids.shape else one for key, one in own.items()}
+    save_file({key: one.contiguous() for key, one in only.items()}, tmp_path / "visual.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'visual.safetensors'}"]
+    options = [f"--model.path={GOLDEN / 'model'}", f"--pruning.pool={pool}", f"--output={tmp_path / 'out'}"]
+    assert main(["prune", *source, *options, "--report=false"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--pruning.pool {pool}: needs text tokens" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path, capsys):
+    """An older and a newer spelling of a name: one would be pruned, the other may be loaded."""
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    (shard,) = CheckpointFolder(model).shards
+    tensors = load_file(model / shard)
+    old = "model.layers.0.self_attn.q_proj.weight"
+    new = old.replace("model.", "model.language_model.")
+    save_file({**tensors, new: tensors[old].clone()}, model / shard)
+    assert main([*GOLDEN_ARGUMENTS, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"holds {new} twice" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_deep_in_the_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    (model / "assets" / "more").mkdir(parents=True)
+    os.mkfifo(model / "assets" / "more" / "pipe")
+    assert main([*GOLDEN_ARGUMENTS, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds assets/more/pipe, which is no regular file" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_the_model_refuses_names_the_sample_and_can_be_skipped(tmp_path, capsys):
+    """Image features that do not match the tokens for them."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    ids = samples["s1.input_ids"]
+    token = json.loads((GOLDEN / "model" / "config.json").read_text())["image_token_id"]
+    assert (ids == token).any()
+    samples["s1.input_ids"] = ids.masked_fill(ids == token, 5)
+    save_file(samples, tmp_path / "samples.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'samples.safetensors'}"]
+    options = [f"--model.path={GOLDEN / 'model'}", "--report=false", "--data.batch_size=2"]
+    assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sample 1: the model refuses it" in line
+    assert not (tmp_path / "out").exists()
+    assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}", "--data.on_error=skip"]) == 0
+    calibration = json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]
+    assert (calibration["num_samples"], len(calibration["skipped"])) == (7, 1)
+
+
+@pytest.mark.parametrize("target", ["language", "vision"])
+def test_a_sample_that_overflows_before_the_first_block_can_be_skipped(target, tmp_path, capsys):
+    """Of a batch only that one, and of those that are held back for measuring too."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    chosen = TensorSource(str(GOLDEN / "calib.safetensors")).choose(5, 0)
+    held_back = sorted(set(range(8)) - set(chosen))
+    for number in (chosen[1], held_back[0]):
+        samples[f"s{number}.pixel_values"][:] = float("nan")
+    save_file(samples, tmp_path / "samples.safetensors")
+    source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'samples.safetensors'}"]
+    options = [f"--model.path={GOLDEN / 'model'}", "--report=false", "--data.batch_size=2", "--data.num_samples=5"]
+    options += [f"--model.targets=[{target}]", "--held_back=3", f"--output={tmp_path / 'out'}"]
+    verb = with_recipe(["prune", "--method", "wanda"])
+    assert main([*verb, *source, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"sample {chosen[1]}: NaN or infinity before the first block (--data.on_error skip" in line
+    assert not (tmp_path / "out").exists()
+    assert main([*verb, *source, *options, "--data.on_error=skip"]) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (record["calibration"]["num_samples"], len(record["calibration"]["skipped"])) == (4, 1)
+    assert record["quality"]["samples"] == len(held_back) - 1
