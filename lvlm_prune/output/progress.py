@@ -21,6 +21,9 @@ from lvlm_prune.clock import command_began
 #: Seconds between two lines where there is no terminal.
 SECONDS_BETWEEN_LINES = 60.0
 
+# In fewer seconds than that nothing can be said of what is left: the first of many takes longest.
+_SECONDS_TO_JUDGE_BY = 5.0
+
 
 class Progress:
     """Progress of something that has an end; a context that closes itself.
@@ -85,7 +88,7 @@ class Progress:
         share = self.done / max(self.total, 1e-9)
         counts = f"{self.done:.0f} of {self.total:.0f} {self.unit} ({share:.0%})" if self.unit else f"{share:.0%}"
         text = f"{self.title}: {counts}{f' · {self._text}' if self._text else ''} after {readable_time(seconds)}"
-        if self.done <= self.initial:
+        if self.done <= self.initial or seconds < _SECONDS_TO_JUDGE_BY:
             return text
         left = seconds * (self.total - self.done) / (self.done - self.initial)
         return f"{text}, about {readable_time(left)} left"

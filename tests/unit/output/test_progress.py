@@ -89,3 +89,10 @@ def test_a_terminal_shows_a_bar(monkeypatch):
         text = sys.stderr.getvalue()
     assert "Scoring model" in text
     assert "4/10 questions" in text
+
+
+def test_nothing_is_said_of_what_is_left_before_there_is_something_to_judge_by():
+    with Progress("Scoring", 1000, "questions", shown=False) as progress:
+        progress.update(1)
+        assert "left" not in progress.line(seconds=1.0)
+        assert progress.line(seconds=10.0).endswith("about 2.8 h left")
