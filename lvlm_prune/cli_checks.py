@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.option_files import count_values, read_yaml, refuse_endless
@@ -136,3 +138,22 @@ def written_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         option, given, value = argument.partition("=")
         yield option, value if given else following
+
+
+def refuse_null_options(parser: ArgumentParser, options: Namespace) -> None:
+    """Refuse `null` from a file for an option whose type does not allow it; jsonargparse hands it on.
+
+    Args:
+        parser: Of the command.
+        options: What was given, defaults filled in.
+
+    Raises:
+        InputError: One is null; names it.
+    """
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint in (None, Any, object) or action.default is None or NoneType in get_args(hint):
+            continue
+        if action.dest in options and options[action.dest] is None:
+            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise InputError(action.dest, "null", f"expected {expected}")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_checks import refuse_devices, refuse_unreadable
+from lvlm_prune.cli_checks import refuse_devices, refuse_null_options, refuse_unreadable
 from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
@@ -171,15 +171,15 @@ class LVLMCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a plain value where options belong, immense numbers, and `null` where a plugin wants a value."""
-        for key in self._parser(self.subcommand).groups or ():
-            options = self.config[self.subcommand]
-            if key not in options:
+        parser, given = self._parser(self.subcommand), self.config[self.subcommand]
+        for key in parser.groups or ():
+            if key not in given:
                 continue
-            value = "null" if options[key] is None else options[key]
+            value = "null" if given[key] is None else given[key]
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
-        options = self.config[self.subcommand].as_dict()
-        refuse_values(options)
+        refuse_null_options(parser, given)
+        refuse_values(options := given.as_dict())
         for option in left_out_options(options):
             way_out = "give it, or take the configuration in the folder that ends with .private"
             raise InputError(option, LEFT_OUT, f"is no value but stands for a private one; {way_out}")

@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lvlm_prune.errors import InputError
 
+# Beyond it a step is more than float32 holds.
+_HIGHEST_RATE = 1e30
+
 
 @dataclass
 class Optimization:
@@ -43,6 +46,8 @@ class Optimization:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise InputError("optimization.learning_rate", self.learning_rate, "must be positive")
+        if self.learning_rate > _HIGHEST_RATE:
+            raise InputError("optimization.learning_rate", self.learning_rate, f"must be at most {_HIGHEST_RATE:g}")
         if not self.weight_decay >= 0:
             raise InputError("optimization.weight_decay", self.weight_decay, "must not be negative")
         if not 0 <= self.warmup < 1:

@@ -3,6 +3,7 @@
 Commands run up to where their work would begin, so a value is either refused in one line or passes all checks.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -162,3 +163,25 @@ def test_the_environment_gives_options_that_the_command_line_leaves_open(monkeyp
     for given, sparsity in (([], "25%"), (["--pruning.sparsity=0.75"], "75%")):
         assert main([*plan, *given]) == 0
         assert f"{sparsity} unstructured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_null_in_a_file_is_refused_for_every_option_or_taken(verb, up_to_the_work, tmp_path, monkeypatch, capsys):
+    """On the command line the parser refuses it; what stands in a file it hands on."""
+    monkeypatch.chdir(tmp_path)
+    refused = 0
+    for action in parser_of(verb)._actions:
+        section, _, name = action.dest.partition(".")
+        if not name or "." in name or section == "trainer" or name == "help":
+            continue
+        (tmp_path / "null.yaml").write_text(f"{section}: {{{name}: null}}\n")
+        arguments = [one for one in COMMANDS[verb] if not one.startswith(f"--{action.dest}")]
+        capsys.readouterr()
+        status = main([verb, "--config=null.yaml", *arguments, f"--output={tmp_path / 'out'}"])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert status in (0, 2), action.dest
+        assert (status == 0) == (not lines), (action.dest, lines)
+        assert len(lines) <= 1 or lines[0].startswith("error: "), (action.dest, lines)
+        refused += any(f"--{action.dest} null: expected" in line for line in lines)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused > (0 if verb in ("evaluate", "reproduce") else 2)

@@ -61,6 +61,14 @@ def test_a_folder_comes_back_byte_for_byte(small: Path, tmp_path: Path, form: st
     assert contents(unpacked) == contents(small)
 
 
+def test_half_a_character_in_the_configuration_comes_back_too(small: Path, tmp_path: Path) -> None:
+    config = json.loads((small / "config.json").read_text()) | {"note": "\ud800"}
+    (small / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    assert main(["pack", f"--model.path={small}", f"--output={tmp_path / 'packed'}"]) == 0
+    assert main(["unpack", f"--model.path={tmp_path / 'packed'}", f"--output={tmp_path / 'whole'}"]) == 0
+    assert (tmp_path / "whole" / "config.json").read_bytes() == (small / "config.json").read_bytes()
+
+
 def test_what_became_smaller_and_what_stays_is_said(sparse: Path, packed: Path, tmp_path: Path, capsys) -> None:
     assert main(["pack", f"--model.path={sparse}", f"--output={tmp_path / 'again'}"]) == 0
     said = capsys.readouterr().out

@@ -93,6 +93,7 @@ def test_a_damaged_adapter_is_one_line(damage, said, bases, recover, tmp_path):
         (["--lora.gradient=rough"], "--lora.gradient rough"),
         (["--method=full", "--lora.rank=4"], "--lora.rank 4: does nothing with --method full"),
         (["--optimization.learning_rate=-1"], "--optimization.learning_rate -1: must be positive"),
+        (["--optimization.learning_rate=1e38"], "--optimization.learning_rate 1e+38: must be at most 1e+30"),
         (["--optimization.warmup=2"], "--optimization.warmup 2:"),
         (["--data.validation_samples=8"], "--data.validation_samples 8"),
         (["--data.num_samples=9"], "--data.num_samples 9: the source holds only 8"),

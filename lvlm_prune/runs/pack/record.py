@@ -73,4 +73,7 @@ def _loaded(text: str) -> Any:
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a character, which only its number can stand for
+        return (json.dumps(content, indent=2) + "\n").encode()
