@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.option_files import count_values, read_yaml, refuse_endless
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 _MOST_PROCESSES = 64
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
