@@ -85,7 +85,8 @@ class BlockwiseReconstruction(PruneCallback):
         self._train = [batch for key, batch in batches.items() if key not in held_out]
         self._validation = [batch for key, batch in batches.items() if key in held_out] or self._train
         self._all = list(batches.values())
-        self._dense_path = DensePath(pl_module.runner, self._all)
+        # Copies would keep the samples at the first block in memory to the end.
+        self._dense_path = DensePath(pl_module.runner, self._all if self._follows_dense else [])
         self._step = sum(entry["steps"] for entry in trainer.run.record["blocks"])
         per_block = len(self._all) + self.options.epochs * len(self._train)
         self._bar = Progress(

@@ -194,17 +194,14 @@ def recording(
     def hook(name: str):
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             record.calls.append(name)
-            keep(name, args)
-            if len(record.calls) == stop_after:
-                raise StopForward
-
-        def keep(name: str, args: tuple[Tensor, ...]) -> None:
             if name not in record.inputs:
                 record.inputs[name], record.versions[name] = args[0], args[0]._version
             elif "outputs" in needs:
                 raise RunError(f"{name} is called more than once in one forward of its block: its output is not one")
             else:
                 record.later_inputs.setdefault(name, []).append(args[0])
+            if len(record.calls) == stop_after:
+                raise StopForward
 
         return keep_input
 
