@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from lvlm_prune.data.conversation import (
     place_media,
     task_name,
 )
-from lvlm_prune.data.references import kind_of_key, opened, references_of_turns
+from lvlm_prune.data.overlooked import kind_of_key, refuse_overlooked, refuse_overlooked_in_turns, refuse_unfilled
+from lvlm_prune.data.references import opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
-from lvlm_prune.errors import first_line
+from lvlm_prune.errors import RunError, first_line
+
+log = logging.getLogger(__name__)
 
 _ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
 _NUMBERS = ("bool", "int", "uint", "float", "null")  # a column of these only counts or describes
@@ -88,25 +92,16 @@ class HFDatasetSource(CalibrationSource):
                 f"{', '.join(rows.column_names)}"
             )
             raise ValueError(f"`columns` {self.columns or '(not given)'}: {problem}")
-        if self.columns is None:
-            self._refuse_unused_media(rows)
+        unused = _media_without_role(rows, [*roles.values()])
+        if not self.columns:
+            _refuse_unused(unused, bool({"image", "images"} & set(roles)))
+        else:
+            if unused:
+                log.warning("`columns` leaves out the media of %s: they have no role", ", ".join(unused))
+            needed = [*roles.values(), *(name for name in rows.column_names if name == "choices")]
+            rows = rows.select_columns([*dict.fromkeys(needed)])  # nothing else is decoded
         self._roles = dict(roles)
         self._rows = self._without_decoding(rows)
-
-    def _refuse_unused_media(self, rows: Any) -> None:
-        """Raise where media would be left out because nobody says what their column is for."""
-        import datasets
-
-        features = {name: getattr(feature, "feature", feature) for name, feature in rows.features.items()}
-        understood = bool({"image", "images"} & set(features))
-        for name, feature in features.items():
-            number = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "").startswith(_NUMBERS)
-            decoded = getattr(feature, "_type", "").lower()  # class of a column's decoder
-            kind = decoded if decoded in MEDIA else kind_of_key(name)
-            if kind is None or number or name in _ROLES or (kind == "image" and understood):
-                continue
-            way_out = f"{{image: {name}, ...}}" if kind == "image" else "the columns to take; this source takes images"
-            raise ValueError(f"`columns` (not given): the column {name} holds {kind}s and has no role; name {way_out}")
 
     def _load(self) -> Any:
         import datasets
@@ -168,7 +163,12 @@ class HFDatasetSource(CalibrationSource):
 
     def __getitem__(self, index: int) -> Conversation | Document:
         self.setup()
-        row = self._rows[index]
+        try:
+            row = self._rows[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # of decoders by others, for columns within columns
+            raise RunError(f"{self.path}, row {index}: cannot be read ({first_line(error)})") from error
         values = {role: self._named(column, row[column]) for role, column in self._roles.items()}
         name = str(values.get("id", f"{self.path}, row {index}"))
         try:
@@ -176,7 +176,9 @@ class HFDatasetSource(CalibrationSource):
                 raise ValueError(
                     f"the column of messages holds {type(values['messages']).__name__}, not a list of turns"
                 )
-            images = self._images(values, name)
+            if not self.columns and values.get("messages") and row.get("conversations"):
+                raise ValueError("both `messages` and `conversations` hold turns; say with `columns` which count")
+            images = self._images(values, row, name)
             if values.get("messages") is not None:
                 messages = messages_from_turns(values["messages"])
             elif "text" in values:
@@ -188,7 +190,9 @@ class HFDatasetSource(CalibrationSource):
             else:
                 messages = _question_and_answer(values, row.get("choices"))
             task = task_name(values.get("task"))
-            return Conversation(place_media(messages, len(images)), images, id=name, task=task)
+            messages = place_media(messages, len(images))
+            refuse_unfilled(messages)
+            return Conversation(messages, images, id=name, task=task)
         except ValueError as error:
             raise SampleError(str(error), str(values.get("id", ""))) from None
 
@@ -197,17 +201,60 @@ class HFDatasetSource(CalibrationSource):
         name_of = getattr(self._rows.features[column], "int2str", None)
         return name_of(value) if name_of is not None and isinstance(value, int) and value >= 0 else value
 
-    def _images(self, values: dict[str, Any], name: str) -> list[Image.Image | Path]:
+    def _images(self, values: dict[str, Any], row: dict[str, Any], name: str) -> list[Image.Image | Path]:
         entries: list[Any] = []
         for role in ("image", "images"):
             value = values.get(role)
             entries += value if isinstance(value, (list, tuple)) else [value]
-        folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
-        images = [_image(entry, name, folder) for entry in entries if entry is not None]
-        within = references_of_turns(values.get("messages") or [])
-        if within["video"] or within["audio"] or (images and within["image"]):
+        entries = [entry for entry in entries if entry is not None]
+        turns = values.get("messages") or []
+        within = references_of_turns(turns)
+        if within["video"] or within["audio"] or (entries and within["image"]):
             raise ValueError("the turns name videos, sounds, or images beside those of a column of their own")
-        return images or [_image(reference, name, folder) for reference in within["image"]]
+        found = {"image": [*map(_reference, entries or within["image"])], "video": [], "audio": []}
+        refuse_overlooked_in_turns(turns, found)
+        if not self.columns:
+            try:
+                refuse_overlooked(row, [*self._roles.values()], found)
+            except ValueError as error:
+                raise ValueError(f"{error}; `columns` says which columns are taken") from None
+        folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
+        return [_image(entry, name, folder) for entry in entries or within["image"]]
+
+
+def _media_without_role(rows: Any, taken: Sequence[str]) -> dict[str, str]:
+    """Column -> kind of the media that it holds or names, of those that nobody takes."""
+    import datasets
+
+    found = {}
+    for name, feature in rows.features.items():
+        inner = getattr(feature, "feature", feature)
+        number = isinstance(inner, datasets.ClassLabel) or getattr(inner, "dtype", "").startswith(_NUMBERS)
+        kind = _decoded(feature) or kind_of_key(name)
+        if kind is not None and not number and name not in taken:
+            found[name] = kind
+    return found
+
+
+def _decoded(feature: Any) -> str | None:
+    """The kind of media that a column's decoder gives, at whatever depth."""
+    kind = getattr(feature, "_type", "").lower()
+    if kind in MEDIA:
+        return kind
+    if isinstance(feature, dict):
+        inner: list[Any] = list(feature.values())
+    else:
+        inner = list(feature) if isinstance(feature, (list, tuple)) else [getattr(feature, "feature", None)]
+    return next((found for one in inner if one is not None and (found := _decoded(one)) is not None), None)
+
+
+def _refuse_unused(unused: dict[str, str], understood: bool) -> None:
+    """Raise where no image is understood, and media would be left out because nobody says what their column is for."""
+    for name, kind in unused.items():
+        if kind == "image" and understood:  # each row tells whether it is another one
+            continue
+        way_out = f"{{image: {name}, ...}}" if kind == "image" else "the columns to take; this source takes images"
+        raise ValueError(f"`columns` (not given): the column {name} holds {kind}s and has no role; name {way_out}")
 
 
 def _refuse_shifted(path: Path) -> None:
@@ -225,6 +272,11 @@ def _reason(error: BaseException) -> str:
     """What an error says; of one that only says that there was one, what caused it."""
     cause = error.__cause__
     return first_line(cause if type(error).__name__ == "DatasetGenerationError" and cause is not None else error)
+
+
+def _reference(entry: Any) -> Any:
+    """What other entries of a record may call the same image."""
+    return entry.get("path") or entry if isinstance(entry, dict) else entry
 
 
 def _image(entry: Any, name: str, folder: Path) -> Image.Image | Path:

@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.data.conversation import MEDIA, Conversation, messages_from_turns, place_media, task_name
+from lvlm_prune.data.conversation import (
+    MEDIA,
+    Conversation,
+    messages_from_turns,
+    place_media,
+    task_name,
+)
 from lvlm_prune.data.json_records import JsonRecords
+from lvlm_prune.data.overlooked import refuse_overlooked, refuse_overlooked_in_turns, refuse_unfilled
 from lvlm_prune.data.references import opened, references_of_record, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
+
+_TURNS = ("conversations", "messages")
+_OWN_KEYS = ("id", "task", *MEDIA, *(f"{kind}s" for kind in MEDIA))
 
 
 class LlavaJsonSource(CalibrationSource):
@@ -19,7 +29,8 @@ class LlavaJsonSource(CalibrationSource):
     {"from": "gpt", "value": "A cat."}]}`. `image` may be a list, or missing in a sample of text only; images that no
     `<image>` stands for are put first. `video` with `<video>` and `audio` with `<audio>` are the same, for models whose
     processor takes them. `images`, `videos` and `audios` are understood too, turns under `messages`, parts that name
-    their files (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64.
+    their files (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64. A record with
+    media in any other place, or with a placeholder and no file for it, is an error.
 
     Args:
         path: The file: a JSON array, or one JSON object per line.
@@ -54,15 +65,14 @@ class LlavaJsonSource(CalibrationSource):
             record = self._records[index]
             own = str(record.get("id", ""))
             name = own or str(index)
-            turns = record.get("conversations", record.get("messages"))
-            if not isinstance(turns, list):
-                raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
+            turns = _turns(record)
             files = self._files(record, turns, name)
             # A sample of images may speak of `<video>`.
             media = [kind for kind in MEDIA if files[kind] or kind == "image"]
             messages = messages_from_turns(turns, media)
             for kind in media:
                 messages = place_media(messages, len(files[kind]), kind)
+            refuse_unfilled(messages)
             task = task_name(record.get("task"))
         except ValueError as error:
             raise SampleError(str(error), own) from None
@@ -75,7 +85,16 @@ class LlavaJsonSource(CalibrationSource):
         for kind in MEDIA:
             if beside[kind] and within[kind]:
                 raise ValueError(f"{kind}s are named beside the turns and in them")
-        return {
-            kind: [opened(one, kind, folder, f"an image of {name}") for one in beside[kind] or within[kind]]
-            for kind in MEDIA
-        }
+        found = {kind: beside[kind] or within[kind] for kind in MEDIA}
+        refuse_overlooked(record, (*_TURNS, *_OWN_KEYS), found)
+        refuse_overlooked_in_turns(turns, found)
+        return {kind: [opened(one, kind, folder, f"an image of {name}") for one in found[kind]] for kind in MEDIA}
+
+
+def _turns(record: dict[str, Any]) -> list[Any]:
+    given = [record[key] for key in _TURNS if record.get(key) is not None]
+    if len(given) == 2 and given[1] and given[0] != given[1]:
+        raise ValueError("`conversations` and `messages` hold different turns")
+    if not given or not isinstance(given[0], list):
+        raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
+    return given[0]

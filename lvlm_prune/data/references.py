@@ -21,17 +21,9 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from lvlm_prune.data.conversation import MEDIA, kind_of_part, open_image_bytes
+from lvlm_prune.data.overlooked import key_of_reference
 from lvlm_prune.errors import LONGEST_FILE_NAME, RunError, shortened
 
-_LOOKS_LIKE_MEDIA = re.compile(
-    r"(([a-z]+_){0,2}(image|img|picture|pic|photo|screenshot|video|audio)s?|(key_)?(media|clip|frame|sound|speech|visual)s?"
-    r"|jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|webm|wav|mp3|flac|ogg)"
-    r"(_?(\d+|(path|file|filename|name|url|uri|link|list|byte|b64|base64|data|binary|frame|clip|local|abs|absolute|rel"
-    r"|relative|full)s?))*"
-)
-_KINDS = dict.fromkeys(("video", "clip", "frame", "mp4", "avi", "mov", "webm"), "video")
-_KINDS |= dict.fromkeys(("audio", "sound", "speech", "wav", "mp3", "flac", "ogg"), "audio")
-_LONGEST_KEY = 60
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}\s*")
 
 
@@ -39,38 +31,13 @@ def references_of_record(record: Mapping[str, Any]) -> dict[str, list[Any]]:
     """What a record names under `image` or `images`, `video` or `videos`, `audio` or `audios`, kind by kind.
 
     Raises:
-        ValueError: An entry is no name and no list of names, or media lie under a key that is not understood.
+        ValueError: An entry is no name and no list of names.
 
     Example:
         >>> references_of_record({"images": ["a.jpg", "b.jpg"], "video": None})
         {'image': ['a.jpg', 'b.jpg'], 'video': [], 'audio': []}
-        >>> references_of_record({"image_path": "a.jpg"})
-        Traceback (most recent call last):
-        ...
-        ValueError: `image_path` is not understood; `image` or `images` names images
     """
-    found = {kind: _named(record, kind) for kind in MEDIA}
-    for key, value in record.items():
-        kind = kind_of_key(str(key))
-        # Beside an image that is understood, `image_url` only says where it came from; a number only counts images.
-        if kind is not None and value and not found[kind] and not isinstance(value, (int, float)):
-            raise ValueError(f"`{key}` is not understood; `{kind}` or `{kind}s` names {kind}s")
-    return found
-
-
-def kind_of_key(key: str) -> str | None:
-    """`image`, `video` or `audio` where a key sounds as if media were under it; else None.
-
-    Example:
-        >>> [kind_of_key(key) for key in ("image_0", "main_image", "img_b64", "frames", "image_id", "imagination")]
-        ['image', 'image', 'image', 'video', None, None]
-        >>> [kind_of_key(key) for key in ("image_file_name", "imageFilePath", "video-frames", "jpg", "part_of_speech")]
-        ['image', 'image', 'video', 'image', None]
-    """
-    plain = key.lower().replace("-", "_")
-    if len(plain) > _LONGEST_KEY or _LOOKS_LIKE_MEDIA.fullmatch(plain) is None:
-        return None
-    return next((kind for word, kind in _KINDS.items() if word in plain), "image")
+    return {kind: _named(record, kind) for kind in MEDIA}
 
 
 def _named(record: Mapping[str, Any], kind: str) -> list[Any]:
@@ -101,7 +68,7 @@ def references_of_turns(turns: Sequence[Any]) -> dict[str, list[Any]]:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         for part in content if isinstance(content, (list, tuple)) else ():
             if isinstance(part, dict) and (kind := kind_of_part(part)) in MEDIA:
-                found[kind].append(_reference_of_part(part, kind))
+                found[kind].append(_reference_of_part(part))
     for kind, references in found.items():
         if None in references:
             if any(reference is not None for reference in references):
@@ -110,14 +77,11 @@ def references_of_turns(turns: Sequence[Any]) -> dict[str, list[Any]]:
     return found
 
 
-def _reference_of_part(part: Mapping[str, Any], kind: str) -> Any:
-    for key in (kind, f"{kind}_url", f"input_{kind}", f"{kind}_path", "url", "path", "file", "data"):
-        value = part.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("url") or value.get("path") or value.get("data") or value.get("bytes")
-        if value:
-            return value
-    return None
+def _reference_of_part(part: Mapping[str, Any]) -> Any:
+    value = part.get(key_of_reference(part))
+    if isinstance(value, Mapping):
+        value = value.get("url") or value.get("path") or value.get("data") or value.get("bytes")
+    return value or None
 
 
 def opened(reference: Any, kind: str, folder: Path, name: str = "") -> Path | Image.Image:

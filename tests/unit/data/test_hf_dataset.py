@@ -223,6 +223,55 @@ def test_media_that_a_column_only_names_are_not_left_out_in_silence(column, valu
     assert len(HFDatasetSource(str(tmp_path / "counted.parquet"))) == 1
 
 
+OVERLOOKED = {
+    "another column": {"image": "a.png", "second_image": "b.png"},
+    "by its values": {"image": "a.png", "context": "b.png"},
+    "deep inside": {"metadata": {"image": "b.png"}},
+    "a name": {"file_name": "b.png"},
+    "decoded": {"image": picture("red"), "mask": picture("blue")},
+}
+
+
+@pytest.mark.parametrize("media", OVERLOOKED.values(), ids=OVERLOOKED.keys())
+def test_media_of_a_row_that_nobody_reads_are_refused(media, tmp_path: Path):
+    row = {"id": "q-7", "question": "What?", "answer": "noise"} | media
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    name = [*media][-1]
+    with pytest.raises(RunError, match=rf"^`{name}[.a-z]*` is not understood; .*; `columns` says which") as caught:
+        HFDatasetSource(str(tmp_path / "rows.parquet"))[0]
+    assert caught.value.id == "q-7"
+
+
+def test_columns_that_are_not_taken_are_not_decoded_and_told_of(tmp_path: Path, caplog):
+    features = {"text": datasets.Value("string"), "sound": datasets.Audio(), "image": datasets.Image()}
+    broken = [{"bytes": b"none", "path": None}]
+    rows = datasets.Dataset.from_dict({"text": ["a"], "sound": broken, "image": broken})
+    table = rows.data.table.cast(datasets.Features(features).arrow_schema)
+    datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features))).save_to_disk(
+        tmp_path / "rows"
+    )
+    assert HFDatasetSource(str(tmp_path / "rows"), columns={"text": "text"})[0].text == "a"
+    assert [record.getMessage() for record in caplog.records] == [
+        "`columns` leaves out the media of sound, image: they have no role"
+    ]
+
+
+def test_turns_of_two_columns_are_refused(tmp_path: Path):
+    turns = [{"role": "user", "content": "What?"}]
+    row = {"messages": turns, "conversations": [{"from": "human", "value": "And that?"}]}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(RunError, match="both `messages` and `conversations` hold turns"):
+        HFDatasetSource(str(tmp_path / "rows.parquet"))[0]
+    assert HFDatasetSource(str(tmp_path / "rows.parquet"), columns={"messages": "messages"})[0].messages
+
+
+def test_what_a_turn_names_beside_its_text_is_refused(tmp_path: Path):
+    turns = [{"role": "user", "content": "What?", "image": "a.png"}, {"role": "assistant", "content": "A cat."}]
+    datasets.Dataset.from_list([{"messages": turns}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(RunError, match="turn 0: `image` is not understood"):
+        HFDatasetSource(str(tmp_path / "rows.parquet"))[0]
+
+
 NO_TEXT = {
     "messages that are a number": ({"messages": 5}, "the column of messages holds int, not a list of turns"),
     "messages that are text": ({"messages": "Hello."}, "the column of messages holds str, not a list of turns"),

@@ -65,7 +65,43 @@ def test_lists_of_videos_and_sounds_are_read(kind: str, tmp_path: Path):
     assert getattr(sample, f"{kind}s") == [tmp_path / "a.bin", tmp_path / "b.bin"]
 
 
+def said(text: str) -> list[dict]:
+    return [{"from": "human", "value": text}, ASKED[1]]
+
+
+def as_text(**entries: object) -> list[dict]:
+    return part(type="text", text="Look.", **entries)
+
+
+ANTHROPIC = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo" + "A" * 40}
 REFUSED = {
+    "another one": ({"image": "a.png", "image_2": "b.png", "conversations": ASKED}, "`image_2` is not understood"),
+    "one without suffix": ({"image": "1/a", "image_2": "1/b", "conversations": ASKED}, "`image_2` is not understood"),
+    "its address": ({"image": "a", "image_url_2": "http://x.org/b", "conversations": ASKED}, "`image_url_2` is not"),
+    "an ordinal": ({"image": "a.png", "second_image": "b.png", "conversations": ASKED}, "`second_image` is not"),
+    "a synonym beside": ({"image": "a.png", "img": "b.png", "conversations": ASKED}, "`img` is not understood"),
+    "in an object": ({"image": "a.png", "shot": {"path": "b.png"}, "conversations": ASKED}, "`shot.path` is not"),
+    "by its value alone": ({"image": "a.png", "mask": "b.png", "conversations": ASKED}, "`mask` is not understood"),
+    "by its content": ({"image": "a.png", "more": "data:image/png;base64,A", "conversations": ASKED}, "`more` is not"),
+    "deep inside": ({"metadata": {"image": "b.png"}, "conversations": ASKED}, "`metadata.image` is not understood"),
+    "deep, another": ({"image": "a.png", "meta": {"image": "b.png"}, "conversations": ASKED}, "`meta.image` is not"),
+    "the only name": ({"file_name": "b.png", "conversations": ASKED}, "`file_name` is not understood"),
+    "of another kind": ({"image": "a.png", "source_video": "a.mp4", "conversations": ASKED}, "`source_video` is not"),
+    "in a list": ({"extra": [{"file": "b.wav"}], "conversations": ASKED}, "`extra.file` is not understood; `audio`"),
+    "in a turn": ({"conversations": [ASKED[0] | {"image": "a.png"}, ASKED[1]]}, "turn 0: `image` is not understood"),
+    "in a part of text": ({"messages": as_text(image_url={"url": "a.png"})}, "turn 0: `image_url.url` is not"),
+    "in a part of an image": ({"image": "a.png", "messages": part(type="image", source=ANTHROPIC)}, "`source.data` is"),
+    "two in a part": ({"messages": part(type="image", image="a.png", extra="b.png")}, "turn 0: `extra` is not"),
+    "turns twice": ({"conversations": ASKED, "messages": said("And that?")}, "hold different turns"),
+    "a video's place": (
+        {"conversations": said("<video>\nWhat?")},
+        "has the placeholder <video>, and the record",
+    ),
+    "a sound's place": ({"conversations": said("What is in <audio>?")}, "has the placeholder <audio>"),
+    "in the text": ({"conversations": said("Picture 1: <img>a.png</img> What?")}, "names a file in its text"),
+    "a sound in the text": ({"conversations": said("<audio>b/a.wav</audio>")}, "names a file in its text"),
+    "a numbered place": ({"conversations": said("<image_1> What?")}, "has the placeholder <image_1>"),
+    "a token's place": ({"conversations": said("<|image|>What?")}, "has the placeholder <|image|>".replace("|", "[|]")),
     "another key": ({"image_path": "a.png", "conversations": ASKED}, "`image_path` is not understood"),
     "several keys": ({"image_0": "a.png", "image_1": "b.png", "conversations": ASKED}, "`image_0` is not understood"),
     "encoded": ({"image_base64": "iVBORw0KGgo", "conversations": ASKED}, "`image_base64` is not understood"),
@@ -98,6 +134,46 @@ def test_what_is_not_understood_is_refused(record: dict, problem: str, tmp_path:
 def test_what_only_describes_an_image_is_no_obstacle(picture: Path):
     described = {"image": "a.png", "image_url": "https://example.org/a.png", "image_id": 7, "image_size": [20, 10]}
     assert read(picture.parent, {**described, "conversations": ASKED}).images == [picture]
+
+
+HARMLESS = {
+    "its name": {"file_name": "0001.png", "original_path": "coco/7.jpg", "imageUrl": "x/y.png"},
+    "its addresses": {
+        "coco_url": "http://x.org/7.jpg",
+        "image_link": "https://x.org/7",
+        "seen_at": "https://x.org/7.jpg",
+    },
+    "the same": {"metadata": {"image": "data/a.png"}, "img": "a.png", "extra": ["a.png"], "picture": {"path": "a.png"}},
+    "what is shown": {"image_name": "A cat", "picture": "A cat", "title": "cat.jpg", "image_format": "PNG"},
+    "its size": {"image_size": "20x10", "image_width": 20, "metadata": {"image": {"width": 20}, "media": "newspaper"}},
+    "nothing": {"image_2": None, "images": [], "video": "", "image_3": "None", "second_image": []},
+}
+
+
+@pytest.mark.parametrize("described", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_describes_an_image_that_is_read_is_no_obstacle(described: dict, picture: Path):
+    assert read(picture.parent, {"image": "a.png", **described, "conversations": ASKED}).images == [picture]
+
+
+TEXTS = [
+    "Which image is a.png?",
+    "What does the <video> tag do in HTML?",
+    "Is `<audio>` an element?",
+    "<video>a</video>",
+    "List images: a.png b.png",
+    "a > b and image < video",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_may_speak_of_images(text: str, tmp_path: Path):
+    record = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a.png"}]}
+    record |= {"source": "set.json", "metadata": {"note": "shown in a.png on page 3 of the book", "media": "print"}}
+    assert read(tmp_path, record).images == []
+
+
+def test_turns_under_both_names_that_are_the_same_are_read(tmp_path: Path):
+    assert len(read(tmp_path, {"conversations": ASKED, "messages": ASKED}).messages) == 2
 
 
 def test_what_only_counts_images_is_no_obstacle(tmp_path: Path):
