@@ -24,6 +24,9 @@ PRIVATE = "private_data"
 RECORDS = PRUNING_RECORD, RECOVERY_RECORD, PACKING_RECORD, EVALUATION_RECORD
 """Records that hold private data; the private folder has one at least."""
 
+OWN_QUESTIONS = "own questions"
+"""What a task is called that has its name from a file of the user's."""
+
 CONFIG_HEAD = "# Local paths are left out. Where the folder was written they lie beside it, and --config finds them.\n"
 """First line of a configuration without private data."""
 
@@ -79,13 +82,16 @@ def refuse_foreign(folder: Path) -> None:
 def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record, or a configuration, without paths of this machine, ids of samples and which sample was drawn.
 
-    Folders of models keep their last name.
+    Folders of models keep their last name; a task that has its name from a file does not.
 
     Example:
         >>> without_private({"model": {"path": "/home/me/llava"}, "data": {"path": "/me/p.json", "seed": 0}})
         {'model': {'path': 'llava'}, 'data': {'path': '(left out)', 'seed': 0}, 'private_data': '(left out)'}
     """
     kept = {name: value for name, value in record.items() if name != "picture"}
+    if isinstance(tasks := kept.get("tasks"), Mapping):
+        files = {Path(text).stem for text in _files_of_questions(record.get("engine"))}
+        kept["tasks"] = {OWN_QUESTIONS if name in files else name: task for name, task in tasks.items()}
     return {**{name: _cleaned(value, name, "") for name, value in kept.items()}, PRIVATE: LEFT_OUT}
 
 
@@ -167,6 +173,15 @@ def _cleaned(value: Any, key: str, section: str) -> Any:
     if isinstance(value, str) and _is_private(value, key):
         return _last_name(value) if section in _MODELS else LEFT_OUT
     return value
+
+
+def _files_of_questions(engine: Any, of_benchmark: bool = False) -> Iterator[str]:
+    """Private paths under the benchmark of an engine, as `describe` has it."""
+    if isinstance(engine, Mapping):
+        for name, value in engine.items():
+            if of_benchmark and isinstance(value, str) and _is_private(value, str(name)):
+                yield value
+            yield from _files_of_questions(value, of_benchmark or name == "benchmark")
 
 
 def _without_names(warning: str) -> str:

@@ -22,9 +22,11 @@ from lvlm_prune.checkpoints.files import files_within
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.distributed.ranks import is_first_process
 from lvlm_prune.errors import InputError, RunError, first_line
+from lvlm_prune.evaluation.record import read_record, write_record
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import (
+    EVALUATION_TABLE,
     FIGURE_FOLDER,
     LOG_FOLDER,
     PAGE_NAME,
@@ -216,6 +218,11 @@ def leave_out_private(folder: Path) -> None:
         if (folder / name).is_file():
             record = without_private(_read(folder / name))
             replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
+    if (folder / EVALUATION_TABLE).is_file():  # tasks may have other names now
+        if (evaluated := read_record(folder)) is None:
+            (folder / EVALUATION_TABLE).unlink()
+        else:
+            write_record(folder, evaluated)
     if (folder / "config.yaml").is_file():
         config = without_private(_object(folder / "config.yaml", lambda text: yaml.safe_load(text) or {}))
         del config["private_data"]

@@ -172,6 +172,30 @@ def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(
         assert ("patients" in (folder / "evaluation.json").read_text()) == is_private
 
 
+@pytest.mark.parametrize("publishable", ["true", "false"])
+def test_a_task_that_has_its_name_from_a_file_is_called_otherwise_where_it_is_published(
+    publishable, tmp_path, hub, blank_figures
+):
+    write_folder(tmp_path / "dense", "llava")
+    photos = write_captions(tmp_path / "photos", 4)
+    questions = photos.rename(photos.with_name("patients-of-2026.json"))
+    out, name = tmp_path / "out", "--engine.benchmark.source"
+    prune = ["prune", f"--model.path={tmp_path / 'dense'}", "--method=magnitude", "--evaluate=false"]
+    prune += [f"--publishable={publishable}", f"--output={out}"]
+    assert main(prune) == 0
+    asked = ["--engine.benchmark=LocalBenchmark", f"{name}=LlavaJsonSource", f"{name}.path={questions}"]
+    assert main(["evaluate", f"--model.path={out}", *asked]) == 0
+    kept = out if publishable == "false" else tmp_path / "out.private"
+    tasks = {folder: json.loads((folder / "evaluation.json").read_text())["tasks"] for folder in {out, kept}}
+    assert [*tasks[kept]] == ["patients-of-2026"]
+    assert main([*prune, "--resume=true", "--push=me/sparse"]) == 0
+    assert "patients" not in texts(hub.files)
+    written = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert ("patients" in texts(written)) == (publishable == "false")
+    for name in ("evaluation.md", "README.md", "report.html"):
+        assert "own questions" in re.sub("</?span>", "", hub.files[name].decode()), name
+
+
 @pytest.fixture(params=["folder", "file", "link"])
 def in_the_way(request, tmp_path: Path) -> Path:
     """Something of somebody else's where the private part of an output goes."""
