@@ -233,6 +233,7 @@ def test_a_dense_model_that_answers_nothing_is_one_line_before_the_first_run(tmp
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: the dense model gets none of the questions right")
     assert count["run"] == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_engine_without_tasks_is_one_line(tmp_path, capsys):

@@ -104,6 +104,14 @@ class Results:
         if new:
             sync_folder(self.folder)
 
+    def forget_beginning(self) -> None:
+        """Leave things as they were where nothing was finished, now or before: the command fails."""
+        if self._lock is None:  # another process has it
+            return
+        with suppress(OSError):
+            if not self.path.stat().st_size:
+                self.remove()
+
     def remove(self) -> None:
         """Remove the file of this process, and the folder where nothing else is in it: that may be somebody's."""
         with suppress(OSError):

@@ -19,7 +19,7 @@ from lvlm_prune.callbacks import RetentionEvaluation
 from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, LVLMPruneError, RunError
 from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
@@ -104,6 +104,10 @@ class SweepRun:
             join(run, launch)
             try:
                 return self._work(launch)
+            except LVLMPruneError:
+                if run.processes.is_main:
+                    self.results.forget_beginning()
+                raise
             finally:
                 self.results.release()
 
@@ -113,8 +117,6 @@ class SweepRun:
         pending = [point for point in self.mine if not self._is_finished(point)]
         run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
         self.dense = dense = self._dense_scores()
-        if self.check_dense is not None:
-            self.check_dense(dense)
         done = len(self.mine) - len(pending)
         for _, group in groupby(pending, key=lambda point: point.data_key):
             points = list(group)
@@ -193,13 +195,20 @@ class SweepRun:
         return self.folder / ("checkpoints" if self.keep else "unfinished") / f"{name}-{point.identity[:6]}"
 
     def _dense_scores(self) -> Scores:
+        """Scores of the dense model, which are noted once they have been found to do."""
         identity = f"{DENSE}{self.key}"
-        if identity not in self.results.records:
+        if known := identity in self.results.records:
+            scores = Scores.from_dict(self.results.records[identity]["scores"])
+        else:
             assert self.model.folder is not None
             run = self.run
             scores = self.engine.score(self.model.folder.path, run.processes, run.hardware.device, "dense")
+        refuse_unanswered(scores)
+        if self.check_dense is not None:
+            self.check_dense(scores)
+        if not known:
             self._note({"identity": identity, "model": self.model.path, "scores": scores.to_dict()})
-        return refuse_unanswered(Scores.from_dict(self.results.records[identity]["scores"]))
+        return scores
 
     def _calibrated_before(self, data_key: str) -> str | None:
         """Fingerprint of the samples of the finished runs on a calibration set."""
