@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from lvlm_prune.cli_checks import config_files, written_options
-from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, shortened
+from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, meant, shortened
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -27,6 +28,9 @@ ALONE = {
 
 WRITES_COMPLETION = "JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT"
 """Environment variable with which jsonargparse prints a script for a shell, and does nothing else."""
+
+_SECTIONS = ("trainer", "model", "data", "pruning", "probing", "lora", "engine")
+"""What the full name of an option inside a class may begin with."""
 
 _STRAY = "has no option before it; options are --NAME VALUE, one value each ('[a, b]' for several, patterns in quotes)"
 
@@ -66,7 +70,7 @@ def explain(
         '--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?'
     """
     plugins = plugins or {}
-    arguments = [*arguments, *_options_of_files(arguments, folder)]
+    arguments = [*arguments, *_options_of_values(arguments), *_options_of_files(arguments, folder)]
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
@@ -122,7 +126,7 @@ def explain(
         expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
         return f"{option} {_shown(union[2])}: expected {expected}"
     if plain := re.search(r"Expected an? (.*)\. Got value:(.*)", rest):
-        return f"{option} {_shown(plain[2])}: expected {_choices(plain[1])}"
+        return f"{option} {_shown(plain[2])}: expected {_choices(plain[1], plain[2].strip())}"
     if wanted := re.fullmatch(r"the following arguments are required: ([\w., ]+)", rest):
         if wanted[1] == "compare.folders":
             return "compare: name two folders or more"
@@ -137,7 +141,7 @@ def explain(
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         if name == "resume" and arguments and arguments[0] in GO_ON:
             return f"--resume: is not needed by {arguments[0]}: the same command goes on behind the last finished run"
-        return _unknown(_full_name(name, arguments), known, plugins)
+        return _unknown(_full_name(name, arguments), known, plugins, arguments)
     return f"{option}: {rest}" if key else rest
 
 
@@ -195,7 +199,17 @@ def _close_in_module(problem: str) -> str:
     return "".join(f"; is {lacks[1]}.{name} meant?" for name in get_close_matches(lacks[2], classes, n=1))
 
 
-def _unknown(option: str, known: Collection[str], plugins: Plugins) -> str:
+def _unknown(option: str, known: Collection[str], plugins: Plugins, arguments: Sequence[str] = ()) -> str:
+    """One line about an unknown option; of what stands inside the value of one that another class takes, about that.
+
+    Example:
+        >>> given = ["--engine.arguments", "{images: 1}"]
+        >>> _unknown("--engine.arguments.images", [], {"LMEvalEngine": ["arguments"]}, given)
+        '--engine.arguments: unknown option of the class in use; LMEvalEngine takes it'
+    """
+    for outer in (argument for argument in arguments if option.startswith(f"{argument}.")):
+        if outer not in known and (way_out := hint(outer, known, plugins)):
+            return f"{outer}: unknown option{way_out}"
     return f"{option}: unknown option{hint(option, known, plugins)}"
 
 
@@ -278,9 +292,41 @@ def _split_key(text: str) -> tuple[str, str]:
 
 
 def _full_name(key: str, arguments: Sequence[str]) -> str:
-    """`--pruning.pool.alpha` for `alpha` where the command line has it, else `--alpha`."""
+    """`--pruning.pool.alpha` for `alpha` where the command line has it, else `--alpha`.
+
+    Example:
+        >>> _full_name("alpha", ["--pruning.pool.alpha", "2"]), _full_name("beta", ["--pruning.pool.alpha", "2"])
+        ('--pruning.pool.alpha', '--beta')
+        >>> _full_name("model_args.images", ["--engine.model_args", "{images: 1}"])  # what stands inside its value
+        '--engine.model_args.images'
+        >>> _full_name("model_args", ["--engine.model_args.images=1"])  # as files are read
+        '--engine.model_args'
+    """
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
-    return next((name for name in names if name == f"--{key}" or name.endswith(f".{key}")), f"--{key}")
+    section, dot, _ = key.partition(".")
+    is_whole = f"--{key}" in names or bool(dot and section in _SECTIONS)
+    head, inside = "" if is_whole else key, ""
+    while head:
+        for name in names:
+            before, found, _ = f"{name}.".partition(f".{head}.")
+            if found:
+                return f"{before}.{head}{inside}"
+        head, _, last = head.rpartition(".")
+        inside = f".{last}{inside}"
+    return f"--{key}"
+
+
+def _options_of_values(arguments: Sequence[str]) -> Iterator[str]:
+    """What stands inside values that are YAML themselves, as it would stand on the command line.
+
+    Example:
+        >>> list(_options_of_values(["--data.source={class_path: TextSource, init_args: {path: a.txt}}"]))
+        ['--data.source=TextSource', '--data.source.path=a.txt']
+    """
+    for option, value in written_options(arguments):
+        if option.startswith("--") and value[:1] in ("[", "{"):
+            with suppress(ValueError, RecursionError, yaml.YAMLError):
+                yield from _as_options(yaml.safe_load(value), option.removeprefix("--"))
 
 
 def _options_of_files(arguments: Sequence[str], folder: Path) -> Iterator[str]:
@@ -303,6 +349,8 @@ def _as_options(value: Any, place: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         for name, item in value.items():
             inside = name in ("class_path", "init_args") and place
+            if place and not inside and isinstance(item, Mapping) and "class_path" not in item:
+                yield f"--{place}.{name}"
             yield from _as_options(item, place if inside else f"{place}.{name}" if place else str(name))
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         for item in value:
@@ -325,6 +373,15 @@ def _shown(value: str) -> str:
     return shortened({"": "''", "None": "null"}.get(value, value), LONGEST_VALUE)
 
 
-def _choices(expected: str) -> str:
+def _choices(expected: str, given: str) -> str:
+    """What may be given, and which of several names a misspelt one may be meant to be.
+
+    Example:
+        >>> _choices("Literal['bitmask','coded']", "coded2"), _choices("int", "one")
+        ('one of bitmask,coded; is coded meant?', 'int')
+    """
     literal = re.fullmatch(r"Literal\[(.*)\]", expected)
-    return "one of " + literal[1].replace("'", "") if literal else expected
+    if not literal:
+        return expected
+    names = literal[1].replace("'", "")
+    return f"one of {names}{meant(given, re.split(', ?', names))}"

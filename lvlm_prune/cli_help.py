@@ -217,6 +217,24 @@ def options_of_classes(kinds: Iterable[type]) -> dict[str, list[str]]:
     return {one.__name__: list(inspect.signature(one).parameters) for one in classes if not inspect.isabstract(one)}
 
 
+def options_of_lightning(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Name of each logger and callback -> options of its own, where a command line names it; else none.
+
+    Args:
+        arguments: The command line.
+    """
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
+
+    named = " ".join(arguments)
+    classes = {one.__name__: one for kind in (Logger, Callback) for one in classes_below(kind)}
+    return {
+        name: list(inspect.signature(one).parameters) if name in named else []
+        for name, one in classes.items()
+        if not name.startswith("_")
+    }
+
+
 def _first_sentence(text: str) -> str:
     r"""Up to the first full stop that ends a sentence.
 

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.cli_checks import refuse_devices, refuse_null_options, refuse_unreadable
 from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
-from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes
+from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes, options_of_lightning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.ranks import is_first_process
@@ -42,8 +42,6 @@ _OF_FOLDERS = ("pack", "unpack")
 _WITHOUT_TRAINER = ("compare", *_OF_FOLDERS)
 # Options of `recover` that a method does not use.
 _LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
-
-
 # Options of Lightning's Trainer that only a loop of training, validation or prediction heeds.
 _OF_TRAINING = {
     *("fast_dev_run", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "overfit_batches"),
@@ -56,9 +54,10 @@ _OF_TRAINING = {
 _ENGINES = (LMEvalEngine, LMMSEvalEngine)
 
 
-def _plugins() -> dict[str, list[str]]:
-    """Name of each class that can be the value of an option -> options of its own."""
-    return options_of_classes((Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver))
+def _plugins(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Name of each class that can be an option's value -> options of its own."""
+    ours = options_of_classes((Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver))
+    return options_of_lightning(arguments) | ours
 
 
 class LVLMParser(LightningArgumentParser):
@@ -82,7 +81,8 @@ class LVLMParser(LightningArgumentParser):
         commands = self._subcommands_action.choices if self._subcommands_action is not None else {}
         parser = commands.get(next(iter(self.command_line), ""), self)
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise OptionError(explain(message, self.command_line, self.folder, known, _plugins())) from None
+        plugins = _plugins(self.command_line)
+        raise OptionError(explain(message, self.command_line, self.folder, known, plugins)) from None
 
 
 class LVLMCLI(LightningCLI):

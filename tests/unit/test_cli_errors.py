@@ -40,6 +40,18 @@ def test_one_line(argument, line):
         ("prune --pruning.pool.saliency DriftSalency", "{}DriftSalency: no such class; is DriftSaliency meant?"),
         ("prune --pruning.pool.saliency.scal 2", "--pruning.pool.saliency.scal: unknown option{}"),
         ("prune --data.source LlavaJsonSorce", "{}; is LlavaJsonSource meant?"),
+        ("prune --trainer.logger CSVLoger", "--trainer.logger CSVLoger: no such class; is CSVLogger meant?"),
+        ("prune --trainer.logger CSVLogger --trainer.logger.nme a", "--trainer.logger.nme: {}.name meant?"),
+        ("recover --trainer.callbacks EarlyStoping", "{} EarlyStoping: no such class; is EarlyStopping meant?"),
+        ("pack --format coded2", "--format coded2: expected one of bitmask, coded; is coded meant?"),
+        (
+            'evaluate --engine.model_args {"images":1}',
+            "--engine.model_args: {} of the class in use; LMEvalEngine and LMMSEvalEngine take it",
+        ),
+        (
+            'prune --pruning.pool {"class_path":"AsymmetricPool","init_args":{"alph":2}}',
+            "--pruning.pool.alph: {}; is --pruning.pool.alpha meant?",
+        ),
         ("prune --trainer.acelerator cpu", "{}; is --trainer.accelerator meant?"),
         ("prune --config nowhere/configs/prune/atv.yaml", "--config {}by name: --method atv"),
         ("prune --modle.path x", "--modle.path: {}; is --model.path meant?"),
