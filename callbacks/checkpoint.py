@@ -29,6 +29,7 @@ from lvlm_prune.output.folder import (
     is_occupied,
     refuse_unusable,
     release,
+    said_of_copies,
     write_config,
     writing,
 )
@@ -100,8 +101,8 @@ class SparseCheckpointWriter(PruneCallback):
             trainer.run.record[key] = started[key]
         trainer.run.record["files"] = started.get("files", {})
         assert pl_module.folder is not None
-        if copies := ", ".join(pl_module.folder.other_copies()):
-            trainer.run.say(f"left out: {copies} (copies of the weights, which are dense)")
+        if line := said_of_copies(pl_module.folder):
+            trainer.run.say(line)
         if isinstance(trainer.run.weights, StreamedWeights) and (beyond := trainer.run.weights.keys_beyond()):
             trainer.run.say(
                 f"warning: {len(beyond)} tensors look like those of decoder blocks, and config.json counts no block "

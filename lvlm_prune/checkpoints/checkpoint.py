@@ -28,8 +28,9 @@ from lvlm_prune.checkpoints.files import (
     refuse_undecodable,
     weights_name,
 )
-from lvlm_prune.checkpoints.headers import SAFETENSORS, TensorInfo, read_header
+from lvlm_prune.checkpoints.headers import TensorInfo, read_header
 from lvlm_prune.checkpoints.unfinished import refuse_unfinished
+from lvlm_prune.checkpoints.weights_beside import WeightsBeside
 from lvlm_prune.errors import LONGEST_FILE_NAME, InputError, RunError, shortened
 
 PACKED = "lvlm_prune_packed"
@@ -218,27 +219,25 @@ class CheckpointFolder:
         Raises:
             InputError: A link leads out of the folder.
         """
-        found = [file for file in files_within(self.path) if not self._is_another_copy(file)]
+        beside = self._weights_beside()
+        found = [file for file in files_within(self.path) if not self._is_another_copy(file, beside)]
         refuse_links_out(self.path, found, self._option)
         return found
 
     def other_copies(self) -> list[str]:
-        """Files, or the folders that they are in, that hold the weights once more, in another format."""
-        found = (file for file in files_within(self.path) if self._is_another_copy(file))
-        return list(dict.fromkeys(f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in found))
+        """Files with weights beside the checkpoint's own, or folders of nothing else: in another format, or older."""
+        files, beside = [*files_within(self.path)], self._weights_beside()
+        left_out = {file: self._is_another_copy(file, beside) for file in files}
+        whole = {file.parts[0] for file in files} - {file.parts[0] for file in files if not left_out[file]}
+        named = (f"{file.parts[0]}/" if len(file.parts) > 1 and file.parts[0] in whole else str(file) for file in files)
+        return list(dict.fromkeys(name for name, file in zip(named, files) if left_out[file]))
 
-    def _is_another_copy(self, file: Path) -> bool:
+    def _weights_beside(self) -> WeightsBeside:
+        return WeightsBeside(self.path, self.tensors, self.weight_bytes)
+
+    def _is_another_copy(self, file: Path, beside: WeightsBeside) -> bool:
         loaded = [self._weights, *self.shards]
-        return is_another_copy(file, loaded) or (str(file) not in loaded and self._repeats_tensors(file))
-
-    def _repeats_tensors(self, file: Path) -> bool:
-        """Whether a file beside the weights holds tensors of the same names: some engines load every one there is."""
-        if file.suffix != SAFETENSORS or len(file.parts) > 1:
-            return False
-        try:
-            return any(name in self.tensors for name, _ in read_header(self.path / file))
-        except (OSError, ValueError):  # nobody can load it
-            return False
+        return is_another_copy(file, loaded) or (str(file) not in loaded and file in beside)
 
     def at(self, path: Path | str) -> "CheckpointFolder":
         """The same layout in another folder: a copy of the shards, whose `config.json` need not be there yet."""

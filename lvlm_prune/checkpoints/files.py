@@ -3,6 +3,7 @@
 model.safetensors                     the weights, as for transformers, whatever else lies beside it
 model.safetensors.index.json          else the shards that it names
 consolidated*, pytorch_model*, ...    the same weights once more: a copy that is pruned leaves them out
+other files with weights, anywhere    so too (`weights_beside.py`)
 everything else                       copied as it is
 """
 
@@ -23,7 +24,7 @@ SINGLE_NAME = "model.safetensors"
 
 _OTHER_FORMATS = (
     "model*.safetensors",
-    "*.safetensors.index.json",
+    *("*.safetensors.index.json", "*.bin.index.json"),
     "consolidated*",
     "pytorch_model*",
     *("tf_model*", "flax_model*", "rust_model*", "openvino_model*"),
@@ -73,8 +74,11 @@ def is_another_copy(relative: Path, weights: Collection[str]) -> bool:
         [True, True, False]
     """
     if len(relative.parts) > 1:
-        return any(fnmatch(relative.parts[0], pattern) for pattern in _OTHER_FOLDERS)
-    return relative.name not in weights and any(fnmatch(relative.name, pattern) for pattern in _OTHER_FORMATS)
+        if any(fnmatch(relative.parts[0], pattern) for pattern in _OTHER_FOLDERS):
+            return True
+    elif relative.name in weights:
+        return False
+    return any(fnmatch(relative.name, pattern) for pattern in _OTHER_FORMATS)
 
 
 def files_within(folder: Path) -> Iterator[Path]:

@@ -25,6 +25,7 @@ from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
 from lvlm_prune.output.units import readable_size
 
+_NAMED = 12  # files that are left out, in one line
 _OF_COMMAND: ContextVar[str] = ContextVar("_OF_COMMAND", default="")
 
 
@@ -284,8 +285,8 @@ def writing(folder: Path, way_on: str = "resume with --resume true") -> Iterator
 def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collection[str]) -> dict[str, FileRecord]:
     """Copy a checkpoint folder, with `config.json` held back; the copy is on the disk when this returns.
 
-    Other copies of the weights (`pytorch_model.bin`, `consolidated*`, `original/`) are left out: they would stay dense;
-    and so are logs of the run that made the input.
+    Other files with weights (`pytorch_model.bin`, `original/`, `old/model.safetensors`) are left out: they would stay
+    dense; and so are logs of the run that made the input.
 
     Args:
         source: The input checkpoint.
@@ -312,6 +313,15 @@ def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collectio
     for changed in folders:
         sync_folder(changed)
     return copied
+
+
+def said_of_copies(source: CheckpointFolder) -> str:
+    """What a command says of the files that `copy_checkpoint` leaves out; empty where there are none."""
+    names = source.other_copies()
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"left out: {', '.join(names[:_NAMED])}{more} (weights beside those that are loaded would stay as they are)"
 
 
 def release(folder: Path) -> None:

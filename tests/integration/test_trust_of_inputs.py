@@ -24,7 +24,35 @@ def test_other_copies_of_the_weights_are_left_out_and_that_is_said(tmp_path, cap
     assert main([*GOLDEN_ARGUMENTS, *magnitude]) == 0
     assert not (folder / "pytorch_model.bin").exists()
     assert not (folder / "original").exists()
-    assert "left out: pytorch_model.bin, original/ (copies of the weights, which are dense)" in capsys.readouterr().out
+    assert "left out: pytorch_model.bin, original/ (weights beside those that are loaded" in capsys.readouterr().out
+
+
+def test_every_command_that_copies_a_checkpoint_leaves_out_and_names_other_weights(tmp_path, capsys):
+    """Whatever they are called, in whatever folder; what the model needs beside its weights goes along."""
+    model, (shard,) = tmp_path / "model", CheckpointFolder(GOLDEN / "model").shards
+    shutil.copytree(GOLDEN / "model", model)
+    for name in ("sub/words.txt", "sub/code.py"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("needed")
+
+    samples = load_file(GOLDEN / "calib.safetensors")
+    samples |= {key.replace("input_ids", "labels"): one.clone() for key, one in samples.items() if "input_ids" in key}
+    save_file(samples, labelled := tmp_path / "labelled.safetensors")
+
+    def copied(verb: str, source, *options: str):
+        (source / "sub" / "old").mkdir(exist_ok=True)
+        shutil.copy(GOLDEN / "model" / shard, source / "sub" / "old" / "weights")
+        shutil.copy(GOLDEN / "model" / shard, source / f"{shard}.bak")
+        assert main([verb, f"--model.path={source}", f"--output={tmp_path / verb}", *options]) == 0
+        assert f"left out: {shard}.bak, sub/old/weights (" in capsys.readouterr().out
+        found = {str(file.relative_to(tmp_path / verb)) for file in (tmp_path / verb).rglob("*") if file.is_file()}
+        assert not {f"{shard}.bak", "sub/old/weights"} & found
+        assert {"sub/words.txt", "sub/code.py"} < found
+        return tmp_path / verb
+
+    few = ["--trainer.max_steps=1", "--data.source=TensorSource", f"--data.source.path={labelled}", "--report=false"]
+    pruned = copied("prune", model, "--pruning.scorer=MagnitudeScorer", "--report=false", "--pruning.sparsity=0.6")
+    copied("unpack", copied("pack", copied("recover", pruned, *few, "--evaluate=false")))
 
 
 def test_blocks_that_the_configuration_does_not_count_are_told_of(tmp_path, capsys):

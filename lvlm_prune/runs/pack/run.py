@@ -23,6 +23,7 @@ from lvlm_prune.output.folder import (
     free_bytes,
     refuse_unusable,
     release,
+    said_of_copies,
 )
 from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
@@ -209,6 +210,9 @@ class PackRun(Packing):
         self.record.write(self.folder, PACKING_RECORD)
         left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *self.source.shards)
         copy_checkpoint(self.source, self.folder, leave_out=left_out)
+        line = said_of_copies(self.source)
+        if line:
+            self._say(line)
 
     def _is_packed(self, shard: str) -> bool:
         there = (self.folder / shard).is_file()

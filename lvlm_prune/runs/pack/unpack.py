@@ -22,6 +22,7 @@ from lvlm_prune.output.folder import (
     is_occupied,
     refuse_unusable,
     release,
+    said_of_copies,
 )
 from lvlm_prune.output.locking import claim
 from lvlm_prune.output.manifest import Manifest, replace_durably, sync_folder
@@ -90,6 +91,9 @@ class UnpackRun:
             self.record.write(self.folder, UNPACKING_RECORD)
             left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)
             copy_checkpoint(packed.stored, self.folder, leave_out=left_out)
+            line = said_of_copies(packed.stored)
+            if line and not self.quiet:
+                print(line, flush=True)
             with Progress("Unpacking", len(shards), "shards", shown=not self.quiet) as progress:
                 for shard in shards:
                     if (self.folder / shard).is_file():  # of an earlier run

@@ -31,6 +31,7 @@ from lvlm_prune.output.folder import (
     make_folder,
     refuse_unusable,
     release,
+    said_of_copies,
     write_config,
     writing,
 )
@@ -290,6 +291,8 @@ class RecoveryRun(ABC):
         """A copy of the base to overwrite; nobody can load it yet."""
         base = self.model.folder
         assert base is not None
+        if line := said_of_copies(base):
+            self._say(line)
         self.record["files"] = copy_checkpoint(base, self.folder, leave_out=_RECORDS)
         self.record["files"] |= records_of(self.folder, [self.folder / "config.yaml"])
         return base.at(self.folder)
