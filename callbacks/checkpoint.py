@@ -24,6 +24,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.errors import InputError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.methods.masking import zero_
 from lvlm_prune.output.folder import (
     copy_checkpoint,
     is_occupied,
@@ -204,7 +205,7 @@ class SparseCheckpointWriter(PruneCallback):
             if name in block.updated:
                 # A narrower dtype can lose the smallest weights; added to zero, none is left as -0.0.
                 weight.copy_(matrices[name].weight.detach().to("cpu", weight.dtype) + 0.0)
-            weight.masked_fill_(block.masks[name].cpu(), 0.0)
+            zero_(weight, block.masks[name].cpu())
             if name in block.updated:
                 trainer.run.record["linears"][f"{block.name}.{name}"]["pruned"] = int((weight == 0).sum())
         return stored

@@ -19,6 +19,7 @@ from lvlm_prune.distributed.processes import Processes, deal
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.methods.masking import zero_
 from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.scorers import MagnitudeScorer
 from lvlm_prune.methods.solvers import LinearProblem, Solver
@@ -212,7 +213,7 @@ class BlockPruner:
                 processes.copy_from(rank, [matrices[name].weight.data for name in names])
             elif rank != processes.rank:
                 for name in names:
-                    matrices[name].weight.data.masked_fill_(block.masks[name], 0.0)
+                    zero_(matrices[name].weight.data, block.masks[name])
         notes = {name: entry["solver"] for name, entry in entries.items() if "solver" in entry}
         for name, note in (item for part in processes.gather(notes) for item in part.items()):
             entries[name]["solver"] = note

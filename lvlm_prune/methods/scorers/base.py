@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.methods.contract import checked_score
+from lvlm_prune.methods.masking import zeroed
 from lvlm_prune.methods.patterns import IN_CACHES, Group, Pattern, ZeroCount
 from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver
 from lvlm_prune.methods.statistics import Statistic
@@ -59,7 +60,7 @@ class Scorer(ABC):
             mask[here] = pattern.mask(
                 checked_score(self, self.score(weight[here], statistic), weight[here]), sparsity, self.group
             )
-        return weight.masked_fill(mask, 0.0), mask
+        return zeroed(weight, mask), mask
 
     def solver(self) -> Solver:
         """Not required: what prunes by this scorer where no `pruning.solver` is named; default: `MaskSolver`."""

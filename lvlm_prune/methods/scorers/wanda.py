@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.masking import zeroed
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount
 from lvlm_prune.methods.products import running_sums
 from lvlm_prune.methods.scorers.base import Scorer
@@ -55,7 +56,7 @@ class WandaScorer(Scorer):
         if not self.variant:
             return super().prune(weight, statistic, sparsity, pattern)
         mask = cumulative_mask(self.score(weight, statistic), sparsity)
-        return weight.masked_fill(mask, 0.0), mask
+        return zeroed(weight, mask), mask
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
         """Of the variant nothing is known beforehand but the total, and that only as near as bisection came."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.masking import zero_
 from lvlm_prune.methods.patterns import Pattern, ZeroCount
 from lvlm_prune.methods.products import inner_products_of_lower_, invert_lower_
 from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver, at_least, dense, sparse_weight
@@ -186,7 +187,7 @@ class _Splitting:
         self.mask = self._problem.pattern.mask(size, self._problem.sparsity, "layer")
         if self._zeros is not None:
             self.mask |= self._zeros
-        self._sign.fill_(1.0).masked_fill_(self.mask, -1.0)
+        self._sign.copy_(self.mask).mul_(-2.0).add_(1.0)
 
     def run(self, most: int) -> int:
         """Iterate with the published schedule; returns the number of iterations."""
@@ -216,7 +217,10 @@ class _Splitting:
 
     def _scale_dual(self, growth: float) -> None:
         """V stays as rho grows; what is held is V / rho."""
-        self._both.copy_(torch.where(self.mask, self._both / growth, self._both))
+        growth = torch.tensor(growth, dtype=self._both.dtype).item()  # so that 1 + (growth - 1) is growth
+        for rows in self._rows:
+            both = self._both[rows]
+            both.div_(self._pulled[: len(both)].copy_(self.mask[rows]).mul_(growth - 1.0).add_(1.0))
 
     def _iterate(self, times: int, rho: float, relaxation: float) -> int:
         if times <= 0:
@@ -237,7 +241,7 @@ class _Splitting:
     def refit(self, iterations: int) -> Tensor:
         """Best weights on the mask of D, nearly; overwrites what this holds."""
         for rows in self._rows:
-            start = self._both[rows].masked_fill_(self.mask[rows], 0.0)
+            start = zero_(self._both[rows], self.mask[rows])
             residual = (self._weight[rows] - start) @ self._gram
             least_squares_(start, residual, self._gram, self.mask[rows], iterations)
         return self._both

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.masking import zero_
 from lvlm_prune.methods.patterns import Group, Pattern, ZeroCount
 from lvlm_prune.methods.statistics import Gram, Statistic
 
@@ -245,7 +246,7 @@ def sparse_weight(values: Tensor, mask: Tensor, like: Tensor) -> Tensor:
         like: The dense weight.
     """
     # Adding zero turns a weight that vanishes as -0.0 into +0.0.
-    return values.to(like.dtype).masked_fill_(mask, 0.0).add_(0.0)
+    return zero_(values.to(like.dtype), mask).add_(0.0)
 
 
 def at_least(count: ZeroCount) -> ZeroCount:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.masking import zero_, zeroed
 from lvlm_prune.methods.solvers.base import (
     ContinuingSolver,
     LinearProblem,
@@ -50,8 +51,8 @@ def conjugate_gradients(
     Returns:
         The weights, zero where the mask is True, and the largest relative residual of a row.
     """
-    found = start.masked_fill(mask, 0.0)
-    scale = target.masked_fill(mask, 0.0).square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    found = zeroed(start, mask)
+    scale = zeroed(target, mask).square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
     residual = target - found @ gram
     energy = least_squares_(found, residual, gram, mask, iterations, scale * tolerance**2)
     return found, (energy / scale).max().sqrt().item()
@@ -73,13 +74,13 @@ def least_squares_(
     Returns:
         Squared norm of the residual of each row, shape (C_out, 1).
     """
-    direction = residual.masked_fill_(mask, 0.0).clone()
+    direction = zero_(residual, mask).clone()
     energy = residual.square().sum(dim=1, keepdim=True)
     moved = torch.empty_like(residual)
     for _ in range(iterations):
         if (energy <= enough).all():
             break
-        torch.mm(direction, gram, out=moved).masked_fill_(mask, 0.0)
+        zero_(torch.mm(direction, gram, out=moved), mask)
         curvature = (direction * moved).sum(dim=1, keepdim=True)
         # A row that is solved, or whose channels are all dead, has no direction left.
         step = torch.where(curvature > 0, energy / curvature, 0.0)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvlm_prune.methods.masking import zeroed
 from lvlm_prune.methods.patterns import IN_CACHES, Pattern, SemiStructured, ZeroCount, lowest
 from lvlm_prune.methods.solvers.base import ContinuingSolver, LinearProblem, Solution, Solver, dense
 from lvlm_prune.methods.solvers.scaling import UnitDiagonal
@@ -86,7 +87,7 @@ class SparseSwapsSolver(ContinuingSolver):
         # Nothing is solved with the Gram matrix: whether it is singular is not looked at.
         dead = int(scaled.dead.sum())
         notes = {**begun.notes, **({"dead_columns": dead} if dead else {}), "exchanges": made}
-        return Solution(problem.weight.masked_fill(mask, 0.0), mask, notes)
+        return Solution(zeroed(problem.weight, mask), mask, notes)
 
     def quick(self) -> Solver:
         """The start by itself: exchanges change little in which Linear can spare most."""
@@ -139,7 +140,7 @@ def _exchange_(mask: Tensor, weight: Tensor, gram: Tensor, rounds: int, candidat
     Returns:
         How many exchanges were made.
     """
-    gone = torch.where(mask, weight, 0.0)
+    gone = zeroed(weight, ~mask)
     answers, alone = gone @ gram, weight.square() * gram.diagonal()
     loss = (gone * answers).sum(dim=1)
     find = _best_in_groups if group else _best_of_candidates
