@@ -24,7 +24,7 @@ from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.output.summaries import readable_count
-from lvlm_prune.plugins import describe, lazy_default, mounted, own_instance, plugin_class
+from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, refuse_broken, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
@@ -56,8 +56,9 @@ class BlockwisePruning(PruneCallback):
         pool: Which calibration tokens count.
         scorer: How important each weight is. A solver that needs no scores leaves it out.
         allocation: How much of each Linear goes.
-        exclude: Name or glob pattern, or list of them, of what stays dense, as `*.down_proj`. Paths of modules,
-            or names of tensors as the checkpoint and `--plan` have them; one that matches nothing is an error.
+        exclude: Name or glob pattern, or list of them, of what stays dense, as `*.down_proj`. Paths of modules, names
+            of tensors as the checkpoint and `--plan` have them, or kinds as pages and logs call them (`down_proj`,
+            `mlp.down_proj`, `vision fc1`); one that matches nothing is an error.
         solver: Finds masks and the values of the weights that stay. Default: the scorer's own, which takes the lowest
             scores; that of `SparseGPTScorer` updates the rest too.
         visual: Modalities that count as visual tokens: image, video, audio.
@@ -255,9 +256,6 @@ class BlockwisePruning(PruneCallback):
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Say what will be done; refuse a pool of visual tokens where there are none."""
         trainer.run.say(self.headline(pl_module, trainer.run.record["calibration"].get("num_samples", 0)))
-        if not self.wants_activations and describe(self.pool) != describe(AsymmetricPool()):
-            name = plugin_class(self.pool).__name__
-            trainer.run.say(f"--pruning.pool {name} is not used: {self.name} needs no calibration samples")
         if trainer.run.folder is not None and trainer.run.processes.is_main:
             zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, trainer.run.weights, self.shapes)
             if zeros >= NOTICED_ZEROS:

@@ -182,10 +182,13 @@ class LVLMModule(L.LightningModule):
     def _find_blocks(self) -> None:
         self.runner = BlockRunner(self.model)
         if "vision" in self.targets:
-            decoder = self.runner.decoder
-            self.towers = [TowerRunner(self.model, decoder, tower) for tower in find_towers(self.model, decoder)]
+            self.towers = self._all_towers()
             if not self.towers:
                 raise InputError("model.targets", "vision", f"{type(self.model).__name__} has no vision tower")
+
+    def _all_towers(self) -> list[TowerRunner]:
+        decoder = self.runner.decoder
+        return [TowerRunner(self.model, decoder, tower) for tower in find_towers(self.model, decoder)]
 
     @property
     def parts(self) -> list[Part]:
@@ -246,6 +249,12 @@ class LVLMModule(L.LightningModule):
     def tower_linears(self) -> dict[str, nn.Linear]:
         """Full name of every Linear of the vision tower that could be pruned; none where it is no target."""
         return {name: linear for tower in self.towers for name, linear in _linears_of(tower).items()}
+
+    def linears_beside_targets(self) -> dict[Target, dict[str, nn.Linear]]:
+        """Part of the model that is no target -> full name of every Linear of its blocks that could be pruned."""
+        towers = self._all_towers()
+        found = {"vision": {name: of for tower in towers for name, of in _linears_of(tower).items()}}
+        return {part: of for part, of in (found | {"language": self.linears()}).items() if part not in self.targets}
 
     def expert_matrices(self) -> dict[str, ExpertMatrix]:
         """Full name of every matrix of a routed expert, in the order of the blocks."""

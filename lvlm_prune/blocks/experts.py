@@ -14,7 +14,7 @@ hands every expert its own copy of all tokens, multiplied with a score that is z
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,3 +235,8 @@ def rows_in_call(
         if int(mask.sum()) == seen:
             return torch.where(mask, mask.cumsum(0) - 1, -1)[positions]
     raise RunError(f"{stack.path} sees {seen} tokens where the decoder has {total}; use --pruning.experts keep")
+
+
+def has_routed_experts(blocks: Iterable[nn.Module]) -> bool:
+    """Whether any of some decoder blocks has routed experts, in stacks or as modules of their own."""
+    return any("experts" in name.split(".") for block in blocks for name, _ in block.named_parameters())

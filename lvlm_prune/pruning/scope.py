@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import nn
 
-from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
+from lvlm_prune.blocks import ExpertMatrix, StreamedWeights, has_routed_experts
 from lvlm_prune.checkpoints.versions import VERSION_5
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.allocation import Allocation
@@ -55,7 +55,7 @@ def find_scope(pl_module: LVLMModule, exclude: Sequence[str], experts: str) -> S
     if "language" in pl_module.targets:
         matrices |= pl_module.linears()
         of_experts = pl_module.expert_matrices()
-        if experts == "prune" and not VERSION_5 and _has_experts(pl_module):
+        if experts == "prune" and not VERSION_5 and has_routed_experts(pl_module.runner.decoder.layers):
             problem = "transformers 4 computes routed experts in its own ways; use keep, or transformers 5"
             raise InputError("pruning.experts", experts, problem)
     if experts == "keep":
@@ -65,16 +65,60 @@ def find_scope(pl_module: LVLMModule, exclude: Sequence[str], experts: str) -> S
     excluded: set[str] = set()
     known = _printed_names(pl_module, everything) if exclude else {}
     for pattern in exclude:
-        found = {name for name, printed in known.items() if any(fnmatchcase(one, pattern) for one in printed)}
-        if not found:
-            raise InputError("pruning.exclude", pattern, "matches no Linear of the blocks that are pruned")
-        excluded |= found
+        excluded |= _matching(pattern, known, towers) or _refuse_absent(pl_module, pattern)
     shapes = {
         name: (matrix.out_features, matrix.in_features) for name, matrix in everything.items() if name not in excluded
     }
     if not shapes:
         raise InputError("pruning.exclude", exclude, "leaves nothing to prune")
     return Scope(shapes, frozenset(towers), not of_experts.keys().isdisjoint(shapes))
+
+
+def _matching(pattern: str, known: Mapping[str, Collection[str]], towers: Collection[str]) -> set[str]:
+    """Full names of the matrices that a pattern means: one of their names, or what a page or log calls their kind.
+
+    There, `down_proj` and `mlp.down_proj` are those of all blocks; a vision tower's are `vision fc1` where a page has
+    both towers and decoder.
+    """
+    found = {name for name, printed in known.items() if any(fnmatchcase(one, pattern) for one in printed)}
+    if found:
+        return found
+    kind, in_tower = pattern.removeprefix("vision "), pattern.startswith("vision ")
+    labelled = {name for name in known if any(fnmatchcase(label, kind) for label in _labels(name))}
+    if in_tower:
+        return labelled.intersection(towers)
+    # Bare kinds are those of the decoder where it has them.
+    return (labelled.difference(towers) or labelled) if "." not in kind else labelled
+
+
+def _labels(name: str) -> list[str]:
+    """What a matrix is called within its block, from the whole of it down to its kind.
+
+    Example:
+        >>> _labels("model.layers.3.mlp.down_proj")
+        ['mlp.down_proj', 'down_proj']
+    """
+    parts = re.sub(r"^.*?\.\d+\.", "", name).split(".")
+    return [".".join(parts[place:]) for place in range(len(parts))]
+
+
+def _refuse_absent(pl_module: LVLMModule, pattern: str) -> NoReturn:
+    """Refuse a pattern that means nothing that is pruned; where it means something of the model, say so.
+
+    Raises:
+        InputError: Always.
+    """
+    problem = "matches no Linear of the blocks that are pruned"
+    for target, linears in pl_module.linears_beside_targets().items():
+        if _matching(pattern, _printed_names(pl_module, linears), linears if target == "vision" else ()):
+            part = "vision tower" if target == "vision" else "language decoder"
+            problem += f"; it is of the {part}, which stays dense unless --model.targets names {target}"
+            raise InputError("pruning.exclude", pattern, problem)
+    model = pl_module.model
+    every = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    if any(fnmatchcase(name, pattern) or name.endswith(f".{pattern}") for name in every):
+        problem += "; what it matches stays dense anyway"
+    raise InputError("pruning.exclude", pattern, problem)
 
 
 def _printed_names(
@@ -147,11 +191,6 @@ def refuse_widths(pattern: Pattern, shapes: Mapping[str, tuple[int, int]]) -> No
             if width % part.group_size:
                 problem = f"the {width} input columns of {name} are not divisible by {part.group_size}"
                 raise InputError("pruning.pattern", pattern, problem)
-
-
-def _has_experts(pl_module: LVLMModule) -> bool:
-    blocks = map(pl_module.runner.block, range(len(pl_module.runner)))
-    return any("experts" in name.split(".") for block in blocks for name, _ in block.named_parameters())
 
 
 def _is_of_routed_expert(name: str) -> bool:

@@ -55,6 +55,80 @@ def test_names_are_excluded_as_they_are_printed(small, tmp_path, capsys):
         assert excluded(small, tmp_path, other) == {name}
 
 
+def test_kinds_are_excluded_as_pages_and_logs_call_them(small, tmp_path):
+    out = tmp_path / "everything"
+    assert main([*small, "--trainer.logger=CSVLogger", f"--output={out}"]) == 0
+    columns = next(out.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    labels = [column.removeprefix("sparsity/") for column in columns if column.startswith("sparsity/")]
+    of_page = json.loads((out / "pruning.json").read_text())["linears"]
+    assert labels
+    for number, label in enumerate((labels[0], labels[0].rpartition(".")[2])):
+        assert excluded(small, tmp_path, label) == {name for name in of_page if name.endswith(f".{label}")}
+        (tmp_path / "rest").rename(tmp_path / str(number))
+
+
+def test_what_is_excluded_of_both_towers_is_told_apart_as_on_the_page(tmp_path):
+    write_folder(tmp_path / "dense", "llava")
+    command = ["prune", f"--model.path={tmp_path / 'dense'}", "--method=magnitude", "--evaluate=false"]
+    command += ["--model.targets=[language, vision]", "--report=false"]
+    for label, in_tower in (("q_proj", False), ("vision q_proj", True), ("vision_tower*q_proj.weight", True)):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert main([*command, f"--pruning.exclude={label}", f"--output={out}"]) == 0
+        left = [name for name in json.loads((out / "pruning.json").read_text())["linears"] if "q_proj" in name]
+        assert left
+        assert all(("vision" in name) != in_tower for name in left)
+
+
+@pytest.mark.parametrize(
+    ("targets", "name", "said"),
+    [
+        (
+            "[language]",
+            "vision fc1",
+            "it is of the vision tower, which stays dense unless --model.targets names vision",
+        ),
+        ("[language]", "*vision*fc1", "--model.targets names vision"),
+        ("[vision]", "down_proj", "--model.targets names language"),
+        ("[language]", "lm_head", "what it matches stays dense anyway"),
+        ("[language]", "nothing", "matches no Linear of the blocks that are pruned"),
+    ],
+)
+def test_what_is_excluded_and_not_pruned_anyway_says_so(targets, name, said, tmp_path, capsys):
+    write_folder(tmp_path / "dense", "llava")
+    command = ["prune", f"--model.path={tmp_path / 'dense'}", "--method=magnitude", f"--model.targets={targets}"]
+    capsys.readouterr()
+    assert main([*command, f"--pruning.exclude={name}", f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --pruning.exclude {name}: matches no Linear")
+    assert line.endswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pruning.experts=keep"], "--pruning.experts keep is not used: what is pruned has no routed experts"),
+        (
+            ["--pruning.rare_experts=keep", "--pruning.min_expert_tokens=3"],
+            "--pruning.min_expert_tokens 3 and --pruning.rare_experts keep are not used: what is pruned has no",
+        ),
+        (["--data.padding_side=left"], "--data.padding_side left is not used: with --data.batch_size 1 nothing is"),
+        (
+            ["--method=magnitude", "--pruning.calibrate_on=dense", "--pruning.record=true", "--data.num_samples=2"],
+            "--pruning.calibrate_on dense, --pruning.record true and --data.num_samples 2 are not used: Magnitude",
+        ),
+        (["--data.batch_size=2", "--data.padding_side=left"], ""),
+    ],
+)
+@pytest.mark.parametrize("plan", ["true", "false"])
+def test_options_that_change_nothing_are_said(options, said, plan, golden_arguments, tmp_path, capsys):
+    quick = ["--held_back=0", "--report=false", f"--plan={plan}", f"--output={tmp_path / 'out'}"]
+    assert main([*golden_arguments, *quick, *options]) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert len(found) == bool(said)
+    assert "".join(found).startswith(said)
+
+
 def test_a_missing_image_says_that_it_can_be_left_out(tmp_path, capsys):
     data = write_captions(tmp_path / "images", 4)
     (data.parent / "2.png").unlink()

@@ -123,7 +123,7 @@ def test_a_method_without_calibration_is_measured_where_samples_are_named(small,
     assert found["calibration"].get("num_samples", 0) == 0
     assert found["quality"]["held_back"]
     assert found["quality"]["perplexity"] > 0
-    assert "--pruning.pool MixedPool is not used" in capsys.readouterr().out
+    assert "--pruning.pool MixedPool and --data.num_samples 3 are not used" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "MixedPool" not in card
     assert f"{found['quality']['kl']:.4g} nats per token" in card

@@ -7,7 +7,7 @@ check everything ─► launch processes ─► for tower, decoder: catch the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
+from lvlm_prune.runs.prune.unused import unused_options
 from lvlm_prune.runs.session import ended, is_foreign, prepare_source, session, slow_products_line
 from lvlm_prune.threads import suitable_threads
 
@@ -185,7 +186,14 @@ class PruneRun:
         count = len(self.datamodule.select()) if sizes else 0
         surveys = self.participants.survey_lines(model, count)
         plan = make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
-        return f"{pruning.headline(model, count)}\n{plan}"
+        return "\n".join([pruning.headline(model, count), *self._unused(), str(plan)])
+
+    def _unused(self) -> Iterator[str]:
+        pruning, options = self.participants.pruning, self.run.options
+        if pruning is not None:
+            yield from unused_options(pruning, self.datamodule, self.model)
+        if self.model.path in NAMES and options.held_back not in (0, RunOptions().held_back):
+            yield f"--held_back {options.held_back} is not used: the embedded model is scored on its benchmark"
 
     # ---- the work ----------------------------------------------------------------------------------------------------
     def _carry_out(self, finished: Manifest | None) -> None:
@@ -218,6 +226,8 @@ class PruneRun:
             run.record["catch_seconds"] += clock.lap()
             if part is parts[0]:
                 self.raise_hook("on_prune_start")
+                for line in self._unused():
+                    run.say(line)
                 self._say_of_few_samples()
                 self._say_of_slow_products()
             if self.participants.surveying():
