@@ -253,8 +253,9 @@ class LVLMModule(L.LightningModule):
     def linears_beside_targets(self) -> dict[Target, dict[str, nn.Linear]]:
         """Part of the model that is no target -> full name of every Linear of its blocks that could be pruned."""
         towers = self._all_towers()
-        found = {"vision": {name: of for tower in towers for name, of in _linears_of(tower).items()}}
-        return {part: of for part, of in (found | {"language": self.linears()}).items() if part not in self.targets}
+        of_towers = {name: linear for tower in towers for name, linear in _linears_of(tower).items()}
+        found: dict[Target, dict[str, nn.Linear]] = {"vision": of_towers, "language": self.linears()}
+        return {part: linears for part, linears in found.items() if part not in self.targets}
 
     def expert_matrices(self) -> dict[str, ExpertMatrix]:
         """Full name of every matrix of a routed expert, in the order of the blocks."""
