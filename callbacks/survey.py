@@ -103,7 +103,6 @@ class PluginSurvey(PruneCallback):
         for name, plugin in self.surveyors.items():
             own = tail.of_samples(self._samples[name])
             if plugin.wants_survey_losses and block.place == self._first:
-                trainer.run.weights.load_output_embedding()
                 left = dict(islice(self._linears_of_blocks(pl_module).items(), block.place, None))
                 cost = _with_own_pass(plugin.survey_cost(left, own.num_samples), own.num_samples, len(left))
                 takes = readable_time(cost.seconds(*own.seconds()))
@@ -186,8 +185,6 @@ class PluginSurvey(PruneCallback):
 
     def on_survey_end(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Keep what the plugins found, and deal out the sparsity."""
-        if any(plugin.wants_survey_losses for plugin in self.surveyors.values()):
-            trainer.run.weights.release_output_embedding()
         for name, plugin in self.surveyors.items():
             trainer.run.record["survey"][name] = plugin.survey_end(trainer.run.processes.sum)
         self.on_survey_restored(trainer, pl_module)

@@ -105,7 +105,7 @@ class RemainingDecoderBlocks:
             InputError: The model has no output embedding.
         """
         found: dict[int, list[float]] = {}
-        for sample, batch in self._behind_the_last(changes):
+        for sample, batch in self._behind_the_last(changes, with_head=True):
             found.setdefault(sample.sample, []).append(self._loss(sample, batch))
         return found
 
@@ -146,10 +146,16 @@ class RemainingDecoderBlocks:
         moved: dict[int, list[Tensor]] = {}
         for sample, batch in self._behind_the_last(changes):
             moved.setdefault(sample.sample, []).append(self._answers(sample, batch))
-        return {sample: self._divergences(dense[sample], answers) for sample, answers in moved.items()}
+        with self._weights.output_embedding():
+            return {sample: self._divergences(dense[sample], answers) for sample, answers in moved.items()}
 
-    def _behind_the_last(self, changes: Sequence[Change]) -> Iterator[tuple[WaitingSample, CaughtBatch]]:
-        """Each sample behind the last block under each change; under one change after the other, as far as they fit."""
+    def _behind_the_last(
+        self, changes: Sequence[Change], with_head: bool = False
+    ) -> Iterator[tuple[WaitingSample, CaughtBatch]]:
+        """Each sample behind the last block under each change; under one change after the other, as far as they fit.
+
+        With the output embedding in memory as they come, if that is wanted.
+        """
         largest = max((sample.batch.hidden.nbytes for sample in self._samples), default=1)
         together = max(HELD_BYTES // max(largest * len(changes), 1), 1)
         for start in range(0, len(self._samples), together):
@@ -167,7 +173,8 @@ class RemainingDecoderBlocks:
                 for _, batch in held:
                     self._runner.advance(index, batch)
                 self._weights.release_block(index)
-            yield from held
+            with self._weights.output_embedding() if with_head else nullcontext():
+                yield from held
 
     def _behind_the_first(
         self, chosen: Sequence[WaitingSample], changes: Sequence[Change]
@@ -227,7 +234,8 @@ class RemainingDecoderBlocks:
         sample = self._samples[0]
         batch, counted = self._placement.fetched(sample.batch), self._runner.forwards
         block = _seconds(lambda: self._runner.run(self._first, batch), batch.hidden.device)
-        loss = _seconds(lambda: self._loss(sample, batch), batch.hidden.device)
+        with self._weights.output_embedding():
+            loss = _seconds(lambda: self._loss(sample, batch), batch.hidden.device)
         self._runner.forwards = counted
         return block, loss
 

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 
 import torch
@@ -60,6 +61,15 @@ class Weights(ABC):
 
     def release_output_embedding(self) -> None:  # noqa: B027
         """Let go of the output embedding."""
+
+    @contextmanager
+    def output_embedding(self) -> Iterator[None]:
+        """The output embedding is in memory within, and not beside blocks that pass by: it is as large as several."""
+        self.load_output_embedding()
+        try:
+            yield
+        finally:
+            self.release_output_embedding()
 
     @abstractmethod
     def load_block(self, i: int, folder: CheckpointFolder | None = None) -> None:

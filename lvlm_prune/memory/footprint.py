@@ -2,7 +2,8 @@
 
     catching    non-block        + inputs and tower of one batch          + samples caught so far
     survey      block, next one  + forward, what is recorded of it        + samples, twice
-                or: output embedding, statistics, changed weights, their hidden states and logits
+                or: block, statistics, changed weights, their hidden states; and three blocks as they pass by,
+                or the output embedding and logits in the place of what changes weights
     gathering   block            + forward, statistics, held candidates   + samples
     scoring     block            + statistics of what is dense still, masks, one weight's scores + samples
     passing on  block, next one  + forward, masks                         + samples
@@ -131,7 +132,7 @@ class Footprint:
                 gathering = max((self._gathering(block, batch, self.method.needs) for batch in self.batches), default=0)
                 phases["gathering"] = size + kept + statistics + self._candidates(block, pool) + gathering
             if self.method.surveys:
-                phases["survey"] = 2 * size + self._survey(block)
+                phases["survey"] = self._survey(size, block, forward)
             found = larger_phases(found, phases)
         return {f"{self._label}{name}": count for name, count in found.items()}
 
@@ -203,21 +204,22 @@ class Footprint:
         channels += self._experts_per_token * sum({shape: shape[1] for shape in block.experts}.values())
         return tokens * channels * self.itemsize
 
-    def _survey(self, block: _BlockSize) -> int:
-        """What looking at a dense block takes beside it and the next one: a forward, or plugins that try changes."""
+    def _survey(self, size: int, block: _BlockSize, forward: int) -> int:
+        """What looking at a dense block takes: with the next one, or with statistics and plugins that try changes."""
         surveyors, pool, solver = self.method.surveyors, self.method.pool, self.method.solver
-        statistics = trying = head = 0
+        statistics = 0
         if pool is not None and any(plugin.wants_survey_statistics for plugin in surveyors):
             statistics = max(block.statistics(one, pool) for one in (solver, solver.quick()))
         shapes = dict(zip(block.names, block.shapes))
+        gathering = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
+        most = size + gathering + max(size, statistics)
         for plugin in surveyors:
             taken = plugin.survey_bytes(shapes, self.itemsize, self.on_gpu)
             if plugin.wants_survey_losses:
-                head = self.head_bytes
-                taken = max(taken + self._held_changes(plugin, list(shapes)), self._logits())
-            trying = max(trying, taken)
-        forward = max((self._gathering(block, one, self.method.survey_needs) for one in self.batches), default=0)
-        return head + statistics + max(forward, trying)
+                later = max(2 * size + forward, self.head_bytes + self._logits())
+                taken = max(taken, later) + self._held_changes(plugin, list(shapes))
+            most = max(most, size + statistics + taken)
+        return most
 
     def _held_changes(self, plugin: Surveyor, names: list[str]) -> int:
         """Hidden states of the samples that go on together, once for each change of a block."""

@@ -77,11 +77,11 @@ class SampleQuality:
             pruned, _ = self._answers(weights.at(written))
             if lost := len(dense.keys() - pruned.keys()):
                 return {"not_measured": f"the pruned model does not take {lost} of {len(dense)} samples"}
-            return self._compared(weights, dense, pruned, targets)
+            with weights.output_embedding():
+                return self._compared(dense, pruned, targets)
         except Exception as error:  # of a model's own code too: the checkpoint is whole without these numbers
             weights.release_block(0)
             weights.release_non_block_weights()
-            weights.release_output_embedding()
             return {"not_measured": first_line(error)}
 
     def _batches(self) -> Iterator[CalibrationBatch]:
@@ -107,13 +107,8 @@ class SampleQuality:
 
     @torch.no_grad()
     def _compared(
-        self,
-        weights: StreamedWeights,
-        dense: Mapping[int, Tensor],
-        pruned: Mapping[int, Tensor],
-        targets: Mapping[int, Tensor],
+        self, dense: Mapping[int, Tensor], pruned: Mapping[int, Tensor], targets: Mapping[int, Tensor]
     ) -> dict[str, Any]:
-        weights.load_output_embedding()
         sums = torch.zeros(4, dtype=torch.float64)
         for number, following in targets.items():
             vocabulary = self._logits(dense[number][:1]).shape[-1] if len(following) else 1
@@ -122,7 +117,6 @@ class SampleQuality:
             for before, after, tokens in zip(*parts):
                 expected, found = self._logits(before), self._logits(after)
                 if expected.isnan().any():
-                    weights.release_output_embedding()
                     return {"not_measured": "logits of the dense model are NaN"}
                 losses = [cross_entropy(one, tokens, reduction="sum") for one in (expected, found)]
                 apart = kl_div(
@@ -131,7 +125,6 @@ class SampleQuality:
                 # The largest of NaN is the first of them, which is no answer.
                 same = ((expected.argmax(dim=-1) == found.argmax(dim=-1)) & ~found.isnan().any(dim=-1)).sum()
                 sums += torch.stack([*losses, apart, same]).double().cpu()
-        weights.release_output_embedding()
         count = sum(map(len, targets.values()))
         if not count:
             return {"not_measured": "the samples have no text tokens to predict"}

@@ -34,7 +34,6 @@ def losses(
     weights.load_non_block_weights()
     batches = [runner.catch(one) for one in inputs]
     weights.release_non_block_weights(any(batch.needs_token_embedding for batch in batches))
-    weights.load_output_embedding()
     for index in range(first):
         weights.load_block(index)
         for batch in batches:
@@ -72,9 +71,47 @@ def test_streamed_losses_are_those_in_memory(family: str, held: int, tmp_path: P
     assert len(resident) == 3
     if family != "mllama":  # the gates of its cross-attention blocks start closed
         assert all(values[0] != values[1] != values[2] for values in resident.values())
-    weights.release_output_embedding()
     weights.release_block(1)
     head = runner.model.get_output_embeddings()  # type: ignore[operator]
+    assert head.weight.device.type == "meta"
+
+
+def test_the_output_embedding_is_in_memory_only_while_answers_are_compared(tmp_path: Path, monkeypatch) -> None:
+    save("qwen2_vl", tmp_path)
+    runner, weights = stream(tmp_path)
+    inputs = make_inputs("qwen2_vl", tiny_model("qwen2_vl"), [Sample(3, 0, 5)])
+    weights.load_non_block_weights()
+    batch = runner.catch(inputs)
+    weights.release_non_block_weights(batch.needs_token_embedding)
+    weights.load_block(0)
+    assert batch.input_ids is not None
+    tail = RemainingDecoderBlocks(runner, weights, [WaitingSample(0, batch, 0, batch.input_ids[0] > 2)], 0)
+    head = runner.model.get_output_embeddings()  # type: ignore[operator]
+    seen, compared = list[str](), list[str]()
+
+    @contextmanager
+    def change(sample: int):
+        seen.append(head.weight.device.type)
+        yield
+
+    def advance(index, batch, run=runner.advance):
+        seen.append(head.weight.device.type)
+        return run(index, batch)
+
+    def logits(hidden, make=tail._logits):
+        compared.append(head.weight.device.type)
+        return make(hidden)
+
+    monkeypatch.setattr(runner, "advance", advance)
+    monkeypatch.setattr(tail, "_logits", logits)
+    tail.seconds()
+    found = tail.divergences([change], tail.answers())
+    losses = tail.losses([change])
+    assert found[0] == [0.0]
+    assert losses[0][0] > 0
+    assert set(seen) == {"meta"}
+    assert len(compared) > 3
+    assert set(compared) == {"cpu"}
     assert head.weight.device.type == "meta"
 
 

@@ -53,7 +53,7 @@ def test_samples_take_memory_where_they_wait(footprint):
     assert peaks["disk"].disk == held
 
 
-def test_a_survey_that_tries_changed_weights_takes_head_statistics_and_what_is_tried(footprint):
+def test_a_survey_that_tries_changed_weights_takes_statistics_and_what_is_tried_or_the_head(footprint):
     solver, allocation = ALPSSolver(), KLAllocation(groups="block")
     allocation.use_method(solver, Unstructured(), 0.5)
     plain, surveyed = footprint("cpu", solver), footprint("cpu", solver, (allocation,))
@@ -65,9 +65,9 @@ def test_a_survey_that_tries_changed_weights_takes_head_statistics_and_what_is_t
     statistics = sum(12 * columns**2 for columns in sites)  # products in float64, and SparseGPT's factor
     tried = sum(rows * columns for rows, columns in linears) * plain.itemsize
     assert surveyed.head_bytes > 0
-    least = 2 * max(plain.block_bytes) + surveyed.head_bytes
-    assert surveyed.phases()["survey"] > least + statistics + tried
-    assert plain.phases()["survey"] + noise.head_bytes < noise.phases()["survey"]
+    block = max(plain.block_bytes)
+    assert surveyed.phases()["survey"] > block + statistics + max(tried, 2 * block, surveyed.head_bytes)
+    assert noise.phases()["survey"] > max(plain.phases()["survey"], 3 * block, block + noise.head_bytes)
     assert {name: count for name, count in surveyed.phases().items() if name != "survey"} == {
         name: count for name, count in plain.phases().items() if name != "survey"
     }
