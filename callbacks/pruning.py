@@ -22,12 +22,13 @@ from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
+from lvlm_prune.output.base_record import NOTICED_ZEROS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.output.summaries import readable_count
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 from lvlm_prune.pruning.block import BlockPruner, refuse_broken, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
-from lvlm_prune.pruning.input_zeros import NOTICED_ZEROS, zeros_line, zeros_of_input
+from lvlm_prune.pruning.input_zeros import zeros_line, zeros_of_input
 from lvlm_prune.pruning.lines import rare_experts_line, skipped_line
 from lvlm_prune.pruning.naming import folder_label, method_name
 from lvlm_prune.pruning.options import checked_pattern, checked_sparsity

@@ -8,13 +8,12 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.demo import NAMES
 from lvlm_prune.memory.measuring import peak_memory
 from lvlm_prune.methods.solvers import ALPSSolver
-from lvlm_prune.output.base_record import record_of
+from lvlm_prune.output.base_record import name_of_input, record_of
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
 from lvlm_prune.output.units import readable_size
 from lvlm_prune.plugins import describe
-from lvlm_prune.pruning.input_zeros import name_of_input
 from lvlm_prune.report.card import refresh_card
 
 if TYPE_CHECKING:

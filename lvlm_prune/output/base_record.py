@@ -10,6 +10,29 @@ from lvlm_prune.output.manifest import read_beside, read_run
 from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 
+NOTICED_ZEROS = 0.01
+"""Share of zeros from which on a checkpoint is said to have been pruned; trained weights have next to none."""
+
+
+def zeros_before(record: Mapping[str, Any]) -> float:
+    """Share of zeros in the model that a run pruned, or whose pruning a run recovered from, before it was pruned.
+
+    Example:
+        >>> zeros_before({"input_zeros": 0.5}), zeros_before({"pruned": {"input_zeros": 0.5}}), zeros_before({})
+        (0.5, 0.5, 0.0)
+    """
+    return float(record.get("input_zeros", record.get("pruned", {}).get("input_zeros", 0.0)))
+
+
+def was_pruned_before(record: Mapping[str, Any]) -> bool:
+    """Whether the model that a run pruned had been pruned before, by the run's record."""
+    return zeros_before(record) >= NOTICED_ZEROS
+
+
+def name_of_input(record: Mapping[str, Any]) -> str:
+    """What the model that a run pruned is called where it stands beside the pruned one: `dense`, or `input`."""
+    return "input" if was_pruned_before(record) else "dense"
+
 
 def record_of(base: Path) -> dict[str, Any]:
     """What the run that made the base wrote about it; empty where it was made by other tools.
@@ -34,14 +57,14 @@ def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:
         record: Of the run that pruned it, or of one that recovered it; empty where it was made by other tools.
 
     Returns:
-        `method` with its plugins, `calibration`, `sparsity`, `pattern`, `updates_weights` and `untouched_tensors`, as
-        far as the record has them; empty where it does not say.
+        `method` with its plugins, `calibration`, `sparsity`, `pattern`, `updates_weights` and `input_zeros`, as far as
+        the record has them; empty where it does not say.
     """
     if "pruned" in record:
         return dict(record["pruned"])
     if not isinstance(record.get("method"), dict):
         return {}
-    names = ("method", "sparsity", "pattern", "updates_weights")
+    names = ("method", "sparsity", "pattern", "updates_weights", "input_zeros")
     kept = {name: record[name] for name in names if name in record}
     calibration = record.get("calibration", {})
     names = ("source", "seed", "num_samples", "tokens")

@@ -308,6 +308,7 @@ class PrunedHow(TypedDict, total=False):
     calibration: CalibrationRecord
     sparsity: SparsityRecord
     pattern: str
+    input_zeros: Share
 
 
 class CellRecord(TypedDict, total=False):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lvlm_prune.output.base_record import was_pruned_before
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PAGE_NAME, PRIVATE_SUFFIX, RECOVERY_RECORD
 from lvlm_prune.output.units import readable_percent
@@ -45,7 +46,7 @@ def summary(record: Manifest, folder: Path) -> str:
     if "evaluation" in record:
         lines.append(_scores_table(record["evaluation"]))
     if "quality" in record:
-        lines.append(recovered_line(record["quality"]))
+        lines.append(recovered_line(record["quality"], was_pruned_before(record)))
     more = [name for name in ("adapter", PAGE_NAME, RECOVERY_RECORD) if (folder / name).exists()]
     written = " · ".join(["merged checkpoint", *more])
     return "\n".join([*lines, f"wrote {folder} ({written}) · {record['seconds']:.0f} s"])
@@ -96,8 +97,12 @@ def quality_line(quality: Mapping[str, Any], before: str = "dense") -> str:
     return line
 
 
-def recovered_line(quality: Mapping[str, Any]) -> str:
+def recovered_line(quality: Mapping[str, Any], was_sparse: bool = False) -> str:
     """What recovery gave back, in a line.
+
+    Args:
+        quality: What was measured.
+        was_sparse: Whether the model that was pruned, which is compared with, had been pruned before.
 
     Example:
         >>> print(recovered_line({"samples": 8, "tokens": 900, "held_back": True, "dense_perplexity": 5.0, "kl": 0.1,
@@ -111,9 +116,10 @@ def recovered_line(quality: Mapping[str, Any]) -> str:
     names = ("pruned_perplexity", "perplexity", "dense_perplexity", "pruned_kl", "kl")
     before, after, dense, apart, nearer = (measure_text(quality[name]) for name in names)
     same = f"{quality['pruned_agreement']:.1%} → {quality['agreement']:.1%}"
+    short, model = ("input of pruning",) * 2 if was_sparse else ("dense", "dense model")
     return (
         f"on {measured_on(quality, 'recovery')} ({quality['tokens']} text tokens): perplexity {before} → {after} "
-        f"(dense: {dense}), KL from the dense model {apart} → {nearer} nats per token, its most likely token at {same}"
+        f"({short}: {dense}), KL from the {model} {apart} → {nearer} nats per token, its most likely token at {same}"
     )
 
 

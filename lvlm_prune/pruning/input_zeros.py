@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lvlm_prune.blocks import StreamedWeights, Weights
 from lvlm_prune.output.units import readable_percent
@@ -12,19 +12,6 @@ from lvlm_prune.packed.selection import estimated_zeros
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
-
-NOTICED_ZEROS = 0.01
-"""Share of zeros from which on a checkpoint is said to have been pruned; trained weights have next to none."""
-
-
-def was_pruned_before(record: Mapping[str, Any]) -> bool:
-    """Whether the model that a run pruned had been pruned before, by the run's record."""
-    return record.get("input_zeros", 0.0) >= NOTICED_ZEROS
-
-
-def name_of_input(record: Mapping[str, Any]) -> str:
-    """What the model that a run pruned is called where it stands beside the pruned one: `dense`, or `input`."""
-    return "input" if was_pruned_before(record) else "dense"
 
 
 def zeros_of_input(module: LVLMModule, weights: Weights, shapes: Mapping[str, tuple[int, int]]) -> float:

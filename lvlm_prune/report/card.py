@@ -20,16 +20,15 @@ from huggingface_hub import ModelCard
 from lvlm_prune.checkpoints.hub import hub_name
 from lvlm_prune.demo import DEMO, OUTLIERS
 from lvlm_prune.evaluation.record import evaluation_table, read_record
-from lvlm_prune.output.base_record import pruned_how
+from lvlm_prune.output.base_record import name_of_input, pruned_how, was_pruned_before, zeros_before
 from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.output.names import EVALUATION_RECORD, MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import quality_line, recovered_line
 from lvlm_prune.output.units import readable_percent
-from lvlm_prune.pruning.input_zeros import name_of_input, was_pruned_before
-from lvlm_prune.report.card_facts import TEXT_ONLY, card_facts
-from lvlm_prune.report.card_loading import loading
+from lvlm_prune.report.card_facts import card_facts
+from lvlm_prune.report.card_loading import loader_of, loading
 from lvlm_prune.report.card_metadata import merged_metadata, split_card
 from lvlm_prune.report.linears import patterns_of
 
@@ -41,6 +40,11 @@ _EMBEDDED = {
     DEMO: "The embedded model of lvlm-prune",
     OUTLIERS: "The embedded model of lvlm-prune with outlier channels",
 }
+
+_OWN_QUESTIONS = (
+    "--engine.benchmark LocalBenchmark --engine.benchmark.source LlavaJsonSource "
+    "--engine.benchmark.source.path QUESTIONS.json"
+)
 
 
 def write_card(
@@ -102,6 +106,9 @@ def card_of(
         body = body.split(DENSE_CARD, 1)[1].strip()
         body = "" if re.fullmatch(r"The \w+ model came without a card\.", body) else body  # version 0.2 wrote that
     how = pruned_how(made_by)
+    # The card of an input that was pruned here, too, has this line.
+    was_sparse = was_pruned_before(made_by) or DENSE_CARD in body
+    below = _below(made_by, how, was_sparse)
     origin = _origin(made_by, packing)
     base = hub_name(origin.get("path") or "", origin.get("folder") or "") if origin else None
     tags = [_PROJECT, "pruned", "sparse", *(["packed"] if packing else [])]
@@ -115,15 +122,17 @@ def card_of(
     )
     parts = [
         f"# {_title(folder, made_by, how, base, origin)}",
-        _introduction(made_by, base, packing, bool(body)),
-        markdown_table(["", ""], list(card_facts(made_by, how, packing))),
-        _scores(folder, made_by),
-        loading(folder, bool(packing), str(made_by.get("model", {}).get("class", "")).endswith(TEXT_ONLY)),
+        _introduction(made_by, how, base, packing, below, bool(body)),
+        markdown_table(["", ""], list(card_facts(made_by, how, packing, was_sparse))),
+        _scores(folder, made_by, was_sparse, str(origin.get("path") or "") in _EMBEDDED),
+        loading(folder, bool(packing), str(made_by.get("model", {}).get("class", ""))),
         _zeros(made_by, packing, how),
         _private(made_by or packing),
-        f"---\n\n*Below is the card of the {_before(made_by)}, as it was: its results are not those of this model.*"
+        f"---\n\n*Below is the card of the {below}, as it was: its results are not those of this model.*"
+        if body and made_by
+        else f"---\n\n*Below is the card of the {below}, as it was.*"
         if body
-        else f"---\n\n*The {_before(made_by)} came without a card.*",
+        else f"---\n\n*The {below} came without a card.*",
         DENSE_CARD,
         body,
     ]
@@ -138,16 +147,20 @@ def write_adapter_card(folder: Path, record: Mapping[str, Any]) -> None:
         record: Of the recovery that trained it, finished.
     """
     name = hub_name(record["model"]["path"], record["model"].get("folder", ""))
-    head = merged_metadata({}, name, "adapter", "peft", [_PROJECT, "lora", "sparse"])
     own_name = Path(str(record["model"]["path"])).name
+    # As in its configuration: without a name on the hub that of the folder, which the user may put under another one.
+    head = merged_metadata({}, name or own_name, "adapter", "peft", [_PROJECT, "lora", "sparse"])
     told = f"[{name}](https://huggingface.co/{name})" if name else f"the pruned checkpoint `{own_name}`"
+    loader = loader_of(str(record["model"].get("class", "")))
     parts = [
         "# A sparse LoRA adapter",
-        f"Trained by {_link()} (method `{record['method']}`) on {told}, of whose pruned Linears "
-        f"{readable_percent(record['verified']['sparsity'])} is zero. "
-        "It belongs to these zeros: merged by plain PEFT it would give pruned weights values again.",
-        "```python\nfrom lvlm_prune.recovery import load_sparse_adapter\n\n"
-        "model = load_sparse_adapter(model, ADAPTER)  # `model` is the pruned checkpoint; every zero stays zero\n"
+        f"Trained by {_link()} (method `{record['method']}`) on {told}, "
+        f"{readable_percent(record['verified']['sparsity'])} of whose pruned Linears is zero. "
+        "It belongs to these zeros: merged by plain PEFT it would give pruned weights values again. "
+        "The folder around this one has it merged already.",
+        f"```python\nfrom lvlm_prune.recovery import load_sparse_adapter\nfrom transformers import {loader}\n\n"
+        f'model = {loader}.from_pretrained(PRUNED, dtype="auto")  # the pruned checkpoint, and no other\n'
+        "model = load_sparse_adapter(model, ADAPTER)  # this folder; every zero stays zero\n"
         "model = model.merge_and_unload()\n```",
     ]
     text = str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"))
@@ -179,7 +192,7 @@ def _origin(record: Mapping[str, Any], packing: Mapping[str, Any]) -> Mapping[st
 def _title(
     folder: Path, record: Mapping[str, Any], how: Mapping[str, Any], base: str | None, origin: Mapping[str, Any]
 ) -> str:
-    path = str(origin.get("path") or "")
+    path = str(origin.get("path") or record.get("model", {}).get("path") or "")
     model = base or _EMBEDDED.get(path) or Path(path).name or folder.name
     method = how.get("method", {}).get("init_args", {}).get("name")
     target = how.get("sparsity", {}).get("target")
@@ -190,20 +203,34 @@ def _title(
     return model + pruned + (f" by {method}" if method else "") + recovered
 
 
-def _introduction(record: Mapping[str, Any], base: str | None, packing: Mapping[str, Any], has_card: bool) -> str:
-    plain = f"the {_before(record)}" + " whose card follows below" * has_card
-    made_from = f"[{base}](https://huggingface.co/{base})" if base else plain
-    text = f"Weights of {made_from} were set to zero after its training, by {_link()}"
+def _below(record: Mapping[str, Any], how: Mapping[str, Any], was_sparse: bool) -> str:
+    """What the card below this one is about: the model that was pruned, recovered or packed."""
+    if not record:
+        return "model that was packed"
+    return "sparse model" if was_sparse or not how else "dense model"
+
+
+def _introduction(
+    record: Mapping[str, Any],
+    how: Mapping[str, Any],
+    base: str | None,
+    packing: Mapping[str, Any],
+    below: str,
+    has_card: bool,
+) -> str:
+    """What was done to which model; of one that was pruned by other tools only what is known."""
+    source = f"the {below}" + " whose card follows below" * has_card
+    made_from = f"[{base}](https://huggingface.co/{base})" if base else source
+    text = f"{'More weights' if below == 'sparse model' else 'Weights'} of {made_from} were set to zero"
+    text += f" after its training, by {_link()}"
+    if not how:
+        text = f"Weights of {made_from} are zero, which was done by other tools, or without a record"
     if "training" in record:
-        text += "; those that remain were then trained to give back accuracy"
+        text += "; those that remain were then trained to give back accuracy" + (f", by {_link()}" if not how else "")
     text += ". "
     if packing:
         return text + "The zeros are not stored: this is a packed checkpoint, of the same weights bit by bit."
-    return text + "Names, shapes and dtypes of all tensors are the dense model's."
-
-
-def _before(record: Mapping[str, Any]) -> str:
-    return "sparse model" if was_pruned_before(record) else "dense model"
+    return text + f"Names, shapes and dtypes of all tensors are the {below}'s."
 
 
 def _link() -> str:
@@ -212,17 +239,22 @@ def _link() -> str:
     return f"{_PROJECT} {lvlm_prune.__version__}"
 
 
-def _scores(folder: Path, record: Mapping[str, Any]) -> str:
+def _scores(folder: Path, record: Mapping[str, Any], was_sparse: bool, is_embedded: bool) -> str:
     """What the checkpoint scores: by `evaluate`, else as the run that made it found; or that nobody knows."""
-    parts = [f"## What is left of the {_before(record)}"]
-    if was_pruned_before(record):
+    parts = [f"## What is left of the {'sparse' if was_sparse else 'dense'} model"]
+    if was_sparse:
+        share = f" {readable_percent(zeros_before(record))} zeros" if was_pruned_before(record) else " zeros"
         parts.append(
-            f"It had {readable_percent(record['input_zeros'])} zeros before this run. Where `dense` stands here it is "
-            "that model: these numbers do not say what is left of the one that was dense."
+            f"It had{share} before it was pruned to this one. What is called `dense` here is that model: these numbers "
+            "do not say what is left of the one that was dense."
         )
     if "perplexity" in record.get("quality", {}):
         quality = record["quality"]
-        line = recovered_line(quality) if "training" in record else quality_line(quality, name_of_input(record))
+        line = (
+            recovered_line(quality, was_pruned_before(record))
+            if "training" in record
+            else quality_line(quality, name_of_input(record))
+        )
         parts.append(f"{line[0].upper()}{line[1:]}.")
     evaluated, found = read_record(folder), record.get("evaluation")
     if evaluated is not None:
@@ -239,9 +271,10 @@ def _scores(folder: Path, record: Mapping[str, Any]) -> str:
         rows.append(["average", *(f"{one['average']:.1%}" for one in scores)])
         parts.append(markdown_table(["tasks", "dense", last, "retained"], rows))
     else:
+        asked, on = ("", "") if is_embedded else (f" {_OWN_QUESTIONS}", " on questions of your own")
         parts.append(
             "Not scored: nothing here says how many answers it still gets right. "
-            "`lvlm-prune evaluate --model.path THIS_MODEL --baseline DENSE_MODEL` measures that."
+            f"`lvlm-prune evaluate --model.path THIS_MODEL --baseline DENSE_MODEL{asked}` measures that{on}."
         )
     return "\n\n".join(parts)
 

@@ -9,9 +9,9 @@ from lvlm_prune.methods import solvers
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.summaries import readable_count, size_ratio
 from lvlm_prune.output.units import readable_percent
+from lvlm_prune.report.card_loading import TEXT_ONLY
 from lvlm_prune.report.linears import patterns_of
 
-TEXT_ONLY = "ForCausalLM"
 _RECOVERIES = {
     "lora": "sparse LoRA adapters, merged into the weights",
     "full": "fine-tuning of the weights that are not zero",
@@ -20,7 +20,7 @@ _RECOVERIES = {
 
 
 def card_facts(
-    record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[str, Any]
+    record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[str, Any], was_sparse: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Rows of the card's table.
 
@@ -28,6 +28,7 @@ def card_facts(
         record: Of the run that made the checkpoint.
         how: What its pruning is known by, see `pruned_how`.
         packing: What `pack` noted; empty where the checkpoint is not packed.
+        was_sparse: Whether the model that was pruned had been pruned before, in these or in other weights.
 
     Yields:
         What it is, and what is said of it.
@@ -51,7 +52,8 @@ def card_facts(
         kept = "were updated by the solver" if how["updates_weights"] else "are as they were, byte for byte"
         yield "weights that remain", kept
     if "verified" in record:
-        yield "stayed dense", _stayed_dense(record, how)
+        # Of a model that was pruned before it may have zeros.
+        yield "stayed as it was" if was_sparse or not how else "stayed dense", _stayed_dense(record, how)
     if packing:
         form, sizes_of = packing["config"]["format"], packing["packed"]
         yield "packed", f"{sizes_of['tensors']} tensors as {form}, {size_ratio(sizes_of)}"
@@ -131,5 +133,7 @@ def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
     excluded = how.get("method", {}).get("init_args", {}).get("exclude")
     if excluded:
         text += f"; excluded from pruning: {', '.join(map(str, excluded))}"
+    if how.get("method", {}).get("init_args", {}).get("experts") == "keep":
+        text += "; routed experts, where it has any"
     left = sum("note" in entry for entry in record.get("linears", {}).values())
     return text + (f"; {left} Linears that saw too few calibration tokens" if left else "")

@@ -17,15 +17,29 @@ _ASKED_IMAGE = '[{"type": "image", "path": "photo.jpg"}, {"type": "text", "text"
 _ASKED_TEXT = '"What is the capital of France?"'
 
 
-def loading(folder: Path, is_packed: bool, is_text_only: bool) -> str:
+TEXT_ONLY = "ForCausalLM"
+"""What the names of classes of text decoders end with."""
+
+
+def loader_of(model_class: str) -> str:
+    """Which of transformers' classes loads a model.
+
+    Example:
+        >>> loader_of("LlamaForCausalLM"), loader_of("LlavaForConditionalGeneration")
+        ('AutoModelForCausalLM', 'AutoModelForImageTextToText')
+    """
+    return "AutoModelForCausalLM" if model_class.endswith(TEXT_ONLY) else "AutoModelForImageTextToText"
+
+
+def loading(folder: Path, is_packed: bool, model_class: str) -> str:
     """How to load a checkpoint, and where it has a chat template how to ask it.
 
     Args:
         folder: The checkpoint; its configuration may be held back still.
         is_packed: Whether it needs this package to load.
-        is_text_only: Whether it is a text decoder alone.
+        model_class: Name of the class of the model.
     """
-    loader = "AutoModelForCausalLM" if is_text_only else "AutoModelForImageTextToText"
+    loader, is_text_only = loader_of(model_class), model_class.endswith(TEXT_ONLY)
     lines = ["import lvlm_prune  # lets transformers read packed checkpoints"] if is_packed else []
     config = entries_of(folder / "config.json") or entries_of(folder / "config.json.unfinished")
     trust = ", trust_remote_code=True" if "auto_map" in config else ""

@@ -11,12 +11,12 @@ from markupsafe import Markup
 from PIL import Image
 from safetensors import safe_open
 
+from lvlm_prune.output.base_record import was_pruned_before
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.output.private import is_left_out, public_folder
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
-from lvlm_prune.pruning.input_zeros import was_pruned_before
 from lvlm_prune.report.evaluation import (
     evaluated_facts,
     evaluated_figure,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lvlm_prune.output.base_record import was_pruned_before
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.report.evaluation import (
     evaluated_facts,
@@ -111,6 +112,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     found = run.get("quality", {})
     for key, name in _QUALITY.items():
         if found.get(key) is not None:
+            if was_pruned_before(run):
+                name = name.replace("dense model", "input of pruning").replace("dense", "input of pruning")
             facts[name] = show(run, "quality", key, unit="percent" if key.endswith("agreement") else "measure")
     if "held_back" in found:
         facts["measured on"] = measured_on(found, "recovery")

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers.utils import is_torchvision_available
 
 from lvlm_prune.data import load_processor
+from lvlm_prune.output.base_record import pruned_how
 from lvlm_prune.report.card import DENSE_CARD, card_of, refresh_card, write_adapter_card, write_card
 from tests.hub_folders import write_folder
 
@@ -237,6 +238,8 @@ def test_a_recovered_checkpoint_says_how_it_was_pruned_and_trained(tmp_path):
     adapter = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert adapter.data.library_name == "peft"
     assert "load_sparse_adapter" in adapter.text
+    assert adapter.data.to_dict() | {"base_model": "pruned", "base_model_relation": "adapter"} == adapter.data.to_dict()
+    assert "AutoModelForImageTextToText.from_pretrained(PRUNED" in adapter.text
 
 
 def test_a_packed_checkpoint_needs_this_package_to_load(tmp_path):
@@ -302,10 +305,65 @@ def test_a_model_that_was_sparse_before_is_not_called_dense(tmp_path):
     record = {**pruned(), "input_zeros": 0.5, "quality": quality | {"agreement": 0.9}}
     card = card_of(folder_of(tmp_path, record), DENSE)
     assert "What is left of the sparse model" in card
-    assert "It had 50% zeros before this run." in card
+    assert "It had 50% zeros before it was pruned to this one." in card
+    assert "all tensors are the sparse model's" in card
+    assert "stayed as it was | 89 other" in card
+    assert "stayed dense" not in card
     assert "Below is the card of the sparse model" in card
     assert "KL(input ‖ pruned) 0.1" in card
     assert "the input model's most likely token at 90.0%" in card
+
+
+def test_a_recovered_model_whose_base_was_made_of_a_sparse_one_says_so(tmp_path):
+    record = recovered()
+    record["pruned"] = pruned_how({**pruned(), "input_zeros": 0.5})
+    measured = {"samples": 4, "held_back": True, "tokens": 9, "perplexity": 5.0, "dense_perplexity": 4.0, "kl": 0.1}
+    measured |= {"agreement": 0.9, "pruned_perplexity": 6.0, "pruned_kl": 0.2, "pruned_agreement": 0.8}
+    card = card_of(folder_of(tmp_path, record | {"quality": measured}, "recovery.json"), DENSE)
+    assert "What is left of the sparse model" in card
+    assert "(input of pruning: 4), KL from the input of pruning 0.2 → 0.1" in card
+    assert "Below is the card of the sparse model" in card
+
+
+def test_a_model_that_was_made_of_one_of_our_sparse_models_says_so_whatever_was_pruned_there(tmp_path):
+    """A vision tower may have been pruned before, in a run of its own: other weights than those of this run."""
+    card = card_of(folder_of(tmp_path, pruned()), card_of(folder_of(tmp_path, pruned()), DENSE))
+    own = card.split(DENSE_CARD)[0]
+    assert "What is left of the sparse model" in own
+    assert "stayed as it was | 89 other" in own
+    assert "It had zeros before it was pruned to this one." in own
+
+
+def test_zeros_that_another_tool_made_are_not_claimed(tmp_path):
+    packing = {
+        "status": "complete",
+        "model": {"path": "/mine/sparse", "folder": "/mine/sparse"},
+        "config": {"format": "bitmask"},
+        "packed": {"tensors": 42, "dense": 200, "packed": 100},
+    }
+    packed = card_of(tmp_path, DENSE, packing=packing).split(DENSE_CARD)[0]
+    assert "are zero, which was done by other tools" in packed
+    assert "were set to zero" not in packed
+    assert "Below is the card of the model that was packed, as it was.*" in packed
+    (tmp_path / "recovered").mkdir()
+    record = {**recovered(), "pruned": {}, "dense": {}}
+    again = card_of(folder_of(tmp_path / "recovered", record, "recovery.json"), DENSE).split(DENSE_CARD)[0]
+    assert "were set to zero" not in again
+    assert "those that remain were then trained to give back accuracy, by lvlm-prune" in again
+
+
+def test_it_says_how_questions_of_ones_own_are_asked(tmp_path):
+    own, embedded = tmp_path / "own", tmp_path / "embedded"
+    for folder, path in ((own, "owner/dense"), (embedded, "demo")):
+        folder.mkdir()
+        card = card_of(folder_of(folder, pruned(model={"path": path, "folder": "/x", "class": "X"})), DENSE)
+        assert ("--engine.benchmark LocalBenchmark" in card) == (folder == own)
+
+
+def test_experts_that_were_kept_stand_among_what_stayed_dense(tmp_path):
+    record = pruned()
+    record["method"]["init_args"]["experts"] = "keep"
+    assert "; routed experts" in card_of(folder_of(tmp_path, record), DENSE)
 
 
 def test_the_title_has_the_zeros_that_are_there(tmp_path):
