@@ -67,5 +67,5 @@ def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:
     names = ("method", "sparsity", "pattern", "updates_weights", "input_zeros")
     kept = {name: record[name] for name in names if name in record}
     calibration = record.get("calibration", {})
-    names = ("source", "seed", "num_samples", "tokens")
-    return kept | {"calibration": {name: calibration[name] for name in names if name in calibration}}
+    of_samples = ("source", "seed", "num_samples", "tokens")
+    return kept | {"calibration": {name: calibration[name] for name in of_samples if name in calibration}}
