@@ -44,6 +44,7 @@ from lvlm_prune.output.units import readable_percent
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
 from lvlm_prune.plugins import describe
 from lvlm_prune.report.card import read_card, write_card
+from lvlm_prune.report.card_checks import verify_card
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -246,6 +247,9 @@ class SparseCheckpointWriter(PruneCallback):
             now["sparsity"]["target"] = pruning.mean_target()
         if now != record:
             raise InputError("output", folder, f"its {PRUNING_RECORD} says something else than what is found there")
+        assert pl_module.folder is not None
+        if line := verify_card(folder, read_card(pl_module.folder.path), is_dense=True):
+            trainer.run.say(line)
         _remove_parts(folder)
 
     @staticmethod

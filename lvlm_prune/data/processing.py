@@ -261,7 +261,9 @@ def _processor_class(folder: Path) -> Any:
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"):
+    # The last is that of a folder that is not finished yet.
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
+    for file in (*files, "config.json.unfinished"):
         entries = entries_of(folder / file)
         name = entries.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(str(entries.get("model_type")))
         if isinstance(name, str):

@@ -19,7 +19,7 @@ from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import read_run, replace_durably, sync_file, sync_folder
-from lvlm_prune.output.names import LOG_FOLDER
+from lvlm_prune.output.names import LOG_FOLDER, MODEL_CARD
 from lvlm_prune.output.own_files import record_of
 from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
@@ -308,7 +308,7 @@ def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collectio
         shutil.copyfile(source.path / relative, target)
         sync_file(target)
         folders.add(target.parent)
-        if relative.name not in source.shards and relative.suffix != ".md":
+        if str(relative) not in (*source.shards, MODEL_CARD):  # weights and card are verified in ways of their own
             copied[relative.as_posix()] = record_of(target)
     for changed in folders:
         sync_folder(changed)

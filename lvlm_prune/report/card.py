@@ -52,6 +52,7 @@ def write_card(
     dense_card: str | None = None,
     record: Mapping[str, Any] | None = None,
     packing: Mapping[str, Any] | None = None,
+    earlier: str | None = None,
 ) -> None:
     """Write the card of a checkpoint that `prune`, `recover` or `pack` made, or write it once more.
 
@@ -60,8 +61,11 @@ def write_card(
         dense_card: Text of the card of the model that was pruned; default: what stands in the folder's own card.
         record: Of the run that made it; default: what stands in the folder, where that is complete.
         packing: Of the run that packed it; default: likewise.
+        earlier: Text of the card that this one takes the place of, and takes the dense model's from; default: the
+            folder's own.
     """
-    replace_durably(folder / MODEL_CARD, card_of(folder, dense_card, record, packing).encode("utf-8", "replace"))
+    text = card_of(folder, dense_card, record, packing, earlier)
+    replace_durably(folder / MODEL_CARD, text.encode("utf-8", "replace"))
 
 
 def refresh_card(folder: Path) -> bool:
@@ -95,11 +99,13 @@ def card_of(
     dense_card: str | None = None,
     record: Mapping[str, Any] | None = None,
     packing: Mapping[str, Any] | None = None,
+    earlier: str | None = None,
+    is_scored: bool = True,
 ) -> str:
-    """The text of a card; see `write_card`."""
+    """The text of a card; see `write_card`. Of one that is not scored yet, without what is known by now."""
     made_by = _record_in(folder) if record is None else record
     packing = _complete(folder, PACKING_RECORD) if packing is None else packing
-    text = read_card(folder) if dense_card is None else dense_card
+    text = (read_card(folder) if earlier is None else earlier) if dense_card is None else dense_card
     metadata, body = split_card(text)
     is_ours = DENSE_CARD in body
     if dense_card is None and is_ours:
@@ -124,7 +130,7 @@ def card_of(
         f"# {_title(folder, made_by, how, base, origin)}",
         _introduction(made_by, how, base, packing, below, bool(body)),
         markdown_table(["", ""], list(card_facts(made_by, how, packing, was_sparse))),
-        _scores(folder, made_by, was_sparse, str(origin.get("path") or "") in _EMBEDDED),
+        _scores(folder, made_by, was_sparse, str(origin.get("path") or "") in _EMBEDDED, is_scored),
         loading(folder, bool(packing), str(made_by.get("model", {}).get("class", ""))),
         _zeros(made_by, packing, how),
         _private(made_by or packing),
@@ -146,6 +152,11 @@ def write_adapter_card(folder: Path, record: Mapping[str, Any]) -> None:
         folder: The adapter, as `save_sparse_adapter` wrote it.
         record: Of the recovery that trained it, finished.
     """
+    replace_durably(folder / MODEL_CARD, adapter_card_of(record).encode())
+
+
+def adapter_card_of(record: Mapping[str, Any]) -> str:
+    """The text of the card of an adapter; see `write_adapter_card`."""
     name = hub_name(record["model"]["path"], record["model"].get("folder", ""))
     own_name = Path(str(record["model"]["path"])).name
     # As in its configuration: without a name on the hub that of the folder, which the user may put under another one.
@@ -163,8 +174,7 @@ def write_adapter_card(folder: Path, record: Mapping[str, Any]) -> None:
         "model = load_sparse_adapter(model, ADAPTER)  # this folder; every zero stays zero\n"
         "model = model.merge_and_unload()\n```",
     ]
-    text = str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"))
-    replace_durably(folder / MODEL_CARD, text.encode())
+    return str(ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -239,7 +249,7 @@ def _link() -> str:
     return f"{_PROJECT} {lvlm_prune.__version__}"
 
 
-def _scores(folder: Path, record: Mapping[str, Any], was_sparse: bool, is_embedded: bool) -> str:
+def _scores(folder: Path, record: Mapping[str, Any], was_sparse: bool, is_embedded: bool, is_scored: bool) -> str:
     """What the checkpoint scores: by `evaluate`, else as the run that made it found; or that nobody knows."""
     parts = [f"## What is left of the {'sparse' if was_sparse else 'dense'} model"]
     if was_sparse:
@@ -256,7 +266,7 @@ def _scores(folder: Path, record: Mapping[str, Any], was_sparse: bool, is_embedd
             else quality_line(quality, name_of_input(record))
         )
         parts.append(f"{line[0].upper()}{line[1:]}.")
-    evaluated, found = read_record(folder), record.get("evaluation")
+    evaluated, found = (read_record(folder), record.get("evaluation")) if is_scored else (None, None)
     if evaluated is not None:
         parts += [f"By `lvlm-prune evaluate` (`{EVALUATION_RECORD}`); shares in percent.", evaluation_table(evaluated)]
     elif found is not None:

@@ -39,6 +39,7 @@ from lvlm_prune.packed.origin import dense_checksums
 from lvlm_prune.packed.selection import dense_remainder, estimated_zeros, exact_zeros, find_packable
 from lvlm_prune.packed.shards import is_packed_shard, pack_shard, verify_shard
 from lvlm_prune.report.card import write_card
+from lvlm_prune.report.card_checks import verify_card
 from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD, packed_config, packed_index
 from lvlm_prune.runs.pack.verifying import verify_beside
@@ -167,7 +168,7 @@ class Packing(ABC):
         self.record["packed"] = {"tensors": len(dense), "dense": sum(dense.values()), "packed": sum(packed.values())}
         self.record["dense"] = remainder
         self.record["shards"] = dense_checksums(self.folder, written.shards)
-        write_card(self.folder, packing=self.record)
+        write_card(self.folder, packing=self.record, earlier=self.record["original_card"] or "")
         self.record["weights"]["packed"] = written.weight_bytes
         self.record["seconds"] = time.perf_counter() - self.started
         self.record["status"] = "complete"
@@ -228,7 +229,9 @@ class PackRun(Packing):
         made = {"config.json": packed_config(self.record["original_config"], self.form)}
         if (self.source.path / INDEX_NAME).is_file():
             made[INDEX_NAME] = packed_index(self.folder, shards)
-        verify_beside(self.source, self.folder, made)
+        verify_beside(self.source, self.folder, made, otherwise=[MODEL_CARD])
+        if line := verify_card(self.folder, self.record["original_card"] or "", is_dense=False):
+            self._say(line)
         self._say(f"verified: every tensor comes back byte for byte from {len(shards)} shard{'s' * (len(shards) > 1)}")
 
     def _release(self) -> None:

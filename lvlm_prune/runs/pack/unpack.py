@@ -120,10 +120,14 @@ class UnpackRun:
         made = {"config.json": dense_config(packed.stored, origin)}
         if (packed.path / INDEX_NAME).is_file():
             made[INDEX_NAME] = dense_index(packed, origin)
+        card = self._card_given_back(origin)
+        if card is not None:
+            made[MODEL_CARD] = card
+        removed = [MODEL_CARD] if card is None and self._has_packed_card(origin) else []
         try:
             for shard in packed.shards:
                 self._verify(shard, shard)
-            verify_beside(packed.stored, self.folder, made)
+            verify_beside(packed.stored, self.folder, made, otherwise=removed)
         except (InputError, RunError) as error:
             problem = error.problem if isinstance(error, InputError) else str(error)
             raise InputError("output", self.folder, f"is not what {packed.path} unpacks to ({problem})") from None
@@ -146,13 +150,19 @@ class UnpackRun:
 
     def _give_card_back(self, origin: Manifest | None) -> None:
         """The card that was packed, unless somebody wrote another one since."""
-        if origin is None or "original_card" not in origin or not has_own_card(self.folder):
-            return
-        if origin["original_card"] is None:
-            (self.folder / MODEL_CARD).unlink()
-        else:
-            content = origin["original_card"].encode(errors="surrogateescape")
+        content = self._card_given_back(origin)
+        if content is not None:
             replace_durably(self.folder / MODEL_CARD, content)
+        elif self._has_packed_card(origin):
+            (self.folder / MODEL_CARD).unlink(missing_ok=True)
+
+    def _has_packed_card(self, origin: Manifest | None) -> bool:
+        return origin is not None and "original_card" in origin and has_own_card(self.packed.path)
+
+    def _card_given_back(self, origin: Manifest | None) -> bytes | None:
+        """The card that was packed; None where there was none, or the packed folder has another one now."""
+        given = origin["original_card"] if origin is not None and self._has_packed_card(origin) else None
+        return None if given is None else given.encode(errors="surrogateescape")
 
     def _refuse_full_disk(self) -> None:
         there = sum(path.stat().st_size for path in map(self._written, self.packed.shards) if path.is_file())

@@ -48,7 +48,8 @@ from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned, refuse_u
 from lvlm_prune.recovery.merging import verify_merged
 from lvlm_prune.recovery.objective import RecoveryObjective
 from lvlm_prune.recovery.options import RecoveryOptions
-from lvlm_prune.report.card import write_adapter_card, write_card
+from lvlm_prune.report.card import read_card, write_adapter_card, write_card
+from lvlm_prune.report.card_checks import verify_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.recover.embedded import DEMO_SPARSITY, prune_embedded, scored_beside_dense
 from lvlm_prune.runs.recover.provenance import pattern_of, recovery_provenance
@@ -307,6 +308,8 @@ class RecoveryRun(ABC):
         masks = StoredMasks(self.pruned_names, self.weights)
         found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern_of(self.base_record))
         refuse_other_findings(earlier["linears"], found)
+        if line := verify_card(self.folder, read_card(base.path), is_dense=False):
+            self._say(line)
         self._say(f"verified: every pruned weight +0.0 in {len(masks)} Linears, all other tensors as they were")
 
     def _verify(self, masks: Mapping[str, ZeroMask]) -> None:
@@ -358,7 +361,8 @@ class RecoveryRun(ABC):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self._take_time()
         self.record["status"] = "complete"
-        write_card(self.folder, record=self.record)
+        assert self.model.folder is not None
+        write_card(self.folder, record=self.record, earlier=read_card(self.model.folder.path))
         if (self.folder / "adapter").is_dir():
             write_adapter_card(self.folder / "adapter", self.record)
         self.record.write(self.folder, RECOVERY_RECORD)

@@ -30,6 +30,8 @@ from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.output.records import FileRecord
 from lvlm_prune.plugins import describe, mounted
+from lvlm_prune.report.card import read_card
+from lvlm_prune.report.card_checks import verify_card
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sharing import SharedCalibration
@@ -185,6 +187,9 @@ class SweepRun:
         folder = self._checkpoint(point)
         if folder.is_dir() and self.run.processes.is_main:
             refuse_changed(folder, record.get("files", {}))
+            assert self.model.folder is not None
+            if line := verify_card(folder, read_card(self.model.folder.path), is_dense=True):
+                self.run.say(f"{folder}: {line}")
         return folder.is_dir()
 
     def _checkpoint(self, point: Point) -> Path:

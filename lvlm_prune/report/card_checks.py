@@ -1,0 +1,109 @@
+"""Whether a finished folder's card is the one that was written: it is made once more from the records and compared.
+
+Evaluations change a card rightly, so that no digest of it would do. One that is missing is written again.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from lvlm_prune.errors import InputError, shortened
+from lvlm_prune.output.manifest import Manifest, read_run
+from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.private import private_folder
+from lvlm_prune.report.card import DENSE_CARD, adapter_card_of, card_of, read_card, write_card
+from lvlm_prune.report.card_metadata import split_card
+
+WAY_OUT = "keep what you wrote in a file of another name, and put the card back, or delete it: then it is written again"
+# What a run writes into the head of every card.
+_OWN_METADATA = ("tags", "library_name", "base_model", "base_model_relation")
+_LONGEST_LINE = 60
+
+
+def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
+    """Hold the card of a finished folder, and that of its adapter, against what a run writes.
+
+    Args:
+        folder: The folder, whose records are complete.
+        earlier: Text of the card of the model that it was made from.
+        is_dense: Whether that card is kept whole, as the card of the model that was pruned is.
+
+    Returns:
+        What there is to say of it: that it was missing, and is there again; else nothing.
+
+    Raises:
+        InputError: It is another one; names the line.
+    """
+    adapter, recovery = folder / "adapter", read_run(folder / RECOVERY_RECORD)
+    if not _is_of_this_version(folder):  # other versions have other words for the same
+        return ""
+    if missing := not (folder / MODEL_CARD).is_file():
+        write_card(folder, earlier) if is_dense else write_card(folder, earlier=earlier)
+    if _is_of_interrupted_command(folder):
+        write_card(folder)
+    text = read_card(folder)
+    problem = _difference_of_earlier(text, earlier, is_dense) or _difference(text, card_of(folder))
+    if problem:
+        raise InputError("output", folder, f"its {MODEL_CARD} is not the card that was written ({problem}); {WAY_OUT}")
+    if adapter.is_dir() and recovery is not None:
+        problem = _difference(read_card(adapter), adapter_card_of(Manifest(recovery)))
+        if problem:
+            what = f"its adapter/{MODEL_CARD} is not the card that was written"
+            raise InputError("output", folder, f"{what} ({problem}); put it back, or write elsewhere")
+    return f"{MODEL_CARD} was missing; it is written again" if missing else ""
+
+
+def _is_of_interrupted_command(folder: Path) -> bool:
+    """Whether a card is what it was before the folder was scored, or before what is private was taken out of it."""
+
+    def of_run(place: Path) -> dict[str, Any] | None:
+        return read_run(place / RECOVERY_RECORD) or read_run(place / PRUNING_RECORD)
+
+    def with_private(record: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if record is None else {name: value for name, value in record.items() if name != "private_data"}
+
+    text, packing = read_card(folder), with_private(read_run(folder / PACKING_RECORD))
+    records = [None, with_private(of_run(folder)), of_run(private_folder(folder))]
+    found = [
+        card_of(folder, record=record, packing=packed, is_scored=is_scored)
+        for record in records
+        for packed in ((None, packing) if record is None else (packing,))
+        for is_scored in (True, False)
+    ]
+    return DENSE_CARD in text and text != found[0] and text in found
+
+
+def _is_of_this_version(folder: Path) -> bool:
+    from lvlm_prune import __version__
+
+    records = [read_run(folder / name) for name in (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD)]
+    return all(one.get("versions", {}).get("lvlm_prune") == __version__ for one in records if one is not None)
+
+
+def _difference(found: str, expected: str) -> str:
+    """Where two texts differ first, for people; empty where they are the same."""
+    pairs = zip_longest(found.splitlines(), expected.splitlines())
+    different = ((number, one, other) for number, (one, other) in enumerate(pairs, 1) if one != other)
+    number, one, other = next(different, (0, "", ""))
+    if not number:
+        return ""
+    what = f"is `{shortened(one.strip(), _LONGEST_LINE)}`" if one is not None else "is missing"
+    written = f", was `{shortened(other.strip(), _LONGEST_LINE)}`" if one is not None and other is not None else ""
+    return f"line {number} {what}{written}"
+
+
+def _difference_of_earlier(text: str, earlier: str, is_dense: bool) -> str:
+    """The same of what is taken from the card of the earlier model, which a card that is made again keeps as it is."""
+    metadata, body = split_card(text)
+    kept, expected = split_card(earlier)
+    if not is_dense and DENSE_CARD in expected:
+        expected = expected.split(DENSE_CARD, 1)[1]
+    for name in sorted({*metadata, *kept} - {*_OWN_METADATA, "new_version"}):
+        if metadata.get(name) != kept.get(name):
+            return f"its head has another `{shortened(name, _LONGEST_LINE)}`"
+    if DENSE_CARD not in body:
+        return f"it has no line {DENSE_CARD}"
+    problem = _difference(body.split(DENSE_CARD, 1)[1].strip(), expected.strip())
+    return f"below {DENSE_CARD} {problem}" if problem else ""
