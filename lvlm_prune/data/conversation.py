@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os.path import exists, isfile
 from pathlib import Path
@@ -86,12 +87,29 @@ def load_image(image: Image.Image | Path) -> Image.Image:
     Raises:
         RunError: The file is missing or is not an image, or its pixels are no brightness that is known.
     """
+    with _read_as_image(image):
+        opened = image if isinstance(image, Image.Image) else Image.open(image)
+        return _in_eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
+
+
+def refuse_no_image(file: Path) -> None:
+    """Look at the head of a file, without decoding it.
+
+    Raises:
+        RunError: It is missing or is not an image.
+    """
+    with _read_as_image(file), Image.open(file):
+        pass
+
+
+@contextmanager
+def _read_as_image(image: Image.Image | Path) -> Iterator[None]:
+    """Within, what goes wrong with an image becomes a line that names its file."""
     name = (getattr(image, "filename", "") or "image") if isinstance(image, Image.Image) else str(image)
     if isinstance(image, Path) and exists(image) and not isfile(image):
         raise RunError(f"{shortened(name, _LONGEST_NAME)}: is no regular file")  # a pipe would be waited for
     try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        return _in_eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
+        yield
     except FileNotFoundError:
         raise RunError(f"{shortened(name, _LONGEST_NAME)}: no such image file") from None
     except MemoryError:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lvlm_prune.data.content import digests_of_media
-from lvlm_prune.data.conversation import Conversation
+from lvlm_prune.data.conversation import Conversation, refuse_no_image
 from lvlm_prune.data.source import CalibrationSource, name_of
 from lvlm_prune.errors import RunError
 from lvlm_prune.evaluation.metrics import suitable_metric
@@ -61,6 +61,20 @@ class LocalBenchmark(Benchmark):
         self.source.setup()
         self.source.verify(self._chosen())
         self.questions  # noqa: B018  (read here, and refused where they are none)
+        self._refuse_no_images()
+
+    def _refuse_no_images(self) -> None:
+        path, known = getattr(self.source, "path", plugin_class(self.source).__name__), set[Path]()
+        for index in self._chosen():
+            sample = self.source[index]
+            for image in sample.images if isinstance(sample, Conversation) else ():
+                if isinstance(image, Path) and image not in known:
+                    known.add(image)
+                    try:
+                        refuse_no_image(image)
+                    except RunError as error:
+                        problem = f"{error}; every question counts, so mend it or take the record out"
+                        raise ValueError(f"`source` {path}: {name_of(sample, index)}: {problem}") from None
 
     def fingerprint(self) -> str:
         """SHA-256 of the questions, of their answers and of what their images, videos and sounds hold."""

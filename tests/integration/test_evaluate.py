@@ -244,6 +244,16 @@ def test_answers_that_cannot_be_located_are_still_compared_as_text(tmp_path, cap
     assert "without perplexity and KL" in capsys.readouterr().out
 
 
+def test_a_picture_that_is_none_is_named_with_its_record_before_a_model_is_loaded(tmp_path, capsys):
+    path, folder = write_captions(tmp_path / "data", 3), tmp_path / "dense"
+    write_folder(folder, "llava")
+    (path.parent / "1.png").write_text("no picture")
+    line = refused(capsys, f"--model.path={folder}", *local(path), f"--output={tmp_path / 'out'}")
+    assert line.startswith(f"error: --engine.benchmark.source {path}: sample noise-1: {path.parent / '1.png'}: cannot be")
+    assert "take the record out" in line
+    assert not (tmp_path / "out").exists()
+
+
 BAD_DATA = {
     "no answer": ({"conversations": [{"from": "human", "value": "Why?"}]}, "does not end with a turn"),
     "empty answer": (
