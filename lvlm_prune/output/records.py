@@ -220,6 +220,12 @@ class SurveyingRecord(TypedDict):
     found: dict[str, dict[str, Any]]
 
 
+class MemoryRecord(TypedDict, total=False):
+    """Peaks of a run of `prune` in bytes, of `device`, `host` and `disk`; null without such a device."""
+
+    measured: dict[str, Count | None]
+
+
 class RunRecord(TypedDict, total=False):
     """What every command that reads it again expects in the record of a run; there is more in it."""
 
@@ -255,6 +261,7 @@ class PruningRecord(RunRecord, total=False):
     linears: dict[str, LinearRecord]
     sparsity: SparsityRecord
     input_zeros: Share
+    memory: MemoryRecord
     evaluation: PruningEvaluation
     search: "FoundRecord"
 

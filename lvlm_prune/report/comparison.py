@@ -11,6 +11,7 @@ from lvlm_prune.output.markdown import short_digest
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.page import PageFigure, Table, render_page, show
 from lvlm_prune.report.sparsity import table_by_kind
+from lvlm_prune.report.uniform import EQUAL, has_flat_sparsities, is_uniform
 
 # Pairs of folders that get a figure of their own; of more, those with the first folder.
 _MOST_PAIRS = 6
@@ -25,7 +26,16 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
     kinds = [of for number in pairs for of in record["overlap"][number]["kinds"].values()]
     shares = [share for of in kinds for share in of.values()]
     span = (min(shares, default=0.0), max(shares, default=1.0))
-    plates = [_sparsity(record, names), *(_overlap(record, names, number, span) for number in pairs)]
+    differing = [number for number in pairs if not is_uniform(record["overlap"][number]["kinds"], EQUAL)]
+    plates = [_overlap(record, names, number, span) for number in differing]
+    notes = []
+    if has_flat_sparsities(record):
+        notes.append("Each folder is about as sparse in each of its blocks as on the whole.")
+    else:
+        plates.insert(0, _sparsity(record, names))
+    for pair in (record["overlap"][number] for number in pairs if number not in differing):
+        both = f"{names[pair['first']]} and {names[pair['second']]}"
+        notes.append(f"The overlap of {both} is about the same in each block and kind of Linear.")
     settings = [[key, *map(short_digest, values)] for key, values in record["settings"].items()]
     text = render_page(
         "comparison.html.j2",
@@ -36,6 +46,7 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
         quality=_quality(record, names),
         scores=_scores(record, names),
         means=_means(record, names),
+        notes=notes,
         plates=plates,
     )
     return text, plates

@@ -28,7 +28,8 @@ from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distr
 from lvlm_prune.report.linears import experts_of, experts_table, linears_table, patterns_of, summarise_experts
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
-from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span, table_by_kind
+from lvlm_prune.report.sparsity import sparsity_figure, sparsity_span, table_by_kind
+from lvlm_prune.report.uniform import is_uniform, sparsity_range
 
 _WORST = 10
 _SOME_TOKENS = "Visual tokens of calibration sample {} that calibrate a block; all others are faded.{}"
@@ -196,11 +197,24 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     if "size_bytes" in run:
         facts["checkpoint"] = show(run, "size_bytes", unit="bytes")
     facts["time"] = show(run, "seconds", unit="seconds")
-    if "peak_memory_bytes" in run:
-        facts["peak memory"] = show(run, "peak_memory_bytes", unit="bytes")
+    facts |= _memory_facts(run)
     facts["weights considered"] = show(run, "summary", "num_weights", unit="count")
     if "num_samples" in run["calibration"]:
         facts["calibration samples"] = show(run, "calibration", "num_samples", unit="count")
+    return facts
+
+
+def _memory_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The peak as the plan counts it, which is without mapped files, and all that was resident; or that of the GPU."""
+    measured = run.get("memory", {}).get("measured", {})
+    on_gpu = measured.get("device") is not None
+    facts: dict[str, Any] = {}
+    if measured.get("host") is not None:
+        name = "peak memory of the host" if on_gpu else "peak memory"
+        facts[f"{name}, without mapped files"] = show(run, "memory", "measured", "host", unit="bytes")
+    if "peak_memory_bytes" in run:
+        name = "peak memory of the GPU" if on_gpu else "peak memory, with mapped files" if facts else "peak memory"
+        facts[name] = show(run, "peak_memory_bytes", unit="bytes")
     return facts
 
 

@@ -20,7 +20,8 @@ from lvlm_prune.report.figures.blocks import curves
 from lvlm_prune.report.figures.training import loss_curves
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
-from lvlm_prune.report.sparsity import is_uniform, sparsity_figure, sparsity_range, sparsity_span
+from lvlm_prune.report.sparsity import sparsity_figure, sparsity_span
+from lvlm_prune.report.uniform import is_uniform, sparsity_range
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning", "blockwise": "block-wise reconstruction"}
 _QUALITY = {

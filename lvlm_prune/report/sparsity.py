@@ -9,34 +9,7 @@ from markupsafe import Markup
 
 from lvlm_prune.report.figures.blocks import heat_map
 from lvlm_prune.report.page import PageFigure, Table, show
-
-_SAME = 0.02
-"""Shares of zeros that differ by less are those of one target: rows of different widths round it to whole weights."""
-
-
-def sparsity_range(sparsity: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """The lowest and the highest share of zeros.
-
-    Args:
-        sparsity: Kind of Linear -> block -> share of zeros.
-
-    Example:
-        >>> sparsity_range({"q_proj": {0: 0.59, 1: 0.6}, "up_proj": {0: 0.61}})
-        {'lowest': 0.59, 'highest': 0.61}
-    """
-    shares = [share for blocks in sparsity.values() for share in blocks.values()]
-    return {"lowest": min(shares, default=0.0), "highest": max(shares, default=0.0)}
-
-
-def is_uniform(sparsity: Mapping[str, Mapping[int, float]]) -> bool:
-    """Whether a heat map of it would be one colour.
-
-    Example:
-        >>> is_uniform({"q_proj": {0: 0.59, 1: 0.6}}), is_uniform({"q_proj": {0: 0.5, 1: 0.6}})
-        (True, False)
-    """
-    found = sparsity_range(sparsity)
-    return found["highest"] - found["lowest"] < _SAME
+from lvlm_prune.report.uniform import is_uniform
 
 
 def sparsity_span(run: Mapping[str, Any]) -> Markup:

@@ -113,6 +113,20 @@ def test_page_and_table_show_the_record(record, folders):
     assert "| pruning.sparsity | 0.5 | 0.6 | 0.5 |" in table
 
 
+def test_what_is_the_same_everywhere_is_a_sentence_and_no_chart(folders, tmp_path):
+    """Two uniform sparsities are flat lines, and a folder keeps the same weights as a copy of itself."""
+    shutil.copytree(folders / "wanda", tmp_path / "copy")
+    compared = [str(folders / "wanda"), str(folders / "seed"), str(tmp_path / "copy"), f"--output={tmp_path / 'out'}"]
+    assert main(["compare", *compared]) == 0
+    page, table = ((tmp_path / "out" / name).read_text() for name in ("report.html", "compare.md"))
+    assert Page(page).figures == ["overlap-0-1", "overlap-1-2"]
+    assert "Each folder is about as sparse in each of its blocks" in page
+    assert "The overlap of wanda and copy is about the same in each block and kind of Linear." in page
+    assert "Each folder is about as sparse in each of its blocks" in table
+    assert "sparsity of block" not in table
+    assert "wanda and copy: 1.000 over 28 Linears, about the same in each block and kind" in table
+
+
 def test_distance_from_the_dense_model_is_shown_where_nobody_scored(record, folders):
     own = json.loads((folders / "wanda" / "pruning.json").read_text())["quality"]
     found = record["folders"][0]["quality"]

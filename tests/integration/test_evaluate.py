@@ -249,7 +249,9 @@ def test_a_picture_that_is_none_is_named_with_its_record_before_a_model_is_loade
     write_folder(folder, "llava")
     (path.parent / "1.png").write_text("no picture")
     line = refused(capsys, f"--model.path={folder}", *local(path), f"--output={tmp_path / 'out'}")
-    assert line.startswith(f"error: --engine.benchmark.source {path}: sample noise-1: {path.parent / '1.png'}: cannot be")
+    assert line.startswith(
+        f"error: --engine.benchmark.source {path}: sample noise-1: {path.parent / '1.png'}: cannot be"
+    )
     assert "take the record out" in line
     assert not (tmp_path / "out").exists()
 

@@ -18,6 +18,7 @@ from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE
 from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.output.summaries import measure_text
 from lvlm_prune.output.units import readable_percent
+from lvlm_prune.report.uniform import EQUAL, has_flat_sparsities, is_uniform
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
 # What the output folder may hold, and what that is.
@@ -201,7 +202,10 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     parts.append(markdown_table(["setting", *names], settings) if settings else "All settings are the same.")
     blocks = sorted({int(block) for of in record["sparsity"] for block in of["all"]})
     rows = [[str(block), *(_sparsity(of["all"].get(str(block))) for of in record["sparsity"])] for block in blocks]
-    parts.append(markdown_table(["sparsity of block", *names], rows))
+    if has_flat_sparsities(record):
+        parts.append("Each folder is about as sparse in each of its blocks as on the whole.")
+    else:
+        parts.append(markdown_table(["sparsity of block", *names], rows))
     for pair in record["overlap"]:
         title = f"{names[pair['first']]} and {names[pair['second']]}"
         if pair["mean"] is None:
@@ -211,7 +215,10 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         of_pair = sorted({int(block) for of in pair["kinds"].values() for block in of})
         rows = [[str(block), *(_share(pair["kinds"][kind].get(str(block))) for kind in kinds)] for block in of_pair]
         head = f"Overlap of kept weights (IoU), {title}: {pair['mean']:.3f} over {pair['linears']} Linears"
-        parts.append(f"{head}\n\n{markdown_table(['block', *kinds], rows)}")
+        if is_uniform(pair["kinds"], EQUAL):
+            parts.append(f"{head}, about the same in each block and kind")
+        else:
+            parts.append(f"{head}\n\n{markdown_table(['block', *kinds], rows)}")
     tasks = list(dict.fromkeys(task for folder in folders for task in folder["tasks"] or {}))
     if tasks:
         rows = [[task, *(_score((folder["tasks"] or {}).get(task)) for folder in folders)] for task in tasks]

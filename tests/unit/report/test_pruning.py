@@ -133,6 +133,8 @@ def test_console_manifest_and_page_say_the_same_numbers(tmp_path, capsys):
     assert manifest["work_seconds"] < manifest["seconds"]
     assert 0.6 * took < manifest["seconds"] < took, "imports and page are part of what a user waits for"
     assert facts["peak_memory_bytes"] == readable_size(manifest["peak_memory_bytes"])
+    assert facts["memory/measured/host"] == readable_size(manifest["memory"]["measured"]["host"])
+    assert "peak memory, without mapped files" in (out / "report.html").read_text()
     assert manifest["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in manifest["blocks"])
 
 
