@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.output.verification import digest_of, refuse_same_files, verify_untouched
 from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
+
+# Times the norm of a weight before training.
+_BURST = 1000
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -43,6 +47,21 @@ def merged_weight(model: LVLMModule, name: str, stored: Tensor, mask: ZeroMask) 
     return merged.masked_fill(mask.tensor(), 0.0)
 
 
+def refuse_burst(name: str, stored: Tensor, merged: Tensor) -> None:
+    """Refuse a weight that training has burst: a thousand times what it was is of no use, whatever the loss is.
+
+    Behind a norm a loss stays finite however large weights are.
+
+    Raises:
+        RunError: It has NaN or infinity, or is that much larger.
+    """
+    before, after = (tensor.double().norm().item() for tensor in (stored, merged))
+    times = after / max(before, 1e-30)
+    if not times <= _BURST:
+        grown = f"{times:.0e} times as large as before" if math.isfinite(times) else "NaN or infinite"
+        raise RunError(f"{name} is {grown} after training; lower --optimization.learning_rate")
+
+
 def write_merged(
     model: LVLMModule,
     base: CheckpointFolder,
@@ -61,14 +80,16 @@ def write_merged(
 
     Raises:
         OSError: The copy cannot be written.
+        RunError: Training has burst a weight.
     """
     blocks = [model.runner.name(index) for index in range(len(model.runner))]
     block_of = {name: next(block for block in blocks if name.startswith(f"{block}.")) for name in masks}
     for _, group in groupby(masks, key=block_of.__getitem__):
-        merged = {
-            f"{name}.weight": merged_weight(model, name, weights.stored(f"{name}.weight", base), masks[name])
-            for name in group
-        }
+        merged = {}
+        for name in group:
+            stored = weights.stored(f"{name}.weight", base)
+            merged[f"{name}.weight"] = merged_weight(model, name, stored, masks[name])
+            refuse_burst(name, stored, merged[f"{name}.weight"])
         for key, tensor in weights.to_disk(merged, written).items():
             written.write(key, tensor)
     written.sync()

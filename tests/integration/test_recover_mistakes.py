@@ -13,6 +13,7 @@ from lvlm_prune.callbacks import FrozenMasks
 from lvlm_prune.cli import main
 from lvlm_prune.data import RecoveryDataModule
 from lvlm_prune.errors import InputError
+from lvlm_prune.module import LVLMModule
 from lvlm_prune.recovery import load_sparse_adapter
 from tests.conftest import GOLDEN
 
@@ -27,6 +28,38 @@ def test_a_base_without_zeros(bases, recover, tmp_path, capsys):
     assert recover(bases / "dense-float32", tmp_path / "out") == 2
     assert "no Linear of its decoder blocks is pruned" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        ("1e30", "the loss is NaN or infinite, after the last step"),
+        ("1e10", " times as large as before after training"),
+    ],
+)
+def test_weights_that_a_single_step_has_burst_are_no_success(rate, said, method, bases, recover, tmp_path, capsys):
+    """The loss of a step is that of the weights before it: behind the last one nobody looked."""
+    options = ["--trainer.max_steps=1", f"--optimization.learning_rate={rate}", f"--method={method}"]
+    output = tmp_path / "out"
+    for more in ([], ["--resume=true"]):
+        assert recover(bases / "2:4-float32", output, *options, "--data.validation_samples=0", *more) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert said in line
+        assert "lower --optimization.learning_rate" in line
+        assert not (output / "config.json").exists()
+
+
+def test_a_loss_far_above_that_of_a_guess_is_no_success(bases, recover, tmp_path, capsys, monkeypatch):
+    really = LVLMModule.answer_losses
+
+    def worse(self, batch):
+        total, divergence, count = really(self, batch)
+        return (total if torch.is_grad_enabled() else total + 2 * count), divergence, count
+
+    monkeypatch.setattr(LVLMModule, "answer_losses", worse)
+    assert recover(bases / "2:4-float32", tmp_path / "out", "--trainer.max_steps=1", "--data.validation_samples=0") == 2
+    assert "more than that of a guess, after the last step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,27 @@ class FittingRun(RecoveryRun):
             "seconds": time.perf_counter() - clock,
         }
 
+    def _refuse_diverged(self) -> None:
+        """Ask once more for the loss of a batch: a step is only known to have gone wrong by the loss behind it.
+
+        Raises:
+            RunError: It is NaN or infinite, or by 1 larger than both what a guess among all tokens gives, the logarithm
+                of the vocabulary, and what it was at first.
+        """
+        device, batch_size = self.trainer.strategy.root_device, self.datamodule.batch_size
+        model = self.model.to(device)
+        batch = next(iter(self.datamodule.batches(self.datamodule.train_indices[:batch_size])))
+        model.eval()
+        with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
+            total, _, count = model.answer_losses(model.transfer_batch_to_device(batch, device, 0))
+        loss, at_first = (total / count).item(), [loss for _, loss in self.history.points["train_loss"][:1]]
+        useless = max([math.log(model.model.config.get_text_config(decoder=True).vocab_size), *at_first]) + 1
+        if not loss <= useless:
+            found = f"{loss:.3g}, more than that of a guess" if math.isfinite(loss) else "NaN or infinite"
+            rate = self.recovery.optimization.learning_rate
+            problem = f"the loss is {found}, after the last step; lower --optimization.learning_rate {rate:g}"
+            raise RunError(problem)
+
     def _said_by_lightning(self, error: Exception) -> str:
         """The option at which Lightning fails, and why, in a line; empty for an error of ours or of a user's plugin.
 
@@ -222,6 +243,7 @@ class FittingRun(RecoveryRun):
     def _write(self) -> None:
         base = self.model.folder
         assert base is not None
+        self._refuse_diverged()
         self.record["status"] = "writing"
         self.record.write(self.folder, RECOVERY_RECORD)
         masks = self.masks.masks
