@@ -180,7 +180,8 @@ def refuse_other_world(engine: Engine, model: LVLMModule) -> None:
     if embedded and model.folder is not None and not is_embedded(model.folder.path):
         problem = (
             f"asks about the embedded model's own world, and {model.path} is another model; give "
-            "--engine.benchmark LocalBenchmark --engine.benchmark.source LlavaJsonSource, or another --engine"
+            "--engine.benchmark LocalBenchmark --engine.benchmark.source LlavaJsonSource "
+            "--engine.benchmark.source.path QUESTIONS.json, or another --engine"
         )
         raise InputError("engine.benchmark", "EmbeddedBenchmark", problem)
 

@@ -36,7 +36,11 @@ def card_facts(
     linears = record.get("linears", {})
     sizes = [entry["shape"][0] * entry["shape"][1] for entry in linears.values()]
     if sizes:
-        yield "pruned", f"{len(sizes)} Linears, {readable_count(sum(sizes))} weights"
+        of_decoder = "training" in record and "vision" in how.get("sparsity", {}).get("parts", {})
+        yield (
+            "pruned, of the decoder" if of_decoder else "pruned",
+            f"{len(sizes)} Linears, {readable_count(sum(sizes))} weights",
+        )
         yield "zeros", _zeros_of(record, how)
     if "pattern" in record:
         yield "pattern", _pattern(record)
@@ -52,8 +56,9 @@ def card_facts(
         kept = "were updated by the solver" if how["updates_weights"] else "are as they were, byte for byte"
         yield "weights that remain", kept
     if "verified" in record:
-        # Of a model that was pruned before it may have zeros.
-        yield "stayed as it was" if was_sparse or not how else "stayed dense", _stayed_dense(record, how)
+        # What a recovery does not train, and what was not pruned now, may have zeros from before.
+        label = "not trained" if "training" in record else "stayed as it was" if was_sparse else "stayed dense"
+        yield label, _stayed_dense(record, how)
     if packing:
         form, sizes_of = packing["config"]["format"], packing["packed"]
         yield "packed", f"{sizes_of['tensors']} tensors as {form}, {size_ratio(sizes_of)}"
@@ -127,9 +132,11 @@ def _trained(record: Mapping[str, Any]) -> str:
 def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
     text = f"{record['verified']['untouched_tensors']} other tensors, byte for byte: embeddings, output head, norms"
     parts = how.get("sparsity", {}).get("parts", {"language": {}})
-    text += "" if "language" in parts else ", language decoder"
+    text += "" if "language" in parts or "training" in record else ", language decoder"
     if not str(record.get("model", {}).get("class", "")).endswith(TEXT_ONLY):
-        text += ", projector" if "vision" in parts else ", projector and vision tower"
+        # Recovery trains the decoder only, whatever was pruned.
+        is_changed = "vision" in parts and "training" not in record
+        text += ", projector" if is_changed else ", projector and vision tower"
     excluded = how.get("method", {}).get("init_args", {}).get("exclude")
     if excluded:
         text += f"; excluded from pruning: {', '.join(map(str, excluded))}"

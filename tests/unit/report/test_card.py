@@ -232,6 +232,8 @@ def test_a_recovered_checkpoint_says_how_it_was_pruned_and_trained(tmp_path):
     own, dense = card.text.split(DENSE_CARD)
     assert "pruned to 60% by ATV, recovered" in own
     assert "17 steps on 40 samples of LlavaJsonSource" in own
+    assert "| not trained | 89 other tensors" in own
+    assert "stayed dense" not in own
     assert dense.strip().startswith("# The dense model")
     (tmp_path / "adapter").mkdir()
     write_adapter_card(tmp_path / "adapter", recovered())
