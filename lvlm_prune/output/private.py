@@ -90,9 +90,19 @@ def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {name: value for name, value in record.items() if name != "picture"}
     if isinstance(tasks := kept.get("tasks"), Mapping):
-        files = {Path(text).stem for text in _files_of_questions(record.get("engine"))}
-        kept["tasks"] = {OWN_QUESTIONS if name in files else name: task for name, task in tasks.items()}
+        kept["tasks"] = public_tasks(tasks, record.get("engine"))
     return {**{name: _cleaned(value, name, "") for name, value in kept.items()}, PRIVATE: LEFT_OUT}
+
+
+def public_tasks(tasks: Mapping[str, Any], engine: Any) -> dict[str, Any]:
+    """What stands under the names of tasks, of which one that is named after a file gets a neutral name.
+
+    Args:
+        tasks: Name of a task -> anything.
+        engine: What scored them, as `describe` has it.
+    """
+    files = {Path(text).stem for text in _files_of_questions(engine)}
+    return {OWN_QUESTIONS if name in files else name: task for name, task in tasks.items()}
 
 
 def whole_config(path: Path) -> Path:

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
+from lvlm_prune.output.private import without_private
 from lvlm_prune.output.units import readable_percent
 from lvlm_prune.report.comparison import comparison_page
 from lvlm_prune.runs.compare.folders import ComparedFolder
 from lvlm_prune.runs.compare.run import different
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
+from tests.hub_folders import write_folder
 from tests.pages import Page, refuse_other_numbers
 
 
@@ -172,6 +174,38 @@ def test_retention_of_evaluated_folders_is_shown(folders, tmp_path, capsys):
     assert "| retained | 80.0% | – |" in said
     assert "| color | 40.0% | – |" in said
     assert 'data-path="folders/0/retention"' in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_task_with_the_name_of_a_file_is_the_same_in_a_published_folder(folders, tmp_path, capsys):
+    source = {"class_path": "LlavaJsonSource", "init_args": {"path": "/home/me/patients.json"}}
+    benchmark = {"class_path": "LocalBenchmark", "init_args": {"source": source}}
+    task = {"score": 0.4, "baseline": 0.5, "retention": 0.8, "questions": 10}
+    found = {"tasks": {"patients": task}, "average": 0.4, "baseline_average": 0.5, "retention": 0.8, "asked": "5c"}
+    found["engine"] = {"class_path": "BuiltinEngine", "init_args": {"benchmark": benchmark}}
+    evaluated = {"wanda": found, "seed": without_private(found)}
+    for name, record in evaluated.items():
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(record))
+    assert main(["compare", *(str(tmp_path / name) for name in evaluated)]) == 0
+    said = capsys.readouterr().out
+    assert "warning" not in said
+    assert "| own questions | 40.0% | 40.0% |" in said
+
+
+def test_blocks_of_the_decoder_have_the_same_numbers_where_a_tower_was_pruned_before_them(tmp_path):
+    write_folder(tmp_path / "dense", "llava")
+    command = ["prune", f"--model.path={tmp_path / 'dense'}", "--method=magnitude", "--evaluate=false"]
+    for name, targets in (("decoder", "[language]"), ("both", "[language, vision]")):
+        more = ["--report=false", f"--model.targets={targets}", f"--output={tmp_path / name}"]
+        assert main([*command, *more]) == 0
+    compared = ["compare", str(tmp_path / "decoder"), str(tmp_path / "both"), f"--output={tmp_path / 'out'}"]
+    assert main(compared) == 0
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    decoder, both = record["sparsity"]
+    assert decoder["all"] == both["all"]
+    assert decoder["q_proj"].keys() == both["q_proj"].keys()
+    assert any(kind.startswith("vision ") for kind in both)
+    assert all(of.keys() <= decoder["all"].keys() for of in record["overlap"][0]["kinds"].values())
 
 
 @pytest.mark.parametrize(

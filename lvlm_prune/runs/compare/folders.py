@@ -17,6 +17,7 @@ from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.private import public_tasks
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.output.units import plain_number
 from lvlm_prune.packed.folder import open_checkpoint
@@ -90,7 +91,7 @@ class ComparedFolder:
             what else tells the questions from others, or None.
         """
         if (found := read_record(self.path)) is not None:
-            of_tasks = found["tasks"].items()
+            of_tasks = public_tasks(found["tasks"], found.get("engine")).items()  # as published folders have them
             engine = found.get("engine", {}).get("init_args", {})
             return {
                 "average": found["average"],
@@ -128,20 +129,25 @@ class ComparedFolder:
         return {name: found.get(name) for name in ("perplexity", "kl", "agreement")} | {"measured_on": which}
 
     def place_of(self, name: str) -> tuple[str, int]:
-        """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block."""
+        """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block.
+
+        Blocks of the decoder count from 0, also where a vision tower was pruned before them.
+        """
         kind, block = name.rpartition(".")[2], self.linears[name].get("block")
         if block is None:
-            block = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
-        return (f"vision {kind}" if block in self._in_tower else kind), block
+            return kind, next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+        return (f"vision {kind}", block) if block in self._in_tower else (kind, block - len(self._in_tower))
 
     def sparsity(self) -> dict[str, dict[int, float]]:
-        """Kind of Linear -> block -> share of zeros; `all` over all kinds."""
+        """Kind of Linear -> block -> share of zeros; `all` over all kinds, of the decoder where that was pruned."""
+        places = {name: self.place_of(name) for name in self.linears}
+        has_decoder = not all(kind.startswith("vision ") for kind, _ in places.values())
         zeros: dict[str, dict[int, float]] = {}
         sizes: dict[str, dict[int, int]] = {}
         for name, entry in self.linears.items():
-            kind, block = self.place_of(name)
+            kind, block = places[name]
             size = entry["shape"][0] * entry["shape"][1]
-            for key in (kind, "all"):
+            for key in (kind,) if has_decoder and kind.startswith("vision ") else (kind, "all"):
                 zeros.setdefault(key, {}).setdefault(block, 0.0)
                 sizes.setdefault(key, {}).setdefault(block, 0)
                 zeros[key][block] += entry["achieved"] * size
