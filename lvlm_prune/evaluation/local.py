@@ -25,8 +25,8 @@ from lvlm_prune.plugins import plugin_class
 class LocalBenchmark(Benchmark):
     """Questions from a source of conversations, for example a file in LLaVA's JSON format.
 
-    A record's `task` names its task; records without one form a task that is named after the file. Images are opened
-    when they are asked about.
+    A record's `task` names its task; records without one form a task that is named after the file, and called
+    `own questions` in a folder that is published. Images are opened when they are asked about.
 
     Args:
         source: Where the conversations come from. The last turn of the assistant is the right answer, what is before

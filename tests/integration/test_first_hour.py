@@ -117,6 +117,7 @@ def test_what_is_excluded_and_not_pruned_anyway_says_so(targets, name, said, tmp
             ["--method=magnitude", "--pruning.calibrate_on=dense", "--pruning.record=true", "--data.num_samples=2"],
             "--pruning.calibrate_on dense, --pruning.record true and --data.num_samples 2 are not used: Magnitude",
         ),
+        (["--data.max_pixels=100"], "--data.max_pixels 100 is not used: the samples are ready-made model inputs"),
         (["--data.batch_size=2", "--data.padding_side=left"], ""),
     ],
 )
@@ -127,6 +128,15 @@ def test_options_that_change_nothing_are_said(options, said, plan, golden_argume
     found = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
     assert len(found) == bool(said)
     assert "".join(found).startswith(said)
+
+
+def test_a_size_of_images_is_said_to_be_unused_where_there_are_none(tmp_path, capsys):
+    write_folder(tmp_path / "dense", "llava")
+    (tmp_path / "corpus.txt").write_text("\n\n".join(["One text.", "Another text."]))
+    command = ["prune", f"--model.path={tmp_path / 'dense'}", "--method=wanda", "--held_back=0", "--report=false"]
+    command += ["--data.source=TextSource", f"--data.source.path={tmp_path / 'corpus.txt'}", "--data.max_pixels=99"]
+    assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
+    assert "--data.max_pixels 99 is not used: no calibration sample has an image" in capsys.readouterr().out
 
 
 def test_a_missing_image_says_that_it_can_be_left_out(tmp_path, capsys):

@@ -191,7 +191,8 @@ class PruneRun:
     def _unused(self) -> Iterator[str]:
         pruning, options = self.participants.pruning, self.run.options
         if pruning is not None:
-            yield from unused_options(pruning, self.datamodule, self.model)
+            tokens = self.run.record.get("calibration", {}).get("tokens")
+            yield from unused_options(pruning, self.datamodule, self.model, tokens)
         if self.model.path in NAMES and options.held_back not in (0, RunOptions().held_back):
             yield f"--held_back {options.held_back} is not used: the embedded model is scored on its benchmark"
 

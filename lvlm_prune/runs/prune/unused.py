@@ -8,7 +8,7 @@ from typing import Any
 
 from lvlm_prune.blocks import has_routed_experts
 from lvlm_prune.callbacks import BlockwisePruning
-from lvlm_prune.data import CalibrationDataModule
+from lvlm_prune.data import CalibrationDataModule, TensorSource
 from lvlm_prune.methods.pools import AsymmetricPool
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.plugins import describe, plugin_class
@@ -17,16 +17,19 @@ _OF_SAMPLES = ("visual", "calibrate_on", "record")
 _OF_EXPERTS = ("experts", "min_expert_tokens", "rare_experts")
 
 
-def unused_options(pruning: BlockwisePruning, data: CalibrationDataModule, model: LVLMModule) -> Iterator[str]:
+def unused_options(
+    pruning: BlockwisePruning, data: CalibrationDataModule, model: LVLMModule, tokens: Mapping[str, int] | None = None
+) -> Iterator[str]:
     """A line for each reason why options that are not at their defaults change nothing.
 
     Args:
         pruning: The method, after its `plan`.
         data: What calibrates.
         model: The opened model.
+        tokens: Modality -> number of calibration tokens, once they are known.
     """
     given = _given(BlockwisePruning, pruning, "pruning", *_OF_SAMPLES, *_OF_EXPERTS)
-    given |= _given(CalibrationDataModule, data, "data", "padding_side", "num_samples")
+    given |= _given(CalibrationDataModule, data, "data", "padding_side", "num_samples", "max_pixels")
     if not pruning.wants_activations:
         if describe(pruning.pool) != describe(AsymmetricPool()):
             given["pruning.pool"] = plugin_class(pruning.pool).__name__
@@ -35,6 +38,10 @@ def unused_options(pruning: BlockwisePruning, data: CalibrationDataModule, model
         yield from _line(given, names, f"{pruning.name} needs no calibration samples")
     elif data.batch_size == 1:
         yield from _line(given, ["data.padding_side"], "with --data.batch_size 1 nothing is padded")
+    if isinstance(data.source, TensorSource):
+        yield from _line(given, ["data.max_pixels"], "the samples are ready-made model inputs")
+    elif tokens and not {"image", "video"} & tokens.keys():
+        yield from _line(given, ["data.max_pixels"], "no calibration sample has an image")
     of_experts = [f"pruning.{name}" for name in _OF_EXPERTS]
     if "language" not in model.targets or not has_routed_experts(model.runner.decoder.layers):
         yield from _line(given, of_experts, "what is pruned has no routed experts")
