@@ -273,7 +273,8 @@ def lowest(grouped: Tensor, count: int) -> Tensor:
         below = grouped < threshold
         room = count - below.sum(dim=1, keepdim=True)
         return below | ((grouped == threshold) & ((grouped == threshold).cumsum(dim=1) <= room))
-    tied_rows = (mask.sum(dim=1) > count).nonzero().flatten()
+    counts = mask.view(torch.int8).sum(dim=1, dtype=torch.int32)  # a third of the time of a sum of bool
+    tied_rows = (counts > count).nonzero().flatten()
     if len(tied_rows):
         tied, below = grouped[tied_rows] == threshold[tied_rows], grouped[tied_rows] < threshold[tied_rows]
         room = count - below.sum(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvlm_prune.methods.masking import zero_
 from lvlm_prune.methods.patterns import Pattern, ZeroCount
-from lvlm_prune.methods.products import inner_products_of_lower_, invert_lower_
+from lvlm_prune.methods.products import invert_positive_
 from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver, at_least, dense, sparse_weight
 from lvlm_prune.methods.solvers.refit import least_squares_
 from lvlm_prune.methods.solvers.scaling import UnitDiagonal, checked_damping, singular_line
@@ -227,8 +227,7 @@ class _Splitting:
             return 0
         matrix = self._gram / rho
         matrix.diagonal().add_(1.0)
-        torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty((), dtype=torch.int32, device=matrix.device)))
-        inner_products_of_lower_(invert_lower_(matrix)).mul_(relaxation).diagonal().sub_(relaxation / 2)
+        invert_positive_(matrix).mul_(relaxation).diagonal().sub_(relaxation / 2)
         for _ in range(times):
             # Rows know nothing of each other until the mask is chosen.
             for rows in self._rows:

@@ -8,6 +8,7 @@ from lvlm_prune.methods.products import (
     inner_products,
     inner_products_of_lower_,
     invert_lower_,
+    invert_positive_,
     stripes,
 )
 
@@ -51,3 +52,20 @@ def test_products_of_a_triangular_matrix_with_itself(size):
     found = inner_products_of_lower_(lower)
     assert found is lower
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, 1700])
+def test_the_inverse_of_a_positive_definite_matrix(size):
+    """Of products with a strong common part, as hidden states have; nothing above the diagonal is looked at."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2 * size, size, generator=generator) + 3 * torch.randn(2 * size, 1, generator=generator)
+    matrix = tokens.T @ tokens / len(tokens) + 0.1 * torch.eye(size)
+    expected = matrix.double().inverse()
+    memory = matrix.tril() + torch.full_like(matrix, torch.nan).triu(1)
+
+    found = invert_positive_(memory)
+
+    assert found is memory
+    assert torch.equal(found, found.T)
+    by_lapack = torch.cholesky_inverse(torch.linalg.cholesky(matrix)).double()
+    assert (found - expected).norm() <= 2 * (by_lapack - expected).norm() + 1e-7 * expected.norm()
