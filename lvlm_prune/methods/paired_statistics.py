@@ -6,6 +6,7 @@ site of the dense model    y ──┴─► D = sum of (y - x) x^T     and for 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -104,8 +105,9 @@ class ByModality(Statistic):
         self._found: tuple[tuple[object, ...], Statistic] | None = None
 
     @classmethod
+    @cache
     def of(cls, kind: type[Statistic]) -> type[ByModality]:
-        """The class of such sums of a kind, which takes what that kind takes besides.
+        """The class of such sums of a kind, the same one each time, which takes what that kind takes besides.
 
         Args:
             kind: What is summed up.

@@ -149,6 +149,26 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing_folder(folder)).free
 
 
+def refuse_full_disk(folder: Path, needed: float, option: str = "output", value: object = None, of: str = "") -> None:
+    """Refuse what would not fit beside what is on the disk already.
+
+    Args:
+        folder: Where it would be written.
+        needed: How many bytes.
+        option: The option at fault.
+        value: Its value. Default: the folder.
+        of: What takes so much, where that is not the output itself.
+
+    Raises:
+        InputError: Fewer bytes are free.
+    """
+    free = free_bytes(folder)
+    if needed > free:
+        what = f"{readable_size(needed)} for {of}" if of else readable_size(needed)
+        problem = f"needs {what}, only {readable_size(free)} are free on this disk"
+        raise InputError(option, folder if value is None else value, problem)
+
+
 def existing_folder(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
@@ -218,10 +238,7 @@ def _refuse_full_disk(folder: Path, source: CheckpointFolder, occupied: bool) ->
         for file in source.files()
         if file.name != "config.json"  # it may be held back under another name, and is small
     )
-    free = free_bytes(folder)
-    if needed > free:
-        problem = f"needs {readable_size(needed)}, only {readable_size(free)} are free on this disk"
-        raise InputError("output", folder, problem)
+    refuse_full_disk(folder, needed)
 
 
 def is_occupied(folder: Path, record: str) -> bool:

@@ -6,7 +6,6 @@ deal out ─► for each matrix: score ─► mask ─► new weight ─► exch
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -87,7 +86,10 @@ class BlockPruner:
         entries: dict[str, dict[str, Any]] = {}
         effects, finite = PruningErrors(), dict[str, Tensor]()
         unseen = _saw_nothing(targets, calibration)
-        left = Counter() if calibration is None else Counter(map(calibration.site_of, targets))
+        sites = dict[str, list[str]]()
+        if calibration is not None:
+            for name in targets:
+                sites.setdefault(calibration.site_of(name), []).append(name)
         if block.keeps_dense:
             block.dense |= {name: matrices[name].weight.detach().clone() for name in targets}
         owners = self._deal({name: matrices[name].weight for name in targets}, calibration, processes.count)
@@ -100,17 +102,15 @@ class BlockPruner:
             if "note" in entry:
                 del owners[name]
             elif owners[name] == processes.rank:
-                siblings = self._siblings(block, name, targets, calibration)
+                fed_alike = () if calibration is None else sites[calibration.site_of(name)]
+                siblings = {f"{block.name}.{other}": matrices[other].weight for other in fed_alike if other != name}
                 statistic = None if calibration is None else calibration.statistic_of(name)
                 self._prune_matrix(block, name, statistic, siblings, entry, effects, finite)
                 del statistic
             else:
                 block.masks[name] = torch.empty_like(weight, dtype=torch.bool)
-            if calibration is not None:
-                site = calibration.site_of(name)
-                left[site] -= 1
-                if not left[site]:  # the next site's solver needs the room
-                    calibration.let_go(site)
+            if calibration is not None and name == sites[calibration.site_of(name)][-1]:
+                calibration.let_go(calibration.site_of(name))  # the next site's solver needs the room
         if finite and not torch.stack(list(finite.values())).all():
             full_name = next(full_name for full_name, is_finite in finite.items() if not is_finite)
             raise RunError(f"NaN or infinity in the updated weight of {full_name}")
@@ -156,17 +156,6 @@ class BlockPruner:
             note = "too few calibration tokens were sent to this expert"
             return {"target": 0.0, "routed_tokens": routed, "note": note}
         return {"routed_tokens": routed, "scored_by": "magnitude"}
-
-    @staticmethod
-    def _siblings(
-        block: Block, name: str, targets: Iterable[str], calibration: BlockCalibration | None
-    ) -> dict[str, Tensor]:
-        """Full name -> weight of what is fed by the same input and pruned on this process too."""
-        if calibration is None:
-            return {}
-        site = calibration.site_of(name)
-        others = [other for other in targets if other != name and calibration.site_of(other) == site]
-        return {f"{block.name}.{other}": block.matrices()[other].weight for other in others}
 
     def _prune_matrix(
         self,

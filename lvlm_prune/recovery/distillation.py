@@ -26,9 +26,8 @@ from torch import Tensor
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import lowest
-from lvlm_prune.output.folder import free_bytes
+from lvlm_prune.output.folder import refuse_full_disk
 from lvlm_prune.output.manifest import replace_durably
-from lvlm_prune.output.units import readable_size
 
 SAMPLES_PER_PART = 64
 LogitsOf = Callable[[Sequence[int]], Mapping[int, Tensor]]
@@ -180,10 +179,7 @@ class Teacher:
         """
         kept = min(self.options.top_k, vocabulary)
         needed = answers * (kept * 8 + 4)
-        free = free_bytes(self.folder)
-        if needed > free:
-            problem = f"needs {readable_size(needed)} for the dense model's logits, only {readable_size(free)} are free"
-            raise InputError("distillation.top_k", self.options.top_k, problem)
+        refuse_full_disk(self.folder, needed, "distillation.top_k", self.options.top_k, of="the dense model's logits")
         return needed
 
     @torch.no_grad()

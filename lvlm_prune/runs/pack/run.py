@@ -20,7 +20,7 @@ from lvlm_prune.output.folder import (
     choose_folder,
     copy_checkpoint,
     folder_bytes,
-    free_bytes,
+    refuse_full_disk,
     refuse_unusable,
     release,
     said_of_copies,
@@ -148,10 +148,7 @@ class Packing(ABC):
                 f"{packed / max(dense, 1):.3f} times what they take now; make it sparse with `lvlm-prune prune` first"
             )
             raise InputError("model.path", self.model.path, problem)
-        needed, free = folder_bytes(self.source.path) - saved, free_bytes(self.folder)
-        if needed > free:
-            problem = f"needs about {readable_size(needed)}, only {readable_size(free)} are free on this disk"
-            raise InputError("output", self.folder, problem)
+        refuse_full_disk(self.folder, folder_bytes(self.source.path) - saved)
 
     def _saved(self, zeros: dict[str, float]) -> float:
         """Bytes that packing saves; a tensor that would be larger stays as it is."""

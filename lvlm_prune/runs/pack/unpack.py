@@ -18,8 +18,8 @@ from lvlm_prune.output.folder import (
     HELD_BACK,
     choose_folder,
     copy_checkpoint,
-    free_bytes,
     is_occupied,
+    refuse_full_disk,
     refuse_unusable,
     release,
     said_of_copies,
@@ -167,10 +167,7 @@ class UnpackRun:
     def _refuse_full_disk(self) -> None:
         there = sum(path.stat().st_size for path in map(self._written, self.packed.shards) if path.is_file())
         needed = sum(self.packed[key].nbytes for key in self.packed) - there
-        free = free_bytes(self.folder)
-        if needed > free:
-            problem = f"needs {readable_size(needed)}, only {readable_size(free)} are free on this disk"
-            raise InputError("output", self.folder, problem)
+        refuse_full_disk(self.folder, needed)
 
     def _written(self, shard: str) -> Path:
         return self.folder / shard
