@@ -144,7 +144,10 @@ def console() -> NoReturn:
         if isinstance(stream, TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as ended:  # of argparse, once it has printed a help
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         sys.stdout.flush()
     except KeyboardInterrupt:  # while libraries were imported
         status = 128 + signal.SIGINT

@@ -97,6 +97,13 @@ def explain(
         inner_key, rest = _split_key(re.sub(r"^Option '([\w.]+)'", r'Parser key "\1": Option', inner[1]))
         key = f"{key}.{inner_key}" if inner_key else key
     option = _full_name(key, arguments)
+    if not key and (of_help := re.match(r"(--[\w.]+\.help): (.*)", rest)):
+        key = option = of_help[1]
+        rest = of_help[2]
+    if taken := re.match(r"argument (?:-\w/)?(--\w+): ignored explicit argument '(.*)'", rest):
+        return f"{taken[1]} {taken[2]}: {taken[1]} takes no value"
+    if taken := re.match(r"Invalid option \"(.*)\" for (--\w+)", rest):
+        return f"{taken[2]} {taken[1]}: takes no such value"
     if (absent := re.match(r"File does not exist: '(.*)'", rest)) and option == "--config":
         path = Path(absent[1])
         is_recipe = path.parent.parent.name == "configs"
@@ -110,10 +117,11 @@ def explain(
         return f"{option} {_shown(other[2])}: expected the name of a class, a {other[1]}"
     if other := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", rest):
         return f"{option} {other[1]}: is no {other[2]}"
-    if value := re.search(r"Expected a dot import path string: (\S+)", rest):
+    if value := re.search(r"Expected a dot import path string: ?(\S*)", rest):
         if value[1] in plugins:
             return f"{option} {value[1]}: is a class of another kind"
-        close = _close_classes(value[1].rpartition(".")[2], option.rpartition(".")[2], plugins)
+        kind = option.removesuffix(".help").rpartition(".")[2]
+        close = _close_classes(value[1].rpartition(".")[2], kind, plugins)
         way_out = "(a short class name, or the import path of a class of the right kind)"
         return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):

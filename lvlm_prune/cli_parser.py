@@ -75,6 +75,11 @@ class LVLMParser(LightningArgumentParser):
             command_help(self, verb, asks_for_trainer(self.shown)) if verb in VERBS else super().format_help(formatter)
         )
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print, and do not keep to itself, as argparse does, that nothing can be written."""
+        if message:
+            (file or sys.stderr).write(message)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
         # What stands in files is refused by the parser of all commands, which has no options itself.

@@ -177,6 +177,24 @@ def test_a_value_that_is_nested_deeply_is_one_short_line(depth, capsys):
     assert len(line) < 400
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--pruning.scorer.help=-1", "--pruning.scorer.help -1: no such class (a short"),
+        ("--pruning.scorer.help=Wnda", "--pruning.scorer.help Wnda: no such class; is WandaScorer meant?"),
+        ("--pruning.scorer.help=", "--pruning.scorer.help : no such class"),
+        ("--pruning.scorer.help=no.such.Class", "--pruning.scorer.help: No module named 'no'"),
+        ("--data.source.help=json.JSONDecoder", '--data.source.help: "json.JSONDecoder" is not a subclass of'),
+        ("--help=-1", "--help -1: --help takes no value"),
+        ("--print_config=-1", "--print_config -1: takes no such value"),
+    ],
+)
+def test_what_is_wrong_about_a_request_for_help_names_the_option(argument, said, capsys):
+    assert main(["prune", argument]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_without_a_command_there_is_help_and_a_failure(capsys):
     assert main([]) == 2
     said = capsys.readouterr()

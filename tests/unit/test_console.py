@@ -1,5 +1,7 @@
 """How the program ends: at once when interrupted, quietly when nobody reads, in one line otherwise."""
 
+import errno
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,28 @@ def test_a_full_disk_behind_the_output_is_one_line():
         ended = run("print('x'); return 0", stdout=full)
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == ["error: standard output: No space left on device"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("status", ["0", "None"])
+def test_what_ends_the_program_by_itself_is_held_to_that_too(status):
+    with open("/dev/full", "w") as full:
+        ended = run(f"print('x'); sys.exit({status})", stdout=full)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == ["error: standard output: No space left on device"]
+
+
+@pytest.mark.parametrize("request_", ["--help-trainer", "--pruning.scorer.help=WandaScorer"])
+def test_help_that_cannot_be_written_is_not_kept_quiet(request_, monkeypatch):
+    """argparse drops such an error."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="No space left"):
+        main(["prune", request_])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

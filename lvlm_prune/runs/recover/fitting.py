@@ -48,6 +48,28 @@ class FittingRun(RecoveryRun):
         if self.recovery.method == "full" and self.model.dtype_option == "auto":
             self.model.dtype_option = "float32"  # in bfloat16 most updates of a weight would be rounded away
         super()._check(earlier)
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        """Refuse shares and intervals of batches that there are not, at which Lightning fails only behind the data."""
+        trainer, data = self.trainer, self.datamodule
+
+        def batches(samples: list[int], limit: float, option: str) -> int:
+            share = len(samples) // trainer.world_size if trainer.world_size > 1 else len(samples)
+            every = -(-share // data.batch_size)
+            kept = min(limit, every) if isinstance(limit, int) else int(every * limit)
+            if every and limit and not kept:
+                raise InputError(f"trainer.{option}", limit, f"leaves no batch of {every}")
+            return kept
+
+        share = "overfit_batches" if getattr(trainer, "overfit_batches", 0) else "limit_train_batches"
+        steps = batches(data.train_indices, trainer.limit_train_batches, share)
+        batches(data.validation_indices, trainer.limit_val_batches, "limit_val_batches")
+        interval = trainer.val_check_interval
+        heeded = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
+        if isinstance(interval, int) and interval > steps and heeded:
+            problem = f"an epoch has {steps} batch{'' if steps == 1 else 'es'}; a share of it is written 0.5"
+            raise InputError("trainer.val_check_interval", interval, problem)
 
     def _check_options(self) -> None:
         """Refuse options of the trainer with which nothing would be trained, or that Lightning fails at later on."""
