@@ -17,6 +17,15 @@ from lvlm_prune.option_files import count_values, read_yaml, refuse_endless
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+OF_TRAINING = {
+    *("fast_dev_run", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "overfit_batches"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "val_check_interval"),
+    *("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "reload_dataloaders_every_n_epochs", "enable_checkpointing"),
+    *("use_distributed_sampler", "detect_anomaly", "sync_batchnorm", "enable_model_summary"),
+}
+"""Options of Lightning's Trainer that only a loop of training, validation or prediction heeds."""
+
 _MOST_PROCESSES = 64
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 

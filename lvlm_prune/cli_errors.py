@@ -125,7 +125,7 @@ def explain(
         way_out = "(a short class name, or the import path of a class of the right kind)"
         return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):
-        return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments), known, plugins)
+        return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments, known), known, plugins)
     if missing := re.search(r"Problem with given class_path '([^']*)': (.*?)(?: - Expected an? NoneType\b.*)?$", rest):
         return f"{option} {missing[1]}: {missing[2]}{_close_in_module(missing[2])}"
     if inner_problem := _inside_union(rest, option):
@@ -142,14 +142,18 @@ def explain(
     if file := re.match(r"Unable to load config ['\"]([^'\"]*)['\"]", rest):
         return f"{option} {file[1]}: no such YAML file (a single option of it is {option}.NAME)"
     if rest.startswith("Option is not accepted"):
-        return _unknown(option, known, plugins)
+        return _unknown(_full_name(key, arguments, known), known, plugins)
     if (stray := re.search(r"unrecognized arguments: (\S+)", rest)) and not stray[1].startswith("--"):
         return f"{stray[1]}: {_STRAY}"
     if unknown := re.search(r"[Oo]ption '([\w.]+)'|(?:unrecognized arguments|ambiguous option): (\S+)", rest):
         name = (unknown[1] or unknown[2]).split("=")[0].removeprefix("--")
         if name == "resume" and arguments and arguments[0] in GO_ON:
             return f"--resume: is not needed by {arguments[0]}: the same command goes on behind the last finished run"
-        return _unknown(_full_name(name, arguments), known, plugins, arguments)
+        return _unknown(_full_name(name, arguments, known), known, plugins, arguments)
+    if abstract := re.search(r"Expected an instantiatable class, but (?:[\w.]+\.)?(\w+) is abstract", rest):
+        kind = option.rpartition(".")[2]
+        choices = ", ".join(sorted(one for one in plugins if one.lower().endswith(kind) and "_" not in one))
+        return f"{option}: is to be named first, a {abstract[1]}" + (f": {choices}" if choices else "")
     return f"{option}: {rest}" if key else rest
 
 
@@ -248,7 +252,8 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
         if place.count(".") or place == "--engine":
             if owners := _owners(place, name, plugins):
                 take = "takes" if len(owners) == 1 else "take"
-                return f" of the class in use; {' and '.join(owners)} {take} it"
+                listed = " and ".join(filter(None, [", ".join(owners[:-1]), owners[-1]]))
+                return f" of the class in use; {listed} {take} it"
             beside += [name for names in plugins.values() for name in names]
         # One wrong letter is a larger part of a short name: `alfa`.
         cutoff = 0.65 if len(name) <= 5 else 0.75
@@ -299,10 +304,17 @@ def _split_key(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", text)
 
 
-def _full_name(key: str, arguments: Sequence[str]) -> str:
+def _full_name(key: str, arguments: Sequence[str], known: Collection[str] = ()) -> str:
     """`--pruning.pool.alpha` for `alpha` where the command line has it, else `--alpha`.
 
+    Args:
+        key: The end of a name, as it is reported.
+        arguments: The command line.
+        known: Options that there are, which an unknown one is none of.
+
     Example:
+        >>> _full_name("path", ["--model.path", "a", "--data.source.path", "b"], ["--model.path"])
+        '--data.source.path'
         >>> _full_name("alpha", ["--pruning.pool.alpha", "2"]), _full_name("beta", ["--pruning.pool.alpha", "2"])
         ('--pruning.pool.alpha', '--beta')
         >>> _full_name("model_args.images", ["--engine.model_args", "{images: 1}"])  # what stands inside its value
@@ -311,6 +323,7 @@ def _full_name(key: str, arguments: Sequence[str]) -> str:
         '--engine.model_args'
     """
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [name for name in names if name not in known] + [name for name in names if name in known]
     section, dot, _ = key.partition(".")
     is_whole = f"--{key}" in names or bool(dot and section in _SECTIONS)
     head, inside = "" if is_whole else key, ""

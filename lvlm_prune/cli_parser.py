@@ -7,14 +7,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_checks import refuse_devices, refuse_null_options, refuse_unreadable
+from lvlm_prune.cli_checks import OF_TRAINING, refuse_devices, refuse_null_options, refuse_unreadable
 from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes, options_of_lightning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
@@ -42,14 +42,6 @@ _OF_FOLDERS = ("pack", "unpack")
 _WITHOUT_TRAINER = ("compare", *_OF_FOLDERS)
 # Options of `recover` that a method does not use.
 _LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
-# Options of Lightning's Trainer that only a loop of training, validation or prediction heeds.
-_OF_TRAINING = {
-    *("fast_dev_run", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "overfit_batches"),
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "val_check_interval"),
-    *("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "accumulate_grad_batches"),
-    *("gradient_clip_val", "gradient_clip_algorithm", "reload_dataloaders_every_n_epochs", "enable_checkpointing"),
-    *("use_distributed_sampler", "detect_anomaly", "sync_batchnorm", "enable_model_summary"),
-}
 # Classes whose short names the command line is to know, beyond those that its signatures lead to.
 _ENGINES = (LMEvalEngine, LMMSEvalEngine)
 
@@ -67,6 +59,8 @@ class LVLMParser(LightningArgumentParser):
     folder: ClassVar[Path] = Path()
     shown: ClassVar[Sequence[str]] = ()
     """What was typed, recipes and requests for help included."""
+    commands: ClassVar[Mapping[str, LightningArgumentParser]] = {}
+    """Those that know the options of a command; that of all commands has none, those of classes have their own."""
 
     def format_help(self, formatter: Any = None) -> str:
         """A sentence for each option, our own first."""
@@ -82,9 +76,8 @@ class LVLMParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing usage and a page of type subtleties."""
-        # What stands in files is refused by the parser of all commands, which has no options itself.
-        commands = self._subcommands_action.choices if self._subcommands_action is not None else {}
-        parser = commands.get(next(iter(self.command_line), ""), self)
+        # Also where a parser refuses something that has no options of the command itself.
+        parser = self.commands.get(next(iter(self.command_line), ""), self)
         known = [option for option in parser._option_string_actions if option.startswith("--")]
         plugins = _plugins(self.command_line)
         raise OptionError(explain(message, self.command_line, self.folder, known, plugins)) from None
@@ -173,6 +166,11 @@ class LVLMCLI(LightningCLI):
             parser.add_lightning_class_args(ModalityProbe, "probing")
         elif self._verb == "recover":
             parser.add_lightning_class_args(SparseLoRA, "lora")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Let every parser know the options of the command, for what it says against one."""
+        LVLMParser.commands = parser._subcommands_action.choices
+        super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Refuse a plain value where options belong, immense numbers, and `null` where a plugin wants a value."""
@@ -289,7 +287,7 @@ class LVLMCLI(LightningCLI):
         """
         config = self._hand_over("recover")
         if config["method"] == "blockwise":
-            self._refuse_training_options("recover", _OF_TRAINING - {"gradient_clip_val"}, " --method blockwise")
+            self._refuse_training_options("recover", OF_TRAINING - {"gradient_clip_val"}, " --method blockwise")
         defaults = self._parser("recover").get_defaults()
         for section in _LEFT_OUT[config["method"]]:
             for name, value in config.pop(section).items():
@@ -301,7 +299,7 @@ class LVLMCLI(LightningCLI):
         self.trainer.owns_process = True
         self.trainer.config = config = self._run_config(verb)
         if verb != "recover":
-            self._refuse_training_options(verb, _OF_TRAINING, ", which trains nothing")
+            self._refuse_training_options(verb, OF_TRAINING, ", which trains nothing")
         return config
 
     def _refuse_training_options(self, verb: str, names: Collection[str], why: str) -> None:

@@ -45,6 +45,14 @@ def test_one_line(argument, line):
         ("recover --trainer.callbacks EarlyStoping", "{} EarlyStoping: no such class; is EarlyStopping meant?"),
         ("pack --format coded2", "--format coded2: expected one of bitmask, coded; is coded meant?"),
         (
+            "prune --model.path demo --data.source.path a.json",
+            "--data.source.path: {} LlavaJsonSource, TensorSource and TextSource take it",
+        ),
+        (
+            "evaluate --engine.benchmark LocalBenchmark --engine.benchmark.source.path a.json",
+            "--engine.benchmark.source: is to be named first, a CalibrationSource: {}, TextSource",
+        ),
+        (
             'evaluate --engine.model_args {"images":1}',
             "--engine.model_args: {} of the class in use; LMEvalEngine and LMMSEvalEngine take it",
         ),
@@ -96,7 +104,7 @@ def test_what_is_misspelt_inside_a_class_is_told_without_types_of_python(argumen
 def test_an_option_of_a_class_that_is_not_chosen_names_the_classes_that_have_it(capsys):
     assert main(["prune", "--pruning.solver.keep_zeros=true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --pruning.solver.keep_zeros: unknown option of the class in use; ALPSSolver and ")
+    assert line.startswith("error: --pruning.solver.keep_zeros: unknown option of the class in use; ALPSSolver, ")
     assert line.endswith("SparseGPTSolver take it")
     assert "Scorer" not in line
     assert main(["prune", "--pruning.pool.keep_zeros=true"]) == 2
