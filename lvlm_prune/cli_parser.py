@@ -169,6 +169,7 @@ class LVLMCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Let every parser know the options of the command, for what it says against one."""
+        assert parser._subcommands_action is not None
         LVLMParser.commands = parser._subcommands_action.choices
         super().parse_arguments(parser, args)
 
