@@ -48,10 +48,11 @@ _DESCRIBING = re.compile(
 )
 _OTHER_WORD = re.compile(
     "image|img|picture|photo|pic|video|audio|media|original|orig|coco|flickr|raw|full|local|abs|absolute|rel|relative"
-    "|web|page|download|remote"
+    "|web|page|download|remote|question|sample|item|record|row|data|dataset|doc|document"
 )
 _PLACEHOLDER = re.compile(
-    r"(?<![`'\"])<\|?(image|img|video|audio)(?:[ _-]?(?:\d+|pad|token|placeholder|here))?\|?>(?![`'\"])", re.IGNORECASE
+    r"(?<![`'\"])<\|?(image|img|video|audio|speech)(?:[ _-]?(?:\d+|pad|token|placeholder|context|here))?\|?>(?![`'\"])",
+    re.IGNORECASE,
 )
 _SPEAKS = re.compile(r"\s+(tag|element|attribute|placeholder|token|node)s?\b", re.IGNORECASE)
 _MARKUP = re.compile(r"</(image|img|video|audio|body|div|p|a)>|\bhtml", re.IGNORECASE)
@@ -59,7 +60,7 @@ _MARKUP = re.compile(r"</(image|img|video|audio|body|div|p|a)>|\bhtml", re.IGNOR
 _NAMED = re.compile(r"<(image|img|video|audio)>\s*([^<>\n]+?)\s*</\1>", re.IGNORECASE)
 _CONTENTS = ("path", "bytes", "data", "base64", "b64")
 _ENTRIES = (*_CONTENTS, "file", "file_name", "filename", "name", "url", "uri", "src")
-_PLAIN = (*MEDIA, *(f"{kind}s" for kind in MEDIA))
+_PLAIN = (*MEDIA, *(f"{kind}s" for kind in MEDIA), "img", "imgs")
 _NOTHING = ("none", "null", "nan", "n/a", "no", "false", "0")
 
 
@@ -201,7 +202,7 @@ def refuse_unfilled(messages: Sequence[Message]) -> None:
         if found is None or _MARKUP.search(text):
             continue
         word = found[1].lower()
-        kind = "image" if word.startswith("im") else word
+        kind = "image" if word.startswith("im") else "audio" if word == "speech" else word
         if kind not in kinds:
             raise ValueError(f"turn {number} has the placeholder {found[0]}, and the record names no {kind} for it")
 

@@ -100,6 +100,9 @@ REFUSED = {
     "a sound's place": ({"conversations": said("What is in <audio>?")}, "has the placeholder <audio>"),
     "in the text": ({"conversations": said("Picture 1: <img>a.png</img> What?")}, "names a file in its text"),
     "a sound in the text": ({"conversations": said("<audio>b/a.wav</audio>")}, "names a file in its text"),
+    "an internal place": ({"conversations": said("<IMG_CONTEXT> What?")}, "has the placeholder <IMG_CONTEXT>"),
+    "speech": ({"conversations": said("<speech>\nWhat?")}, "names no audio for it"),
+    "short for it, deep inside": ({"input": {"img": "a"}, "conversations": ASKED}, "`input.img` is not understood"),
     "a numbered place": ({"conversations": said("<image_1> What?")}, "has the placeholder <image_1>"),
     "a token's place": ({"conversations": said("<|image|>What?")}, "has the placeholder <|image|>".replace("|", "[|]")),
     "another key": ({"image_path": "a.png", "conversations": ASKED}, "`image_path` is not understood"),
@@ -145,6 +148,7 @@ HARMLESS = {
     },
     "the same": {"metadata": {"image": "data/a.png"}, "img": "a.png", "extra": ["a.png"], "picture": {"path": "a.png"}},
     "what is shown": {"image_name": "A cat", "picture": "A cat", "title": "cat.jpg", "image_format": "PNG"},
+    "its question": {"question_id": "VizWiz_train_00000000.jpg", "sample_id": "7.jpg"},
     "its size": {"image_size": "20x10", "image_width": 20, "metadata": {"image": {"width": 20}, "media": "newspaper"}},
     "nothing": {"image_2": None, "images": [], "video": "", "image_3": "None", "second_image": []},
 }
@@ -161,6 +165,7 @@ TEXTS = [
     "Is `<audio>` an element?",
     "<video>a</video>",
     "List images: a.png b.png",
+    "It shows [image] and [video] in brackets.",
     "a > b and image < video",
 ]
 
