@@ -218,6 +218,28 @@ def unpack_shard(source: Path, shard: str, target: Path, name: str = "") -> None
             raise InputError("model.path", source, f"{shard} was changed since it was packed: it has another CRC-32")
 
 
+def refuse_changed_shard(source: Path, shard: str, checksum: int) -> None:
+    """Hold a packed shard against what was packed, without writing what it unpacks to.
+
+    Args:
+        source: The packed folder.
+        shard: Name of the file.
+        checksum: CRC-32 of the shard that was packed, by the record of the packing.
+
+    Raises:
+        InputError: The shard is broken, or was changed since it was packed.
+    """
+    packed, original = PackedFolder(one_shard(source, shard)), metadata_of(source / shard).get(ORIGINAL_HEADER)
+    found = None
+    if original is not None:
+        found = zlib.crc32(header_of(original))
+        for key in _order(packed, original):
+            for piece in packed._parts(key, _COPIED):
+                found = zlib.crc32(piece, found)
+    if found != checksum:
+        raise InputError("output", source, f"{shard} was changed since it was packed: it has another CRC-32")
+
+
 def _fresh_header(packed: PackedFolder) -> tuple[str, list[str]]:
     order = sorted(packed, key=lambda key: (-_element_size(packed[key].dtype), key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

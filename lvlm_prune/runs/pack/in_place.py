@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.demo import NAMES
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.locking import FolderLock
-from lvlm_prune.output.manifest import Manifest, replace_durably
-from lvlm_prune.output.names import PACKING_RECORD
+from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
+from lvlm_prune.output.names import PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
+from lvlm_prune.output.own_files import record_of_content, refuse_changed
 from lvlm_prune.output.summaries import next_commands
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.packed.format import Format
+from lvlm_prune.packed.shards import refuse_changed_shard
 from lvlm_prune.plugins import describe
+from lvlm_prune.report.card_checks import verify_card
 from lvlm_prune.run import Run
-from lvlm_prune.runs.pack.record import packed_config
+from lvlm_prune.runs.pack.record import packed_config, packed_index
 from lvlm_prune.runs.pack.run import Packing
 
 
@@ -84,6 +88,21 @@ class PackInPlace(Packing):
     def _begin(self) -> None:
         self.record.write(self.folder, PACKING_RECORD)
         replace_durably(self.folder / "config.json", packed_config(self.record["original_config"], self.form))
+
+    def _verify_again(self) -> None:
+        """What was packed is gone: its checksums are in the record, and the files beside it in that of the run."""
+        shards = self.record["shards"]
+        for shard, checksum in shards.items():
+            refuse_changed_shard(self.folder, shard, checksum)
+        run = read_run(self.folder / RECOVERY_RECORD) or read_run(self.folder / PRUNING_RECORD) or {}
+        files = {name: record for name, record in run.get("files", {}).items() if name != "config.json"}
+        files["config.json"] = record_of_content(packed_config(self.record["original_config"], self.form))
+        if self.record.get("original_index") is not None:
+            files[INDEX_NAME] = record_of_content(packed_index(self.folder, self.source.shards))
+        refuse_changed(self.folder, files)
+        if line := verify_card(self.folder, self.record["original_card"] or "", is_dense=False):
+            self._say(line)
+        self._say(f"verified: every tensor comes back byte for byte from {len(shards)} shard{'s' * (len(shards) > 1)}")
 
     def _release(self) -> None:
         """`config.json` was there all the time."""
