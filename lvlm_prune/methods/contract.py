@@ -68,6 +68,18 @@ def checked_score(scorer: Any, score: Any, weight: Tensor, dtypes: tuple[torch.d
     return checked(score, weight, f"{name_of(scorer)}.score", dtypes)
 
 
+def checked_solution(solver: Any, solution: Any, weight: Tensor) -> Any:
+    """The same solution, with a weight and a mask of the shape of what was to be pruned.
+
+    Raises:
+        PluginFault: They have another shape, which would be broadcast, or the mask is not bool.
+    """
+    where = f"{name_of(solver)}.solve"
+    checked(solution.mask, weight, f"{where}, mask", (torch.bool,))
+    checked(solution.weight, weight, f"{where}, weight", FLOATS)
+    return solution
+
+
 def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
     """The same selection, one weight for each token.
 

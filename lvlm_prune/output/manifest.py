@@ -169,7 +169,7 @@ class Manifest(dict[str, Any]):
             before, now = dict(leaves(self.get(section, {}))), dict(leaves(other.get(section, {})))
             whole = dict(leaves(beside.get(section, {})))
             before = {key: whole.get(key, value) if value == LEFT_OUT else value for key, value in before.items()}
-            for key in sorted(before.keys() | now.keys()):
+            for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "method", key)):
                 if section == "config" and key.split(".")[0] in FREE_TO_CHANGE:
                     continue
                 if f"{section}.{key}" in moved or LEFT_OUT in (before.get(key), now.get(key)):

@@ -18,6 +18,7 @@ from lvlm_prune.distributed.processes import Processes, deal
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.methods.contract import checked_solution
 from lvlm_prune.methods.masking import zero_
 from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.scorers import MagnitudeScorer
@@ -176,7 +177,7 @@ class BlockPruner:
         weight, bias, pattern = matrix.weight, getattr(matrix, "bias", None), self.pattern.at(target)
         problem = LinearProblem(weight, statistic, target, pattern, full_name, block.index, bias, siblings)
         clock = Stopwatch(weight.device)
-        solution = solver.solve(problem)
+        solution = checked_solution(solver, solver.solve(problem), weight)
         block.masks[name] = solution.mask
         if solver.updates_weights:
             block.solve_seconds += clock.lap()

@@ -17,7 +17,7 @@ from torch import Tensor
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import Activations, SampleRow, SiteInput
-from lvlm_prune.methods.contract import checked_selection
+from lvlm_prune.methods.contract import checked_selection, checked_sums
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
@@ -161,7 +161,7 @@ class BlockCalibration:
     def _add(self, key: str, site: SiteInput, selection: Selection | None, order: int, row: SampleRow) -> None:
         inputs, repeats = site.inputs, site.repeats
         if key not in self._statistics:
-            self._statistics[key] = self.statistic(inputs.shape[1], inputs.device)
+            self._statistics[key] = self._fresh(inputs.shape[1], inputs.device)
         if repeats == 0:  # not the decoder's own tokens: no pool speaks of them, all count
             counted = _Counted(inputs, _scaled(_all(inputs), row.weight), slice(None), site.dense)
             self._sum_up(key, counted, order)
@@ -184,6 +184,11 @@ class BlockCalibration:
             held = _Counted(of_candidates(inputs), _scaled(_all(inputs), row.weight), slice(None), dense, seen)
             self._held.append((key, order, held, repeats))
 
+    def _fresh(self, channels: int, device: torch.device) -> Statistic:
+        statistic = self.statistic(channels, device)
+        checked_sums(statistic, channels)
+        return statistic
+
     def _add_routed(self, sample: Activations, selection: Selection | None, order: int) -> None:
         """Add what routed experts were fed; a token counts for the experts that it was sent to."""
         ranks: Tensor | None = None
@@ -194,7 +199,7 @@ class BlockCalibration:
             name, inputs = routed.name, routed.inputs
             self._site_of[name] = name
             if name not in self._statistics:
-                self._statistics[name] = self.statistic(inputs.shape[1], inputs.device)
+                self._statistics[name] = self._fresh(inputs.shape[1], inputs.device)
                 self._routed_tokens[name] = torch.zeros((), dtype=torch.float64, device=inputs.device)
             weights = selection.weights[routed.tokens]
             seen = sample.row.of(*self.visual)[routed.tokens] if self.statistic.takes_visual else None
@@ -255,7 +260,7 @@ class BlockCalibration:
             self._site_of.update(site_of)
             for key, channels in others.items():
                 if key not in self._statistics:
-                    self._statistics[key] = self.statistic(channels, devices[key])
+                    self._statistics[key] = self._fresh(channels, devices[key])
         for name in {name for names in processes.gather(list(self._routed_tokens)) for name in names}:
             self._routed_tokens.setdefault(name, torch.zeros((), dtype=torch.float64, device=devices[name]))
         processes.sum_in_place(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
@@ -21,6 +21,13 @@ class RecoveryOptions:
     dense: str = ""
     distillation: Distillation = field(default_factory=Distillation)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
+
+    def sections(self) -> dict[str, Any]:
+        """What the method uses: section of the command line's configuration -> the object behind it."""
+        used: dict[str, Any] = {"optimization": self.optimization}
+        if self.method == "blockwise":
+            return used | {"reconstruction": self.reconstruction}
+        return used | {"distillation": self.distillation}
 
     @property
     def distils(self) -> bool:

@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +88,9 @@ class FittingRun(RecoveryRun):
                 raise InputError(f"trainer.{name}", value, "must be at least 1")
         if trainer.val_check_interval == 0:
             raise InputError("trainer.val_check_interval", trainer.val_check_interval, "must be larger than 0")
+        if trainer.global_step:
+            problem = "has trained before, and would only go on from there; make a new one"
+            raise InputError("trainer", type(trainer).__name__, problem)
         if trainer.barebones:
             raise InputError("trainer.barebones", True, "measures no loss and keeps nothing to go on from")
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -113,8 +118,19 @@ class FittingRun(RecoveryRun):
             # Before the pruned model is in memory.
             self._ask_dense(self.dense)
         load_pruned(self.model)
-        self._compose()
-        self._fit()
+        with self._trainer_left_alone():
+            self._compose()
+            self._fit()
+
+    @contextmanager
+    def _trainer_left_alone(self) -> Iterator[None]:
+        """Afterwards the trainer has its own callbacks, launcher and way to write checkpoints again."""
+        trainer, strategy = self.trainer, self.trainer.strategy
+        callbacks, launcher, checkpoint_io = trainer.callbacks, strategy.launcher, strategy.checkpoint_io
+        try:
+            yield
+        finally:
+            trainer.callbacks, strategy._launcher, strategy.checkpoint_io = callbacks, launcher, checkpoint_io
 
     def _ask_dense(self, dense: LVLMModule) -> None:
         """What the dense model says before each answer token."""

@@ -283,9 +283,12 @@ class RecoveryRun(ABC):
 
     def _config(self) -> Mapping[str, Any]:
         """What repeats the run."""
-        return self.trainer.config or described_config(
-            self.model, self.datamodule, optimization=self.recovery.optimization
-        ) | {"method": self.recovery.method}
+        if self.trainer.config:
+            return self.trainer.config
+        adapters = self._adapters()
+        sections = self.recovery.sections() | ({} if adapters is None else {"lora": adapters})
+        found = described_config(self.model, self.datamodule, **sections)
+        return found | {"method": self.recovery.method, "dense": self.recovery.dense}
 
     # ---- after training ----------------------------------------------------------------------------------------------
     def _copy_base(self) -> CheckpointFolder:
