@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from lvlm_prune.cli_checks import config_files, written_options
 from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, meant, shortened
+from lvlm_prune.option_files import as_options
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -347,7 +347,7 @@ def _options_of_values(arguments: Sequence[str]) -> Iterator[str]:
     for option, value in written_options(arguments):
         if option.startswith("--") and value[:1] in ("[", "{"):
             with suppress(ValueError, RecursionError, yaml.YAMLError):
-                yield from _as_options(yaml.safe_load(value), option.removeprefix("--"))
+                yield from as_options(yaml.safe_load(value), option.removeprefix("--"))
 
 
 def _options_of_files(arguments: Sequence[str], folder: Path) -> Iterator[str]:
@@ -355,29 +355,9 @@ def _options_of_files(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     for path in config_files(arguments):
         try:
             content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
-            yield from _as_options(content, "")
+            yield from as_options(content, "")
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             continue
-
-
-def _as_options(value: Any, place: str) -> Iterator[str]:
-    """Options of nested plain data, those of a class at the place of the class.
-
-    Example:
-        >>> list(_as_options({"pool": {"class_path": "MixedPool", "init_args": {"alpha": 1}}}, ""))
-        ['--pool=MixedPool', '--pool.alpha=1']
-    """
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            inside = name in ("class_path", "init_args") and place
-            if place and not inside and isinstance(item, Mapping) and "class_path" not in item:
-                yield f"--{place}.{name}"
-            yield from _as_options(item, place if inside else f"{place}.{name}" if place else str(name))
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for item in value:
-            yield from _as_options(item, place)
-    elif place:
-        yield f"--{place}={value}"
 
 
 def _is_yaml(path: Path) -> bool:

@@ -44,12 +44,8 @@ _WITHOUT_TRAINER = ("compare", *_OF_FOLDERS)
 _LEFT_OUT = {"lora": ["reconstruction"], "full": ["lora", "reconstruction"], "blockwise": ["distillation"]}
 # Classes whose short names the command line is to know, beyond those that its signatures lead to.
 _ENGINES = (LMEvalEngine, LMMSEvalEngine)
-
-
-def _plugins(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Name of each class that can be an option's value -> options of its own."""
-    ours = options_of_classes((Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver))
-    return options_of_lightning(arguments) | ours
+# Kinds of classes that can be an option's value, beside Lightning's.
+_PLUGINS = (Allocation, Benchmark, CalibrationSource, Engine, Pool, Saliency, Scorer, Solver)
 
 
 class LVLMParser(LightningArgumentParser):
@@ -79,7 +75,7 @@ class LVLMParser(LightningArgumentParser):
         # Also where a parser refuses something that has no options of the command itself.
         parser = self.commands.get(next(iter(self.command_line), ""), self)
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        plugins = _plugins(self.command_line)
+        plugins = options_of_lightning(self.command_line) | options_of_classes(_PLUGINS)
         raise OptionError(explain(message, self.command_line, self.folder, known, plugins)) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,23 @@ def _refuse_no_path(option: str, value: str) -> None:
     content = value.encode("utf-8", "surrogatepass")
     if len(content) > _LONGEST_PATH or any(len(name) > LONGEST_FILE_NAME for name in content.split(b"/")):
         raise InputError("" if option == "folders" else option, value, "is longer than any name of a file")
+
+
+def as_options(value: Any, place: str) -> Iterator[str]:
+    """Options of nested plain data, those of a class at the place of the class.
+
+    Example:
+        >>> list(as_options({"pool": {"class_path": "MixedPool", "init_args": {"alpha": 1}}}, ""))
+        ['--pool=MixedPool', '--pool.alpha=1']
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            inside = name in ("class_path", "init_args") and place
+            if place and not inside and isinstance(item, Mapping) and "class_path" not in item:
+                yield f"--{place}.{name}"
+            yield from as_options(item, place if inside else f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for item in value:
+            yield from as_options(item, place)
+    elif place:
+        yield f"--{place}={value}"
