@@ -33,6 +33,10 @@ from lvlm_prune.plugins import describe
 Kind = TypeVar("Kind", bound=Callback)
 
 
+USUALLY_HELD_BACK = 8
+"""Samples on which `prune` measures perplexity and KL unless it is told otherwise."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a user asked of a run, besides its model, its data and its method.

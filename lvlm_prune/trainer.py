@@ -19,7 +19,7 @@ from lvlm_prune.plugins import lazy_default, own_instance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction
-from lvlm_prune.run import RunOptions, RunTrainer
+from lvlm_prune.run import USUALLY_HELD_BACK, RunOptions, RunTrainer
 from lvlm_prune.runs.reproduce.harness import Harness
 from lvlm_prune.runs.reproduce.outcome import PartOutcome
 from lvlm_prune.runs.sweep.results import FinishedRun
@@ -39,7 +39,7 @@ class LVLMTrainer(RunTrainer):
         plan: bool = False,
         packed: bool = False,
         packed_size: str = "",
-        held_back: int = 8,
+        held_back: int = USUALLY_HELD_BACK,
         keep: float = 0.0,
         keep_minutes: float = 0.0,
         keep_recipes: list[str] = [],  # noqa: B006

@@ -31,7 +31,7 @@ CONFIG_HEAD = "# Local paths are left out. Where the folder was written they lie
 """First line of a configuration without private data."""
 
 # Options and entries that hold places, by a part of their name; what stands there is private unless it is a hub name.
-_PLACES = re.compile(r"path|folder|file|dir$|output|scratch|^dense$|^baseline$|recipes", re.IGNORECASE)
+_PLACES = re.compile(r"path|folder|file|dir$|output|scratch|^dense$|^baseline$|^origin$|recipes", re.IGNORECASE)
 _NOT_PLACES = ("class_path", "files", "fingerprint")
 _PATH = re.compile(r"^(~|\.{1,2})?/|^[A-Za-z]:[\\/]|^\\\\|^~")
 _MODELS = ("model", "dense", "baseline")

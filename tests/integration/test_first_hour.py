@@ -130,6 +130,12 @@ def test_options_that_change_nothing_are_said(options, said, plan, golden_argume
     assert "".join(found).startswith(said)
 
 
+@pytest.mark.parametrize(("options", "said"), [([], 0), (["--held_back=8"], 0), (["--held_back=4"], 1)])
+def test_nothing_is_said_of_options_that_nobody_gave(options, said, tmp_path, capsys):
+    assert main(["prune", "--plan=true", f"--output={tmp_path / 'out'}", *options]) == 0
+    assert capsys.readouterr().out.count("is not used") == said
+
+
 def test_a_size_of_images_is_said_to_be_unused_where_there_are_none(tmp_path, capsys):
     write_folder(tmp_path / "dense", "llava")
     (tmp_path / "corpus.txt").write_text("\n\n".join(["One text.", "Another text."]))

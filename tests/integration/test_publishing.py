@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from lvlm_prune.cli import main
 from lvlm_prune.clock import command_began
 from lvlm_prune.output.base_record import record_of
+from lvlm_prune.output.private import without_private
 from lvlm_prune.runs import publishing
 from lvlm_prune.runs.evaluate import run as evaluating
 from tests.conftest import GOLDEN
@@ -358,6 +359,14 @@ def test_a_full_disk_while_publishing_is_one_line_and_can_be_gone_on_with(full, 
     assert main([*command, "--push=me/sparse", "--report=false", "--resume=true"]) == 0
     assert "config.json" in hub.files
     assert "patients" not in (out / "pruning.json").read_text()
+
+
+def test_where_the_model_lay_that_was_pruned_is_private_as_a_relative_path_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "patients" / "llava").mkdir(parents=True)
+    for place in ("patients/llava", str(tmp_path / "patients" / "llava"), "./patients/llava"):
+        assert without_private({"origin": place})["origin"] == "(left out)"
+    assert without_private({"origin": "owner/llava"})["origin"] == "owner/llava"
 
 
 def test_figures_without_private_data_are_those_that_were_drawn(finished):

@@ -32,7 +32,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import mounted
-from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
+from lvlm_prune.run import USUALLY_HELD_BACK, Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.sharing import SharedCalibration
@@ -193,7 +193,7 @@ class PruneRun:
         if pruning is not None:
             tokens = self.run.record.get("calibration", {}).get("tokens")
             yield from unused_options(pruning, self.datamodule, self.model, tokens)
-        if self.model.path in NAMES and options.held_back not in (0, RunOptions().held_back):
+        if self.model.path in NAMES and options.held_back not in (0, USUALLY_HELD_BACK):
             yield f"--held_back {options.held_back} is not used: the embedded model is scored on its benchmark"
 
     # ---- the work ----------------------------------------------------------------------------------------------------
