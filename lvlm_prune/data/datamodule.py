@@ -22,7 +22,7 @@ from lvlm_prune.data.embedded import EmbeddedSource
 from lvlm_prune.data.limits import NO_LIMITS, ModelLimits
 from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of, refusals
 from lvlm_prune.data.source import CalibrationSource, Sample
-from lvlm_prune.errors import InputError, RunError, refuse_huge
+from lvlm_prune.errors import InputError, RunError, one_line, refuse_huge
 from lvlm_prune.plugins import lazy_default, mounted, own_instance
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class CalibrationDataModule(L.LightningDataModule):
         if (name, reason) not in self._warned:
             self._warned.add((name, reason))
             if len(self._warned) <= _NAMED:
-                log.warning("left out calibration %s: %s", name, reason)
+                log.warning("left out calibration %s: %s", one_line(name), one_line(reason))
             elif len(self._warned) == _NAMED + 1:
                 log.warning("left out more than %d calibration samples; the others are named in the record", _NAMED)
         self.skipped.append((name, reason))

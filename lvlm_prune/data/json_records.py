@@ -40,10 +40,14 @@ class JsonRecords:
         self._starts = array("Q")
         self._ends = array("Q")
         try:
-            file = self.path.open("rb")
+            self._index()
         except OSError as error:
             raise ValueError(f"`path` {path}: cannot be read ({error.strerror})") from None
-        with file:
+        if not self._starts:
+            raise ValueError(f"`path` {path}: holds no samples")
+
+    def _index(self) -> None:
+        with self.path.open("rb") as file:
             head = file.read(_CHUNK)
             offset = 3 if head.startswith(b"\xef\xbb\xbf") else 0
             first = head[offset:].lstrip()[:1]
@@ -53,9 +57,7 @@ class JsonRecords:
             elif first == b"{":
                 self._index_lines(file)
             elif head.strip() or first:
-                raise ValueError(f"`path` {path}: neither a JSON array of samples nor one JSON object per line")
-        if not self._starts:
-            raise ValueError(f"`path` {path}: holds no samples")
+                raise ValueError(f"`path` {self.path}: neither a JSON array of samples nor one JSON object per line")
 
     def __len__(self) -> int:
         return len(self._starts)

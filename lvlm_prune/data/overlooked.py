@@ -44,7 +44,7 @@ _MAGIC |= {b"MM\0*": "image", b"ID3": "audio", b"fLaC": "audio", b"OggS": "audio
 
 # A key with one of the first words, and for the rest of the second, says where the media that are read come from.
 _DESCRIBING = re.compile(
-    "file|filename|filepath|path|name|ur[li]s?|links?|href|src|sources?|origin|id|title|caption|label|thumb|thumbnail"
+    "file|filename|filepath|path|name|imgname|imagename|imgid|imageid|ur[li]s?|links?|href|src|sources?|origin|id|title|caption|label|thumb|thumbnail"
 )
 _OTHER_WORD = re.compile(
     "image|img|picture|photo|pic|video|audio|media|original|orig|coco|flickr|raw|full|local|abs|absolute|rel|relative"
@@ -58,6 +58,14 @@ _SPEAKS = re.compile(r"\s+(tag|element|attribute|placeholder|token|node)s?\b", r
 _MARKUP = re.compile(r"</(image|img|video|audio|body|div|p|a)>|\bhtml", re.IGNORECASE)
 # As Qwen-VL has them.
 _NAMED = re.compile(r"<(image|img|video|audio)>\s*([^<>\n]+?)\s*</\1>", re.IGNORECASE)
+# Keys of a file, where nothing else says that a name is one that is to be read; of text, which may speak of files; and
+# of much else than media.
+_OF_FILES = re.compile("files?|filenames?|filepaths?|paths?|src|sources?|ur[il]s?|href|links?")
+_ABOUT_TEXT = re.compile(
+    "answers?|questions?|captions?|texts?|titles?|labels?|choices|options?|hints?|contexts?|instructions?|inputs?"
+    "|outputs?|responses?|prompts?|tags?|keywords?|categor(y|ies)|tokens?|objects?|notes?|comments?"
+)
+_OF_OTHER_THINGS = {"clip", "clips", "frame", "sound", "sounds", "speech", "visual", "media"}
 _CONTENTS = ("path", "bytes", "data", "base64", "b64")
 _ENTRIES = (*_CONTENTS, "file", "file_name", "filename", "name", "url", "uri", "src")
 _PLAIN = (*MEDIA, *(f"{kind}s" for kind in MEDIA), "img", "imgs")
@@ -179,7 +187,8 @@ def key_of_reference(part: Mapping[str, Any]) -> str:
 def refuse_unfilled(messages: Sequence[Message]) -> None:
     """Refuse text with a placeholder in it that nothing of the record stands for, or with a medium's name in one.
 
-    Those of files that were found are parts of their own by now. Text may speak of them, as of elements of HTML.
+    Those of files that were found are parts of their own by now. Text may speak of them, as of elements of HTML:
+    they count where data sets put them, first or last in what the user says, or on a line of their own.
 
     Raises:
         ValueError: There is one; names it.
@@ -194,17 +203,28 @@ def refuse_unfilled(messages: Sequence[Message]) -> None:
     """
     kinds = {part["type"] for message in messages for part in message["content"]}
     for number, message in enumerate(messages):
+        if message["role"] == "assistant":  # what a model is to say stands for nothing that it is shown
+            continue
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
-        named = next((one for one in _NAMED.finditer(text) if one[1].startswith("im") or kind_of_value(one[2])), None)
+        named = next((one for one in _NAMED.finditer(text) if kind_of_value(one[2])), None)
         if named is not None:
             raise ValueError(f"turn {number} names a file in its text, {shortened(named[0])}, which is not understood")
-        found = next((one for one in _PLACEHOLDER.finditer(text) if not _SPEAKS.match(text, one.end())), None)
+        found = next((one for one in _PLACEHOLDER.finditer(text) if _stands_for_something(text, one)), None)
         if found is None or _MARKUP.search(text):
             continue
         word = found[1].lower()
         kind = "image" if word.startswith("im") else "audio" if word == "speech" else word
         if kind not in kinds:
             raise ValueError(f"turn {number} has the placeholder {found[0]}, and the record names no {kind} for it")
+
+
+def _stands_for_something(text: str, placeholder: re.Match[str]) -> bool:
+    """Whether it is where data sets put them: first or last in the text, or on a line of its own."""
+    before, after = text[: placeholder.start()].rstrip(" \t"), text[placeholder.end() :].lstrip(" \t")
+    alone = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
+    last = not after.strip() and before.rstrip()[-1:] in (".", "?", "!", ":")
+    first = not before.strip() and not _SPEAKS.match(text, placeholder.end())
+    return alone or last or first
 
 
 def _values_within(value: Any, place: tuple[str, ...], key: str) -> Iterator[_Value]:
@@ -231,11 +251,18 @@ def _overlooked(one: _Value, found: Mapping[str, Sequence[Any]]) -> str | None:
         words = _words(one.key)
         others = [word for word in words if not _DESCRIBING.fullmatch(word)]
         describes = len(others) < len(words) and all(map(_OTHER_WORD.fullmatch, others))
-        if one.kind is None and (describes or text.startswith(("http://", "https://"))):
+        if one.kind is None and describes:
             return None
         if one.kind is not None and found[kind]:
             is_another = any(word.isdigit() for word in words)
             return None if describes or (held is None and not is_another) else kind
+    if held is None and set(_words(one.key)) <= _OF_OTHER_THINGS:
+        return None
+    if one.kind is None and _only_names(text):
+        words = _words(one.key)
+        named_only = not any(found.values()) and not any(map(_OF_FILES.fullmatch, words))
+        if named_only or _ABOUT_TEXT.fullmatch(words[-1]) or text.startswith(("http://", "https://")):
+            return None
     if held is not None:
         return kind
     # A key alone: deep inside only where it says so plainly, or of what may be a name.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lvlm_prune.errors import one_line
 from lvlm_prune.pruning.block import RareExperts
 
 
@@ -35,4 +36,8 @@ def skipped_line(calibration: Mapping[str, Any]) -> str:
         return ""
     count, total = len(skipped), len(skipped) + calibration["num_samples"]
     line = f"{count} of {total} calibration samples could not be read and were left out"
-    return line if isinstance(skipped[0], str) else f"{line} (the first is {skipped[0][0]}: {skipped[0][1]})"
+    return (
+        line
+        if isinstance(skipped[0], str)
+        else f"{line} (the first is {one_line(skipped[0][0])}: {one_line(skipped[0][1])})"
+    )

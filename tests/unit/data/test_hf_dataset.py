@@ -225,7 +225,7 @@ def test_media_that_a_column_only_names_are_not_left_out_in_silence(column, valu
 
 OVERLOOKED = {
     "another column": {"image": "a.png", "second_image": "b.png"},
-    "by its values": {"image": "a.png", "context": "b.png"},
+    "by its values": {"image": "a.png", "mask": "b.png"},
     "deep inside": {"metadata": {"image": "b.png"}},
     "a name": {"file_name": "b.png"},
     "decoded": {"image": picture("red"), "mask": picture("blue")},

@@ -97,7 +97,7 @@ REFUSED = {
         {"conversations": said("<video>\nWhat?")},
         "has the placeholder <video>, and the record",
     ),
-    "a sound's place": ({"conversations": said("What is in <audio>?")}, "has the placeholder <audio>"),
+    "a sound's place": ({"conversations": said("What do you hear? <audio>")}, "has the placeholder <audio>"),
     "in the text": ({"conversations": said("Picture 1: <img>a.png</img> What?")}, "names a file in its text"),
     "a sound in the text": ({"conversations": said("<audio>b/a.wav</audio>")}, "names a file in its text"),
     "an internal place": ({"conversations": said("<IMG_CONTEXT> What?")}, "has the placeholder <IMG_CONTEXT>"),
@@ -167,12 +167,23 @@ TEXTS = [
     "List images: a.png b.png",
     "It shows [image] and [video] in brackets.",
     "a > b and image < video",
+    "What is <video>?",
+    "What's the difference between <img> and <picture>?",
+    "How do I close <img> in JSX?",
+    "Explain <video> vs <embed>",
+    "Why does LiveData<Video> not update?",
+    "prog <video> [<audio>] [-o FILE]",
+    "What does <|image_pad|> do in Qwen?",
 ]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_may_speak_of_images(text: str, tmp_path: Path):
-    record = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a.png"}]}
+    answer = "a.png\n<video>\nis replaced, and <img>a</img> too"
+    record = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
+    record |= {"answers": ["logo.png"], "ocr_tokens": ["a", "image.png"], "title": "foo.gif", "tags": ["image.png"]}
+    record |= {"avatar": "https://x.org/av.png", "clip": "ViT-L/14", "speech": "hello world", "orig": "/data/zzz.tif"}
+    record |= {"url": "https://commons.wikimedia.org/wiki/File:Foo.jpg", "instruction": "photo.jpg"}
     record |= {"source": "set.json", "metadata": {"note": "shown in a.png on page 3 of the book", "media": "print"}}
     assert read(tmp_path, record).images == []
 
