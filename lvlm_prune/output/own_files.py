@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lvlm_prune.checkpoints.checkpoint import INDEX_NAME, SINGLE_NAME
 from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import MODEL_CARD
@@ -22,6 +24,8 @@ from lvlm_prune.output.records import FileRecord
 
 # What is private in them may be taken out later, which changes nothing that is held against anything.
 _CLEANED = ("config.yaml", "adapter_config.json")
+# Beside weights they say that these are to be changed, or are not what they seem.
+_CHANGES_WHAT_IS_LOADED = ("adapter_config.json", "hf_quant_config.json", "quantization_config.json")
 
 
 def record_of(path: Path) -> FileRecord:
@@ -83,7 +87,8 @@ def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:
         records: Path in the folder -> what the run knows of the file. `config.json` may still be held back.
 
     Raises:
-        InputError: A file is missing, or is not the one that was written; names it.
+        InputError: A file is missing, is not the one that was written, or came beside them and changes what is loaded;
+            names it.
     """
     for name, record in records.items():
         held_back = name == "config.json" and not (folder / name).is_file()
@@ -96,3 +101,21 @@ def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:
         if problem:
             way_out = "put it back, or write elsewhere"
             raise InputError("output", folder, f"{path.name if held_back else name} {problem}; {way_out}")
+    if (added := _added(folder, records)) is not None:
+        problem = f"{added} came after the run, and changes what is loaded from the folder"
+        raise InputError("output", folder, f"{problem}; take it away, or write elsewhere")
+
+
+def _added(folder: Path, records: Mapping[str, FileRecord]) -> str | None:
+    """A file that no run writes, with which transformers loads something else than was written."""
+    for name in _CHANGES_WHAT_IS_LOADED:
+        if name not in records and os.path.lexists(folder / name):
+            return name
+    if not os.path.lexists(folder / SINGLE_NAME):
+        return None
+    try:
+        shards = set(json.loads((folder / INDEX_NAME).read_bytes())["weight_map"].values())
+        beside = all((folder / shard).is_file() for shard in shards)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return SINGLE_NAME if beside and SINGLE_NAME not in shards else None  # the single file comes first

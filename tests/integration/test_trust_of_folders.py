@@ -212,3 +212,29 @@ def test_an_input_that_is_written_while_it_is_read_is_one_line(tmp_path, monkeyp
     command = [one for one in GOLDEN_ARGUMENTS if not one.startswith("--model.path")]
     assert main([*command, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
     assert f"{weights} was changed while it was in use" in one_line(capsys)
+
+
+@pytest.mark.parametrize("added", ["model.safetensors", "adapter_config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_came_beside_the_weights_and_changes_what_is_loaded_is_refused(
+    added, finished, bases, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    command = [*GOLDEN_ARGUMENTS, f"--model.path={bases / 'dense-float32'}", "--method=magnitude", f"--output={out}"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if not finished:
+            patched.setattr(SparseCheckpointWriter, "on_prune_end", interrupted)
+        assert main(command) == (0 if finished else 130)
+    if added == "model.safetensors":
+        save_file(load_file(GOLDEN / "model" / added), out / added)
+    else:
+        (out / added).write_text("{}")
+    capsys.readouterr()
+    assert main([*command, "--resume=true"]) == 2
+    assert f"{added} came after the run" in one_line(capsys)
+    (out / added).unlink()
+    assert main([*command, "--resume=true"]) == 0
