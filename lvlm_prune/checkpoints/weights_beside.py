@@ -40,6 +40,7 @@ _MAGIC = (b"\x89HDF", b"GGUF", b"ggml", b"lmgg", b"tjgg")
 _ZIP, _NUMPY, _PICKLE = b"PK\x03\x04", b"\x93NUMPY", b"\x80"
 
 _SMALL, _FEW_BYTES = 0.1, 2**16  # of the weights' bytes; whatever these are
+_WHOLE = 0.5  # of them: a file of tensors with other names that is about as large as they are
 _LARGE = 2**26  # bytes of a file that nothing but weights has, where the weights themselves are not small
 _READ = 2**24
 
@@ -75,7 +76,8 @@ class WeightsBeside:
                 found = read_header(path)
             except ValueError:  # a part of one, or a broken one
                 return True
-            return not is_small or any(self._is_own(key) for key, _ in found)
+            is_whole = share > _WHOLE and not path.name.startswith(_ADAPTER)
+            return is_whole or any(self._is_own(key) for key, _ in found)
         if head.startswith(_MAGIC) or _OF_WEIGHTS.fullmatch(suffix):
             return True
         if suffix in _ARCHIVES and share > _SMALL:
