@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lvlm_prune.blocks import StreamedWeights
 from lvlm_prune.checkpoints import CheckpointFolder
@@ -55,7 +57,7 @@ def refuse_burst(name: str, stored: Tensor, merged: Tensor) -> None:
     Raises:
         RunError: It has NaN or infinity, or is that much larger.
     """
-    before, after = (tensor.double().norm().item() for tensor in (stored, merged))
+    before, after = (vector_norm(tensor, dtype=torch.float64).item() for tensor in (stored, merged))
     times = after / max(before, 1e-30)
     if not times <= _BURST:
         grown = f"{times:.0e} times as large as before" if math.isfinite(times) else "NaN or infinite"

@@ -355,5 +355,5 @@ def _private(record: Mapping[str, Any]) -> str:
         return "Local paths, ids of samples and pictures of them are left out of all files here."
     return (
         "The records and the page in this folder name local paths and may show a calibration sample. "
-        "`--push` uploads none of that; to upload the folder in another way, write it without `--publishable false`."
+        "`--push` uploads none of that; to upload the folder in another way, write it with `--publishable true`."
     )
