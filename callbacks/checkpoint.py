@@ -34,7 +34,7 @@ from lvlm_prune.output.folder import (
     write_config,
     writing,
 )
-from lvlm_prune.output.locking import FolderLock, claim
+from lvlm_prune.output.locking import claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import PRUNING_RECORD, RUN_FILES, STATISTICS_NAME
 from lvlm_prune.output.own_files import record_of_content, records_of, refuse_changed
@@ -58,8 +58,6 @@ class SparseCheckpointWriter(PruneCallback):
 
     A model that was handed over in memory is not written.
     """
-
-    _lock: FolderLock | None = None
 
     def setup(self, trainer: "RunTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
         """Refuse an output folder that cannot be written, before anything is done.
@@ -85,11 +83,6 @@ class SparseCheckpointWriter(PruneCallback):
         resumes = options.resume and is_occupied(folder, PRUNING_RECORD)
         if resumes and Manifest.read(folder).get("status") == "pruning":
             pl_module.folder.refuse_other_layout(folder)
-
-    def teardown(self, trainer: "RunTrainer", pl_module: "LVLMModule", stage: str) -> None:  # type: ignore[override]
-        """Let other runs into the folder."""
-        if self._lock is not None:
-            self._lock.release()
 
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Copy the input folder, or find out where an unfinished run stands."""
@@ -117,7 +110,7 @@ class SparseCheckpointWriter(PruneCallback):
     def _start(self, trainer: "RunTrainer", pl_module: "LVLMModule", folder: Path) -> Manifest:
         assert pl_module.folder is not None
         manifest = trainer.run.record
-        self._lock = claim(folder, PRUNING_RECORD, trainer.run.options.resume)
+        trainer.run.lock = claim(folder, PRUNING_RECORD, trainer.run.options.resume)
         if (folder / PRUNING_RECORD).is_file():
             started = Manifest.read(folder)
             started.refuse_other(manifest, folder)

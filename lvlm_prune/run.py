@@ -27,6 +27,7 @@ from lvlm_prune.loop.catching import CaughtSamples
 from lvlm_prune.memory.hidden_states import Wanted, checked_place
 from lvlm_prune.memory.run_memory import RunMemory
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.plugins import describe
 
@@ -61,6 +62,10 @@ class RunOptions:
     packed: bool = False
     publishable: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.held_back < 0:
+            raise InputError("held_back", self.held_back, "must be 0 or more")
+
 
 @dataclass
 class Run:
@@ -78,6 +83,7 @@ class Run:
         recorded: Tensors that callbacks want written to `statistics.safetensors`, by name.
         began: What `time.perf_counter` said when the command began, or the call from Python.
         was_complete: Whether an earlier run had finished the folder already.
+        lock: Keeps other runs out of `folder` from when that is written until this one ends.
 
     Attributes:
         weights: Brings the weights of blocks into memory, and releases them; set before `on_prune_start`.
@@ -95,6 +101,7 @@ class Run:
     recorded: dict[str, Tensor] = field(default_factory=dict)
     began: float = field(default_factory=command_began)
     was_complete: bool = False
+    lock: FolderLock | None = None
     weights: Weights = field(init=False)
     memory: RunMemory = field(init=False)
 

@@ -5,16 +5,13 @@ Each verb is a run of its own, in `lvlm_prune/runs`; the trainer holds none of i
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule
-from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.builtin import BuiltinEngine
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import RECOVERY_RECORD
 from lvlm_prune.plugins import lazy_default, own_instance
 from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.optimization import Optimization
@@ -76,50 +73,12 @@ class LVLMTrainer(RunTrainer):
         Returns:
             The manifest; empty after a plan.
         """
-        from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
-        from lvlm_prune.runs.prune.run import PruneRun
-        from lvlm_prune.runs.prune.sizing import PackedSize
-        from lvlm_prune.runs.publishing import Publication
-        from lvlm_prune.runs.search.run import SearchRun
+        from lvlm_prune.runs.verbs import Aim, prune
 
-        publish = Publication("" if plan else push, publishable)
-        if packed_size and (keep or not packed):
-            problem = "and --keep both decide how sparse the model gets" if packed else "needs --packed true"
-            raise InputError("packed_size", packed_size, problem)
-        size = PackedSize(packed_size, model, self) if packed_size else None
-        if resumes_packing(output, packed, resume):
-            if self.is_global_zero:
-                pack_folder(output, model)
-                publish(Path(output))
-                if size is not None:
-                    size.refuse_missed(Path(output))
-            return Manifest.read(Path(output))
-        if held_back < 0:
-            raise InputError("held_back", held_back, "must be 0 or more")
-        if not 0 <= keep_minutes < float("inf"):
-            raise InputError("keep_minutes", keep_minutes, "must be 0 (no bound) or more")
         options = RunOptions(
             resume, evaluate, report, plan, held_back=held_back, packed=packed, publishable=publishable
         )
-        run: PruneRun | SearchRun
-        if keep:
-            run = SearchRun(self, model, datamodule, output, options, keep, keep_minutes, keep_recipes)
-        elif keep_recipes or keep_minutes:
-            if keep_minutes:
-                problem = "does nothing without --keep, the share to keep, for example 0.99"
-                raise InputError("keep_minutes", keep_minutes, problem)
-            wanted = "--method auto and --keep_recipes want the share to keep, for example 0.99"
-            raise InputError("keep", keep, f"{wanted}; or --packed true with a --packed_size")
-        else:
-            run = PruneRun(self, model, datamodule, output, options, config=None if size is None else size.config)
-        manifest = run()
-        if packed and not plan:
-            pack_output(run.run, model, model.path if self.owns_process else "")
-            if size is not None and run.run.folder is not None and self.is_global_zero:
-                size.refuse_missed(run.run.folder)
-        if not plan:
-            publish(run.run.folder)
-        return manifest
+        return prune(self, model, datamodule, output, options, Aim(keep, keep_minutes, keep_recipes, packed_size), push)
 
     def recover(
         self,
@@ -166,27 +125,11 @@ class LVLMTrainer(RunTrainer):
             The record: what was trained, on what, with what result; also `recovery.json` in the output folder.
         """
         from lvlm_prune.recovery.options import RecoveryOptions
-        from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
-        from lvlm_prune.runs.publishing import Publication
-        from lvlm_prune.runs.recover.blockwise import BlockwiseRun
-        from lvlm_prune.runs.recover.fitting import FittingRun
-        from lvlm_prune.runs.recover.run import RecoveryRun
+        from lvlm_prune.runs.verbs import recover
 
-        publish = Publication(push, publishable)
-        if resumes_packing(output, packed, resume):
-            if self.is_global_zero:
-                pack_folder(output, model)
-                publish(Path(output))
-            return Manifest.read(Path(output), RECOVERY_RECORD)
         recovery = RecoveryOptions(method, optimization, dense, distillation, reconstruction)
-        kind: type[RecoveryRun] = BlockwiseRun if method == "blockwise" else FittingRun
         options = RunOptions(resume, evaluate, report, packed=packed, publishable=publishable)
-        run = kind(self, model, datamodule, recovery, output, options)
-        record = run()
-        if packed:
-            pack_output(run.run, model, run.dense_name if self.owns_process else "")
-        publish(run.folder)
-        return record
+        return recover(self, model, datamodule, recovery, output, options, push)
 
     def probe(
         self,

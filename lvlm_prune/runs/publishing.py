@@ -72,7 +72,7 @@ class Publication:
             _refuse_unreachable(push)
 
     def __call__(self, folder: Path | None, quiet: bool = False) -> None:
-        """Do it.
+        """Do it, on the first process.
 
         Args:
             folder: The finished folder; None where the run wrote none.
@@ -81,8 +81,12 @@ class Publication:
         Raises:
             RunError: The upload failed.
         """
-        if folder is None or not is_first_process():
-            return
+        if folder is not None and is_first_process():
+            self.put_aside(folder, quiet)
+            self.upload(folder, quiet)
+
+    def put_aside(self, folder: Path, quiet: bool = False) -> None:
+        """Take what is private out of a finished folder, if it is to hold nothing private; see `__call__`."""
         if any((folder / name).is_file() for name in RECORDS) and keeps_own_private(folder, self.publishable):
             with writing(private_folder(folder)):
                 keep_private(folder)
@@ -90,6 +94,9 @@ class Publication:
                 leave_out_private(folder)
             if not quiet and private_folder(folder).is_dir():
                 print(private_line(folder), flush=True)
+
+    def upload(self, folder: Path, quiet: bool = False) -> None:
+        """Upload a finished folder without what is private, if it is to be; see `__call__`."""
         if self.push:
             with published(folder) as copy:
                 address = _upload(copy, folder, self.push)

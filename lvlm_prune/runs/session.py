@@ -25,7 +25,7 @@ def session(
 ) -> Iterator[Run]:
     """While the context is open, `run` is the one that is under way.
 
-    An interruption says how to go on, and all processes of the run end alike.
+    An interruption says how to go on, all processes of the run end alike, and its folder is other runs' again.
 
     Args:
         trainer: Whose callbacks the run is for.
@@ -40,6 +40,8 @@ def session(
         with interruptible(way_on, trainer.owns_process and at_once, children), children.together():
             yield run
     finally:
+        if run.lock is not None:
+            run.lock.release()
         if earlier is None:
             del trainer.run
         else:

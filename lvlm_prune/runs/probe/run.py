@@ -29,7 +29,7 @@ from lvlm_prune.output.folder import (
     write_config,
     writing,
 )
-from lvlm_prune.output.locking import FolderLock, claim
+from lvlm_prune.output.locking import claim
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PROBE_RECORD
 from lvlm_prune.output.own_files import digest_of_json, records_of, refuse_changed
@@ -92,7 +92,6 @@ class ProbeRun:
         self.evaluates = evaluate and (engine is not None or model.path in NAMES)
         self.engine = engine
         self.scoring: CellScoring | None = None
-        self._lock: FolderLock | None = None
         config = trainer.config or described_config(model, datamodule, probing=self.probe)
         self.run = Run(RunOptions(resume, evaluate), config, Hardware.of(trainer), [self.probe], folder=self.folder)
         self.started = command_began()
@@ -131,12 +130,8 @@ class ProbeRun:
                 self._verify_again(earlier)
                 return earlier
             threads = suitable_threads(model.block_weights, run.hardware.devices)
-            try:
-                with self.trainer.watched_memory() as run.memory, threads:
-                    self._measure(launch.fabric, names, cells, earlier)
-            finally:
-                if self._lock is not None:
-                    self._lock.release()
+            with self.trainer.watched_memory() as run.memory, threads:
+                self._measure(launch.fabric, names, cells, earlier)
         return run.record
 
     def _way_on(self) -> str:
@@ -272,8 +267,8 @@ class ProbeRun:
         self.run.record["status"] = status
         if self.run.processes.is_main:
             with writing(self.folder):
-                if self._lock is None:
-                    self._lock = claim(self.folder, PROBE_RECORD, self.resume)
+                if self.run.lock is None:
+                    self.run.lock = claim(self.folder, PROBE_RECORD, self.resume)
                 self.run.record.write(self.folder, PROBE_RECORD)
 
     def _verify_again(self, earlier: Manifest) -> None:

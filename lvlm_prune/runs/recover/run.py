@@ -108,17 +108,12 @@ class RecoveryRun(ABC):
         self.dense: LVLMModule | None = None
         self.lora: SparseLoRA | None = None
         self.children = Children()
-        self._lock: FolderLock | None = None
 
     def __call__(self) -> Manifest:
         """Recover, or go on with what an interrupted run left."""
         follow_parent()
-        try:
-            with session(self.trainer, self.run, self.children, self._way_on):
-                return self._carry_out()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
+        with session(self.trainer, self.run, self.children, self._way_on):
+            return self._carry_out()
 
     def _way_on(self) -> str:
         started = (self.folder / RECOVERY_RECORD).is_file()
@@ -272,8 +267,8 @@ class RecoveryRun(ABC):
 
     def _keep_others_out(self) -> None:
         """Lock the folder until the run ends, however it ends."""
-        if self._lock is None and self.trainer.is_global_zero:
-            self._lock = FolderLock(self.folder)
+        if self.run.lock is None and self.trainer.is_global_zero:
+            self.run.lock = FolderLock(self.folder)
 
     def _refuse_unusable(self, base: CheckpointFolder) -> None:
         pruned = record_of(base.path)
