@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os.path import exists, isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
+from lvlm_prune.data.placeholders import placeholders_in
 from lvlm_prune.errors import RunError, first_line, shortened
 
+File = TypeVar("File")
 Message = dict[str, Any]
 """One turn in Hugging Face's chat format: `{"role": ..., "content": [{"type": "text", "text": ...}, ...]}`."""
 
@@ -177,7 +179,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
 
     Args:
         turns: The turns.
-        media: What there may be besides text, of `MEDIA`; placeholders of others are ordinary characters.
+        media: Of which kinds, of `MEDIA`, there are files; in strings placeholders of others are ordinary characters.
 
     Raises:
         ValueError: A turn is of neither form.
@@ -198,7 +200,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
             parts = _parts_from_text(content, media)
         elif isinstance(content, (list, tuple)):
             # Columnar files fill the keys that a part does not have with None.
-            parts = [_part(part, number, media) for part in content]
+            parts = [_part(part, number, {"image", *media}) for part in content]
         else:
             raise ValueError(f"turn {number} has no text")
         messages.append({"role": _ROLES[speaker], "content": parts})
@@ -207,19 +209,61 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
     return messages
 
 
-def place_media(messages: list[Message], count: int, kind: str = "image") -> list[Message]:
-    """Messages with exactly `count` parts of a kind: those without a placeholder are put first in the first user turn.
+def place_media(messages: list[Message], files: Sequence[File], kind: str = "image") -> list[File]:
+    """Give messages exactly one part of a kind for each file: those without a placeholder come first, in the first user
+    turn. Where there is no other, numbered placeholders of the user (`<image 2>`) are the places of these files.
+
+    Args:
+        messages: The messages; changed where they are.
+        files: The files, as the record names them.
+        kind: `image`, `video` or `audio`.
+
+    Returns:
+        The files in the order of the parts.
 
     Raises:
-        ValueError: There are more placeholders than files.
+        ValueError: There are more placeholders than files, or one of a number that no file has.
+
+    Example:
+        >>> said = [{"role": "user", "content": [{"type": "text", "text": "Is <image 2> like <image 1>?"}]}]
+        >>> place_media(said, ["a.png", "b.png"]), [part.get("text") for part in said[0]["content"]]
+        (['b.png', 'a.png'], ['Is ', None, ' like ', None, '?'])
     """
     placeholders = sum(part["type"] == kind for message in messages for part in message["content"])
-    if placeholders > count:
-        raise ValueError(f"more {kind} placeholders ({placeholders}) than {kind}s ({count})")
-    if placeholders < count:
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
-        first["content"] = [{"type": kind}] * (count - placeholders) + first["content"]
-    return messages
+    files = list(files)
+    if files and not placeholders:
+        numbers = _take_numbered(messages, kind)
+        first = min([1, *numbers])
+        if numbers and max(numbers) - first >= len(files):
+            raise ValueError(f"a placeholder stands for {kind} {max(numbers)}, and the record names {len(files)}")
+        placed = [number - first for number in numbers]
+        files = [file for place, file in enumerate(files) if place not in placed] + [files[place] for place in placed]
+        placeholders = len(placed)
+    if placeholders > len(files):
+        raise ValueError(f"more {kind} placeholders ({placeholders}) than {kind}s ({len(files)})")
+    if placeholders < len(files):
+        first_turn = next((message for message in messages if message["role"] == "user"), messages[0])
+        first_turn["content"] = [{"type": kind}] * (len(files) - placeholders) + first_turn["content"]
+    return files
+
+
+def _take_numbered(messages: list[Message], kind: str) -> list[int]:
+    """Make parts of the numbered placeholders of a kind; of those of one number only the first is a place."""
+    numbers: list[int] = []
+    for message in messages:
+        if message["role"] != "user":
+            continue
+        content = []
+        for part in message["content"]:
+            text, start = part.get("text", ""), 0
+            for one in placeholders_in(text):
+                if one.kind == kind and one.number is not None and one.number not in numbers:
+                    numbers.append(one.number)
+                    content += [*_text(text[start : one.start], start > 0, True), {"type": kind}]
+                    start = one.end
+            content += _text(text[start:], True, False) if start else [part]
+        message["content"] = content
+    return numbers
 
 
 def kind_of_part(part: Mapping[str, Any]) -> str:
@@ -237,21 +281,20 @@ def kind_of_part(part: Mapping[str, Any]) -> str:
 def _parts_from_text(text: str, media: Sequence[str]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     # With a group in the pattern, every other piece is the name of a placeholder.
-    pieces = re.split(f"<({'|'.join(media)})>", text)
+    pieces = re.split(f"<({'|'.join(media)})>", text) if media else [text]
     for number, piece in enumerate(pieces):
-        if number % 2:
-            parts.append({"type": piece})
-            continue
-        if number > 0:
-            piece = piece.lstrip("\n")
-        if number < len(pieces) - 1:
-            piece = piece.rstrip("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
+        parts += [{"type": piece}] if number % 2 else _text(piece, number > 0, number < len(pieces) - 1)
     return parts
 
 
-def _part(part: Any, turn: int, media: Sequence[str]) -> dict[str, Any]:
+def _text(text: str, behind: bool, before: bool) -> list[dict[str, Any]]:
+    """The part of a text, or none; without the line breaks beside a placeholder that it stands behind or before."""
+    text = text.lstrip("\n") if behind else text
+    text = text.rstrip("\n") if before else text
+    return [{"type": "text", "text": text}] if text else []
+
+
+def _part(part: Any, turn: int, media: Collection[str]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = kind_of_part(part) if isinstance(part, dict) else None
@@ -259,4 +302,5 @@ def _part(part: Any, turn: int, media: Sequence[str]) -> dict[str, Any]:
         return {"type": kind}
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    raise ValueError(f"turn {turn} has a part of type {kind!r}, expected {' or '.join(('text', *media))}")
+    expected = " or ".join(("text", *(one for one in MEDIA if one in media)))
+    raise ValueError(f"turn {turn} has a part of type {kind!r}, expected {expected}")

@@ -20,7 +20,13 @@ from lvlm_prune.data.conversation import (
     place_media,
     task_name,
 )
-from lvlm_prune.data.overlooked import kind_of_key, refuse_overlooked, refuse_overlooked_in_turns, refuse_unfilled
+from lvlm_prune.data.overlooked import (
+    TENSORS,
+    kind_of_key,
+    refuse_overlooked,
+    refuse_overlooked_in_turns,
+    refuse_unfilled,
+)
 from lvlm_prune.data.references import opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
 from lvlm_prune.errors import RunError, first_line
@@ -179,19 +185,20 @@ class HFDatasetSource(CalibrationSource):
             if not self.columns and values.get("messages") and row.get("conversations"):
                 raise ValueError("both `messages` and `conversations` hold turns; say with `columns` which count")
             images = self._images(values, row, name)
+            media = ("image",) if images else ()
             if values.get("messages") is not None:
-                messages = messages_from_turns(values["messages"])
+                messages = messages_from_turns(values["messages"], media)
             elif "text" in values:
                 if not isinstance(values["text"], str) or not values["text"].strip():
                     raise ValueError("no text")
                 if not images:
                     return Document(values["text"].strip(), max_tokens=self.max_tokens, id=name)
-                messages = messages_from_turns([{"role": "user", "content": values["text"]}])
+                messages = messages_from_turns([{"role": "user", "content": values["text"]}], media)
             else:
-                messages = _question_and_answer(values, row.get("choices"))
+                messages = _question_and_answer(values, row.get("choices"), media)
             task = task_name(values.get("task"))
-            messages = place_media(messages, len(images))
-            refuse_unfilled(messages)
+            images = place_media(messages, images)
+            refuse_unfilled(messages, self._folder, images)
             return Conversation(messages, images, id=name, task=task)
         except ValueError as error:
             raise SampleError(str(error), str(values.get("id", ""))) from None
@@ -200,6 +207,10 @@ class HFDatasetSource(CalibrationSource):
         """The name of a class where the column holds class numbers."""
         name_of = getattr(self._rows.features[column], "int2str", None)
         return name_of(value) if name_of is not None and isinstance(value, int) and value >= 0 else value
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
 
     def _images(self, values: dict[str, Any], row: dict[str, Any], name: str) -> list[Image.Image | Path]:
         entries: list[Any] = []
@@ -218,8 +229,7 @@ class HFDatasetSource(CalibrationSource):
                 refuse_overlooked(row, [*self._roles.values()], found)
             except ValueError as error:
                 raise ValueError(f"{error}; `columns` says which columns are taken") from None
-        folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
-        return [_image(entry, name, folder) for entry in entries or within["image"]]
+        return [_image(entry, name, self._folder) for entry in entries or within["image"]]
 
 
 def _media_without_role(rows: Any, taken: Sequence[str]) -> dict[str, str]:
@@ -230,8 +240,8 @@ def _media_without_role(rows: Any, taken: Sequence[str]) -> dict[str, str]:
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)
         number = isinstance(inner, datasets.ClassLabel) or getattr(inner, "dtype", "").startswith(_NUMBERS)
-        kind = _decoded(feature) or kind_of_key(name)
-        if kind is not None and not number and name not in taken:
+        kind = TENSORS.get(name) or _decoded(feature) or kind_of_key(name)
+        if kind is not None and not (number and name not in TENSORS) and name not in taken:
             found[name] = kind
     return found
 
@@ -288,7 +298,7 @@ def _image(entry: Any, name: str, folder: Path) -> Image.Image | Path:
     return opened(file, "image", folder, f"an image of {name}")
 
 
-def _question_and_answer(values: dict[str, Any], choices: Any) -> list[Message]:
+def _question_and_answer(values: dict[str, Any], choices: Any, media: Sequence[str]) -> list[Message]:
     turns = []
     for role, speaker in (("question", "user"), ("answer", "assistant")):
         text = values.get(role)
@@ -310,7 +320,7 @@ def _question_and_answer(values: dict[str, Any], choices: Any) -> list[Message]:
         if isinstance(text, bool) or not isinstance(text, (str, int, float)) or text != text:
             raise ValueError(f"the column of the {role} holds {type(text).__name__}, not text")
         turns.append({"role": speaker, "content": str(text)})
-    messages = messages_from_turns(turns)
+    messages = messages_from_turns(turns, media)
     if messages[0]["role"] == "assistant":
         messages.insert(0, {"role": "user", "content": []})
     return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ class LlavaJsonSource(CalibrationSource):
 
     A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
     {"from": "gpt", "value": "A cat."}]}`. `image` may be a list, or missing in a sample of text only; images that no
-    `<image>` stands for are put first. `video` with `<video>` and `audio` with `<audio>` are the same, for models whose
-    processor takes them. `images`, `videos` and `audios` are understood too, turns under `messages`, parts that name
-    their files (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64. A record with
-    media in any other place, or with a placeholder and no file for it, is an error.
+    `<image>` stands for are put first, those of numbered ones (`<image 2>`) in their places. `video` with `<video>` and
+    `audio` with `<audio>` are the same, for models whose processor takes them. `images`, `videos` and `audios` are
+    understood too, turns under `messages`, parts that name their files (`{"type": "image_url", "image_url": {"url":
+    ...}}`), and images as data URIs or base64. A record with media in any other place, or with a placeholder and no
+    file for it, is an error.
 
     Args:
         path: The file: a JSON array, or one JSON object per line.
@@ -68,19 +70,20 @@ class LlavaJsonSource(CalibrationSource):
             turns = _turns(record)
             files = self._files(record, turns, name)
             # A sample of images may speak of `<video>`.
-            media = [kind for kind in MEDIA if files[kind] or kind == "image"]
-            messages = messages_from_turns(turns, media)
-            for kind in media:
-                messages = place_media(messages, len(files[kind]), kind)
-            refuse_unfilled(messages)
+            messages = messages_from_turns(turns, [kind for kind in MEDIA if files[kind]])
+            files = {kind: place_media(messages, files[kind], kind) for kind in MEDIA}
+            refuse_unfilled(messages, self._folder, [*chain(*files.values())])
             task = task_name(record.get("task"))
         except ValueError as error:
             raise SampleError(str(error), own) from None
         return Conversation(messages, [*files["image"]], name, files["video"], files["audio"], task)
 
+    @property
+    def _folder(self) -> Path:
+        return Path(self.path).parent if self.image_folder is None else Path(self.image_folder)
+
     def _files(self, record: dict[str, Any], turns: list[Any], name: str) -> dict[str, list[Any]]:
         """Kind -> what is named beside the turns, or in them."""
-        folder = Path(self.path).parent if self.image_folder is None else Path(self.image_folder)
         beside, within = references_of_record(record), references_of_turns(turns)
         for kind in MEDIA:
             if beside[kind] and within[kind]:
@@ -88,7 +91,7 @@ class LlavaJsonSource(CalibrationSource):
         found = {kind: beside[kind] or within[kind] for kind in MEDIA}
         refuse_overlooked(record, (*_TURNS, *_OWN_KEYS), found)
         refuse_overlooked_in_turns(turns, found)
-        return {kind: [opened(one, kind, folder, f"an image of {name}") for one in found[kind]] for kind in MEDIA}
+        return {kind: [opened(one, kind, self._folder, f"an image of {name}") for one in found[kind]] for kind in MEDIA}
 
 
 def _turns(record: dict[str, Any]) -> list[Any]:

@@ -9,13 +9,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import isfile
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lvlm_prune.data.conversation import MEDIA, Message, kind_of_part
+from lvlm_prune.data.placeholders import names_in, placeholders_in
 from lvlm_prune.errors import LONGEST_FILE_NAME, shortened
 
 _LOOKS_LIKE_MEDIA = re.compile(
@@ -24,6 +28,9 @@ _LOOKS_LIKE_MEDIA = re.compile(
     r"(_?(\d+|(path|file|filename|name|url|uri|link|list|byte|b64|base64|data|binary|frame|clip|local|abs|absolute|rel"
     r"|relative|full)s?))*"
 )
+TENSORS = {"pixel_values": "image", "pixel_values_videos": "video", "input_features": "audio", "input_values": "audio"}
+"""What a processor makes of media, and of which kind."""
+
 _KINDS = dict.fromkeys(("video", "clip", "frame", "mp4", "avi", "mov", "webm"), "video")
 _KINDS |= dict.fromkeys(("audio", "sound", "speech", "wav", "mp3", "flac", "ogg"), "audio")
 _LONGEST_KEY = 60
@@ -50,11 +57,6 @@ _OTHER_WORD = re.compile(
     "image|img|picture|photo|pic|video|audio|media|original|orig|coco|flickr|raw|full|local|abs|absolute|rel|relative"
     "|web|page|download|remote|question|sample|item|record|row|data|dataset|doc|document"
 )
-_PLACEHOLDER = re.compile(
-    r"(?<![`'\"])<\|?(image|img|video|audio|speech)(?:[ _-]?(?:\d+|pad|token|placeholder|context|here))?\|?>(?![`'\"])",
-    re.IGNORECASE,
-)
-_SPEAKS = re.compile(r"\s+(tag|element|attribute|placeholder|token|node)s?\b", re.IGNORECASE)
 _MARKUP = re.compile(r"</(image|img|video|audio|body|div|p|a)>|\bhtml", re.IGNORECASE)
 # As Qwen-VL has them.
 _NAMED = re.compile(r"<(image|img|video|audio)>\s*([^<>\n]+?)\s*</\1>", re.IGNORECASE)
@@ -146,6 +148,8 @@ def refuse_overlooked(record: Mapping[str, Any], read: Collection[str], found: M
         ValueError: There are some; names the key.
     """
     for key, value in record.items():
+        if key in TENSORS and value and key not in read and not any(found.values()):
+            raise ValueError(f"`{key}` is what a processor makes of media; name the files, or use TensorSource")
         for one in () if key in read else _values_within(value, (str(key),), str(key)):
             kind = _overlooked(one, found)
             if kind is not None:
@@ -173,58 +177,90 @@ def refuse_overlooked_in_turns(turns: Sequence[Any], found: Mapping[str, Sequenc
             for part in parts if isinstance(parts, (list, tuple)) else ():
                 if isinstance(part, Mapping):
                     refuse_overlooked(part, ("type", "text", key_of_reference(part)), found)
+                    _refuse_another(part)
+                elif isinstance(part, str) and turn.get("role", turn.get("from")) not in ("assistant", "gpt"):
+                    _refuse_name(part, found)
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from None
 
 
 def key_of_reference(part: Mapping[str, Any]) -> str:
     """Where a part of a turn says which image, video or sound it is; empty where it does not, or is text."""
+    return next((key for key in _references(part) if part.get(key)), "")
+
+
+def _references(part: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys under which a part may say it, the first that does counts."""
     kind = kind_of_part(part)
     keys = (kind, f"{kind}_url", f"input_{kind}", f"{kind}_path", "url", "path", "file", "data")
-    return next((key for key in keys if part.get(key)), "") if kind in MEDIA else ""
+    return keys if kind in MEDIA else ()
 
 
-def refuse_unfilled(messages: Sequence[Message]) -> None:
-    """Refuse text with a placeholder in it that nothing of the record stands for, or with a medium's name in one.
+def _refuse_name(part: str, found: Mapping[str, Sequence[Any]]) -> None:
+    kind = None if " " in part.strip() else kind_of_value(part)
+    if kind is not None and not _is_read(part, found):
+        problem = f"would be read as text; {{type: {kind}, {kind}: ...}} names a file"
+        raise ValueError(f"the part {shortened(part)} {problem}")
 
-    Those of files that were found are parts of their own by now. Text may speak of them, as of elements of HTML:
-    they count where data sets put them, first or last in what the user says, or on a line of their own.
+
+def _refuse_another(part: Mapping[str, Any]) -> None:
+    """Raise where a part names two files, of which one would be read; an address only says where that one is from."""
+    given = [(key, part.get(key)) for key in _references(part)]
+    inner = [
+        (f"{key}.{name}", value.get(name)) for key, value in given if isinstance(value, Mapping) for name in _ENTRIES
+    ]
+    names = [(key, name) for key, name in given + inner if isinstance(name, str) and _only_names(name.strip())]
+    (first, read), *others = [one for one in names if not one[1].startswith(("http://", "https://"))] or [("", "")]
+    for key, name in others:
+        if not _is_read(name, {"": [read]}):
+            raise ValueError(f"`{key}` names another {kind_of_part(part)} than `{first}`")
+
+
+def refuse_unfilled(messages: Sequence[Message], folder: Path, found: Sequence[Any] = ()) -> None:
+    """Refuse text that shows what nobody reads: by a placeholder of nothing, or by the name of a file.
+
+    Placeholders of files that were found are parts of their own by now. Text may speak of the others, as of elements of
+    HTML: they count where data sets put them (see `placeholders`), and names where there is such a file.
+
+    Args:
+        messages: What is said.
+        folder: Where names of files begin.
+        found: The files that were found.
 
     Raises:
         ValueError: There is one; names it.
 
     Example:
         >>> def said(text): return [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        >>> refuse_unfilled(said("What does the <video> tag do?"))
-        >>> refuse_unfilled(said("<video>Who sings?"))
+        >>> refuse_unfilled(said("What does the <video> tag do?"), Path())
+        >>> refuse_unfilled(said("<video>Who sings?"), Path())
         Traceback (most recent call last):
         ...
         ValueError: turn 0 has the placeholder <video>, and the record names no video for it
     """
-    kinds = {part["type"] for message in messages for part in message["content"]}
+    kinds = Counter(part["type"] for message in messages for part in message["content"])
     for number, message in enumerate(messages):
         if message["role"] == "assistant":  # what a model is to say stands for nothing that it is shown
             continue
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
-        named = next((one for one in _NAMED.finditer(text) if kind_of_value(one[2])), None)
-        if named is not None:
-            raise ValueError(f"turn {number} names a file in its text, {shortened(named[0])}, which is not understood")
-        found = next((one for one in _PLACEHOLDER.finditer(text) if _stands_for_something(text, one)), None)
-        if found is None or _MARKUP.search(text):
-            continue
-        word = found[1].lower()
-        kind = "image" if word.startswith("im") else "audio" if word == "speech" else word
-        if kind not in kinds:
-            raise ValueError(f"turn {number} has the placeholder {found[0]}, and the record names no {kind} for it")
+        named = next((one[0] for one in _NAMED.finditer(text) if kind_of_value(one[2])), None)
+        if named := named or next((name for name in names_in(text) if _is_shown(name, folder, found)), None):
+            raise ValueError(f"turn {number} names a file in its text, {shortened(named)}, which is not understood")
+        for one in placeholders_in(text) if not _MARKUP.search(text) else ():
+            if one.stands_for_something(text):
+                shown = f"turn {number} has the placeholder {text[one.start : one.end]}"
+                if (one.number or 1) > kinds[one.kind]:
+                    raise ValueError(f"{shown}, and the record names no {one.kind} for it")
+                if one.number is None:
+                    raise ValueError(f"{shown}, which is not understood; <{one.kind}> marks the place of one")
 
 
-def _stands_for_something(text: str, placeholder: re.Match[str]) -> bool:
-    """Whether it is where data sets put them: first or last in the text, or on a line of its own."""
-    before, after = text[: placeholder.start()].rstrip(" \t"), text[placeholder.end() :].lstrip(" \t")
-    alone = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
-    last = not after.strip() and before.rstrip()[-1:] in (".", "?", "!", ":")
-    first = not before.strip() and not _SPEAKS.match(text, placeholder.end())
-    return alone or last or first
+def _is_shown(name: str, folder: Path, found: Sequence[Any]) -> bool:
+    """Whether there is a file of this name with something to be shown, other than those that were found."""
+    known = {_last_of(str(getattr(one, "filename", one))) for one in found}
+    if kind_of_value(name) is None or _last_of(name) in known:
+        return False
+    return isfile(folder / re.sub(r"[?#].*$", "", name))
 
 
 def _values_within(value: Any, place: tuple[str, ...], key: str) -> Iterator[_Value]:

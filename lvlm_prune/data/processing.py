@@ -11,7 +11,7 @@ on the batch size nor on its neighbours.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line, 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _SAVED_LENGTHS = ("max_length", "truncation", "padding", "stride", "pad_to_multiple_of", "return_overflowing_tokens")
+# What stands for an image, a video or a sound, or before one.
+_WORDS = (*(f"{kind}_token" for kind in MEDIA), "boi_token", "boa_token")
 _WAY_OUT = "copy them from the original model, or use data.source TensorSource, which needs none"
 
 
@@ -149,11 +151,25 @@ def encode(
 def render(processor: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
     """The conversation as text, with one placeholder of the processor per image, video and sound.
 
+    A text that speaks of such a placeholder (`docker run <image>`) would show one; it gets a space there: `< image>`.
+
     Raises:
         RunError: The chat template does not take it; see `refusals`.
     """
+    words = [word for name in _WORDS if isinstance(word := getattr(processor, name, None), str) and word]
     with refusals(processor):
-        return _rendered(processor, messages, add_generation_prompt)
+        return _rendered(processor, [_spoken(message, words) for message in messages], add_generation_prompt)
+
+
+def _spoken(message: Message, words: Sequence[str]) -> Message:
+    """The message, without any of these words in its text."""
+    content = []
+    for part in message["content"]:
+        if part["type"] == "text":
+            for word in words:
+                part = {**part, "text": part["text"].replace(word, f"{word[0]} {word[1:]}")}
+        content.append(part)
+    return {**message, "content": content}
 
 
 def _rendered(processor: Any, messages: list[Message], add_generation_prompt: bool) -> str:

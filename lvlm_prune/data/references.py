@@ -80,7 +80,8 @@ def references_of_turns(turns: Sequence[Any]) -> dict[str, list[Any]]:
 def _reference_of_part(part: Mapping[str, Any]) -> Any:
     value = part.get(key_of_reference(part))
     if isinstance(value, Mapping):
-        value = value.get("url") or value.get("path") or value.get("data") or value.get("bytes")
+        given = [value[key] for key in ("bytes", "data", "url", "path") if value.get(key)]
+        value = next((one for one in given if not str(one)[:8].startswith(("http://", "https://"))), (*given, None)[0])
     return value or None
 
 

@@ -136,7 +136,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ),
         (
             '{"conversations": [{"from": "human", "value": "<image> <image>"}]}',
-            "more image placeholders (2) than images (0)",
+            "turn 0 has the placeholder <image>, and the record names no image for it",
         ),
         (
             '{"id": 7, "image": "no.png", "conversations": [{"from": "human", "value": "x"}]}',
