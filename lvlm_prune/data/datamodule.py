@@ -225,6 +225,7 @@ class CalibrationDataModule(L.LightningDataModule):
         try:
             sample = self.source[index]
             name = getattr(sample, "id", "") or name
+            limits.refuse_media(processor, sample)
             inputs = self._encode(sample, processor)
             limits.refuse(inputs)
             return inputs

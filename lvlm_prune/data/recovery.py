@@ -176,6 +176,7 @@ class RecoveryDataModule(L.LightningDataModule):
             sample = self.source[number]
             name = getattr(sample, "id", "") or name
             self._refuse_unlabelled(sample)
+            self._limits.refuse_media(self._processor, sample)
             inputs = self._encode(sample)
             self._limits.refuse(inputs)
             if not (inputs["labels"][:, 1:] != IGNORED).any():

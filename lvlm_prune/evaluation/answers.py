@@ -147,6 +147,7 @@ class _Answerer:
         prompts = []
         for question, one in zip(questions, asked, strict=True):
             with self._refusals(question.question):
+                self.limits.refuse_media(self.processor, one)
                 prompts.append(render(self.processor, one.messages, add_generation_prompt=True))
         right = self.tokenizer([f" {question.answer}" for question in questions], add_special_tokens=False).input_ids
         limit = max(map(len, right)) + 1 + _SPARE_TOKENS

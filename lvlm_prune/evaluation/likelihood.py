@@ -164,6 +164,7 @@ def _encoded(processor: Any, question: Question, limits: ModelLimits) -> Inputs:
     """
     try:
         with refusals(processor):
+            limits.refuse_media(processor, question.answered)
             inputs = encode_with_labels(processor, question.answered)
         limits.refuse(inputs)
     except RunError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 from lvlm_prune.data import (
@@ -16,6 +17,7 @@ from lvlm_prune.data import (
     encode,
     load_processor,
 )
+from lvlm_prune.data.conversation import load_image
 from lvlm_prune.data.limits import ModelLimits
 from lvlm_prune.errors import InputError, RunError
 from tests.families import tiny_model
@@ -108,6 +110,25 @@ def test_what_template_or_model_refuse_names_the_sample_and_can_be_skipped(folde
     training.setup()
     with pytest.raises(InputError, match=f"s0: .*{problem}"):
         training.examine()
+
+
+@pytest.mark.parametrize(("images", "context", "least"), [(5000, 4096, 5000), (300, 4096, 300 * 16)])
+def test_more_images_than_any_context_holds_are_refused_before_one_is_decoded(
+    images, context, least, processor, tmp_path
+):
+    """By their number, and by the tokens that each of them takes."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:-25])  # its head is whole; whoever decodes it finds that the rest is not
+    sample = Conversation([{"role": "user", "content": [{"type": "image"}] * images}], [tmp_path / "a.png"] * images)
+    limits = ModelLimits(context_length=context)
+    with pytest.raises(RunError, match=f"take {least} tokens at least, the model's context is 4096"):
+        limits.refuse_media(processor, sample)
+    for fitting in (sample.images[:17], sample.images[:1], []):
+        limits.refuse_media(processor, Conversation(sample.messages, fitting))
+    limits.refuse_media(None, Document("a"))
+    with pytest.raises(RunError, match="cannot be read"):
+        load_image(sample.images[0])
 
 
 def test_samples_are_padded_with_a_token_that_the_model_has(folder: Path):
