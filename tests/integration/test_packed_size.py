@@ -8,7 +8,10 @@ import yaml
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.demo import CHECKPOINT
+from lvlm_prune.errors import RunError
+from lvlm_prune.output.private import private_folder
 from lvlm_prune.recipes import with_recipe
+from lvlm_prune.runs.prune.sizing import PackedSize
 from tests.conftest import GOLDEN_ARGUMENTS
 
 DENSE = CheckpointFolder(CHECKPOINT).weight_bytes
@@ -59,3 +62,16 @@ def test_a_size_that_cannot_be_is_one_line(options, said, tmp_path, capsys):
 def test_the_automatic_method_searches_nothing_where_the_size_is_given():
     assert "--keep_recipes" in with_recipe(["prune", "--method=auto", "--keep=0.9"])
     assert "--keep_recipes" not in with_recipe(["prune", "--method=auto", "--packed=true", "--packed_size=0.6"])
+
+
+def test_what_is_private_is_put_aside_where_the_size_was_missed(tmp_path, capsys, monkeypatch):
+    """The folder stays, and somebody may upload it all the same."""
+    out = tmp_path / "out"
+
+    def refuse(size, folder):
+        raise RunError(f"{folder} is too large")
+
+    monkeypatch.setattr(PackedSize, "refuse_missed", refuse)
+    assert main([*QUICK, "--packed_size=0.7", "--publishable=true", f"--output={out}"]) == 2
+    assert "is too large" in capsys.readouterr().err
+    assert private_folder(out).is_dir()
