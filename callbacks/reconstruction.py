@@ -33,7 +33,7 @@ from lvlm_prune.recovery.masked_lora import masked_weight
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
 from lvlm_prune.recovery.optimization import Optimization
 from lvlm_prune.recovery.reconstruction import Reconstruction, squared_sums
-from lvlm_prune.seeds import combined_seed
+from lvlm_prune.seeds import combined_seed, dropout_seed
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -193,7 +193,7 @@ class BlockwiseReconstruction(PruneCallback):
             for place in torch.randperm(len(train), generator=order).tolist():
                 batch = train[place]
                 if self.lora.dropout:
-                    torch.manual_seed(combined_seed(self.lora.seed, self._step) * 4099)
+                    torch.manual_seed(dropout_seed(self.lora.seed, self._step))
                 with torch.enable_grad():  # the loop has them off
                     error, size = squared_sums(runner.run_with_gradients(index, batch), targets[id(batch)], batch)
                     loss = error / size

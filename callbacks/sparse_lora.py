@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lvlm_prune.errors import InputError
 from lvlm_prune.recovery.masked_lora import Gradient
 from lvlm_prune.recovery.masks import load_pruned
-from lvlm_prune.seeds import combined_seed
+from lvlm_prune.seeds import dropout_seed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -115,4 +115,4 @@ class SparseLoRA(Callback):
         """Dropout follows from the number of the batch: a resumed run draws what an uninterrupted one would."""
         if self.dropout:
             seen = trainer.fit_loop.epoch_loop.total_batch_idx
-            torch.manual_seed(combined_seed(self.seed, seen) * 4099 + trainer.global_rank)
+            torch.manual_seed(dropout_seed(self.seed, seen, trainer.global_rank))

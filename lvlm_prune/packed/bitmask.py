@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lvlm_prune.packed.kernels import pack_rows, unpack_rows
+from lvlm_prune.packed.kernels.bitmask import BIT_PATTERN
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = tuple(BIT_PATTERN)
 """What a packed tensor can hold."""
 
-_BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
 
 
@@ -107,11 +107,9 @@ def _ones_of(octets: np.ndarray) -> np.ndarray:
 
 def as_bits(tensor: Tensor) -> np.ndarray:
     """The bits of a floating-point tensor, as unsigned integers of the same size; shares its memory where it can."""
-    signed, unsigned = _BITS[tensor.element_size()]
-    return tensor.detach().contiguous().view(signed).numpy().view(unsigned)
+    return tensor.detach().contiguous().view(BIT_PATTERN[tensor.dtype]).numpy().view(f"u{tensor.element_size()}")
 
 
 def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
     """The way back from `as_bits`."""
-    signed, _ = _BITS[dtype.itemsize]
-    return torch.from_numpy(bits.view(f"i{dtype.itemsize}")).view(signed).view(dtype)
+    return torch.from_numpy(bits.view(f"i{dtype.itemsize}")).view(dtype)

@@ -83,7 +83,7 @@ def check_arguments(plugin: Any) -> dict[str, Any]:
     for name, parameter in inspect.signature(type(plugin)).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise PluginFault(f"{name_of(plugin)}: `{parameter}` in the constructor; name each argument")
-        if not hasattr(plugin, name):
+        if not _keeps(plugin, name):
             problem = f"the constructor's argument `{name}` is not kept as an attribute of that name"
             raise PluginFault(f"{name_of(plugin)}: {problem}, so no manifest would tell it; write self.{name} = {name}")
         arguments[name] = getattr(plugin, name)
@@ -93,8 +93,25 @@ def check_arguments(plugin: Any) -> dict[str, Any]:
         problem = f"cannot be made again with the arguments that it keeps ({error})"
         raise PluginFault(f"{name_of(plugin)}: {problem}") from error
     for name, value in arguments.items():
-        other = getattr(again, name)
-        if isinstance(value, (bool, int, float, str, list, dict, tuple)) and other != value:
-            problem = f"made with `{name}` {value!r}, it keeps {other!r}"
+        if (given := _told(value)) != (kept := _told(getattr(again, name))):
+            problem = f"made with `{name}` {given!r}, it keeps {kept!r}"
             raise PluginFault(f"{name_of(plugin)}: {problem}; keep an argument as it was given")
     return arguments
+
+
+def _keeps(plugin: Any, name: str) -> bool:
+    """Whether an object keeps a value of its own under a name; what its class has under it stands for no argument."""
+    own = inspect.isdatadescriptor(inspect.getattr_static(type(plugin), name, None))  # a property, or a slot
+    return hasattr(plugin, name) and (own or name in getattr(plugin, "__dict__", {}))
+
+
+def _told(value: Any) -> Any:
+    """What a manifest would tell of an argument: plain data as they are, a plugin by its class and arguments."""
+    if isinstance(value, (list, tuple)):
+        return [_told(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _told(item) for key, item in value.items()}
+    if isinstance(value, tuple(_CHECKS)):
+        given = inspect.signature(type(value)).parameters
+        return (name_of(value), {name: _told(getattr(value, name, None)) for name in given})
+    return value if isinstance(value, (bool, int, float, str)) else type(value)

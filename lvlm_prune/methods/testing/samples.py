@@ -37,7 +37,7 @@ def make_tokens(
         visual: Number of visual tokens.
         needs: Optional fields of `Tokens` to fill; others stay None.
         dtype: Of hidden states and outputs.
-        padding: So many tokens of NaN lie on both sides of the tokens in memory, as in a padded batch.
+        padding: So many tokens of NaN lie on both sides of the tokens in memory, as in a padded batch; attention too.
     """
     generator = torch.Generator().manual_seed(seed)
     needs, count = frozenset(needs), text + visual
@@ -61,13 +61,13 @@ def make_tokens(
         is_visual,
         outputs={LINEAR: _padded(outputs.to(dtype), padding)} if "outputs" in needs else {},
         sample=seed,
-        **{name: fields[name] for name in ATTENTION_NEEDS & needs},  # type: ignore[arg-type]
+        **{name: _padded(fields[name], padding) for name in ATTENTION_NEEDS & needs},  # type: ignore[arg-type]
     )
 
 
 def _padded(values: Tensor, padding: int) -> Tensor:
-    """The same values, as a part of a larger tensor that is NaN around them."""
-    around = values.new_full((len(values) + 2 * padding, values.shape[1]), float("nan"))
+    """The same values, of any shape, as a part of a tensor that is longer in the first dimension and NaN there."""
+    around = values.new_full((len(values) + 2 * padding, *values.shape[1:]), float("nan"))
     around[padding : padding + len(values)] = values
     return around[padding : padding + len(values)]
 

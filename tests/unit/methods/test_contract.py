@@ -169,6 +169,27 @@ class ForgetfulScorer(Magnitude):
         self._power = power
 
 
+class ElsewhereScorer(Magnitude):
+    power = 2.0
+
+    def __init__(self, power: float = 2.0) -> None:
+        self._power = power
+
+
+class SwappingPool(TextOnlyPool):
+    """Keeps its two parts the wrong way round."""
+
+    def __init__(self, first: Scorer, second: Scorer) -> None:
+        self.first, self.second = second, first
+
+
+class FirstRowScorer(Scorer):
+    by_row = True
+
+    def score(self, weight, statistic):
+        return weight.float().abs() / weight[0].float().abs()
+
+
 class DoublingScorer(Magnitude):
     def __init__(self, power: float = 2.5) -> None:
         self.power = 2 * power
@@ -266,6 +287,15 @@ class StorageSaliency(Saliency):
         return tokens.hidden_out[tokens.visual].float().norm(dim=-1) / around
 
 
+class AttentionStorageSaliency(Saliency):
+    """Looks at the memory around what attention gives each token."""
+
+    needs = frozenset({"attention_mean"})
+
+    def __call__(self, tokens):
+        return tokens.attention_mean[tokens.visual].float() / tokens.attention_mean.untyped_storage().nbytes()
+
+
 class CountingSaliency(Saliency):
     def __init__(self) -> None:
         self._asked = 0
@@ -343,6 +373,9 @@ WRONG = {
     DiceScorer(): "DiceScorer.score: another answer to the same question",
     WearingScorer(): "WearingScorer.score: changes the weight",
     ForgetfulScorer(): "ForgetfulScorer: the constructor's argument `power` is not kept as an attribute of that name",
+    ElsewhereScorer(): "ElsewhereScorer: the constructor's argument `power` is not kept as an attribute of that name",
+    SwappingPool(Magnitude(), MagnitudeScorer()): r"SwappingPool: made with `first` \('MagnitudeScorer'",
+    FirstRowScorer(): "FirstRowScorer.score: the score of a row depends on other rows, but `by_row` is True",
     DoublingScorer(): "DoublingScorer: made with `power` 5.0, it keeps 10.0",
     NegativeZeroScorer(): r"NegativeZeroScorer.prune: not \+0.0 everywhere where the mask is True",
     ScalingScorer(): "ScalingScorer.prune: changes weights that stay, but `updates_weights` is False",
@@ -359,6 +392,7 @@ WRONG = {
     Slim: "Slim.nbytes: 24 for the plan, but its sums hold 192 bytes",
     MatrixSaliency(): r"MatrixSaliency.__call__: float32 of shape \(9, 16\), expected float32 of shape \(9,\)",
     StorageSaliency(): "StorageSaliency.__call__: changes with padding",
+    AttentionStorageSaliency(): "AttentionStorageSaliency.__call__: changes with padding",
     CountingSaliency(): "CountingSaliency.__call__: depends on what it was asked before",
     UndeclaredSaliency(): "UndeclaredSaliency: fails on a small sample .* fields that `needs` names: none",
     AboveItsMaximum(): "AboveItsMaximum.__call__: 1, but `maximum` is 0.5",
