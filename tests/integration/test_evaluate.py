@@ -21,6 +21,7 @@ from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.local import LocalBenchmark
 from lvlm_prune.report.pruning import summarise
 from tests.conftest import REPOSITORY
+from tests.documented import undocumented
 from tests.hub_folders import write_captions, write_folder, write_sounds
 from tests.local_questions import local, write_questions
 from tests.pages import Page, refuse_other_numbers
@@ -325,3 +326,8 @@ def test_a_baseline_with_other_tokens_is_refused(tmp_path, capsys):
     said = refused(capsys, f"--baseline={tmp_path / 'other'}", *SMALL, f"--output={tmp_path / 'out'}")
     assert "--baseline" in said
     assert "vocabulary" in said
+
+
+@pytest.mark.parametrize("name", ["pruning.json", "evaluation.json"])
+def test_every_entry_of_its_record_is_documented(name, evaluated, pruned):
+    assert not undocumented(pruned / name)

@@ -19,6 +19,7 @@ from lvlm_prune.output.units import readable_size
 from lvlm_prune.packed.format import METHOD
 from lvlm_prune.packed.linear import PackedLinear
 from tests.conftest import GOLDEN_ARGUMENTS
+from tests.documented import undocumented
 from tests.packing import contents, make_sparse, refused, small_checkpoint
 
 pytestmark = pytest.mark.usefixtures("keep_packed")
@@ -251,3 +252,7 @@ def test_recover_packs_what_it_writes(bases, recover, tmp_path: Path, capsys) ->
         assert (unpacked / name).read_bytes() == (plain / name).read_bytes()
     assert recover(packed, tmp_path / "again") == 2
     assert "unpack it first" in capsys.readouterr().err
+
+
+def test_every_entry_of_its_record_is_documented(packed: Path) -> None:
+    assert not undocumented(packed / "packing.json")

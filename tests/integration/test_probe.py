@@ -24,6 +24,7 @@ from lvlm_prune.runs.probe.pathways import is_probed
 from lvlm_prune.runs.probe.run import ProbeRun
 from lvlm_prune.trainer import LVLMTrainer
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.documented import undocumented
 from tests.engines import ShareLeft
 from tests.pages import Page, refuse_other_numbers
 
@@ -285,3 +286,8 @@ def test_a_probe_that_ended_while_an_engine_scored_goes_on(ended, tmp_path, monk
     found = scored_by_an_engine(tmp_path / "out", resume=True)
     assert found["grid"] == whole["grid"]
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_every_entry_of_its_record_is_documented(run):
+    folder, _ = run
+    assert not undocumented(folder / "probe.json")

@@ -8,6 +8,7 @@ import pytest
 from lvlm_prune.clock import command_began
 from lvlm_prune.report import recovery
 from lvlm_prune.report.recovery import summarise
+from tests.documented import undocumented
 from tests.pages import Page, refuse_other_numbers
 
 
@@ -21,6 +22,7 @@ def test_every_number_is_the_records(method, figures, bases, recover, tmp_path, 
     options = [f"--method={method}", "--trainer.max_epochs=3", "--report=true"]
     assert recover(bases / "unstructured-float32", output, *options) == 0
     record = json.loads((output / "recovery.json").read_text())
+    assert not undocumented(output / "recovery.json")
     page = Page((output / "report.html").read_text())
     refuse_other_numbers(page, record | {"summary": json.loads(json.dumps(summarise(record)))})
     assert record["seconds"] >= drawn[0], "its user waits for the figures too"
