@@ -161,9 +161,10 @@ def test_a_block_is_fitted_to_what_the_option_says(bases, recover, tmp_path):
     assert all(one["error_before"] > other["error_before"] for one, other in zip(blocks[0][1:], blocks[1][1:]))
 
 
-def test_a_block_that_did_not_come_nearer_stays_as_it_was(bases, recover, tmp_path):
+def test_a_block_that_did_not_come_nearer_stays_as_it_was(bases, recover, tmp_path, capsys):
     base = bases / "2:4-float32"
     assert recover(base, tmp_path / "out", *BLOCKWISE, "--optimization.learning_rate=2") == 0
+    assert "with --optimization.learning_rate 2 no block came nearer to the dense model" in capsys.readouterr().out
     assert_same_weights(base, tmp_path / "out")
 
 

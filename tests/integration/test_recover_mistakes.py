@@ -64,6 +64,18 @@ def test_weights_that_a_single_step_has_burst_are_no_success(rate, said, method,
         assert not (output / "config.json").exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_recovery_that_changes_no_weight_is_no_success(method, bases, recover, tmp_path, capsys):
+    options = ["--trainer.max_steps=1", "--optimization.learning_rate=1e-30", f"--method={method}"]
+    output = tmp_path / "out"
+    for more in ([], ["--resume=true"]):
+        assert recover(bases / "2:4-float32", output, *options, *more) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: training changed no weight")
+        assert line.endswith("raise --optimization.learning_rate 1e-30")
+        assert not (output / "config.json").exists()
+
+
 def test_a_loss_far_above_that_of_a_guess_is_no_success(bases, recover, tmp_path, capsys, monkeypatch):
     really = LVLMModule.answer_losses
 

@@ -144,6 +144,10 @@ class BlockwiseRun(RecoveryRun):
 
         assert self.lora is not None
         self._verify(StoredMasks(self.pruned_names, self.weights))
+        if not self.record["verified"]["changed_linears"]:
+            rate = self.recovery.optimization.learning_rate
+            tried = f"with --optimization.learning_rate {rate:g} no block came nearer to the dense model"
+            self._say(f"{tried}: every weight is what it was")
         tensors = self._adapter()
         adapted = [name for name in self.pruned_names if f"{name}.lora_A.weight" in tensors]
         if adapted:

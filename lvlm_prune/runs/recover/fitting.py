@@ -287,6 +287,10 @@ class FittingRun(RecoveryRun):
         masks = self.masks.masks
         write_merged(self.model, base, self._copy_base(), self.weights, masks)
         self._verify(masks)
+        if not self.record["verified"]["changed_linears"]:
+            rate = self.recovery.optimization.learning_rate
+            problem = "training changed no weight, each change is rounded away as weights are stored"
+            raise RunError(f"{problem}; raise --optimization.learning_rate {rate:g}")
         if self.lora is not None:
             from peft import get_peft_model_state_dict
 

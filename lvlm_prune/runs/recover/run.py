@@ -42,7 +42,7 @@ from lvlm_prune.output.own_files import records_of, refuse_changed
 from lvlm_prune.output.private import keeps_private
 from lvlm_prune.output.summaries import next_commands, summary
 from lvlm_prune.output.units import readable_percent
-from lvlm_prune.output.verification import refuse_other_findings
+from lvlm_prune.output.verification import digest_of, refuse_other_findings
 from lvlm_prune.plugins import describe, plugin_class
 from lvlm_prune.recovery.masks import StoredMasks, ZeroMask, is_pruned, refuse_unpruned
 from lvlm_prune.recovery.merging import verify_merged
@@ -318,6 +318,9 @@ class RecoveryRun(ABC):
         refuse_changed(self.folder, self.record.get("files", {}))
         found = verify_merged(base, base.at(self.folder), self.weights, masks, pattern)
         zeros, digests = found.pop("zeros"), found.pop("digests")
+        found["changed_linears"] = sum(
+            digest_of(self.weights.stored(f"{name}.weight")) != digest for name, digest in digests.items()
+        )
         self.record["verified"] = found
         self.record["pattern"] = str(pattern) if pattern is not None else "unstructured"
         self.record["linears"] = {
