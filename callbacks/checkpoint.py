@@ -28,6 +28,7 @@ from lvlm_prune.methods.masking import zero_
 from lvlm_prune.output.folder import (
     copy_checkpoint,
     is_occupied,
+    only_said,
     refuse_unusable,
     release,
     said_of_copies,
@@ -72,14 +73,15 @@ class SparseCheckpointWriter(PruneCallback):
         assert pl_module.folder is not None
         options = trainer.run.options
         origin = {"model": {"path": pl_module.path}, "config": describe(trainer.run.config)}
-        refuse_unusable(
-            folder,
-            pl_module.folder,
-            PRUNING_RECORD,
-            options.resume,
-            copies=not options.plan,
-            private=keeps_private(options.publishable, origin),
-        )
+        with only_said(options.plan, trainer.run.say):
+            refuse_unusable(
+                folder,
+                pl_module.folder,
+                PRUNING_RECORD,
+                options.resume,
+                copies=not options.plan,
+                private=keeps_private(options.publishable, origin),
+            )
         resumes = options.resume and is_occupied(folder, PRUNING_RECORD)
         if resumes and Manifest.read(folder).get("status") == "pruning":
             pl_module.folder.refuse_other_layout(folder)

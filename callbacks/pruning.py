@@ -22,7 +22,6 @@ from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
-from lvlm_prune.output.base_record import NOTICED_ZEROS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.output.summaries import readable_count
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
@@ -254,15 +253,17 @@ class BlockwisePruning(PruneCallback):
             + (f" · {num_samples} samples" if self.wants_activations else "")
         )
 
+    def line_of_zeros(self, share: float) -> str:
+        """What a user is told of the share of zeros in the input; empty where there are next to none."""
+        return zeros_line(share, self.mean_target(), self.chosen_solver, self._solver_path)
+
     def on_prune_start(self, trainer: "RunTrainer", pl_module: "LVLMModule") -> None:
         """Say what will be done; refuse a pool of visual tokens where there are none."""
         trainer.run.say(self.headline(pl_module, trainer.run.record["calibration"].get("num_samples", 0)))
         if trainer.run.folder is not None and trainer.run.processes.is_main:
             zeros = trainer.run.record["input_zeros"] = zeros_of_input(pl_module, trainer.run.weights, self.shapes)
-            if zeros >= NOTICED_ZEROS:
-                option = "" if not hasattr(self.chosen_solver, "keep_zeros") else f"{self._solver_path}.keep_zeros"
-                kept = self.chosen_solver.keeps_zeros()
-                trainer.run.say(zeros_line(zeros, self.mean_target(), kept, option))
+            if line := self.line_of_zeros(zeros):
+                trainer.run.say(line)
         if not self.wants_activations:
             return
         tokens = trainer.run.record["calibration"]["tokens"]

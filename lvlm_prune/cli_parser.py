@@ -26,7 +26,7 @@ from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Benchmark
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.private import LEFT_OUT, left_out_options, whole_config
+from lvlm_prune.output.private import LEFT_OUT, left_out_options, with_whole_configs
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_values
 from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe, without_log_folder
 from lvlm_prune.trainer import LVLMTrainer
@@ -179,6 +179,8 @@ class LVLMCLI(LightningCLI):
             if isinstance(value, (str, int, float, list)):
                 raise InputError(key, value, "expected options, for example `sparsity: 0.5` under `pruning`")
         refuse_null_options(parser, given)
+        if given.get("output") == LEFT_OUT:  # of a finished run, which nobody writes into again
+            given["output"] = ""
         refuse_values(options := given.as_dict())
         for option in left_out_options(options):
             way_out = "give it, or take the configuration in the folder that ends with .private"
@@ -361,24 +363,10 @@ def _use_working_directory() -> None:
         sys.path.append(folder)
 
 
-def _with_whole_configs(arguments: Sequence[str]) -> list[str]:
-    """The command line, where configurations whose private data lie beside their folder are named there."""
-    told, follows = [], False
-    for argument in arguments:
-        option, equals, path = argument.partition("=")
-        if follows:
-            argument = str(whole_config(Path(argument)))
-        elif option == "--config" and equals:
-            argument = f"--config={whole_config(Path(path))}"
-        follows = argument == "--config"
-        told.append(argument)
-    return told
-
-
 def _run(arguments: Sequence[str]) -> None:
     refuse_unreadable(arguments, Path.cwd())
     load_installed_plugins()
-    arguments = _with_whole_configs(arguments)
+    arguments = with_whole_configs(arguments)
     if arguments[:1] in (["prune"], ["recover"]):
         arguments = with_recipe(arguments)
     arguments = with_log_folder(arguments)

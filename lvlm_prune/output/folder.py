@@ -6,7 +6,7 @@ Until the run is complete and verified `config.json` is held back, so that nobod
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,7 +19,7 @@ from lvlm_prune.checkpoints.files import files_within, refuse_undecodable
 from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.manifest import read_run, replace_durably, sync_file, sync_folder
-from lvlm_prune.output.names import LOG_FOLDER, MODEL_CARD
+from lvlm_prune.output.names import LOG_FOLDER, MODEL_CARD, RUN_FILES
 from lvlm_prune.output.own_files import record_of
 from lvlm_prune.output.private import private_folder, refuse_foreign
 from lvlm_prune.output.records import FileRecord
@@ -97,6 +97,22 @@ def refuse_unusable(
         refuse_shared_files(folder, source, scratch)
     if source is not None and copies:
         _refuse_full_disk(folder, source, occupied)
+
+
+@contextmanager
+def only_said(is_plan: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """While the context is open: what is wrong with the output of a run is said of a plan, which writes nothing.
+
+    Args:
+        is_plan: Whether there is only a plan.
+        say: Prints.
+    """
+    try:
+        yield
+    except InputError as error:
+        if not is_plan:
+            raise
+        say(f"nothing is written now, and the run would be refused: {error}")
 
 
 def refuse_other_content(folder: Path, records: Collection[str], kind: str) -> None:
@@ -235,7 +251,7 @@ def _refuse_full_disk(folder: Path, source: CheckpointFolder, occupied: bool) ->
 
     needed = sum(
         max((source.path / file).stat().st_size - there(file), 0)
-        for file in source.files()
+        for file in _copied(source)
         if file.name != "config.json"  # it may be held back under another name, and is small
     )
     refuse_full_disk(folder, needed)
@@ -315,10 +331,7 @@ def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collectio
         Path in the folder -> size and digest of every file that is read along with the weights.
     """
     folders, copied = {folder}, {}
-    leave_out = {*leave_out, LOG_FOLDER}
-    for relative in source.files():
-        if str(relative) in leave_out or relative.parts[0] in leave_out:
-            continue
+    for relative in _copied(source, leave_out):
         target = folder / (HELD_BACK if str(relative) == "config.json" else relative)
         make_folder(target.parent)
         target.unlink(missing_ok=True)  # never write through what may be a link
@@ -330,6 +343,13 @@ def copy_checkpoint(source: CheckpointFolder, folder: Path, leave_out: Collectio
     for changed in folders:
         sync_folder(changed)
     return copied
+
+
+def _copied(source: CheckpointFolder, leave_out: Collection[str] = RUN_FILES) -> Iterator[Path]:
+    """Path in a checkpoint folder of every file that goes into a copy; see `copy_checkpoint`."""
+    for relative in source.files():
+        if {str(relative), relative.parts[0]}.isdisjoint({*leave_out, LOG_FOLDER}):
+            yield relative
 
 
 def said_of_copies(source: CheckpointFolder) -> str:
@@ -349,8 +369,8 @@ def release(folder: Path) -> None:
 
 
 def copied_bytes(source: CheckpointFolder) -> int:
-    """Size of a copy of a checkpoint folder."""
-    return sum((source.path / file).stat().st_size for file in source.files())
+    """Size of a copy of a checkpoint folder, without records of the run that made it."""
+    return sum((source.path / file).stat().st_size for file in _copied(source))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -6,7 +6,7 @@ A model may be published, what it was made from often not. Names on the hub, cla
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -94,6 +94,16 @@ def without_private(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: _cleaned(value, name, "") for name, value in kept.items()}, PRIVATE: LEFT_OUT}
 
 
+def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, or a configuration, of embedded model and data: without paths of this machine, and else as it is.
+
+    Example:
+        >>> without_places({"config": {"output": "/home/me/out"}, "picture": {"sample": 3}})
+        {'config': {'output': '(left out)'}, 'private_data': '(left out)', 'picture': {'sample': 3}}
+    """
+    return without_private(record) | ({"picture": record["picture"]} if "picture" in record else {})
+
+
 def public_tasks(tasks: Mapping[str, Any], engine: Any) -> dict[str, Any]:
     """What stands under the names of tasks, of which one that is named after a file gets a neutral name.
 
@@ -114,6 +124,20 @@ def whole_config(path: Path) -> Path:
     except (OSError, ValueError):
         return path
     return beside if left_out and beside.is_file() else path
+
+
+def with_whole_configs(arguments: Sequence[str]) -> list[str]:
+    """A command line, where configurations whose private data lie beside their folder are named there."""
+    told, follows = [], False
+    for argument in arguments:
+        option, equals, path = argument.partition("=")
+        if follows:
+            argument = str(whole_config(Path(argument)))
+        elif option == "--config" and equals:
+            argument = f"--config={whole_config(Path(path))}"
+        follows = argument == "--config"
+        told.append(argument)
+    return told
 
 
 def names_only_embedded(record: Mapping[str, Any]) -> bool:
@@ -210,6 +234,8 @@ def _is_private(text: str, key: str) -> bool:
         return False
     if _PATH.match(text):
         return True
+    if key.endswith("recipes"):  # those of the package go by their names
+        return re.search(r"[\\/.]", text) is not None
     return key not in _NOT_PLACES and _PLACES.search(key) is not None and hub_name(text) is None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,20 @@ def recovered_line(quality: Mapping[str, Any], was_sparse: bool = False) -> str:
         f"on {measured_on(quality, 'recovery')} ({quality['tokens']} text tokens): perplexity {before} → {after} "
         f"({short}: {dense}), KL from the {model} {apart} → {nearer} nats per token, its most likely token at {same}"
     )
+
+
+def compared_with(qualities: Iterable[Mapping[str, Any] | None]) -> str:
+    """What the model is called that several pruned ones are measured against, each its own.
+
+    Args:
+        qualities: Of each, with `input`: `dense`, or `sparse` where what was pruned had been pruned before; None where
+            nothing was measured.
+
+    Example:
+        >>> compared_with([{"input": "dense"}, None]), compared_with([{"input": "dense"}, {"input": "sparse"}])
+        ('dense model', 'input of pruning')
+    """
+    return "input of pruning" if any(one and one["input"] == "sparse" for one in qualities) else "dense model"
 
 
 _HELD_BACK = {"pruning": "held back from calibration", "recovery": "kept for validation"}

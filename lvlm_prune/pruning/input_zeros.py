@@ -7,10 +7,12 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lvlm_prune.blocks import StreamedWeights, Weights
+from lvlm_prune.output.base_record import NOTICED_ZEROS
 from lvlm_prune.output.units import readable_percent
 from lvlm_prune.packed.selection import estimated_zeros
 
 if TYPE_CHECKING:
+    from lvlm_prune.methods.solvers import Solver
     from lvlm_prune.module import LVLMModule
 
 
@@ -32,23 +34,29 @@ def zeros_of_input(module: LVLMModule, weights: Weights, shapes: Mapping[str, tu
     return zeros / max(sum(sizes.values()), 1)
 
 
-def zeros_line(share: float, target: float, kept: bool = True, option: str = "") -> str:
-    """What a user is told of it.
+def zeros_line(share: float, target: float, solver: Solver, path: str = "pruning.scorer") -> str:
+    """What a user is told of it; empty where there are next to none.
 
     Args:
         share: Of zeros in the input.
         target: Of zeros that is asked for.
-        kept: Whether those zeros stay zeros, see `Solver.keeps_zeros`.
-        option: What would keep them; empty where there is no such option.
+        solver: What prunes: whether those zeros stay zeros, see `Solver.keeps_zeros`, and whether it can be told to.
+        path: Option that the solver is given by.
 
     Example:
-        >>> print(zeros_line(0.5, 0.6))
+        >>> from lvlm_prune.methods.solvers import SparseGPTSolver
+        >>> print(zeros_line(0.5, 0.6, SparseGPTSolver(keep_zeros=True)))
         the input was pruned before: about 50% of these weights are zero already, and count among the 60% asked for
-        >>> print(zeros_line(0.5, 0.6, kept=False, option="pruning.scorer.keep_zeros").partition("already, ")[2])
-        but may get values again (--pruning.scorer.keep_zeros true keeps them zero)
+        >>> print(zeros_line(0.5, 0.6, SparseGPTSolver(), "pruning.solver").partition("already, ")[2])
+        but may get values again (--pruning.solver.keep_zeros true keeps them zero)
+        >>> zeros_line(0.001, 0.6, SparseGPTSolver())
+        ''
     """
+    if share < NOTICED_ZEROS:
+        return ""
+    option = f"{path}.keep_zeros" if hasattr(solver, "keep_zeros") else ""
     told = f"the input was pruned before: about {share:.0%} of these weights are zero already"
-    if not kept:
+    if not solver.keeps_zeros():
         return f"{told}, but may get values again" + (f" (--{option} true keeps them zero)" if option else "")
     if share >= target:
         return f"{told}, no fewer than the {readable_percent(target)} asked for: little or nothing will change"

@@ -351,6 +351,8 @@ def _private(record: Mapping[str, Any]) -> str:
     """Whether the files beside the card say more of the user's data than others should read."""
     if not record:
         return ""
+    if is_left_out(record) and record.get("picture"):
+        return "Local paths are left out of all files here."
     if is_left_out(record):
         return "Local paths, ids of samples and pictures of them are left out of all files here."
     return (

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lvlm_prune.methods import solvers
+from lvlm_prune.output.base_record import name_of_input
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.summaries import readable_count, size_ratio
 from lvlm_prune.output.units import readable_percent
@@ -48,7 +49,7 @@ def card_facts(
         yield "method", _plugins(method, bool(how.get("calibration", {}).get("num_samples")))
         yield "calibration", _calibration(how.get("calibration", {}))
     if search := record.get("search"):
-        share = f"{search['keep']:.1%} of the dense model's most likely tokens"
+        share = f"{search['keep']:.1%} of the {name_of_input(record)} model's most likely tokens"
         yield "sparsity", f"the highest of {len(search['tries'])} tries that keeps {share}"
     if "training" in record:
         yield "recovery", _RECOVERIES.get(record["method"], str(record["method"])) + _trained(record)

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lvlm_prune.output.markdown import short_digest
+from lvlm_prune.output.summaries import compared_with
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.page import PageFigure, Table, render_page, show
 from lvlm_prune.report.sparsity import table_by_kind
@@ -44,6 +45,7 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
         folders=_folders(record),
         settings=Table(["setting", *names], settings),
         quality=_quality(record, names),
+        origin=compared_with(folder["quality"] for folder in record["folders"]),
         scores=_scores(record, names),
         means=_means(record, names),
         notes=notes,
@@ -64,20 +66,21 @@ def _folders(record: Mapping[str, Any]) -> Table:
 
 
 def _quality(record: Mapping[str, Any], names: list[str]) -> Table | None:
-    """How near each folder is to the dense model, a column each; None where that was measured of none."""
+    """How near each folder is to the model that was pruned, a column each; None where that was measured of none."""
     found = [folder["quality"] for folder in record["folders"]]
     if not any(found):
         return None
     measures = {
         "perplexity": ("perplexity", "measure"),
         "KL per text token": ("kl", "measure"),
-        "dense model's most likely token": ("agreement", "percent"),
+        f"most likely token of the {compared_with(found)}": ("agreement", "percent"),
     }
     rows = [
         [title, *(_measure(record, number, *of) if quality else "–" for number, quality in enumerate(found))]
         for title, of in measures.items()
     ]
-    rows.append(["measured on", *(quality["measured_on"] if quality else "–" for quality in found)])
+    for title, key in (("input of pruning", "input"), ("measured on", "measured_on")):
+        rows.append([title, *(quality[key] if quality else "–" for quality in found)])
     return Table(["", *names], rows)
 
 

@@ -1,6 +1,7 @@
 """Publishing a finished folder: what is private is left out, and the rest goes to the hub.
 
-                      what is private lies beside the folder, in FOLDER.private
+                      what is private lies beside the folder, in FOLDER.private; of embedded model and data only local
+                      paths would, which are left out
 --publishable false   the folder itself holds it
 --push owner/name     a copy without private data goes to the hub
 """
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from lvlm_prune.output.private import (
     is_left_out,
     keeps_private,
     private_folder,
+    without_places,
     without_private,
 )
 from lvlm_prune.output.summaries import private_line
@@ -87,13 +89,19 @@ class Publication:
 
     def put_aside(self, folder: Path, quiet: bool = False) -> None:
         """Take what is private out of a finished folder, if it is to hold nothing private; see `__call__`."""
-        if any((folder / name).is_file() for name in RECORDS) and keeps_own_private(folder, self.publishable):
-            with writing(private_folder(folder)):
-                keep_private(folder)
+        if self.publishable is False or not any((folder / name).is_file() for name in RECORDS):
+            return
+        if not keeps_own_private(folder, self.publishable):
             with writing(folder):
-                leave_out_private(folder)
-            if not quiet and private_folder(folder).is_dir():
-                print(private_line(folder), flush=True)
+                _leave_out_of_records(folder, without_places)
+                refresh_card(folder)
+            return
+        with writing(private_folder(folder)):
+            keep_private(folder)
+        with writing(folder):
+            leave_out_private(folder)
+        if not quiet and private_folder(folder).is_dir():
+            print(private_line(folder), flush=True)
 
     def upload(self, folder: Path, quiet: bool = False) -> None:
         """Upload a finished folder without what is private, if it is to be; see `__call__`."""
@@ -216,6 +224,25 @@ def _object(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
 
 def leave_out_private(folder: Path) -> None:
     """Take what is private out of a finished folder: paths, ids and the picture of a sample; a second time nothing."""
+    _leave_out_of_records(folder, without_private, CONFIG_HEAD)
+    for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):
+        (folder / FIGURE_FOLDER / name).unlink(missing_ok=True)
+    if not refresh_page(folder, same_numbers=True):
+        (folder / PAGE_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
+    refresh_card(folder)
+
+
+def _leave_out_of_records(
+    folder: Path, public: Callable[[Mapping[str, Any]], dict[str, Any]], config_head: str = ""
+) -> None:
+    """Take what is private out of records and configurations.
+
+    Args:
+        folder: The finished folder.
+        public: What is left of a record, or of a configuration.
+        config_head: First line of `config.yaml`.
+    """
     if (folder / _ADAPTER_CONFIG).is_file():
         adapter = _read(folder / _ADAPTER_CONFIG)
         base = adapter.get("base_model_name_or_path") or ""
@@ -223,7 +250,7 @@ def leave_out_private(folder: Path) -> None:
         replace_durably(folder / _ADAPTER_CONFIG, json.dumps(adapter, indent=2, sort_keys=True).encode())
     for name in RECORDS:
         if (folder / name).is_file():
-            record = without_private(_read(folder / name))
+            record = public(_read(folder / name))
             replace_durably(folder / name, (json.dumps(record, indent=1) + "\n").encode())
     if (folder / EVALUATION_TABLE).is_file():  # tasks may have other names now
         if (evaluated := read_record(folder)) is None:
@@ -231,15 +258,9 @@ def leave_out_private(folder: Path) -> None:
         else:
             write_record(folder, evaluated)
     if (folder / "config.yaml").is_file():
-        config = without_private(_object(folder / "config.yaml", lambda text: yaml.safe_load(text) or {}))
+        config = public(_object(folder / "config.yaml", lambda text: yaml.safe_load(text) or {}))
         del config["private_data"]
-        replace_durably(folder / "config.yaml", (CONFIG_HEAD + yaml.safe_dump(config, sort_keys=False)).encode())
-    for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):
-        (folder / FIGURE_FOLDER / name).unlink(missing_ok=True)
-    if not refresh_page(folder, same_numbers=True):
-        (folder / PAGE_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
-    refresh_card(folder)
+        replace_durably(folder / "config.yaml", (config_head + yaml.safe_dump(config, sort_keys=False)).encode())
 
 
 def _link(target: Path, link: Path) -> None:

@@ -139,6 +139,19 @@ def test_distance_from_the_dense_model_is_shown_where_nobody_scored(record, fold
     assert f'data-path="folders/0/quality/kl" data-unit="measure">{own["kl"]:.4g}<' in text
 
 
+def test_distances_of_models_that_were_pruned_twice_are_not_called_distances_from_a_dense_one(
+    folders, golden_arguments, tmp_path
+):
+    twice = [f"--model.path={folders / 'wanda'}", "--pruning.sparsity=0.7", "--evaluate=true"]
+    assert main([*golden_arguments, *twice, f"--output={tmp_path / 'twice'}"]) == 0
+    compared = [str(folders / "wanda"), str(tmp_path / "twice"), f"--output={tmp_path / 'out'}"]
+    assert main(["compare", *compared]) == 0
+    page, table = ((tmp_path / "out" / name).read_text() for name in ("report.html", "compare.md"))
+    assert "from the dense model" not in page + table
+    assert "Distance from the input of pruning" in page
+    assert "| input of pruning | dense | sparse |" in table
+
+
 def test_maps_of_all_pairs_have_one_colour_scale(record):
     _, figures = comparison_page(record)
     maps = [figure.drawing.axes[0].collections[0] for figure in figures if figure.name.startswith("overlap")]

@@ -76,6 +76,30 @@ def test_a_plan_says_what_a_run_would_refuse_for_lack_of_room(golden_arguments, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_of_the_configuration_in_an_output_folder_says_that_it_is_taken(golden_arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*golden_arguments, "--publishable=false", f"--output={out}"]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["prune", f"--config={out / 'config.yaml'}", "--plan=true"]) == 0
+    said = capsys.readouterr().out
+    assert f"the run would be refused: --output {out}: exists and is not empty" in said
+    assert "predicted peak" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_disk_of_a_plan_counts_no_records_of_the_run_that_made_the_input(golden_arguments, tmp_path, capsys):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert main([*golden_arguments, f"--output={once}"]) == 0
+    (once / "report").mkdir(exist_ok=True)
+    (once / "report" / "large.png").write_bytes(bytes(10**8))
+    assert main([*golden_arguments, f"--model.path={once}", "--plan=true", f"--output={twice}"]) == 0
+    planned = re.search(r"([\d.]+) (kB|MB) of it the output folder", capsys.readouterr().out)
+    assert planned is not None
+    copied = sum(path.stat().st_size for path in (GOLDEN / "model").iterdir())
+    assert float(planned[1]) * {"kB": 1e3, "MB": 1e6}[planned[2]] == pytest.approx(copied, rel=0.05)
+
+
 def sparse_checkpoint(name: str, folder) -> CheckpointFolder:
     """A checkpoint folder of this shape whose shard is a hole in the file system: no bytes are stored."""
     import struct

@@ -15,6 +15,7 @@ from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.base_record import was_pruned_before
 from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import public_tasks
@@ -116,17 +117,19 @@ class ComparedFolder:
 
     @property
     def quality(self) -> dict[str, Any] | None:
-        """How near the checkpoint was to the dense model when the run ended; None where that was not measured.
+        """How near the checkpoint was to the model that was pruned when the run ended; None where nobody measured.
 
         Returns:
-            `perplexity`, `kl`, `agreement` (or None), and `measured_on`, which samples and how many tokens.
+            `perplexity`, `kl`, `agreement` (or None); `measured_on`, which samples and how many tokens; `input`: the
+            model that was pruned was `dense`, or `sparse` already.
         """
         found = self.record.get("quality")
         if not isinstance(found, Mapping) or not found.keys() >= _OF_QUALITY:
             return None
         kind: Literal["pruning", "recovery"] = "pruning" if self.verb == "prune" else "recovery"
         which = f"{measured_on(found, kind)} ({found['tokens']} text tokens)"
-        return {name: found.get(name) for name in ("perplexity", "kl", "agreement")} | {"measured_on": which}
+        told = {"measured_on": which, "input": "sparse" if was_pruned_before(self.record) else "dense"}
+        return {name: found.get(name) for name in ("perplexity", "kl", "agreement")} | told
 
     def place_of(self, name: str) -> tuple[str, int]:
         """Kind of a Linear (the last part of its name, after `vision` in a vision tower), and its block.

@@ -16,7 +16,7 @@ from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.output.questions import is_of_names
-from lvlm_prune.output.summaries import measure_text
+from lvlm_prune.output.summaries import compared_with, measure_text
 from lvlm_prune.output.units import readable_percent
 from lvlm_prune.report.uniform import EQUAL, has_flat_sparsities, is_uniform
 from lvlm_prune.runs.compare.folders import ComparedFolder
@@ -75,12 +75,11 @@ def comparison(folders: Sequence[ComparedFolder]) -> dict[str, Any]:
 
     Returns:
         `warning`: what is wrong with comparing them, or empty; `folders`: per folder `name`, `path`, `command`,
-        `sparsity`, `quality` (`perplexity`, `kl`, `agreement`, `measured_on`) or null, and of its scores `average`,
-        `retention`, `tasks`, `questions` and `asked`, or null; `settings`:
-        option -> its value in each folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) ->
-        block -> share of zeros; `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have,
-        `mean` over all their weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights
-        that both kept.
+        `sparsity`, `quality` (`perplexity`, `kl`, `agreement`, `measured_on`, `input`) or null, and of its scores
+        `average`, `retention`, `tasks`, `questions` and `asked`, or null; `settings`: option -> its value in each
+        folder, where they differ; `sparsity`: per folder, kind of Linear (and `all`) -> block -> share of zeros;
+        `overlap`: per pair `first`, `second` (numbers of folders), `linears` that both have, `mean` over all their
+        weights, and `kinds`: kind of Linear -> block -> intersection over union of the weights that both kept.
     """
     names = _names([folder.path for folder in folders])
     described = []
@@ -192,10 +191,10 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         ["retained", *(_percent(folder["retention"]) for folder in folders)],
     ]
     if any(folder["quality"] for folder in folders):
-        rows += [
-            [title, *(written(folder["quality"][name]) if folder["quality"] else "–" for folder in folders)]
-            for name, (title, written) in _QUALITY.items()
-        ]
+        origin = compared_with(folder["quality"] for folder in folders)
+        for name, (title, written) in _QUALITY.items():
+            cells = (written(folder["quality"][name]) if folder["quality"] else "–" for folder in folders)
+            rows.append([title.format(origin), *cells])
     parts = [record["warning"]] if record["warning"] else []
     parts.append(markdown_table(["", *names], rows))
     settings = [[key, *map(short_digest, values)] for key, values in record["settings"].items()]
@@ -247,8 +246,9 @@ def _percent(value: float | None) -> str:
 
 _QUALITY: dict[str, tuple[str, Callable[[Any], str]]] = {
     "perplexity": ("perplexity", measure_text),
-    "kl": ("KL from the dense model", measure_text),
-    "agreement": ("dense model's most likely token", _percent),
+    "kl": ("KL from the {}", measure_text),
+    "agreement": ("most likely token of the {}", _percent),
+    "input": ("input of pruning", str),
     "measured_on": ("measured on", str),
 }
 

@@ -32,6 +32,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import mounted
+from lvlm_prune.pruning.input_zeros import zeros_of_input
 from lvlm_prune.run import USUALLY_HELD_BACK, Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
@@ -159,7 +160,9 @@ class PruneRun:
         return found
 
     def _plan(self) -> str:
-        """What would be pruned, in lines. Calibration samples are read, for their lengths; weights are not.
+        """What would be pruned, in lines.
+
+        Calibration samples are read, for their lengths; of weights a few KiB, which tell whether they were pruned.
 
         Raises:
             InputError: The model is in memory already, or no callback prunes.
@@ -186,7 +189,8 @@ class PruneRun:
         count = len(self.datamodule.select()) if sizes else 0
         surveys = self.participants.survey_lines(model, count)
         plan = make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
-        return "\n".join([pruning.headline(model, count), *self._unused(), str(plan)])
+        zeros = pruning.line_of_zeros(zeros_of_input(model, weights, pruning.shapes))
+        return "\n".join(filter(None, [pruning.headline(model, count), zeros, *self._unused(), str(plan)]))
 
     def _unused(self) -> Iterator[str]:
         pruning, options = self.participants.pruning, self.run.options

@@ -28,6 +28,7 @@ from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.base_record import name_of_input
 from lvlm_prune.output.folder import choose_folder, going_on, refuse_unusable, writing
 from lvlm_prune.output.locking import remove_unfinished
 from lvlm_prune.output.manifest import Manifest
@@ -105,7 +106,8 @@ class SearchRun:
         private = keeps_private(
             options.publishable, {"model": {"path": model.path}, "config": describe(self.run.config)}
         )
-        refuse_unusable(self.folder, model.folder, PRUNING_RECORD, options.resume, private=private)
+        if not options.plan:  # of which the run itself says it
+            refuse_unusable(self.folder, model.folder, PRUNING_RECORD, options.resume, private=private)
         self.results = Results(
             self.folder.with_name(f"{self.folder.name}.search"), "search.jsonl", kind="search"
         ).read()
@@ -258,7 +260,8 @@ class SearchRun:
         self._refuse_other_held_back(record)
         shared.expect(record.get("calibration"), self.datamodule.source)
         apart = float("inf") if record["kl"] is None else record["kl"]
-        kept = f"{record['agreement']:.1%} of the dense model's most likely tokens, KL {apart:.3g}"
+        whose = f"the {record.get('input', 'dense')} model's"
+        kept = f"{record['agreement']:.1%} of {whose} most likely tokens, KL {apart:.3g}"
         self.run.say(f"try: {recipe} at {readable_percent(record['sparsity'])}: {kept} · {record['seconds']:.0f} s")
         return {name: value for name, value in record.items() if name not in _OF_LINE}
 
@@ -279,7 +282,8 @@ class SearchRun:
         if "not_measured" in found:
             raise RunError(f"--keep {self.keep}: tries cannot be measured: {found['not_measured']}")
         calibration = manifest["calibration"].get("fingerprint")
-        return {**found, "calibration": calibration, "seconds": time.monotonic() - began}
+        told = {"input": name_of_input(manifest), "calibration": calibration}
+        return {**found, **told, "seconds": time.monotonic() - began}
 
     def _identity(self, point: Point) -> str:
         """What a try depends on: its configuration, the model, what it is measured on, and which version does it."""
