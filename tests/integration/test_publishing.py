@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lvlm_prune.cli import main
 from lvlm_prune.clock import command_began
-from lvlm_prune.demo import CHECKPOINT
 from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.private import without_private
 from lvlm_prune.runs import publishing
@@ -283,35 +282,6 @@ def test_a_folder_that_is_kept_to_oneself_holds_everything(own, tmp_path):
     assert "patients" in (out / "pruning.json").read_text()
     assert "--publishable true" in (out / "README.md").read_text()
     assert not (tmp_path / "out.private").exists()
-
-
-def test_of_the_embedded_model_with_own_data_all_is_private_and_with_its_own_local_paths(tmp_path, monkeypatch):
-    demo = ["prune", "--data.num_samples=2", "--method=magnitude", "--evaluate=false", "--report=false"]
-    assert main([*demo, f"--output={tmp_path / 'demo'}"]) == 0
-    assert not (tmp_path / "demo.private").exists()
-    # Made from it by other commands, which note where they found it.
-    assert main(["pack", f"--model.path={tmp_path / 'demo'}", f"--output={tmp_path / 'packed'}"]) == 0
-    steps = ["--trainer.max_steps=1", "--data.num_samples=4", "--evaluate=false", "--report=false"]
-    assert main(["recover", f"--model.path={tmp_path / 'demo'}", *steps, f"--output={tmp_path / 'recovered'}"]) == 0
-    for folder in ("demo", "packed", "recovered"):
-        files = [path for path in (tmp_path / folder).rglob("*") if path.suffix in (".json", ".yaml", ".md")]
-        told = texts({path.name: path.read_bytes() for path in files})
-        assert not re.search(f"{tmp_path}|{CHECKPOINT}", told)
-        assert not (tmp_path / f"{folder}.private").exists()
-        assert "Local paths" in (tmp_path / folder / "README.md").read_text()
-    assert main([*demo, f"--output={tmp_path / 'demo'}", "--resume=true"]) == 0
-    monkeypatch.chdir(tmp_path)
-    assert main(["prune", f"--config={tmp_path / 'demo' / 'config.yaml'}"]) == 0  # and where it goes, its own name says
-    assert (tmp_path / "runs" / "demo-magnitude-50" / "pruning.json").is_file()
-    place = tmp_path / "patients-of-2026" / "own.json"
-    place.parent.mkdir()
-    place.write_text(
-        json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}])
-    )
-    source = ["--data.source=LlavaJsonSource", f"--data.source.path={place}"]
-    assert main([*demo, *source, "--data.num_samples=1", f"--output={tmp_path / 'mixed'}"]) == 0
-    assert "patients" not in (tmp_path / "mixed" / "config.yaml").read_text()
-    assert "patients" in (tmp_path / "mixed.private" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
