@@ -100,10 +100,15 @@ class SparseCheckpointWriter(PruneCallback):
         assert pl_module.folder is not None
         if line := said_of_copies(pl_module.folder):
             trainer.run.say(line)
+        if isinstance(trainer.run.weights, StreamedWeights) and (left := trainer.run.weights.keys_of_quantization()):
+            trainer.run.say(
+                f"warning: {len(left)} tensors that no model loads are those of quantization (the first is {left[0]}); "
+                "if the weights beside them need them, begin with the original ones"
+            )
         if isinstance(trainer.run.weights, StreamedWeights) and (beyond := trainer.run.weights.keys_beyond()):
             trainer.run.say(
-                f"warning: {len(beyond)} tensors look like those of decoder blocks, and config.json counts no block "
-                f"that they are of; they stay as they are (the first is {beyond[0]})"
+                f"warning: {len(beyond)} tensors look like those of blocks, and config.json counts no block that they "
+                f"are of; they stay as they are (the first is {beyond[0]})"
             )
         for key in ("survey", "surveying"):
             if key in started:

@@ -27,6 +27,12 @@ from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.checkpoints.versions import tied_names
 from lvlm_prune.errors import InputError
 
+# As compressed-tensors, GPTQ, AWQ, bitsandbytes, ModelOpt, Quanto and FP8 checkpoints have them beside a weight.
+_OF_QUANTIZATION = re.compile(
+    r"(.+?)\.(?:(?:weight[._])?(?:scales?(?:_inv|_\d)?|zero_points?|zeros?|absmax|nested_absmax|quant_map"
+    r"|nested_quant_map|quant_state\.\w+|_scale|_shift|packed|shape|g_idx|format)"
+    r"|(?:input|output)(?:_|\.)(?:scale|zero_point)|q(?:weight|zeros)|scales|g_idx|SCB)"
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -191,20 +197,27 @@ class StreamedWeights(Weights):
         return [key for keys in self._sources[self._provider[name]].keys.values() for key in keys]
 
     def keys_beyond(self) -> list[str]:
-        """Names on disk that only their block's number tells from those of a block, and that the model has not.
+        """Names on disk that only their number tells from those of a block, of decoder or tower, that the model has.
 
         Its `config.json` counts fewer blocks than there are, or they are for something else (prediction of tokens
         further ahead).
         """
-        used = {key for source in self._sources.values() for keys in source.keys.values() for key in keys}
-        kinds = {
-            _NUMBER.sub("#", key)
-            for names in self._block_names
-            for name in names
-            if name in self._provider
-            for key in self.keys_of(name)
-        }
+        used = self._used_keys()
+        kinds = {_NUMBER.sub("#", key) for key in used if _NUMBER.search(key)}
         return [key for key in self._folder if key not in used and _NUMBER.sub("#", key) in kinds]
+
+    def keys_of_quantization(self) -> list[str]:
+        """Names on disk, of no tensor of the model, that quantization leaves beside a weight: scales, zero points."""
+        used = self._used_keys()
+        modules = {key.rpartition(".")[0] for key in used}
+        return [
+            key
+            for key in self._folder
+            if key not in used and (found := _OF_QUANTIZATION.fullmatch(key)) is not None and found[1] in modules
+        ]
+
+    def _used_keys(self) -> set[str]:
+        return {key for source in self._sources.values() for keys in source.keys.values() for key in keys}
 
     def stored(self, name: str, folder: CheckpointFolder | None = None) -> Tensor:
         """A parameter of the model as the checkpoint has it: in the model's shape, in the dtype on disk, on the CPU.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -55,7 +56,8 @@ def test_every_command_that_copies_a_checkpoint_leaves_out_and_names_other_weigh
     copied("unpack", copied("pack", copied("recover", pruned, *few, "--evaluate=false")))
 
 
-def test_blocks_that_the_configuration_does_not_count_are_told_of(tmp_path, capsys):
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_blocks_that_the_configuration_does_not_count_are_told_of(part, tmp_path, capsys):
     """transformers leaves them out in silence; some families keep there what predicts tokens further ahead."""
     model, folder = tmp_path / "model", tmp_path / "out"
     shutil.copytree(GOLDEN / "model", model)
@@ -63,15 +65,34 @@ def test_blocks_that_the_configuration_does_not_count_are_told_of(tmp_path, caps
     assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={tmp_path / 'whole'}"]) == 0
     assert "warning" not in capsys.readouterr().out
     config = json.loads((model / "config.json").read_text())
-    counted = config.get("text_config", config)
-    counted["num_hidden_layers"] -= 1
+    counted = config[part]
+    (count,) = {"num_hidden_layers", "depth"} & set(counted)
+    counted[count] -= 1
     for name in ("layer_types", "max_window_layers"):
         counted.pop(name, None)
     (model / "config.json").write_text(json.dumps(config))
     assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={folder}"]) == 0
     said = capsys.readouterr().out
     assert "config.json counts no block that they are of" in said
-    assert f".layers.{counted['num_hidden_layers']}." in said
+    (first,) = re.findall(r"\(the first is (\S+)\)", said)
+    assert ("vis" in first, f".{counted[count]}." in first) == (part == "vision_config", True)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["weight_scale", "weight_scale_inv", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "qzeros", "SCB"],
+)
+def test_what_quantization_left_beside_weights_is_told_of(beside, tmp_path, capsys):
+    """Whether the weights are whole without it nobody can tell; transformers leaves it out in silence."""
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    (shard,) = CheckpointFolder(model).shards
+    tensors = load_file(model / shard)
+    name = next(key for key in tensors if key.endswith("q_proj.weight")).removesuffix("weight") + beside
+    save_file({**tensors, name: tensors["model.norm.weight"][:1].clone()}, model / shard)
+    options = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}", f"--output={tmp_path / 'out'}"]
+    assert main([*GOLDEN_ARGUMENTS, *options]) == 0
+    assert f"are those of quantization (the first is {name})" in capsys.readouterr().out
 
 
 REFUSED = {
