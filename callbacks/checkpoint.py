@@ -344,7 +344,7 @@ def _verified_line(manifest: Manifest) -> str:
     target, achieved = manifest["sparsity"]["target"], manifest["sparsity"]["achieved"]
     untouched = manifest["verified"]["untouched_tensors"]
     left = sum("note" in entry for entry in manifest["linears"].values())
-    note = f", {left} Linears left dense that saw too few calibration tokens, or none" if left else ""
+    note = f", {left} Linears left dense that saw too few calibration tokens, none, or zeros alone" if left else ""
     promised = f"target {readable_percent(target)}, {manifest['pattern']}"
     parts = "".join(
         f", {name} {readable_percent(part['achieved'])} (target {readable_percent(part['target'])})"

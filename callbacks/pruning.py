@@ -345,8 +345,8 @@ class BlockwisePruning(PruneCallback):
         calibration = self._calibration
         # Later blocks may be left dense one by one, which is said at the end; with the first goes the whole model.
         first = not trainer.run.record.get("linears") and not block.masks
-        if calibration is not None and first and calibration.selected_nothing:
-            problem = f"selects no token of any calibration sample at block {block.index}: nothing would be pruned"
+        if calibration is not None and first and (why := calibration.why_nothing()):
+            problem = f"{why}: nothing would be pruned at block {block.index}"
             raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
         targets = {name: self.targets[self._targets[name]] for name in names}
         with _faults_end_the_run():

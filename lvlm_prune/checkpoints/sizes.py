@@ -17,6 +17,8 @@ from lvlm_prune.errors import InputError, shortened
 _COUNTS = re.compile(r"(layer|block|expert|head|stage)s$|^depth$|^n (layer|head)$|experts? per")
 # Lengths of tensors.
 _SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|embeddings|length)s?$")
+# What a norm adds to a variance: with 1 or more little is left of it, and with less than 0 nothing is finite.
+_EPSILONS = re.compile(r"\b(eps|epsilon)$")
 # Not all counts are of modules that are there: Qwen2 names 80 layers with a window, however many layers it has.
 _MODULES_THAT_FIT = 1024
 # Tables of this many positions are small, and configurations of rotary models name more than they have.
@@ -24,7 +26,7 @@ _ALWAYS_FITS = 2**27
 
 
 def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
-    """Refuse a configuration that asks for more than a checkpoint of these tensors can hold.
+    """Refuse a configuration that asks for more than a checkpoint of these tensors can hold, or for nothing but zeros.
 
     Raises:
         InputError: A number does not fit; names it.
@@ -37,6 +39,9 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
         is_count, is_size = _COUNTS.search(leaf), _SIZES.search(leaf)
         if (is_count and abs(value) > most_modules) or (is_size and abs(value) > most_elements):
             problem = f"config.json says {name}: {shortened(value, 40)}, which does not fit the tensors on disk"
+            raise InputError("model.path", folder.path, problem)
+        if _EPSILONS.search(leaf) and not 0 <= value < 1:
+            problem = f"config.json says {name}: {value:g}, with which its norms give nothing of use"
             raise InputError("model.path", folder.path, problem)
 
 

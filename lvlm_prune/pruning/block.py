@@ -149,7 +149,7 @@ class BlockPruner:
     ) -> dict[str, Any]:
         """What the manifest says of a matrix that saw too few tokens; with a `note` it stays dense."""
         if not is_expert:
-            return {"target": 0.0, "note": "saw no calibration token"} if is_unseen else {}
+            return {"target": 0.0, "note": "saw no calibration token, or zeros alone"} if is_unseen else {}
         routed = calibration.routed_tokens(name)
         if routed >= self.min_expert_tokens and not is_unseen:
             return {}

@@ -96,6 +96,7 @@ class BlockCalibration:
         self.block, self.targets, self.pool, self.statistic, self.record = block, targets, pool, statistic, record
         self.visual = visual
         self._composition = PoolCounts(example)
+        self._counted: dict[str, float] = {}
         self.example: Tensor | None = None
         """How much each visual token of the example counts, uint8 in steps of 1/255; known once finished."""
         self._statistics: dict[str, Statistic] = {}
@@ -272,19 +273,21 @@ class BlockCalibration:
     def _found(self, cutoffs: list[int], processes: Processes) -> dict[str, Any]:
         """What the manifest says of the tokens that count, given how many candidates of each sample do."""
         self._chosen_of = dict(zip(self._samples, cutoffs))
-        counted, self.example = self._composition.finish(self._chosen_of, processes)
-        found: dict[str, Any] = dict(self.pool.summary()) | {"pool": counted}
+        self._counted, self.example = self._composition.finish(self._chosen_of, processes)
+        found: dict[str, Any] = dict(self.pool.summary()) | {"pool": self._counted}
         everywhere = processes.gather(self._chosen_of)
         if any(everywhere):
             together = {sample: count for part in everywhere for sample, count in part.items()}
             found["visual_tokens"] = [together[sample] for sample in sorted(together)]
         return found
 
-    @property
-    def selected_nothing(self) -> bool:
-        """Whether the block was run, and no token of any sample counts; after `finish`, the same on all processes."""
+    def why_nothing(self) -> str:
+        """Why nothing is known of the block after it was run; empty where it is not so, the same on all processes."""
         norms = [statistic.squared_norms() for statistic in self._statistics.values()]
-        return bool(norms) and all(norm is not None and not bool(norm.any()) for norm in norms)
+        if not norms or any(norm is None or bool(norm.any()) for norm in norms):
+            return ""
+        zeros = "selects tokens that are 0 in every channel, in all calibration samples: look at config.json"
+        return zeros if self._counted else "selects no token of any calibration sample"
 
     def site_of(self, name: str) -> str:
         """What a Linear's statistic is kept under: Linears of one site share it."""

@@ -144,4 +144,4 @@ def _stayed_dense(record: Mapping[str, Any], how: Mapping[str, Any]) -> str:
     if how.get("method", {}).get("init_args", {}).get("experts") == "keep":
         text += "; routed experts, where it has any"
     left = sum("note" in entry for entry in record.get("linears", {}).values())
-    return text + (f"; {left} Linears that saw too few calibration tokens" if left else "")
+    return text + (f"; {left} Linears that saw too few calibration tokens, or zeros alone" if left else "")

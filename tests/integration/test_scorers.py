@@ -11,6 +11,7 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
+from lvlm_prune.errors import InputError
 from lvlm_prune.methods.pools import MixedPool, Pool
 from lvlm_prune.methods.scorers import RIAScorer, SparseGPTScorer, WandaScorer
 from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseGPTSolver, SparseSwapsSolver
@@ -128,10 +129,23 @@ def test_a_linear_that_sees_only_zeros_is_left_dense(capsys):
         layer.self_attn.v_proj.bias.data.zero_()
     before = model.model.language_model.layers[0].self_attn.o_proj.weight.clone()
     manifest = lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool(), scorer=SparseGPTScorer()))
-    left = [name for name, entry in manifest["linears"].items() if entry.get("note") == "saw no calibration token"]
+    left = [
+        name
+        for name, entry in manifest["linears"].items()
+        if entry.get("note") == "saw no calibration token, or zeros alone"
+    ]
     assert len(left) == 4
     assert all(name.endswith("o_proj") for name in left)
     assert torch.equal(before, model.model.language_model.layers[0].self_attn.o_proj.weight)
+
+
+def test_a_block_that_sees_only_zeros_is_not_the_fault_of_the_pool():
+    model = golden_model()
+    layer = model.model.language_model.layers[0]
+    for silent in (layer.input_layernorm.weight, layer.post_attention_layernorm.weight, layer.self_attn.v_proj.bias):
+        silent.data.zero_()
+    with pytest.raises(InputError, match="selects tokens that are 0 in every channel, in all calibration samples"):
+        lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool()))
 
 
 # ---- solvers ---------------------------------------------------------------------------------------------------------

@@ -100,6 +100,15 @@ def test_sizes_are_compared_with_the_tensors_before_anything_is_built(section, n
     assert f"config.json says {section}.{name}: {value}, which does not fit the tensors on disk" in said
 
 
+@pytest.mark.parametrize("value", [1e308, 1.0, -1e-6])
+@pytest.mark.parametrize(("section", "name"), [("text_config", "rms_norm_eps"), ("vision_config", "layer_norm_eps")])
+def test_norms_that_give_nothing_of_use_are_refused(section, name, value, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config[section][name] = value
+    said = opened(folder, tmp_path / "copy", config)
+    assert f"config.json says {section}.{name}: {value:g}, with which its norms give nothing of use" in said
+
+
 @pytest.mark.parametrize(
     "architectures", ["LlavaForConditionalGeneration", ["BertModel"], ["AutoModel"], ["LlavaConfig"], [5, None], {}, 7]
 )
