@@ -14,7 +14,7 @@ from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUN
 from lvlm_prune.output.summaries import next_commands, quality_line
 from lvlm_prune.output.units import readable_size
 from lvlm_prune.plugins import describe
-from lvlm_prune.report.card import refresh_card
+from lvlm_prune.report.card_checks import card_follows
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -47,9 +47,9 @@ class PruningReport(PruneCallback):
             return
         with writing(folder):
             weights = (path for path in folder.glob("*.safetensors") if path.name != STATISTICS_NAME)
-            trainer.run.record["size_bytes"] = sum(path.stat().st_size for path in weights)
-            trainer.run.record.write(folder)
-            refresh_card(folder)
+            with card_follows(folder):
+                trainer.run.record["size_bytes"] = sum(path.stat().st_size for path in weights)
+                trainer.run.record.write(folder)
             if trainer.run.options.report:
                 # Matplotlib takes its time to load; who wants no page does not wait for it.
                 from lvlm_prune.report.page import read_from, write_page

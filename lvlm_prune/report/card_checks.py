@@ -1,25 +1,29 @@
 """Whether a finished folder's card is the one that was written: it is made once more from the records and compared.
 
-Evaluations change a card rightly, so that no digest of it would do. One that is missing is written again.
+Evaluations change a card rightly, so that no digest of it would do. One that is missing is written again; one that its
+user changed stays as it is, and that is said.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.errors import InputError, shortened
-from lvlm_prune.output.manifest import Manifest, read_run
+from lvlm_prune.errors import shortened
+from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import private_folder
-from lvlm_prune.report.card import DENSE_CARD, adapter_card_of, card_of, read_card, write_card
+from lvlm_prune.report.card import DENSE_CARD, adapter_card_of, card_of, read_card, refresh_card, write_card
 from lvlm_prune.report.card_metadata import split_card
 
-WAY_OUT = "keep what you wrote in a file of another name, and put the card back, or delete it: then it is written again"
 # What a run writes into the head of every card.
 _OWN_METADATA = ("tags", "library_name", "base_model", "base_model_relation")
 _LONGEST_LINE = 60
+CARD_CAME_BACK = f"{MODEL_CARD} was missing; it is written again"
+_RECORDS = (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD)
 
 
 def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
@@ -31,32 +35,70 @@ def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
         is_dense: Whether that card is kept whole, as the card of the model that was pruned is.
 
     Returns:
-        What there is to say of it: that it was missing, and is there again; else nothing.
-
-    Raises:
-        InputError: It is another one; names the line.
+        What there is to say of it: that it was missing, and is there again; where it is another one; else nothing.
     """
     adapter, recovery = folder / "adapter", read_run(folder / RECOVERY_RECORD)
     if not _is_of_this_version(folder):  # other versions have other words for the same
         return ""
     if missing := not (folder / MODEL_CARD).is_file():
         write_card(folder, earlier) if is_dense else write_card(folder, earlier=earlier)
-    if _is_of_interrupted_command(folder):
-        write_card(folder)
     text = read_card(folder)
+    if DENSE_CARD in text and text in (known := _known_cards(folder)) and text != known[0]:
+        write_card(folder)
+        text = known[0]
+    said = [CARD_CAME_BACK] if missing else []
     problem = _difference_of_earlier(text, earlier, is_dense) or _difference(text, card_of(folder))
-    if problem:
-        raise InputError("output", folder, f"its {MODEL_CARD} is not the card that was written ({problem}); {WAY_OUT}")
+    said += [_said_of(MODEL_CARD, problem)] if problem else []
     if adapter.is_dir() and recovery is not None:
         problem = _difference(read_card(adapter), adapter_card_of(Manifest(recovery)))
-        if problem:
-            what = f"its adapter/{MODEL_CARD} is not the card that was written"
-            raise InputError("output", folder, f"{what} ({problem}); put it back, or write elsewhere")
-    return f"{MODEL_CARD} was missing; it is written again" if missing else ""
+        said += [_said_of(f"adapter/{MODEL_CARD}", problem)] if problem else []
+    return "\n".join(said)
 
 
-def _is_of_interrupted_command(folder: Path) -> bool:
-    """Whether a card is what it was before the folder was scored, or before what is private was taken out of it."""
+def verify_card_given_back(folder: Path, expected: str) -> str:
+    """The same of a card that was written as a whole.
+
+    Args:
+        folder: The folder.
+        expected: Its text.
+    """
+    if not (folder / MODEL_CARD).is_file():
+        replace_durably(folder / MODEL_CARD, expected.encode(errors="surrogateescape"))
+        return CARD_CAME_BACK
+    problem = _difference(read_card(folder), expected)
+    return _said_of(MODEL_CARD, problem) if problem else ""
+
+
+def _said_of(card: str, problem: str) -> str:
+    return f"{card} is not the card that was written ({problem}); it stays as it is, and is not verified"
+
+
+def is_edited(folder: Path) -> bool:
+    """Whether its user changed what a run says in a card: it would be lost if the card were made once more.
+
+    What stands in its head, and below the line of the dense model's card, is kept in any case.
+    """
+    text = read_card(folder)
+    known = DENSE_CARD in text and all(read_run(folder / name) for name in _RECORDS if (folder / name).is_file())
+    if not known or not _is_of_this_version(folder):
+        return False
+    return text not in _known_cards(folder)
+
+
+@contextmanager
+def card_follows(folder: Path) -> Iterator[None]:
+    """Within, a folder's records may change, or lose what is private; afterwards its card says what they do.
+
+    One that its user changed stays, unless what a run says in it is something else now.
+    """
+    before = card_of(folder) if is_edited(folder) else None
+    yield
+    if before is None or card_of(folder) != before:
+        refresh_card(folder)
+
+
+def _known_cards(folder: Path) -> list[str]:
+    """The card as it is to be, and as it was before the folder was scored, or what is private was taken out of it."""
 
     def of_run(place: Path) -> dict[str, Any] | None:
         return read_run(place / RECOVERY_RECORD) or read_run(place / PRUNING_RECORD)
@@ -64,21 +106,20 @@ def _is_of_interrupted_command(folder: Path) -> bool:
     def with_private(record: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if record is None else {name: value for name, value in record.items() if name != "private_data"}
 
-    text, packing = read_card(folder), with_private(read_run(folder / PACKING_RECORD))
+    packing = with_private(read_run(folder / PACKING_RECORD))
     records = [None, with_private(of_run(folder)), of_run(private_folder(folder))]
-    found = [
+    return [
         card_of(folder, record=record, packing=packed, is_scored=is_scored)
         for record in records
         for packed in ((None, packing) if record is None else (packing,))
         for is_scored in (True, False)
     ]
-    return DENSE_CARD in text and text != found[0] and text in found
 
 
 def _is_of_this_version(folder: Path) -> bool:
     from lvlm_prune import __version__
 
-    records = [read_run(folder / name) for name in (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD)]
+    records = [read_run(folder / name) for name in _RECORDS]
     return all(one.get("versions", {}).get("lvlm_prune") == __version__ for one in records if one is not None)
 
 

@@ -48,7 +48,7 @@ from lvlm_prune.output.private import (
 )
 from lvlm_prune.output.summaries import private_line
 from lvlm_prune.output.temporary import temporary_folder
-from lvlm_prune.report.card import refresh_card
+from lvlm_prune.report.card_checks import card_follows
 from lvlm_prune.report.refreshing import refresh_page
 
 _NOT_LOGGED_IN = "nobody is logged in: run `hf auth login` with a token that may write, or set HF_TOKEN"
@@ -92,9 +92,8 @@ class Publication:
         if self.publishable is False or not any((folder / name).is_file() for name in RECORDS):
             return
         if not keeps_own_private(folder, self.publishable):
-            with writing(folder):
+            with writing(folder), card_follows(folder):
                 _leave_out_of_records(folder, without_places)
-                refresh_card(folder)
             return
         with writing(private_folder(folder)):
             keep_private(folder)
@@ -224,13 +223,13 @@ def _object(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
 
 def leave_out_private(folder: Path) -> None:
     """Take what is private out of a finished folder: paths, ids and the picture of a sample; a second time nothing."""
-    _leave_out_of_records(folder, without_private, CONFIG_HEAD)
-    for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):
-        (folder / FIGURE_FOLDER / name).unlink(missing_ok=True)
-    if not refresh_page(folder, same_numbers=True):
-        (folder / PAGE_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
-    refresh_card(folder)
+    with card_follows(folder):
+        _leave_out_of_records(folder, without_private, CONFIG_HEAD)
+        for name in (PICTURE_NAME, f"{PICTURE_FIGURE}.png"):
+            (folder / FIGURE_FOLDER / name).unlink(missing_ok=True)
+        if not refresh_page(folder, same_numbers=True):
+            (folder / PAGE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)
 
 
 def _leave_out_of_records(

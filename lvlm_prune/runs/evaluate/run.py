@@ -34,6 +34,7 @@ from lvlm_prune.output.provenance import origin_of, versions
 from lvlm_prune.packed.folder import open_checkpoint
 from lvlm_prune.plugins import describe, mounted
 from lvlm_prune.report.card import refresh_card
+from lvlm_prune.report.card_checks import is_edited
 from lvlm_prune.report.refreshing import refresh_page
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.session import join, session
@@ -123,7 +124,7 @@ class EvaluationRun:
         with writing(self.folder, "the same command again scores once more"), shared(self.folder, *self._own):
             beside = private_folder(self.folder)
             places = [self.folder, *([beside] if (beside / PAGE_NAME).is_file() else [])]
-            is_publishable = self._is_publishable()
+            is_publishable, is_own_card = self._is_publishable(), is_edited(self.folder)
 
             def note() -> None:
                 for place in places:
@@ -132,13 +133,15 @@ class EvaluationRun:
 
             note()
             page, *_ = [refresh_page(place) for place in places]
-            card = refresh_card(self.folder)
+            card = not is_own_card and refresh_card(self.folder)
             record["seconds"] = time.perf_counter() - self.started  # of the pages too, which show it nowhere
             note()
         more = [name for name, there in ((PAGE_NAME, page), (MODEL_CARD, card)) if there]
         written = " · ".join([EVALUATION_RECORD, EVALUATION_TABLE, *more])
         table = evaluation_table(record)
         self.run.say(f"{table}\nwrote {self.folder} ({written}) · {record['seconds']:.0f} s")
+        if is_own_card:
+            self.run.say(f"{MODEL_CARD} was changed since it was written and stays as it is, without these scores")
 
 
 def _origin(module: LVLMModule) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from lvlm_prune.output.units import readable_size
 from lvlm_prune.packed.folder import PackedFolder, one_shard
 from lvlm_prune.packed.shards import UNVERIFIED, unpack_shard
 from lvlm_prune.report.card import has_own_card
+from lvlm_prune.report.card_checks import verify_card_given_back
 from lvlm_prune.runs.pack.owning import owning
 from lvlm_prune.runs.pack.record import UNPACKING_RECORD, dense_config, dense_index, read_record
 from lvlm_prune.runs.pack.verifying import verify_beside
@@ -120,17 +121,18 @@ class UnpackRun:
         made = {"config.json": dense_config(packed.stored, origin)}
         if (packed.path / INDEX_NAME).is_file():
             made[INDEX_NAME] = dense_index(packed, origin)
-        card = self._card_given_back(origin)
-        if card is not None:
-            made[MODEL_CARD] = card
-        removed = [MODEL_CARD] if card is None and self._has_packed_card(origin) else []
         try:
             for shard in packed.shards:
                 self._verify(shard, shard)
-            verify_beside(packed.stored, self.folder, made, otherwise=removed)
+            verify_beside(packed.stored, self.folder, made, otherwise=[MODEL_CARD])
         except (InputError, RunError) as error:
             problem = error.problem if isinstance(error, InputError) else str(error)
             raise InputError("output", self.folder, f"is not what {packed.path} unpacks to ({problem})") from None
+        card = self._card_given_back(origin)
+        if card is None and not self._has_packed_card(origin) and (packed.path / MODEL_CARD).is_file():
+            card = (packed.path / MODEL_CARD).read_bytes()
+        if card is not None and (line := verify_card_given_back(self.folder, card.decode(errors="replace"))):
+            print(line, flush=True)
 
     def _unpack(self, shard: str) -> None:
         """Write one shard, read it again, and only then give it its name."""
