@@ -21,7 +21,7 @@ from lvlm_prune.methods.pools import MixedPool, TextOnlyPool, VisualOnlyPool
 
 @pytest.fixture(scope="module")
 def questions():
-    return EmbeddedBenchmark(num_images=12, num_text=36).questions
+    return EmbeddedBenchmark(num_images=8, num_text=16).questions
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def processor():
 def test_a_run_shows_retention_and_leaves_a_model_that_answers(
     tmp_path, monkeypatch, capsys, questions, processor, blank_figures
 ):
-    small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=12, num_text=36))
+    small = functools.partial(BuiltinEngine, EmbeddedBenchmark(num_images=8, num_text=16))
     monkeypatch.setattr("lvlm_prune.callbacks.evaluation.BuiltinEngine", small)
     output = tmp_path / "pruned"
     options = ["--pruning.sparsity=0.5", "--data.num_samples=12", "--model.dtype=float32"]
@@ -57,7 +57,7 @@ def test_which_tokens_calibrate_decides_what_is_retained(questions, processor):
     averages = {}
     for pool, sparsity in [(TextOnlyPool, 0.6), (MixedPool, 0.6), (VisualOnlyPool, 0.6), (TextOnlyPool, 0.7)]:
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
-        data = CalibrationDataModule(EmbeddedSource(), num_samples=12, batch_size=8)
+        data = CalibrationDataModule(EmbeddedSource(), num_samples=8, batch_size=8)
         prune(model, data, BlockwisePruning(sparsity=sparsity, pool=pool()), processor=processor)
         averages[pool.__name__, sparsity] = score(model, processor, questions).average
     assert averages["TextOnlyPool", 0.6] > averages["MixedPool", 0.6] > averages["VisualOnlyPool", 0.6]
