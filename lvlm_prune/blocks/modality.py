@@ -54,6 +54,25 @@ def modality_of_tokens(config: Any, input_ids: Tensor, attention_mask: Tensor | 
     return codes
 
 
+def tokens_by_modality(config: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Number of tokens of each modality that model inputs have, padding left out.
+
+    Args:
+        config: Configuration of the model.
+        inputs: What the model is called with.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> tokens_by_modality(SimpleNamespace(image_token_id=9), {"input_ids": torch.tensor([[5, 9, 9]])})
+        {'text': 1, 'image': 2}
+    """
+    input_ids, attention_mask = with_image_positions(config, inputs)
+    assert input_ids is not None
+    modality = modality_of_tokens(config, input_ids, attention_mask)
+    counts = torch.bincount(modality[modality >= 0], minlength=len(MODALITIES)).tolist()
+    return {name: count for name, count in zip(MODALITIES, counts) if count}
+
+
 def with_image_positions(
     config: Any, inputs: Mapping[str, Any], positions: int | None = None
 ) -> tuple[Tensor | None, Tensor | None]:

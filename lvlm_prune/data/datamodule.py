@@ -88,6 +88,7 @@ class CalibrationDataModule(L.LightningDataModule):
         self.skipped: list[tuple[str, str]] = []
         """Name of each sample that this process left out, and why, the last time that it went through them."""
         self._warned: set[tuple[str, str]] = set()
+        self._kind = "calibration"  # what its samples are called
         self._selection: list[int] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -139,7 +140,7 @@ class CalibrationDataModule(L.LightningDataModule):
             numbers: Their numbers in the source.
         """
         other = copy.copy(self)
-        other.on_error, other.skipped = "skip", []
+        other.on_error, other.skipped, other._kind = "skip", [], "held-back"
         other._selection = list(numbers)
         return other
 
@@ -217,7 +218,7 @@ class CalibrationDataModule(L.LightningDataModule):
                 )
         if world_size == 1 and len(self.skipped) == len(selection):
             name, reason = self.skipped[0]
-            raise RunError(f"no calibration sample could be read; the first one, {name}: {reason}")
+            raise RunError(f"no {self._kind} sample could be read; the first one, {name}: {reason}")
 
     def _read(self, index: int, processor: Any, limits: ModelLimits) -> Inputs | None:
         """Model inputs of sample `index` of the source; None if it is left out."""
@@ -248,13 +249,14 @@ class CalibrationDataModule(L.LightningDataModule):
 
     def _leave_out(self, name: str, reason: str) -> None:
         if self.on_error == "raise":
-            raise RunError(f"calibration {name}: {reason} ({_WAY_OUT})") from None
+            raise RunError(f"{self._kind} {name}: {reason} ({_WAY_OUT})") from None
         if (name, reason) not in self._warned:
             self._warned.add((name, reason))
             if len(self._warned) <= _NAMED:
-                log.warning("left out calibration %s: %s", one_line(name), one_line(reason))
+                log.warning("left out %s %s: %s", self._kind, one_line(name), one_line(reason))
             elif len(self._warned) == _NAMED + 1:
-                log.warning("left out more than %d calibration samples; the others are named in the record", _NAMED)
+                named = "; the others are named in the record" if self._kind == "calibration" else ""
+                log.warning("left out more than %d %s samples%s", _NAMED, self._kind, named)
         self.skipped.append((name, reason))
 
     def one_by_one(self, numbers: Sequence[int], processor: Any, limits: ModelLimits) -> Iterator[CalibrationBatch]:

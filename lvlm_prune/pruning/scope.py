@@ -220,6 +220,8 @@ def refuse_samples(pool: Pool, tokens: Mapping[str, int], visual: Sequence[str],
         raise InputError("pruning.pool", plugin_class(pool).__name__, problem)
     if pool.needs_visual and not any(tokens.get(name) for name in visual):
         problem = "needs visual tokens, and no calibration sample has any"
+        others = [name for name in ("image", "video", "audio") if tokens.get(name)]
+        problem += f" of --pruning.visual '[{', '.join(visual)}]', only {' and '.join(others)}" if others else ""
         raise InputError("pruning.pool", plugin_class(pool).__name__, problem)
     if prunes_tower and not (tokens.get("image") or tokens.get("video")):
         raise InputError("model.targets", "vision", "no calibration sample has an image or a video")

@@ -18,12 +18,14 @@ from lvlm_prune.output.names import PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.recovery.options import RecoveryOptions
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.pack.in_place import pack_folder, pack_output, resumes_packing
+from lvlm_prune.runs.prune.participants import Participants
 from lvlm_prune.runs.prune.run import PruneRun
 from lvlm_prune.runs.prune.sizing import PackedSize
 from lvlm_prune.runs.publishing import Publication
 from lvlm_prune.runs.recover.blockwise import BlockwiseRun
 from lvlm_prune.runs.recover.fitting import FittingRun
 from lvlm_prune.runs.search.run import SearchRun
+from lvlm_prune.runs.unused import unused_aims
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,18 @@ class Aim:
             wanted = "--method auto and --keep_recipes want the share to keep, for example 0.99"
             raise InputError("keep", self.keep, f"{wanted}; or --packed true with a --packed_size")
 
+    def unused(self, trainer: RunTrainer, model: LVLMModule, options: RunOptions) -> list[str]:
+        """A line for each option that was given and changes nothing, which this or other options make it.
+
+        Args:
+            trainer: Whose callback prunes.
+            model: The model, which need not be opened.
+            options: Of the run.
+        """
+        pruning = Participants(trainer.callbacks).pruning
+        aim = "--keep" if self.keep else "--packed_size" if self.packed_size else ""
+        return [] if pruning is None else [*unused_aims(pruning, model, options, aim, keeps=bool(self.keep))]
+
 
 def prune(
     trainer: RunTrainer,
@@ -76,6 +90,7 @@ def prune(
     """See `LVLMTrainer.prune`."""
     aim.check(options.packed)
     publish = Publication("" if options.plan else push, options.publishable)
+    unused = aim.unused(trainer, model, options)
     size = PackedSize(aim.packed_size, model, trainer) if aim.packed_size else None
     finish = Finish(model, publish, options.packed, size)
     if (earlier := finish.gone_on(output, options.resume, PRUNING_RECORD)) is not None:
@@ -85,6 +100,8 @@ def prune(
         run = SearchRun(trainer, model, datamodule, output, options, aim.keep, aim.minutes, aim.recipes)
     else:
         run = PruneRun(trainer, model, datamodule, output, options, config=None if size is None else size.config)
+    for line in unused:
+        run.run.say(line)
     manifest = run()
     if not options.plan:
         finish(run.run, dense=model.path if trainer.owns_process else "")

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 
 import pytest
 from safetensors import safe_open
@@ -119,13 +120,23 @@ def test_what_is_excluded_and_not_pruned_anyway_says_so(targets, name, said, tmp
         ),
         (["--data.max_pixels=100"], "--data.max_pixels 100 is not used: the samples are ready-made model inputs"),
         (["--data.batch_size=2", "--data.padding_side=left"], ""),
+        (["--pruning.visual=[audio]"], "--pruning.visual '[audio]' names no modality of the calibration samples"),
+        (["--pruning.visual=[image]"], ""),
+        (["--held_back=3", "--evaluate=false"], "--held_back 3 is not used: with --evaluate false nothing is measured"),
+        (
+            ["--packed=true", "--packed_size=0.9", "--pruning.sparsity=0.7"],
+            "--pruning.sparsity 0.7 is not used: --packed_size says how sparse the model gets",
+        ),
+        (["--packed=true", "--packed_size=0.9", "--pruning.sparsity=0.5"], ""),
+        (["--keep=0.01", "--pruning.sparsity=0.7"], "--pruning.sparsity 0.7 is not used: --keep says how sparse"),
+        (["--keep=0.01", "--held_back=3"], ""),
     ],
 )
 @pytest.mark.parametrize("plan", ["true", "false"])
 def test_options_that_change_nothing_are_said(options, said, plan, golden_arguments, tmp_path, capsys):
     quick = ["--held_back=0", "--report=false", f"--plan={plan}", f"--output={tmp_path / 'out'}"]
     assert main([*golden_arguments, *quick, *options]) == 0
-    found = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    found = [line for line in capsys.readouterr().out.splitlines() if re.search("not used|names no", line)]
     assert len(found) == bool(said)
     assert "".join(found).startswith(said)
 
@@ -223,3 +234,54 @@ def test_a_small_calibration_set_is_said_to_be_one(tmp_path, capsys):
     options[-1] = f"--output={tmp_path / 'fewer'}"
     assert main(["prune", f"--model.path={tmp_path / 'dense'}", *source, *options, "--data.num_samples=3"]) == 0
     assert "calibration: 3 samples, as --data.num_samples says; 128 are the default" in capsys.readouterr().out
+
+
+def test_samples_that_cannot_be_read_are_in_no_number_that_is_said(tmp_path, capsys, caplog):
+    write_folder(tmp_path / "dense", "llava")
+    data = write_captions(tmp_path / "images", 16)
+    broken = sorted(data.parent.glob("*.png"))[:5]
+    for image in broken:
+        image.write_bytes(b"none")
+    source = ["--data.source=LlavaJsonSource", f"--data.source.path={data}", "--data.on_error=skip"]
+    source += [f"--data.source.image_folder={data.parent}", "--data.num_samples=10"]
+    command = ["prune", f"--model.path={tmp_path / 'dense'}", *source, "--report=false"]
+    said = {}
+    for plan in ("true", "false"):
+        assert main([*command, f"--plan={plan}", f"--output={tmp_path / 'out'}"]) == 0
+        said[plan] = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    count, left_out = record["calibration"]["num_samples"], len(record["calibration"]["skipped"])
+    assert (count + left_out, left_out > 0) == (10, True)
+    assert all(f" · {count} samples\n" in text for text in said.values())
+    assert f"calibration: {count} samples, as" in said["false"]
+    assert f"({left_out} more could not be read)" in said["false"]
+    assert record["quality"]["samples"] == 6 - (len(broken) - left_out)
+    assert f"on {record['quality']['samples']} samples held back" in said["false"]
+    named = [message for message in caplog.messages if message.startswith("left out held-back")]
+    assert len(named) == len(broken) - left_out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--engine.top_k=5"], "--engine.top_k 5 is not used: there is no --baseline"),
+        (
+            ["--baseline=demo", "--engine.likelihood=false", "--engine.top_k=5"],
+            "--engine.top_k 5 is not used: --engine.likelihood false",
+        ),
+        (["--baseline=demo", "--engine.top_k=5"], ""),
+    ],
+)
+def test_options_of_an_engine_that_change_nothing_are_said(options, said, tmp_path, capsys):
+    questions = ["--engine.benchmark.num_images=1", "--engine.benchmark.num_text=1", f"--output={tmp_path / 'out'}"]
+    assert main(["evaluate", *questions, *options]) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert len(found) == bool(said)
+    assert "".join(found).startswith(said)
+
+
+def test_a_pool_of_visual_tokens_says_which_modalities_count_as_visual(golden_arguments, tmp_path, capsys):
+    pool = "--pruning.pool=VisualOnlyPool"
+    assert main([*golden_arguments, pool, "--pruning.visual=[audio]", f"--output={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert "no calibration sample has any of --pruning.visual '[audio]', only image" in said

@@ -38,6 +38,7 @@ from lvlm_prune.report.card_checks import is_edited
 from lvlm_prune.report.refreshing import refresh_page
 from lvlm_prune.run import Run, RunOptions, RunTrainer
 from lvlm_prune.runs.session import join, session
+from lvlm_prune.runs.unused import unused_of_engine
 from lvlm_prune.threads import suitable_threads
 
 
@@ -73,6 +74,8 @@ class EvaluationRun:
         launch = Launch(self.run.hardware, [])
         with session(self.trainer, self.run, launch, way_on=lambda: "") as run:
             join(run, launch)
+            for line in unused_of_engine(self.engine, compares=self.baseline is not None):
+                run.say(line)
             with suitable_threads(self.model.block_weights, run.hardware.devices), mounted(engine=self.engine):
                 measured = self.engine.measure(self.model, self.baseline, run.processes, run.hardware.device)
                 asked = self.engine.fingerprint()

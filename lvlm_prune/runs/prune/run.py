@@ -7,6 +7,7 @@ check everything ─► launch processes ─► for tower, decoder: catch the sa
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lvlm_prune.blocks import StreamedWeights
+from lvlm_prune.blocks import StreamedWeights, tokens_by_modality
 from lvlm_prune.clock import command_began
 from lvlm_prune.data import CalibrationDataModule
 from lvlm_prune.data.limits import ModelLimits
@@ -33,13 +34,13 @@ from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import mounted
 from lvlm_prune.pruning.input_zeros import zeros_of_input
-from lvlm_prune.run import USUALLY_HELD_BACK, Run, RunOptions, RunTrainer, described_config
+from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.prune.sharing import SharedCalibration
 from lvlm_prune.runs.prune.stream import CalibrationStream
-from lvlm_prune.runs.prune.unused import unused_options
 from lvlm_prune.runs.session import ended, is_foreign, prepare_source, session, slow_products_line
+from lvlm_prune.runs.unused import unused_options
 from lvlm_prune.threads import suitable_threads
 
 
@@ -173,11 +174,14 @@ class PruneRun:
         if not isinstance(weights, StreamedWeights) or pruning is None or method is None:
             raise InputError("plan", "true", "is for checkpoint folders and a pruning method")
         sizes: list[BatchSize] = []
+        tokens: Counter[str] = Counter()
         if self.participants.samples():
             limits = ModelLimits.of(model.model)
             processes = run.hardware.world_size
             batches = self.datamodule.calibration_batches(model.processor, 0, processes, limits=limits)
-            sizes = [BatchSize.of(batch.inputs, model.model.config, pruning.visual) for batch in batches]
+            for batch in batches:
+                sizes.append(BatchSize.of(batch.inputs, model.model.config, pruning.visual))
+                tokens.update(tokens_by_modality(model.model.config, batch.inputs))
         targets = pruning.targets or dict.fromkeys(pruning.shapes, pruning.sparsity)
         footprints = []
         for part in model.parts:
@@ -186,19 +190,15 @@ class PruneRun:
             footprints.append(run.memory.predict(model, part, method))
         assert run.folder is not None
         free = free_bytes(run.folder)
-        count = len(self.datamodule.select()) if sizes else 0
+        count = len(self.datamodule.select()) - len(self.datamodule.skipped) if sizes else 0
         surveys = self.participants.survey_lines(model, count)
         plan = make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
         zeros = pruning.line_of_zeros(zeros_of_input(model, weights, pruning.shapes))
-        return "\n".join(filter(None, [pruning.headline(model, count), zeros, *self._unused(), str(plan)]))
+        return "\n".join(filter(None, [pruning.headline(model, count), zeros, *self._unused(tokens), str(plan)]))
 
-    def _unused(self) -> Iterator[str]:
-        pruning, options = self.participants.pruning, self.run.options
-        if pruning is not None:
-            tokens = self.run.record.get("calibration", {}).get("tokens")
+    def _unused(self, tokens: Mapping[str, int]) -> Iterator[str]:
+        if (pruning := self.participants.pruning) is not None:
             yield from unused_options(pruning, self.datamodule, self.model, tokens)
-        if self.model.path in NAMES and options.held_back not in (0, USUALLY_HELD_BACK):
-            yield f"--held_back {options.held_back} is not used: the embedded model is scored on its benchmark"
 
     # ---- the work ----------------------------------------------------------------------------------------------------
     def _carry_out(self, finished: Manifest | None) -> None:
@@ -231,7 +231,7 @@ class PruneRun:
             run.record["catch_seconds"] += clock.lap()
             if part is parts[0]:
                 self.raise_hook("on_prune_start")
-                for line in self._unused():
+                for line in self._unused(run.record["calibration"].get("tokens", {})):
                     run.say(line)
                 self._say_of_few_samples()
                 self._say_of_slow_products()
@@ -240,13 +240,15 @@ class PruneRun:
             stream.prune(part)
 
     def _say_of_few_samples(self) -> None:
-        count, asked = len(self.datamodule.select()), self.datamodule.num_samples
+        count, asked = self.run.record["calibration"].get("num_samples", 0), self.datamodule.num_samples
         default = self.datamodule.source.default_num_samples
         if not self.participants.samples() or not default or count >= default:
             return
+        left_out = len(self.run.record["calibration"]["skipped"])
         why = f"as --data.num_samples says; {default} are the default"
         if asked is None:
             why = f"all that the source has; {default} would be taken of more"
+        why += f" ({left_out} more could not be read)" if left_out else ""
         self.run.say(f"calibration: {count} sample{'s' * (count != 1)}, {why}")
 
     def _say_of_slow_products(self) -> None:

@@ -49,6 +49,7 @@ from lvlm_prune.runs.sweep.results import (
     was_asked_the_same,
 )
 from lvlm_prune.runs.sweep.tables import csv_table, markdown_table, summary, swept_option
+from lvlm_prune.runs.unused import unused_of_engine
 
 # Bytes of the name of a checkpoint's folder, without what follows; a name may have 255.
 _LONGEST_NAME = 200
@@ -118,6 +119,8 @@ class SweepRun:
         self.results.records = run.processes.on_main(self._begin)
         pending = [point for point in self.mine if not self._is_finished(point)]
         run.say(f"{len(self.mine)} runs, {len(self.mine) - len(pending)} of them finished already")
+        for line in unused_of_engine(self.engine, compares=True, likelihoods=False):
+            run.say(line)
         self.dense = dense = self._dense_scores()
         done = len(self.mine) - len(pending)
         for _, group in groupby(pending, key=lambda point: point.data_key):
