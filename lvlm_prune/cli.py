@@ -24,6 +24,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
@@ -125,7 +126,8 @@ def _dispatch(arguments: list[str]) -> int:
 def _completion_problem(arguments: Sequence[str]) -> str:
     """What is wrong with a request for a completion script; empty where nothing is."""
     if len(arguments) != 1 or arguments[0] not in _SHELLS:
-        return f"name one shell of {', '.join(_SHELLS)}"
+        close = get_close_matches(" ".join(arguments), _SHELLS, n=1, cutoff=0.75)  # ksh is no zsh
+        return f"name one shell of {', '.join(_SHELLS)}" + "".join(f"; is {shell} meant?" for shell in close)
     if importlib.util.find_spec("shtab") is None:
         return "needs shtab, which is not installed: pip install 'lvlm-prune[completion]'"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.option_files import count_values, read_yaml, refuse_endless
+from lvlm_prune.option_files import as_options, count_values, read_yaml, refuse_endless
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -149,6 +150,29 @@ def written_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         option, given, value = argument.partition("=")
         yield option, value if given else following
+
+
+def options_of_values(arguments: Sequence[str]) -> Iterator[str]:
+    """What stands inside values that are YAML themselves, as it would stand on the command line.
+
+    Example:
+        >>> list(options_of_values(["--data.source={class_path: TextSource, init_args: {path: a.txt}}"]))
+        ['--data.source=TextSource', '--data.source.path=a.txt']
+    """
+    for option, value in written_options(arguments):
+        if option.startswith("--") and value[:1] in ("[", "{"):
+            with suppress(ValueError, RecursionError, yaml.YAMLError):
+                yield from as_options(yaml.safe_load(value), option.removeprefix("--"))
+
+
+def options_of_files(arguments: Sequence[str], folder: Path) -> Iterator[str]:
+    """What stands in the configuration files, as it would stand on the command line."""
+    for path in config_files(arguments):
+        try:
+            content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
+            yield from as_options(content, "")
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            continue
 
 
 def refuse_null_options(parser: ArgumentParser, options: Namespace) -> None:

@@ -2,16 +2,14 @@
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
-from lvlm_prune.cli_checks import config_files, written_options
+from lvlm_prune.cli_checks import config_files, options_of_files, options_of_values, written_options
 from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, meant, shortened
-from lvlm_prune.option_files import as_options
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
 """The subcommands."""
@@ -70,7 +68,7 @@ def explain(
         '--pruning.pool.alhpa: unknown option; is --pruning.pool.alpha meant?'
     """
     plugins = plugins or {}
-    arguments = [*arguments, *_options_of_values(arguments), *_options_of_files(arguments, folder)]
+    arguments = [*arguments, *options_of_values(arguments), *options_of_files(arguments, folder)]
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "").replace("collections.abc.", "")
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
@@ -131,8 +129,8 @@ def explain(
     if inner_problem := _inside_union(rest, option):
         return inner_problem
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
-        expected = " or ".join(kind for kind in union[1].split(", ") if kind != "NoneType")
-        return f"{option} {_shown(union[2])}: expected {expected}"
+        kinds = [kind for kind in re.findall(r"Literal\[.*?\]|[^, ]+", union[1]) if kind != "NoneType"]
+        return f"{option} {_shown(union[2])}: expected {_choices(' or '.join(kinds), union[2].strip())}"
     if plain := re.search(r"Expected an? (.*)\. Got value:(.*)", rest):
         return f"{option} {_shown(plain[2])}: expected {_choices(plain[1], plain[2].strip())}"
     if wanted := re.fullmatch(r"the following arguments are required: ([\w., ]+)", rest):
@@ -244,7 +242,8 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
     option = _with_close_section(option, known)
     if option in known:
         return f"; is {option} meant?"
-    meant = [candidate for candidate in known if candidate.endswith(f".{option.removeprefix('--')}")]
+    wanted = option.removeprefix("--")
+    meant = [candidate for candidate in known if candidate.endswith(f".{wanted}") or _is_short_for(wanted, candidate)]
     if not meant:
         place, dot, name = option.rpartition(".") if "." in option else ("", "--", option.removeprefix("--"))
         beside = [candidate.removeprefix(place + dot) for candidate in known if candidate.startswith(place + dot)]
@@ -260,6 +259,18 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
         close = [one for one in get_close_matches(name, beside, n=1, cutoff=cutoff) if one != name]
         meant = [f"{place}{dot}{one}" for one in close]
     return f"; is {' or '.join(meant)} meant?" if meant else ""
+
+
+def _is_short_for(name: str, option: str) -> bool:
+    """Whether a name is an option's whose last part is written as the first letters of its words.
+
+    Example:
+        >>> _is_short_for("optimization.lr", "--optimization.learning_rate"), _is_short_for("bs", "--data.batch_size")
+        (True, True)
+    """
+    section, _, last = option.removeprefix("--").rpartition(".")
+    place, _, short = name.rpartition(".")
+    return len(short) > 1 and short == "".join(word[:1] for word in last.split("_")) and place in ("", section)
 
 
 def _with_close_section(option: str, known: Collection[str]) -> str:
@@ -337,29 +348,6 @@ def _full_name(key: str, arguments: Sequence[str], known: Collection[str] = ()) 
     return f"--{key}"
 
 
-def _options_of_values(arguments: Sequence[str]) -> Iterator[str]:
-    """What stands inside values that are YAML themselves, as it would stand on the command line.
-
-    Example:
-        >>> list(_options_of_values(["--data.source={class_path: TextSource, init_args: {path: a.txt}}"]))
-        ['--data.source=TextSource', '--data.source.path=a.txt']
-    """
-    for option, value in written_options(arguments):
-        if option.startswith("--") and value[:1] in ("[", "{"):
-            with suppress(ValueError, RecursionError, yaml.YAMLError):
-                yield from as_options(yaml.safe_load(value), option.removeprefix("--"))
-
-
-def _options_of_files(arguments: Sequence[str], folder: Path) -> Iterator[str]:
-    """What stands in the configuration files, as it would stand on the command line."""
-    for path in config_files(arguments):
-        try:
-            content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
-            yield from as_options(content, "")
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            continue
-
-
 def _is_yaml(path: Path) -> bool:
     try:
         yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -379,10 +367,11 @@ def _choices(expected: str, given: str) -> str:
 
     Example:
         >>> _choices("Literal['bitmask','coded']", "coded2"), _choices("int", "one")
-        ('one of bitmask,coded; is coded meant?', 'int')
+        ('one of bitmask, coded; is coded meant?', 'int')
+        >>> _choices("Literal[64, 32] or Literal['64', 'bf16']", "bf61")
+        'one of 64, 32, bf16; is bf16 meant?'
     """
-    literal = re.fullmatch(r"Literal\[(.*)\]", expected)
-    if not literal:
+    if not re.fullmatch(r"Literal\[.*?\](?: or Literal\[.*?\])*", expected):
         return expected
-    names = literal[1].replace("'", "")
-    return f"one of {names}{meant(given, re.split(', ?', names))}"
+    names = list(dict.fromkeys(re.findall(r"[^\[\],' ]+", re.sub(r"Literal\[|\] or ", ",", expected))))
+    return f"one of {', '.join(names)}{meant(given, names)}"

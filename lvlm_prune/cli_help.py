@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lvlm_prune.cli_errors import ALONE, VERBS, explain, hint
+from lvlm_prune.errors import meant
 
 TRAINER_HELP = "--help-trainer"
 
@@ -80,7 +81,10 @@ def misspelt(arguments: Sequence[str]) -> str:
         >>> misspelt(["methods", "atv"])
         'methods atv: `methods` takes nothing'
     """
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+    if arguments and arguments[0].startswith("-"):
+        close = meant(arguments[0], ("--help", "--version"))
+        return f"{arguments[0]}: unknown option{close}" if close else ""
+    if arguments and arguments[0] not in VERBS:
         return explain("subcommand", arguments)
     known = re.findall(r"^  (--[\w.]+)", stored_help(arguments[0]) if arguments else "", re.MULTILINE)
     if not known or TRAINER_HELP in arguments:
@@ -91,8 +95,8 @@ def misspelt(arguments: Sequence[str]) -> str:
         # Where the section itself takes a class, what it has depends on that.
         if not dot or "." in name or option in known or section in (*known, f"--{_TRAINER}"):
             continue
-        if meant := hint(option, known, {}):
-            return f"{option}: unknown option{meant}"
+        if close := hint(option, known, {}):
+            return f"{option}: unknown option{close}"
     return ""
 
 

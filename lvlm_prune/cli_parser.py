@@ -18,9 +18,10 @@ from lvlm_prune.cli_checks import OF_TRAINING, refuse_devices, refuse_null_optio
 from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes, options_of_lightning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
+from lvlm_prune.distributed.hardware import names_of
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.ranks import is_first_process
-from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, one_line
+from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, meant, one_line
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Benchmark
@@ -74,7 +75,7 @@ class LVLMParser(LightningArgumentParser):
         """Raise instead of printing usage and a page of type subtleties."""
         # Also where a parser refuses something that has no options of the command itself.
         parser = self.commands.get(next(iter(self.command_line), ""), self)
-        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        known = [*(option for option in parser._option_string_actions if option.startswith("--")), TRAINER_HELP]
         plugins = options_of_lightning(self.command_line) | options_of_classes(_PLUGINS)
         raise OptionError(explain(message, self.command_line, self.folder, known, plugins)) from None
 
@@ -239,7 +240,8 @@ class LVLMCLI(LightningCLI):
             option = "max_time" if is_time else self._option_at_fault(str(error))
             # What SLURM lacks is said with the way out.
             problem = one_line(error) if isinstance(error, RuntimeError) else one_line(error).split(". ")[0]
-            raise InputError(f"trainer.{option}", self._get(self.config, f"trainer.{option}"), problem) from None
+            value = self._get(self.config, f"trainer.{option}")
+            raise InputError(f"trainer.{option}", value, problem + meant(value, names_of(option))) from None
 
     def _option_at_fault(self, said: str) -> str:
         """The trainer's option that an error of Lightning speaks of; first of those that were given."""

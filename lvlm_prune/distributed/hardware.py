@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from lvlm_prune.errors import InputError
 
@@ -75,3 +75,15 @@ def checked_accelerator(wanted: Any) -> Any:
         problem = "sums over tokens are in float64, which Apple's GPUs do not have; use `cpu`"
         raise InputError("trainer.accelerator", wanted, problem)
     return wanted
+
+
+def names_of(option: str) -> list[str]:
+    """Names that an option of Lightning's Trainer takes: of strategies and accelerators; of others none are known.
+
+    Example:
+        >>> names_of("strategy")[:2], names_of("accelerator")[:2], names_of("devices")
+        (['auto', 'ddp'], ['auto', 'cpu'], [])
+    """
+    if option == "strategy":
+        return ["auto", *StrategyRegistry.available_strategies()]
+    return ["auto", "cpu", "cuda", "gpu"] if option == "accelerator" else []
