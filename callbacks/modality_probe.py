@@ -28,6 +28,7 @@ from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.tokens import Tokens
 from lvlm_prune.plugins import lazy_default, mounted, own_instance
 from lvlm_prune.pruning.calibration import BlockCalibration
+from lvlm_prune.pruning.options import refuse_modalities
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -88,6 +89,7 @@ class ModalityProbe(PruneCallback):
                 raise InputError(f"probing.{option}", number, "must not be negative")
         if images + texts == 0:
             raise InputError("probing.images", images, "with --probing.texts 0 leaves no question")
+        refuse_modalities(visual, "probing.visual")
         scorer = own_instance(scorer)
         if scorer.statistic is None:
             raise InputError(

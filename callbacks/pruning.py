@@ -30,7 +30,7 @@ from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import zeros_line, zeros_of_input
 from lvlm_prune.pruning.lines import rare_experts_line, skipped_line
 from lvlm_prune.pruning.naming import folder_label, method_name
-from lvlm_prune.pruning.options import checked_pattern, checked_sparsity
+from lvlm_prune.pruning.options import checked_pattern, checked_sparsity, refuse_modalities
 from lvlm_prune.pruning.scope import find_scope, refuse_experts, refuse_samples, refuse_towers, refuse_widths
 from lvlm_prune.pruning.site_calibration import SiteCalibration, sites_in_order
 
@@ -107,9 +107,7 @@ class BlockwisePruning(PruneCallback):
         self.vision_sparsity = vision_sparsity
         if vision_sparsity is not None:
             checked_sparsity(vision_sparsity, self.pattern, "pruning.vision_sparsity")
-        for modality in visual:
-            if modality not in ("image", "video", "audio"):
-                raise InputError("pruning.visual", modality, "must be one of `image`, `video`, `audio`")
+        refuse_modalities(visual, "pruning.visual")
         if not self.pattern.mixes(self.sparsity):
             allocation = allocation.under(self.pattern)
             if self.pattern.levels and not allocation.uniform:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from lvlm_prune.errors import InputError
-from lvlm_prune.option_files import as_options, count_values, read_yaml, refuse_endless
+from lvlm_prune.option_files import as_options, loaded, read_yaml, refuse_endless
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -73,8 +73,7 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
     for option, value in written_options(arguments):
         if option.startswith("--") and value[:1] in ("[", "{"):
             try:
-                content = yaml.safe_load(value)
-                count_values(content)
+                content = loaded(value, option.removeprefix("--"))
             except (RecursionError, OverflowError):
                 raise InputError(option.removeprefix("--"), value, "is nested too deeply, or in itself") from None
             except (ValueError, yaml.YAMLError):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
-from lvlm_prune.cli_checks import OF_TRAINING, refuse_devices, refuse_null_options, refuse_unreadable
+from lvlm_prune.cli_checks import OF_TRAINING, refuse_devices, refuse_null_options, refuse_unreadable, written_options
 from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes, options_of_lightning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
@@ -27,6 +27,7 @@ from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Benchmark
 from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.option_files import refuse_times
 from lvlm_prune.output.private import LEFT_OUT, left_out_options, with_whole_configs
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_values
 from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe, without_log_folder
@@ -183,6 +184,9 @@ class LVLMCLI(LightningCLI):
         if given.get("output") == LEFT_OUT:  # of a finished run, which nobody writes into again
             given["output"] = ""
         refuse_values(options := given.as_dict())
+        refuse_times(
+            options, {name.removeprefix("--"): value for name, value in written_options(LVLMParser.command_line)}
+        )
         for option in left_out_options(options):
             way_out = "give it, or take the configuration in the folder that ends with .private"
             raise InputError(option, LEFT_OUT, f"is no value but stands for a private one; {way_out}")

@@ -1,7 +1,8 @@
 """The one kind of error that a user is meant to read."""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -57,6 +58,28 @@ class InputError(LVLMPruneError):
         self.option = option
         self.value = value
         self.problem = problem
+
+
+@contextmanager
+def given_as(option: str) -> Iterator[None]:
+    """While the context is open a checkpoint is read that another option than `model.path` names, whose fault it is.
+
+    Raises:
+        InputError: That of the context, under its own option.
+
+    Example:
+        >>> with given_as("baseline"):
+        ...     raise InputError("model.path", "a", "no such folder")
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --baseline a: no such folder
+    """
+    try:
+        yield
+    except InputError as error:
+        if error.option != "model.path":
+            raise
+        raise InputError(option, error.value, error.problem) from error
 
 
 def refuse_huge(option: str, value: int | None, most: int | None = None) -> None:

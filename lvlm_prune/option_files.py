@@ -13,6 +13,7 @@ import yaml
 
 from lvlm_prune.errors import LARGEST_COUNT, LONGEST_FILE_NAME, InputError, first_line, refuse_huge
 
+_TIME = re.compile(r"[-+]?[\d_]+(:[0-5]?\d)+")
 _MOST_VALUES = 100_000
 _DEEPEST = 50
 _LONGEST_PATH = 4095
@@ -41,8 +42,7 @@ def read_yaml(file: Path, option: str, shown: Any) -> Any:
     if not file.is_file():  # a pipe would be waited for
         raise InputError(option, shown, "is no file")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        count_values(content)
+        content = loaded(file.read_text(encoding="utf-8"))
     except _Twice as error:
         raise InputError(option, shown, f"has {error}; the first would be lost") from None
     except UnicodeDecodeError:
@@ -54,6 +54,48 @@ def read_yaml(file: Path, option: str, shown: Any) -> Any:
     except ValueError as error:  # of dates and numbers that there are not
         raise InputError(option, shown, f"holds a value that cannot be read ({first_line(error)})") from None
     return content
+
+
+def loaded(text: str, option: str = "") -> Any:
+    """What YAML says.
+
+    Args:
+        text: The YAML.
+        option: The option that it is the value of; empty for a file of options.
+
+    Raises:
+        InputError: A number that is none for people: YAML reads 1:30 as 90.
+        RecursionError, OverflowError: It has no end.
+        ValueError, yaml.YAMLError: It cannot be read.
+    """
+    content = yaml.load(text, _Loader)
+    count_values(content)
+    _refuse_times(content, option)
+    return content
+
+
+def refuse_times(options: Any, written: Mapping[str, str], option: str = "") -> None:
+    """Refuse whole numbers that were written as 1:30, which the parser takes for 90.
+
+    Args:
+        options: What it made of them, as nested plain data.
+        written: Option -> what stands on the command line.
+        option: Their place.
+
+    Raises:
+        InputError: One is of that form; names its option.
+
+    Example:
+        >>> refuse_times({"pattern": "2:4", "data": {"seed": 90}}, {"pattern": "2:4", "data.seed": "1:30"})
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --data.seed 1:30: YAML reads this as the number 90; expected a whole number
+    """
+    if isinstance(options, Mapping):
+        for name, item in options.items():
+            refuse_times(item, written, option if name == "init_args" else f"{option}.{name}" if option else str(name))
+    elif type(options) is int and _TIME.fullmatch(text := written.get(option, "")):
+        raise InputError(option, text, f"YAML reads this as the number {options}; expected a whole number")
 
 
 def refuse_endless(value: Any, option: str, folder: Path) -> None:
@@ -104,6 +146,33 @@ class _Loader(yaml.SafeLoader):
                 raise _Twice(f"`{key.value}` twice, the second time in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return node
+
+
+class _Time:
+    """A whole number with colons: YAML counts in sixties, as clocks do."""
+
+    def __init__(self, text: str, number: int) -> None:
+        self.text, self.number = text, number
+
+
+def _whole_number(loader: Any, node: yaml.ScalarNode) -> int | _Time:
+    number: int = loader.construct_yaml_int(node)
+    return _Time(node.value, number) if _TIME.fullmatch(node.value) else number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _refuse_times(value: Any, option: str = "") -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            inside = name in ("class_path", "init_args") and option
+            _refuse_times(item, option if inside else f"{option}.{name}" if option else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_times(item, option)
+    elif isinstance(value, _Time):
+        raise InputError(option, value.text, f'YAML reads this as the number {value.number}; write "{value.text}"')
 
 
 def count_values(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os.path import exists, isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,7 +109,8 @@ def _read_as_image(image: Image.Image | Path) -> Iterator[None]:
     """Within, what goes wrong with an image becomes a line that names its file."""
     name = (getattr(image, "filename", "") or "image") if isinstance(image, Image.Image) else str(image)
     if isinstance(image, Path) and exists(image) and not isfile(image):
-        raise RunError(f"{shortened(name, _LONGEST_NAME)}: is no regular file")  # a pipe would be waited for
+        what = "is a folder" if isdir(image) else "is no regular file"  # a pipe would be waited for
+        raise RunError(f"{shortened(name, _LONGEST_NAME)}: {what}")
     try:
         yield
     except FileNotFoundError:

@@ -21,7 +21,7 @@ def refuse_without_videos(processor: Any) -> None:
         raise RunError(f"it has a video, and {type(processor).__name__} takes none")
     if getattr(processor, "video_processor", None) is None:
         problem = "a sample has a video, which this model's processor takes only where torchvision is installed"
-        raise InputError("data.source", type(processor).__name__, problem)
+        raise InputError("", type(processor).__name__, problem)
 
 
 def load_sound(processor: Any, path: Path) -> Any:
@@ -56,8 +56,8 @@ def library_needed(what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         said = " ".join(str(error).split())[:200]
-        problem = f"a sample has {what}, and reading it needs a library that is not installed: {said}"
-        raise InputError("data.source", what, problem) from error
+        problem = f"reading it needs a library that is not installed: {said}"
+        raise InputError("", f"a sample has {what}", problem) from error
 
 
 def _parts(processor: Any) -> list[str]:

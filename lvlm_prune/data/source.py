@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from os.path import isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -151,7 +151,8 @@ def verify_files(
             missing += [(sample.id, kind, file) for kind, file in files if not isfile(file)]
     if missing:
         name, kind, file = missing[0]
-        problem = f"{kind} file {shortened(file, 200)} of sample {shortened(name, 200)} is missing"
+        what = "is missing" if not exists(file) else "is a folder" if isdir(file) else "is no regular file"
+        problem = f"{kind} file {shortened(file, 200)} of sample {shortened(name, 200)} {what}"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         at_fault = f"`path` {path}" if image_folder is None else f"`image_folder` {image_folder}"
         raise ValueError(f"{at_fault}: {problem}{others}{hint}")

@@ -14,7 +14,7 @@ from lvlm_prune.data.labels import joins_answer
 from lvlm_prune.data.processing import load_processor
 from lvlm_prune.demo import is_embedded
 from lvlm_prune.distributed.processes import Processes
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, given_as
 from lvlm_prune.evaluation.answers import score
 from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 from lvlm_prune.evaluation.engine import Engine, Measurement
@@ -114,7 +114,7 @@ class BuiltinEngine(Engine):
             likelihood = AnswerLikelihood(questions, self.batch_size, self.top_k, scratch, processes)
             share = len(likelihood.numbers)
             if baseline is not None:
-                with self._loaded(baseline, device) as (module, processor):
+                with self._loaded(baseline, device, "baseline") as (module, processor):
                     more |= _joined(processor, questions)
                     dense = self._answer(module, processor, processes, "baseline")
                     if self._finds_answers(likelihood, module, processor, more):
@@ -144,8 +144,10 @@ class BuiltinEngine(Engine):
         return self.likelihood and "no_likelihood" not in more
 
     @contextmanager
-    def _loaded(self, origin: LVLMModule, device: torch.device | str) -> Iterator[tuple[LVLMModule, Any]]:
-        """A whole model of its own in memory while the context is open, and its processor."""
+    def _loaded(
+        self, origin: LVLMModule, device: torch.device | str, option: str = "model.path"
+    ) -> Iterator[tuple[LVLMModule, Any]]:
+        """A whole model of its own in memory while the context is open, and its processor; an option named it."""
         from lvlm_prune.module import LVLMModule
 
         module = LVLMModule(
@@ -154,10 +156,11 @@ class BuiltinEngine(Engine):
             trust_remote_code=origin.trust_remote_code,
             attn_implementation=origin.attn_implementation,
         )
-        module.open(open_checkpoint)
-        module.load_whole()
-        assert module.folder is not None
-        processor = load_processor(module.folder.path, module.trust_remote_code)
+        with given_as(option):
+            module.open(open_checkpoint)
+            module.load_whole()
+            assert module.folder is not None
+            processor = load_processor(module.folder.path, module.trust_remote_code)
         with keeping_freed():
             try:
                 yield module.to(device), processor

@@ -1,6 +1,7 @@
 """Pattern and sparsity as a user gives them, refused where they are out of range or contradict each other."""
 
 import math
+from collections.abc import Iterable
 
 from lvlm_prune.errors import InputError
 from lvlm_prune.methods.patterns import Pattern, parse_pattern
@@ -12,12 +13,10 @@ def checked_pattern(pattern: str | int) -> Pattern:
     """The pattern that a text names.
 
     Raises:
-        InputError: There is no such pattern; an integer is what YAML makes of an unquoted one.
+        InputError: There is no such pattern.
     """
     if not isinstance(pattern, str):
-        minutes, seconds = divmod(int(pattern), 60)
-        hint = f'YAML reads an unquoted {minutes}:{seconds} as this number; write pattern: "{minutes}:{seconds}"'
-        raise InputError("pruning.pattern", pattern, hint)
+        raise InputError("pruning.pattern", pattern, 'expected `unstructured` or N:M, for example "2:4"')
     try:
         return parse_pattern(pattern)
     except ValueError as error:
@@ -56,3 +55,18 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, choo
     if lower:
         problem += "; --pruning.allocation KLAllocation reaches a lower mean, by leaving Linears dense"
     raise InputError(option, sparsity, problem)
+
+
+def refuse_modalities(visual: Iterable[str], option: str) -> None:
+    """Refuse what no token is.
+
+    Args:
+        visual: Modalities that are to count as visual.
+        option: Their option, for the error.
+
+    Raises:
+        InputError: One is none.
+    """
+    for modality in visual:
+        if modality not in ("image", "video", "audio"):
+            raise InputError(option, modality, "must be one of `image`, `video`, `audio`")

@@ -15,7 +15,7 @@ from lvlm_prune.data.bucketing import Batch
 from lvlm_prune.data.labels import IGNORED
 from lvlm_prune.data.recovery import SAMPLE_NUMBER
 from lvlm_prune.demo import NAMES
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, given_as
 from lvlm_prune.module import LVLMModule
 
 if TYPE_CHECKING:
@@ -44,10 +44,8 @@ def open_dense(given: str, base: LVLMModule, record: Mapping[str, Any]) -> LVLMM
         trust_remote_code=base.trust_remote_code,
         attn_implementation=base.attn_implementation,
     )
-    try:
+    with given_as("dense"):
         dense.open()
-    except InputError as error:
-        raise InputError("dense", error.value, error.problem) from None
     refuse_other_tokens(dense, base)
     return dense
 
@@ -76,14 +74,14 @@ def refuse_other_tokens(dense: LVLMModule, base: LVLMModule) -> None:
 
 
 def _tokens(module: LVLMModule) -> Any:
-    """What the folder's fast tokenizer knows; None where there is none."""
+    """What the folder's fast tokenizer knows; None where there is none that can be read."""
     assert module.folder is not None
     try:
         content = json.loads((module.folder.path / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return content.get("model", {}).get("vocab"), added
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return None
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return content.get("model", {}).get("vocab"), added
 
 
 def open_dense_weights(dense: LVLMModule, base: LVLMModule, device: torch.device) -> StreamedWeights:
@@ -96,10 +94,8 @@ def open_dense_weights(dense: LVLMModule, base: LVLMModule, device: torch.device
     if type(dense.model) is not type(base.model):
         problem = f"is a {type(dense.model).__name__}, the pruned model a {type(base.model).__name__}"
         raise InputError("dense", dense.path, problem)
-    try:
+    with given_as("dense"):
         return StreamedWeights(base.model, base.runner.decoder, dense.folder, device)
-    except InputError as error:
-        raise InputError("dense", error.value, error.problem) from None
 
 
 def write_teacher(
@@ -118,7 +114,8 @@ def write_teacher(
         device: Where to run it.
         progress: Called with the number of samples done.
     """
-    dense.load_whole()
+    with given_as("dense"):
+        dense.load_whole()
     dense.model.to(device)
 
     def logits_of(samples: Sequence[int]) -> dict[int, Tensor]:

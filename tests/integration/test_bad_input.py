@@ -146,11 +146,6 @@ def test_a_part_of_a_mixture_names_its_own_path(part, said, refused, golden_argu
     assert f"--data.source.{said}" in refused(*model, config)
 
 
-def test_pattern_that_yaml_reads_as_a_number(refused, golden_arguments, tmp_path):
-    message = refused(*golden_arguments, yaml_file(tmp_path, "pruning:\n  pattern: 2:4\n"))
-    assert '--pruning.pattern 124: YAML reads an unquoted 2:4 as this number; write pattern: "2:4"' in message
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [

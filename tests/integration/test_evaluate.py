@@ -328,6 +328,18 @@ def test_a_baseline_with_other_tokens_is_refused(tmp_path, capsys):
     assert "vocabulary" in said
 
 
+def test_a_baseline_that_cannot_be_used_is_its_own_fault(tmp_path, capsys):
+    path, folder, other = write_questions(tmp_path / "data"), tmp_path / "model", tmp_path / "other"
+    write_folder(folder, "llava")
+    shutil.copytree(folder, other)
+    (other / "processor_config.json").write_text("{}")
+    (other / "tokenizer.json").write_text("[]")
+    said = refused(
+        capsys, f"--model.path={folder}", f"--baseline={other}", *local(path), f"--output={tmp_path / 'out'}"
+    )
+    assert f"--baseline {other}: " in said
+
+
 @pytest.mark.parametrize("name", ["pruning.json", "evaluation.json"])
 def test_every_entry_of_its_record_is_documented(name, evaluated, pruned):
     assert not undocumented(pruned / name)

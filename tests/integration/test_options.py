@@ -185,3 +185,29 @@ def test_null_in_a_file_is_refused_for_every_option_or_taken(verb, up_to_the_wor
         refused += any(f"--{action.dest} null: expected" in line for line in lines)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert refused > (0 if verb in ("evaluate", "reproduce") else 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("pruning:\n  pattern: 2:4\n", '--pruning.pattern 2:4: YAML reads this as the number 124; write "2:4"'),
+        ("data:\n  num_samples: 1:30\n", '--data.num_samples 1:30: YAML reads this as the number 90; write "1:30"'),
+        ("--pruning.exclude=[a, 1:30]", '--pruning.exclude 1:30: YAML reads this as the number 90; write "1:30"'),
+        (
+            "--data.num_samples=1:30",
+            "--data.num_samples 1:30: YAML reads this as the number 90; expected a whole number",
+        ),
+    ],
+)
+def test_numbers_that_yaml_counts_in_sixties(given, said, tmp_path, capsys):
+    if not given.startswith("--"):
+        (tmp_path / "config.yaml").write_text(given)
+        given = f"--config={tmp_path / 'config.yaml'}"
+    assert main([*GOLDEN_ARGUMENTS, given, f"--output={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_modalities_of_probe_are_its_own(tmp_path, capsys):
+    assert main(["probe", *MODEL_AND_DATA, "--probing.visual=[foo]", f"--output={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: --probing.visual foo: must be one of ")

@@ -52,4 +52,4 @@ def test_a_folder_that_was_changed_is_refused(name, damage, packed, tmp_path, ca
     capsys.readouterr()
     assert main([*command, f"--output={tmp_path / 'out'}", "--resume=true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --")
+    assert line.startswith(f"error: --output {tmp_path / 'out'}: ")

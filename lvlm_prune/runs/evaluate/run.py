@@ -13,7 +13,7 @@ from typing import Any
 from lvlm_prune.clock import command_began
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, given_as
 from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.record import evaluation_record, evaluation_table, write_record
@@ -60,10 +60,8 @@ class EvaluationRun:
                 trust_remote_code=model.trust_remote_code,
                 attn_implementation=model.attn_implementation,
             )
-            try:
+            with given_as("baseline"):
                 self.baseline.open(open_checkpoint)
-            except InputError as error:
-                raise InputError("baseline", error.value, error.problem) from None
         refuse_other_world(engine, model)
         with mounted(engine=engine):
             engine.check()

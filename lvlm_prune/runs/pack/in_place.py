@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME
 from lvlm_prune.demo import NAMES
-from lvlm_prune.errors import InputError
+from lvlm_prune.errors import InputError, given_as
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
@@ -58,7 +58,8 @@ def pack_folder(folder: Path | str, model: LVLMModule, quiet: bool = False) -> N
         model: What it was made from.
         quiet: Whether nothing is printed.
     """
-    PackInPlace(LVLMModule(str(folder), trust_remote_code=model.trust_remote_code), "bitmask", quiet)()
+    with given_as("output"):
+        PackInPlace(LVLMModule(str(folder), trust_remote_code=model.trust_remote_code), "bitmask", quiet)()
 
 
 class PackInPlace(Packing):

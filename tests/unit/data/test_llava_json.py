@@ -172,6 +172,16 @@ def test_a_broken_record_is_the_fault_of_the_file_by_its_own_name(tmp_path: Path
         list(data.calibration_batches(processor))
 
 
+def test_a_folder_or_a_device_is_no_image(tmp_path: Path):
+    path = tmp_path / "a.json"
+    for image, what in ((str(tmp_path), "is a folder"), ("/dev/null", "is no regular file")):
+        path.write_text(json.dumps([{"image": image, "conversations": [{"from": "human", "value": "x"}]}]))
+        with pytest.raises(InputError, match=f"image file {image} of sample 0 {what}"):
+            CalibrationDataModule(LlavaJsonSource(str(path))).setup()
+        with pytest.raises(RunError, match=f"{image}: {what}"):
+            load_image(Path(image))
+
+
 def test_missing_image_folder(llava_json: Path):
     with pytest.raises(InputError, match=r"^--data.source.image_folder /nowhere: no such folder$"):
         CalibrationDataModule(LlavaJsonSource(str(llava_json), "/nowhere")).setup()
