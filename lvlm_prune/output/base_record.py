@@ -57,7 +57,8 @@ def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:
         record: Of the run that pruned it, or of one that recovered it; empty where it was made by other tools.
 
     Returns:
-        `method` with its plugins, `calibration`, `sparsity`, `pattern`, `updates_weights` and `input_zeros`, as far as
+        `method` with its plugins, `calibration` (`counted`: tokens that the pool took at a block of the decoder, the
+        mean), `sparsity`, `pattern`, `updates_weights` and `input_zeros`, as far as
         the record has them; empty where it does not say.
     """
     if "pruned" in record:
@@ -66,6 +67,21 @@ def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     names = ("method", "sparsity", "pattern", "updates_weights", "input_zeros")
     kept = {name: record[name] for name in names if name in record}
-    calibration = record.get("calibration", {})
-    of_samples = ("source", "seed", "num_samples", "tokens")
+    calibration = {**record.get("calibration", {}), **_counted(record)}
+    of_samples = ("source", "seed", "num_samples", "tokens", "counted")
     return kept | {"calibration": {name: calibration[name] for name in of_samples if name in calibration}}
+
+
+def _counted(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """`counted`: modality -> tokens that counted at a block of the decoder, the mean; empty where there was no pool.
+
+    Example:
+        >>> _counted({"blocks": [{"pool": {"text": 4.0}}, {"pool": {"text": 4.0, "image": 1.0}}]})
+        {'counted': {'text': 4.0, 'image': 0.5}}
+    """
+    blocks = (block for block in record.get("blocks", []) if block.get("target", "language") == "language")
+    pools = [block["pool"] for block in blocks if "pool" in block]
+    names = dict.fromkeys(name for pool in pools for name in pool)
+    return (
+        {"counted": {name: sum(pool.get(name, 0.0) for pool in pools) / len(pools) for name in names}} if pools else {}
+    )

@@ -109,6 +109,8 @@ class CalibrationRecord(TypedDict, total=False):
     fingerprint: str
     tokens: dict[str, float]
     """Modality -> tokens of all samples."""
+    counted: dict[str, float]
+    """Modality -> those of them that counted at a block of the decoder, the mean; where a checkpoint was recovered."""
     skipped: list[tuple[str, str] | str]
     """Name and reason of each sample that could not be read; left out with what is private."""
 

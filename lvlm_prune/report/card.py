@@ -159,8 +159,8 @@ def adapter_card_of(record: Mapping[str, Any]) -> str:
     """The text of the card of an adapter; see `write_adapter_card`."""
     name = hub_name(record["model"]["path"], record["model"].get("folder", ""))
     own_name = Path(str(record["model"]["path"])).name
-    # As in its configuration: without a name on the hub that of the folder, which the user may put under another one.
-    head = merged_metadata({}, name or own_name, "adapter", "peft", [_PROJECT, "lora", "sparse"])
+    # The name of a folder would be taken for that of somebody's model on the hub.
+    head = merged_metadata({}, name, "adapter", "peft", [_PROJECT, "lora", "sparse"])
     told = f"[{name}](https://huggingface.co/{name})" if name else f"the pruned checkpoint `{own_name}`"
     loader = loader_of(str(record["model"].get("class", "")))
     parts = [
@@ -168,7 +168,8 @@ def adapter_card_of(record: Mapping[str, Any]) -> str:
         f"Trained by {_link()} (method `{record['method']}`) on {told}, "
         f"{readable_percent(record['verified']['sparsity'])} of whose pruned Linears is zero. "
         "It belongs to these zeros: merged by plain PEFT it would give pruned weights values again. "
-        "The folder around this one has it merged already.",
+        "The folder around this one has it merged already."
+        + ("" if name else " To publish it, publish that checkpoint first, and name it here as `base_model`."),
         f"```python\nfrom lvlm_prune.recovery import load_sparse_adapter\nfrom transformers import {loader}\n\n"
         f'model = {loader}.from_pretrained(PRUNED, dtype="auto")  # the pruned checkpoint, and no other\n'
         "model = load_sparse_adapter(model, ADAPTER)  # this folder; every zero stays zero\n"

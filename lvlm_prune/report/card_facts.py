@@ -119,8 +119,14 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     if not calibration.get("num_samples"):
         return "none: the method needs no data"
     source = str(calibration.get("source", {}).get("class_path", "")).rpartition(".")[2]
-    tokens = ", ".join(f"{count} {name}" for name, count in calibration.get("tokens", {}).items())
-    return f"{calibration['num_samples']} samples of {source}, seed {calibration.get('seed')} ({tokens} tokens)"
+    known: Mapping[str, float] = calibration.get("tokens", {})
+    tokens = ", ".join(f"{count} {name}" for name, count in known.items())
+    text = f"{calibration['num_samples']} samples of {source}, seed {calibration.get('seed')} ({tokens} tokens"
+    if (counted := calibration.get("counted")) is not None:
+        taken = {name: round(counted.get(name, 0)) for name in known}
+        if taken != known:
+            text += f", of which {', '.join(f'{count} {name}' for name, count in taken.items())} counted per block"
+    return f"{text})"
 
 
 def _trained(record: Mapping[str, Any]) -> str:
