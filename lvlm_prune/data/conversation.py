@@ -176,7 +176,8 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
 
     Understood are `{"role", "content"}`, where the content is a string or a list of parts, and LLaVA's
     `{"from": "human" | "gpt", "value"}`. In strings `<image>` marks the place of an image; line breaks beside it are
-    left out, since chat templates bring their own.
+    left out, since chat templates bring their own. Where there are videos and no images it marks a video, as
+    LLaVA-Video's data have it.
 
     Args:
         turns: The turns.
@@ -190,6 +191,9 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
         [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}]
     """
     messages = []
+    words = {kind: kind for kind in media}
+    if "video" in words and "image" not in words and not any("<video>" in str(turn) for turn in turns):
+        words["image"] = "video"
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {number} is {type(turn).__name__}, not an object")
@@ -198,7 +202,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
         if not isinstance(speaker, str) or speaker not in _ROLES:
             raise ValueError(f"turn {number} has the role {speaker!r}, expected one of {', '.join(_ROLES)}")
         if isinstance(content, str):
-            parts = _parts_from_text(content, media)
+            parts = _parts_from_text(content, words)
         elif isinstance(content, (list, tuple)):
             # Columnar files fill the keys that a part does not have with None.
             parts = [_part(part, number, {"image", *media}) for part in content]
@@ -279,12 +283,13 @@ def kind_of_part(part: Mapping[str, Any]) -> str:
     return plain if plain in ("text", *MEDIA) else name  # type: ignore[return-value]
 
 
-def _parts_from_text(text: str, media: Sequence[str]) -> list[dict[str, Any]]:
+def _parts_from_text(text: str, words: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Text, and a part of the kind that it stands for in the place of each word in angle brackets."""
     parts: list[dict[str, Any]] = []
     # With a group in the pattern, every other piece is the name of a placeholder.
-    pieces = re.split(f"<({'|'.join(media)})>", text) if media else [text]
+    pieces = re.split(f"<({'|'.join(words)})>", text) if words else [text]
     for number, piece in enumerate(pieces):
-        parts += [{"type": piece}] if number % 2 else _text(piece, number > 0, number < len(pieces) - 1)
+        parts += [{"type": words[piece]}] if number % 2 else _text(piece, number > 0, number < len(pieces) - 1)
     return parts
 
 

@@ -119,6 +119,16 @@ def test_a_placeholder_in_a_sentence_is_text_and_is_no_image(asked, folder: Path
     assert processor.tokenizer.decode(ids[0, learnt]) == "docker run < image></s>"
 
 
+def test_the_place_of_an_image_is_that_of_a_video_where_there_is_no_image(folder: Path):
+    """So LLaVA-Video's data are written."""
+    assert said(read(folder, "<image>\nWhat is it?", video="a.mp4")) == ["video", "What is it?"]
+    assert said(read(folder, "<video>\nDoes <image> work?", video="a.mp4")) == ["video", "Does <image> work?"]
+    both = read(folder, "<image><video>What is it?", video="a.mp4", image="a.png")
+    assert said(both) == ["image", "video", "What is it?"]
+    with pytest.raises(RunError, match=r"more video placeholders \(2\) than videos \(1\)"):
+        read(folder, "<image>\n<image>\nWhat is it?", video="a.mp4")
+
+
 def test_an_image_is_still_an_image(folder: Path, processor):
     ids = encode(processor, read(folder, "docker run <image>", image="a.png"))["input_ids"]
     assert (ids == processor.image_token_id).sum() == 16
