@@ -51,6 +51,7 @@ def pytest_runtestloop(session):
     """Keep a process as it is before the first test, of which commands are forks."""
     _make_options_once()
     _find_options_at_once()
+    _split_keys_once()
     _read_signatures_once()
     _read_entry_points_once()
     os.fsync = lambda descriptor: None  # no test has a power cut, and each run would wait for the disk forty times
@@ -99,24 +100,50 @@ def _find_options_at_once() -> None:
             parser._named = (len(parser._actions), *found)
         return found
 
-    def find(parser, dest, exclude=None):
-        if exclude is not None:
-            return really(parser, dest, exclude)
+    def find(parser, dest, exclude=()):
         commands, options = named(parser)
-        command, _, rest = dest.partition(".")
-        for action in commands:
-            if dest in action._name_parser_map:
-                return action, None
-            if command in action._name_parser_map:
-                option, inner = find(action._name_parser_map[command], rest)
-                return option, command if inner is None else f"{command}.{inner}"
-        found = options.get(dest, [])
+        if commands:
+            command, _, rest = dest.partition(".")
+            for action in commands:
+                if isinstance(action, exclude or ()):
+                    continue
+                if dest in action._name_parser_map:
+                    return action, None
+                if command in action._name_parser_map:
+                    option, inner = find(action._name_parser_map[command], rest, exclude)
+                    return option, command if inner is None else f"{command}.{inner}"
+        found = [action for action in options.get(dest, ()) if not isinstance(action, exclude or ())]
         least = (_ActionConfigLoad, ActionFail)
         return next((action for action in found if not isinstance(action, least)), found[-1] if found else None), None
 
     for module in [module for name, module in sys.modules.items() if name.startswith(_core.__package__)]:
         if vars(module).get(really.__name__) is really:
             setattr(module, really.__name__, find)
+
+
+def _split_keys_once() -> None:
+    """jsonargparse takes each key of a configuration apart thousands of times for one command line."""
+    from jsonargparse import Namespace
+
+    really, known = Namespace._parse_key, {}
+
+    def parse(namespace: Namespace, key: str):
+        parts = known.get(key)
+        if parts is None:  # the first time, with its checks
+            leaf, _, parent = really(Namespace(), key)
+            parts = known[key] = (tuple(parent.split(".")) if parent else (), leaf, parent)
+        parents, leaf, parent = parts
+        inner = namespace
+        for name in parents:
+            values = inner if isinstance(inner, dict) else vars(inner)
+            if name not in values:
+                return leaf, None, parent
+            inner = values[name]
+            if not isinstance(inner, (Namespace, dict)):
+                return leaf, None, parent
+        return leaf, inner, parent
+
+    Namespace._parse_key = parse
 
 
 def _read_signatures_once() -> None:
