@@ -1,10 +1,10 @@
 """Whether a file that is read is a record of a kind: it may be of another tool or version, or cut short."""
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Required, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 
 def read_record(path: Path, kind: type) -> dict[str, Any] | None:
@@ -37,14 +37,14 @@ def conforms(value: Any, kind: Any) -> bool:
     """
     if kind is Any:
         return True
-    if is_typeddict(kind):
+    origin, parts = _taken_apart(kind)
+    if origin is TypedDict:
         hints = _hints(kind)
         return (
             isinstance(value, dict)
             and kind.__required_keys__ <= value.keys()
             and all(conforms(value[key], hints[key]) for key in hints.keys() & value.keys())
         )
-    origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         low, high = parts[1]
         return conforms(value, parts[0]) and low <= value <= high
@@ -61,7 +61,13 @@ def conforms(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-@lru_cache
+@cache
+def _taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What a type is made of, and its parts."""
+    return (TypedDict, ()) if is_typeddict(kind) else (get_origin(kind), get_args(kind))
+
+
+@cache
 def _hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {name: get_args(hint)[0] if get_origin(hint) is Required else hint for name, hint in hints.items()}

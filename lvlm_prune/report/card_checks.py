@@ -43,11 +43,12 @@ def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
     if missing := not (folder / MODEL_CARD).is_file():
         write_card(folder, earlier) if is_dense else write_card(folder, earlier=earlier)
     text = read_card(folder)
-    if DENSE_CARD in text and text in (known := _known_cards(folder)) and text != known[0]:
+    written = card_of(folder)
+    if DENSE_CARD in text and text != written and text in _known_cards(folder):
         write_card(folder)
-        text = known[0]
+        text = written
     said = [CARD_CAME_BACK] if missing else []
-    problem = _difference_of_earlier(text, earlier, is_dense) or _difference(text, card_of(folder))
+    problem = _difference_of_earlier(text, earlier, is_dense) or _difference(text, written)
     said += [_said_of(MODEL_CARD, problem)] if problem else []
     if adapter.is_dir() and recovery is not None:
         problem = _difference(read_card(adapter), adapter_card_of(Manifest(recovery)))
@@ -97,8 +98,11 @@ def card_follows(folder: Path) -> Iterator[None]:
         refresh_card(folder)
 
 
-def _known_cards(folder: Path) -> list[str]:
-    """The card as it is to be, and as it was before the folder was scored, or what is private was taken out of it."""
+def _known_cards(folder: Path) -> Iterator[str]:
+    """The card as it is to be, and as it was before the folder was scored, or what is private was taken out of it.
+
+    The likeliest first: each takes its time.
+    """
 
     def of_run(place: Path) -> dict[str, Any] | None:
         return read_run(place / RECOVERY_RECORD) or read_run(place / PRUNING_RECORD)
@@ -107,13 +111,12 @@ def _known_cards(folder: Path) -> list[str]:
         return None if record is None else {name: value for name, value in record.items() if name != "private_data"}
 
     packing = with_private(read_run(folder / PACKING_RECORD))
+    yield card_of(folder)
+    yield card_of(folder, is_scored=False)
     records = [None, with_private(of_run(folder)), of_run(private_folder(folder))]
-    return [
-        card_of(folder, record=record, packing=packed, is_scored=is_scored)
-        for record in records
-        for packed in ((None, packing) if record is None else (packing,))
-        for is_scored in (True, False)
-    ]
+    for record in records:
+        for is_scored in (True, False):
+            yield card_of(folder, record=record, packing=packing, is_scored=is_scored)
 
 
 def _is_of_this_version(folder: Path) -> bool:
