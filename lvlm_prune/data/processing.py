@@ -163,13 +163,19 @@ def render(processor: Any, messages: list[Message], add_generation_prompt: bool 
 
 def _spoken(message: Message, words: Sequence[str]) -> Message:
     """The message, without any of these words in its text."""
-    content = []
-    for part in message["content"]:
-        if part["type"] == "text":
-            for word in words:
-                part = {**part, "text": part["text"].replace(word, f"{word[0]} {word[1:]}")}
-        content.append(part)
-    return {**message, "content": content}
+
+    def spoken(text: str) -> str:
+        for word in words:
+            text = text.replace(word, f"{word[0]} {word[1:]}")
+        return text
+
+    content = message["content"]
+    if isinstance(content, str):  # of somebody else's source, which writes placeholders itself
+        return message
+    return {
+        **message,
+        "content": [part | {"text": spoken(part["text"])} if part["type"] == "text" else part for part in content],
+    }
 
 
 def _rendered(processor: Any, messages: list[Message], add_generation_prompt: bool) -> str:

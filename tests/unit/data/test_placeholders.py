@@ -10,6 +10,7 @@ from PIL import Image
 from lvlm_prune.data import HFDatasetSource, LlavaJsonSource, encode
 from lvlm_prune.data.labels import encode_with_labels
 from lvlm_prune.data.placeholders import placeholders_in
+from lvlm_prune.data.processing import render
 from lvlm_prune.errors import RunError
 
 ANSWER = {"from": "gpt", "value": "Yes."}
@@ -117,6 +118,15 @@ def test_a_placeholder_in_a_sentence_is_text_and_is_no_image(asked, folder: Path
     assert processor.tokenizer.decode(ids[0]) == f"user: {spoken}</s>assistant: docker run < image></s>"
     learnt = inputs["labels"][0] != -100
     assert processor.tokenizer.decode(ids[0, learnt]) == "docker run < image></s>"
+
+
+def test_content_of_another_source_may_be_plain_text_with_placeholders(processor):
+    """Templates take it where they are written for it."""
+    processor.chat_template, before = "{% for m in messages %}{{ m['content'] }}{% endfor %}", processor.chat_template
+    try:
+        assert render(processor, [{"role": "user", "content": "<image> What?"}]) == "<image> What?"
+    finally:
+        processor.chat_template = before
 
 
 def test_the_place_of_an_image_is_that_of_a_video_where_there_is_no_image(folder: Path):
