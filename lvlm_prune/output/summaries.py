@@ -123,6 +123,10 @@ def recovered_line(quality: Mapping[str, Any], was_sparse: bool = False) -> str:
     )
 
 
+DENSE_MODEL = "dense model"
+"""What a pruned model is measured against, where it was made from a dense one."""
+
+
 def compared_with(qualities: Iterable[Mapping[str, Any] | None]) -> str:
     """What the model is called that several pruned ones are measured against, each its own.
 
@@ -134,7 +138,7 @@ def compared_with(qualities: Iterable[Mapping[str, Any] | None]) -> str:
         >>> compared_with([{"input": "dense"}, None]), compared_with([{"input": "dense"}, {"input": "sparse"}])
         ('dense model', 'input of pruning')
     """
-    return "input of pruning" if any(one and one["input"] == "sparse" for one in qualities) else "dense model"
+    return "input of pruning" if any(one and one["input"] == "sparse" for one in qualities) else DENSE_MODEL
 
 
 _HELD_BACK = {"pruning": "held back from calibration", "recovery": "kept for validation"}

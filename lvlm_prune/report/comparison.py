@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lvlm_prune.output.markdown import short_digest
-from lvlm_prune.output.summaries import compared_with
+from lvlm_prune.output.summaries import DENSE_MODEL, compared_with
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.page import PageFigure, Table, render_page, show
 from lvlm_prune.report.sparsity import table_by_kind
@@ -79,7 +79,10 @@ def _quality(record: Mapping[str, Any], names: list[str]) -> Table | None:
         [title, *(_measure(record, number, *of) if quality else "–" for number, quality in enumerate(found))]
         for title, of in measures.items()
     ]
-    for title, key in (("input of pruning", "input"), ("measured on", "measured_on")):
+    told = {"input of pruning": "input", "measured on": "measured_on"}
+    if compared_with(found) == DENSE_MODEL:
+        del told["input of pruning"]
+    for title, key in told.items():
         rows.append([title, *(quality[key] if quality else "–" for quality in found)])
     return Table(["", *names], rows)
 

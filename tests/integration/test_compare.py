@@ -135,6 +135,7 @@ def test_distance_from_the_dense_model_is_shown_where_nobody_scored(record, fold
     assert (found["perplexity"], found["kl"], found["agreement"]) == (own["perplexity"], own["kl"], own["agreement"])
     text, table = ((folders / "out" / name).read_text() for name in ("report.html", "compare.md"))
     assert f"KL from the dense model | {own['kl']:.4g} |" in table
+    assert "input of pruning" not in table + text
     assert f"({own['tokens']} text tokens)" in table
     assert f'data-path="folders/0/quality/kl" data-unit="measure">{own["kl"]:.4g}<' in text
 

@@ -16,7 +16,7 @@ from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
 from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE_SUFFIX
 from lvlm_prune.output.questions import is_of_names
-from lvlm_prune.output.summaries import compared_with, measure_text
+from lvlm_prune.output.summaries import DENSE_MODEL, compared_with, measure_text
 from lvlm_prune.output.units import readable_percent
 from lvlm_prune.report.uniform import EQUAL, has_flat_sparsities, is_uniform
 from lvlm_prune.runs.compare.folders import ComparedFolder
@@ -193,6 +193,8 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     if any(folder["quality"] for folder in folders):
         origin = compared_with(folder["quality"] for folder in folders)
         for name, (title, written) in _QUALITY.items():
+            if name == "input" and origin == DENSE_MODEL:
+                continue
             cells = (written(folder["quality"][name]) if folder["quality"] else "–" for folder in folders)
             rows.append([title.format(origin), *cells])
     parts = [record["warning"]] if record["warning"] else []
