@@ -226,11 +226,11 @@ class RecoveryDataModule(L.LightningDataModule):
         return self._loader(self.validation_indices, None) if self.validation_indices else []
 
     def batches(self, samples: Sequence[int]) -> BucketedLoader:
-        """Batches of these samples, in about their order, on one process."""
-        return self._loader(list(samples), None)
+        """Batches of all of these samples, in about their order, on whichever process asks for them."""
+        return self._loader(list(samples), None, alone=True)
 
-    def _loader(self, samples: list[int], seed: int | None) -> BucketedLoader:
-        trainer = self.trainer
+    def _loader(self, samples: list[int], seed: int | None, alone: bool = False) -> BucketedLoader:
+        trainer = None if alone else self.trainer
         pad_token_id = self._limits.padding(pad_token_of(self._processor)) if self._processor is not None else 0
         return BucketedLoader(
             samples,

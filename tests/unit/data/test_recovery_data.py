@@ -1,6 +1,7 @@
 """Bad training data are found before training, whatever they come from."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +115,18 @@ def test_some_samples_are_kept_for_validation_where_there_are_enough(samples, va
     data.setup()
     assert len(data.validation_indices) == validated
     assert len(data.train_indices) == samples - validated
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_asks_for_is_not_dealt_out(rank, processor):
+    """Training samples are; a single one, asked for on its own, would be on no process."""
+    data = RecoveryDataModule(EmbeddedQuestions(length=20), validation_samples=0)
+    data.connect(processor, ModelLimits(context_length=400))
+    data.setup("fit")
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+
+    def numbers(loader):
+        return sorted(int(n) for batch in loader for group in batch for n in group["sample_number"])
+
+    assert len(numbers(data.train_dataloader())) == 10
+    assert numbers(data.batches([3, 5, 8])) == [3, 5, 8]
