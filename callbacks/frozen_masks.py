@@ -48,11 +48,11 @@ class FrozenMasks(Callback):
     def on_save_checkpoint(  # type: ignore[override]
         self, trainer: Trainer, pl_module: "LVLMModule", checkpoint: dict[str, Any]
     ) -> None:
-        """No checkpoint without its zeros."""
+        """Refuse a training checkpoint in which a pruned weight is not zero."""
         self.verify(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: "LVLMModule") -> None:  # type: ignore[override]
-        """Verify what training made."""
+        """Verify that every pruned weight is zero; gradients are free again."""
         self.verify(pl_module)
         for hook in self._hooks:
             hook.remove()

@@ -42,11 +42,11 @@ class LossHistory(Callback):
             self.points["validation_loss"].append((trainer.global_step, loss))
 
     def state_dict(self) -> dict[str, Any]:
-        """For the training checkpoint."""
+        """The losses so far, for the training checkpoint."""
         last = None if self.last is None else float(self.last)
         return {"points": self.points, "every": self._every, "last": last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the training checkpoint."""
+        """Take the losses of an interrupted training from its checkpoint."""
         self.points = {name: [tuple(point) for point in points] for name, points in state_dict["points"].items()}
         self._every, self.last = state_dict["every"], state_dict.get("last")

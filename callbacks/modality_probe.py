@@ -134,7 +134,7 @@ class ModalityProbe(PruneCallback):
     def on_survey_block_start(
         self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, tail: RemainingDecoderBlocks
     ) -> None:
-        """Fresh sums."""
+        """Begin the sums of text and visual tokens over a block anew."""
         targets = {name: full_name for name in block.linears if (full_name := f"{block.name}.{name}") in self.targets}
         statistic = self.scorer.statistic
         assert statistic is not None
@@ -148,7 +148,7 @@ class ModalityProbe(PruneCallback):
     def on_survey_batch_end(
         self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, sample: Activations
     ) -> None:
-        """Add one sample."""
+        """Add the tokens of one sample to the sums of the block, each modality by itself."""
         tokens = sample.tokens(self.visual, {"outputs"}, asked_by="the probe")
         for calibration in self._calibrations.values():
             calibration.add(sample, tokens)

@@ -48,7 +48,7 @@ class BlockwiseReconstruction(PruneCallback):
 
     Args:
         lora: What the adapters are like.
-        options: How they are fitted.
+        options: Epochs, learning rate and inputs of the fit.
         optimization: Learning rate and its schedule, which begins anew at each block.
         pruned: Paths of all pruned Linears.
         dense: Streams the dense weights into the same model.

@@ -64,7 +64,7 @@ class PluginSurvey(PruneCallback):
 
     @property
     def survey_samples(self) -> int | None:  # type: ignore[override]
-        """The most that a plugin takes."""
+        """Number of samples that the most demanding plugin takes; None for all."""
         counts = [plugin.survey_samples for plugin in self.surveyors.values()]
         return None if None in counts else max((count for count in counts if count is not None), default=0)
 
@@ -124,7 +124,7 @@ class PluginSurvey(PruneCallback):
         self._calibration_of(block).add(sample, tokens)
 
     def on_survey_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
-        """Sum over processes."""
+        """Add up the statistics of the block over all processes."""
         devices = {name: linear.weight.device for name, linear in block.linears.items()}
         self._calibration_of(block).finish(trainer.run.processes, devices)
 

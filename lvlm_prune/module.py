@@ -274,7 +274,7 @@ class LVLMModule(L.LightningModule):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Precision in which blocks run."""
+        """Dtype of weights and activations while blocks run; what is written keeps its own."""
         return next(self.runner.block(0).parameters()).dtype
 
     # ---- training ----------------------------------------------------------------------------------------------------

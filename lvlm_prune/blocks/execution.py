@@ -37,7 +37,7 @@ class Part:
 
     Args:
         target: What they belong to: the language decoder, or a vision tower.
-        runner: Runs them.
+        runner: Runs the blocks of this part.
         first: Number of the first one among all blocks of the run.
     """
 
@@ -97,7 +97,7 @@ class BlockRunner:
         return len(self.decoder.layers)
 
     def block(self, i: int) -> nn.Module:
-        """Block `i`."""
+        """The module of block `i`, counted from 0."""
         return self.decoder.layers[i]
 
     def name(self, i: int) -> str:

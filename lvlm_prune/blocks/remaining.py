@@ -76,7 +76,7 @@ class RemainingDecoderBlocks:
 
     @property
     def block(self) -> nn.Module:
-        """The first block."""
+        """The module of the first block that is left to run; its weights are in memory."""
         return self._runner.block(self._first)
 
     @property

@@ -21,7 +21,7 @@ class Hardware:
         device: The device of this process.
         devices: Devices, and so processes, on this machine.
         device_ids: Their numbers; as many as there are devices.
-        nodes: Machines.
+        nodes: Number of machines.
         strategy: `ddp` for several processes, `auto` for one device, or the name of a strategy that runs blocks in no
             way known here.
         environment: Lightning's cluster environment: who starts the processes; None where there is only one.

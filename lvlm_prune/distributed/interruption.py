@@ -56,7 +56,7 @@ def interruptible(way_on: Callable[[], str], at_once: bool, children: Children |
 
 
 def said_of_interruption(way_on: object = "") -> str:
-    """The line that a user reads."""
+    """What is printed where a run was interrupted, with how to go on where that is known."""
     return f"interrupted: {way_on}" if way_on else "interrupted"
 
 

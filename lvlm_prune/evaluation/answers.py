@@ -51,7 +51,7 @@ def score(
     Args:
         model: Model that generates; its device and dtype are kept.
         processor: Its processor, or the tokenizer of a model that takes only text.
-        questions: What to ask.
+        questions: Questions with their right answers and tasks.
         batch_size: Questions per batch.
         progress: Called after each batch with the number of questions that were answered in it, by all processes.
         processes: All processes that share the work; each of them calls this function and gets the same scores.

@@ -67,15 +67,15 @@ class BuiltinEngine(Engine):
         self.likelihood, self.top_k = likelihood, top_k
 
     def check(self) -> None:
-        """Open the benchmark."""
+        """Open the benchmark, whose file may be missing or hold no questions; no model is loaded."""
         self.benchmark.check()
 
     def fingerprint(self) -> str:
-        """That of the benchmark."""
+        """SHA-256 of the questions where they come from a file; empty for the embedded ones."""
         return self.benchmark.fingerprint()
 
     def task_names(self) -> list[str]:
-        """Those of the benchmark's questions."""
+        """Names of the tasks that the benchmark's questions belong to, in their order."""
         return list(dict.fromkeys(question.task for question in self.benchmark.questions))
 
     def score(

@@ -22,8 +22,8 @@ class Measurement:
     """What an engine says of a model and of the dense one.
 
     Args:
-        scores: Of the model.
-        baseline: Of the dense model, if there is one.
+        scores: What the model scores, by task.
+        baseline: What the dense model scores; None where it was not asked.
         more: What else was measured, as plain data for `evaluation.json`.
     """
 
@@ -64,9 +64,9 @@ class Engine(ABC):
         """Scores of a checkpoint, the same on all processes.
 
         Args:
-            folder: The checkpoint folder.
+            folder: Folder of the checkpoint to score.
             processes: All processes of the run, each of which calls this method; default: this one alone.
-            device: Where the model goes.
+            device: Where the model is put and runs.
             title: What is scored, for the progress bar.
         """
 
@@ -83,7 +83,7 @@ class Engine(ABC):
             model: The checkpoint, opened, without weights.
             baseline: The dense one, opened as well.
             processes: All processes of the run, each of which calls this method.
-            device: Where models go.
+            device: Where each model is put and runs.
         """
         assert model.folder is not None
         dense = None

@@ -16,11 +16,11 @@ def read_results(
     """Scores from the content of a results file of `lm_eval` or `lmms_eval`.
 
     Args:
-        found: The content.
+        found: What the harness wrote, as plain data.
         tasks: Tasks or groups that must be there.
         metrics: Task -> metric that counts, `a+b` for a sum, `a,b` for two scores, `task:a` and `task:b`; of other
             tasks the first one reported. A group without metrics of its own scores the mean of its members.
-        harness: Name for errors.
+        harness: Name of the harness, for what is said about its results.
 
     Raises:
         RunError: A task or a metric is missing, or is no number.

@@ -36,14 +36,14 @@ class AnswerAccuracy(Metric):
         """Count answers.
 
         Args:
-            given: The model's.
-            answers: The right ones.
+            given: Answers of the model, one for each question.
+            answers: The right answer to each of these questions.
         """
         self.right += sum(self.is_right(one, right) for one, right in zip(given, answers, strict=True))
         self.total += len(given)
 
     def compute(self) -> Tensor:
-        """Accuracy in [0, 1]."""
+        """Share of all answers so far that are right, a float64 scalar in [0, 1]."""
         return self.right.double() / self.total
 
 

@@ -21,7 +21,7 @@ class Question:
     Args:
         task: What it is scored under.
         group: What it is about: something seen, something heard, or text alone.
-        question: Its text.
+        question: What is asked, as text.
         answer: The right answer.
         image: What it is about. Questions about the same image should share the object.
         metric: How an answer is held against the right one, the same for all questions of a task.
@@ -41,7 +41,7 @@ class Question:
 
     @property
     def asked(self) -> Conversation:
-        """The turns to ask, up to the answer."""
+        """The conversation up to the answer: what the model is given."""
         if self.read is not None:
             return self.read()
         content: list[dict[str, str]] = [{"type": "text", "text": self.question}]

@@ -91,6 +91,6 @@ class MemorySampler:
                 os.close(descriptor)
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop sampling the memory of the process; the peak stays."""
         self._stop.set()
         self._thread.join()

@@ -70,7 +70,7 @@ class RunMemory:
 
     @property
     def placement(self) -> Placement:
-        """Where the samples wait."""
+        """What holds the samples between blocks: on the device, in host memory or on disk."""
         return self._held.placement
 
     def hold(self, batch: CaughtBatch, size: BatchSize) -> None:

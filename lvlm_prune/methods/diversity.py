@@ -69,9 +69,9 @@ def diversity_terms(
     """The terms of `modality_diversity`, whose mean is the score, as float64 numbers on the device.
 
     Args:
-        outputs: See there, as `modality` and `pairs`.
-        modality: See there.
-        pairs: See there.
+        outputs: What the Linear makes of the tokens, shape (T, C_out).
+        modality: Modality code of each token, shape (T,).
+        pairs: Which pairs of tokens of one modality count, see `modality_diversity`.
         counts: Numbers of text, visual and audio tokens, where they are known: to count them is to wait for a GPU.
     """
     members = torch.stack([_of_modality(modality, codes) for codes in _MODALITIES.values()])

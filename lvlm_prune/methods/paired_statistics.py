@@ -88,7 +88,7 @@ class ByModality(Statistic):
     Args:
         channels: Number of input channels of the site.
         device: Where the sums live.
-        kind: What is summed up.
+        kind: Class of the statistic that is kept twice.
 
     Example:
         >>> sums = ByModality.of(Gram)(1)
@@ -110,7 +110,7 @@ class ByModality(Statistic):
         """The class of such sums of a kind, the same one each time, which takes what that kind takes besides.
 
         Args:
-            kind: What is summed up.
+            kind: Class of the statistic that is kept twice.
         """
         made = cls.with_options(kind=kind)
         made.takes_dense, made.energy = kind.takes_dense, kind.energy

@@ -155,7 +155,7 @@ class SemiStructured(Pattern):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The sparsity of the pattern."""
+        """The one sparsity that the pattern has, 1 - N/M."""
         return (self.sparsity,)
 
     def mixes(self, mean: float) -> bool:
@@ -219,7 +219,7 @@ class SemiStructuredChoice(Pattern):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The sparsity of each choice."""
+        """Sparsity of each pattern to choose from, ascending."""
         return tuple(choice.sparsity for choice in self.choices)
 
     def mixes(self, mean: float) -> bool:
@@ -256,7 +256,7 @@ def lowest(grouped: Tensor, count: int) -> Tensor:
 
     Args:
         grouped: Values, shape (rows, n).
-        count: At most n.
+        count: How many are taken of each row, at most the length of a row.
 
     Returns:
         Bool of the same shape, True where a value is among them.

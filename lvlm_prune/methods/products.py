@@ -53,8 +53,8 @@ def running_sums(values: Tensor, dim: int = -1) -> Tensor:
     multiples of 2^-52 of their total: sums of integers do not depend on the order.
 
     Args:
-        values: float32 or float64.
-        dim: The dimension.
+        values: What is summed up, float32 or float64 of any shape.
+        dim: Dimension along which sums run.
 
     Example:
         >>> running_sums(torch.tensor([1.0, 2.0, 4.0]))

@@ -20,7 +20,7 @@ class Statistic(ABC):
 
     Args:
         channels: Number of input channels of the site.
-        device: Where the sums live.
+        device: Where the inputs come from, and the sums are kept.
     """
 
     energy: ClassVar[str] = "diagonal"
@@ -79,7 +79,7 @@ class Statistic(ABC):
         """Bytes that `add` takes for a sample of so many tokens, for the plan.
 
         Args:
-            tokens: Number of tokens.
+            tokens: Number of tokens that are added at once.
             channels: Number of input channels of the site.
             itemsize: Bytes of one activation.
         """
@@ -128,7 +128,7 @@ class ChannelNorm(Statistic):
         return [self.value]
 
     def squared_norms(self) -> Tensor:
-        """The sums themselves."""
+        """Squared norm of each input channel, float64 of shape (channels,)."""
         return self.value
 
 
@@ -139,7 +139,7 @@ class InverseFactor:
     Args:
         upper: Upper triangular U with U^T U = (H + damping)^-1, float32 of shape (channels, channels).
         dead: Channels that are zero in every token of the pool, bool of shape (channels,); U is diagonal there.
-        dead_channels: Number of them.
+        dead_channels: Number of dead channels.
         damping: The share of the mean diagonal that was added, the asked one or the first larger one that sufficed.
     """
 
@@ -205,7 +205,7 @@ class Gram(Statistic):
         return [self._lower]
 
     def squared_norms(self) -> Tensor:
-        """The diagonal."""
+        """Squared norm of each input channel, the diagonal of H: float64 of shape (channels,)."""
         return self._lower.diagonal()
 
     def output_energy(self, weight: Tensor) -> Tensor:

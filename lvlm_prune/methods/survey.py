@@ -34,7 +34,7 @@ class RemainingBlocks(Protocol):
 
     @property
     def block(self) -> nn.Module:
-        """The first block."""
+        """The module of the first block that is left to run; its weights are in memory."""
 
     @property
     def num_samples(self) -> int:

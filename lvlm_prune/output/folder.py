@@ -105,7 +105,7 @@ def only_said(is_plan: bool, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         is_plan: Whether there is only a plan.
-        say: Prints.
+        say: Called with the line that is to be printed.
     """
     try:
         yield

@@ -44,7 +44,7 @@ def public_content(path: Path) -> bytes | None:
     """What a record or configuration says that is not private, in one order; None where the file is none.
 
     Args:
-        path: JSON, or else YAML.
+        path: A file of JSON by its suffix, or else of YAML.
     """
     load = json.loads if path.suffix == ".json" else yaml.safe_load
     try:

@@ -64,7 +64,7 @@ class Progress:
             )
 
     def update(self, amount: float = 1) -> None:
-        """So much more is done."""
+        """Count so many more units as done."""
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
@@ -74,7 +74,7 @@ class Progress:
             print(self.line(now - self._begun), file=sys.stderr, flush=True)
 
     def advance_to(self, amount: float) -> None:
-        """So much is done in all."""
+        """Set how many units are done in all."""
         self.update(amount - self.done)
 
     def describe(self, text: str) -> None:

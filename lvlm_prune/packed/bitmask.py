@@ -85,7 +85,7 @@ def check_count(count: int, mask: Tensor, shape: Sequence[int]) -> None:
     """Refuse a mask of another number of weights, or with bits beyond the last column.
 
     Raises:
-        ValueError: Says which.
+        ValueError: It has other bits set than there are weights, or some past the last column.
     """
     beyond = shape[-1] % 8
     if beyond and mask.numel() and int((mask[..., -1] >> beyond).max()):
@@ -111,5 +111,5 @@ def as_bits(tensor: Tensor) -> np.ndarray:
 
 
 def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """The way back from `as_bits`."""
+    """Weights of a dtype again from their bits, integers of the same width; shares memory with them."""
     return torch.from_numpy(bits.view(f"i{dtype.itemsize}")).view(dtype)

@@ -41,7 +41,7 @@ class CodedValues:
 
     @property
     def nbytes(self) -> int:
-        """Size of all parts."""
+        """Bytes of all parts together, as they are stored."""
         return sum(part.nbytes for part in (self.mantissas, self.exponents, self.bases, self.exceptions))
 
 

@@ -40,7 +40,7 @@ class PackedFolder(CheckpointFolder):
         stored: The folder as it is on disk, or one shard of it.
 
     Attributes:
-        stored: As given.
+        stored: The folder, or the shard, with the parts of packed tensors as they are on disk.
         packed: Name of each packed tensor to the names of its parts, by extension.
 
     Raises:

@@ -32,7 +32,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight."""
+        """The packed weight, of shape (out_features, in_features) when unpacked."""
         return self._modules["weight"]  # type: ignore[return-value]
 
     def reset_parameters(self) -> None:
@@ -54,7 +54,7 @@ def unpack_modules(model: nn.Module, chosen: Callable[[PackedWeight], bool] = la
     """Replace packed weights of a model by dense parameters of the same dtype, in place, one at a time.
 
     Args:
-        model: With packed weights.
+        model: A model some of whose weights are packed; changed in place.
         chosen: Which of them; all by default.
 
     Returns:

@@ -46,7 +46,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method, self.format_version, self.format = quant_method, format_version, format
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved."""
+        """What stands in `config.json` under `quantization_config`, as plain data."""
         return {"quant_method": METHOD, "format_version": self.format_version, "format": self.format}
 
 

@@ -47,7 +47,7 @@ class PackableTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes dense."""
+        """Bytes of the tensor as it is stored, zeros included."""
         return self.size * self.dtype.itemsize
 
     def packed_bytes(self, zeros: float) -> float:
@@ -67,9 +67,9 @@ def find_packable(model: Any, decoder: Decoder, folder: CheckpointFolder) -> dic
     may do something of its own with its weight.
 
     Args:
-        model: Its skeleton.
-        decoder: Its decoder.
-        folder: The checkpoint.
+        model: The model on the meta device.
+        decoder: The language decoder of the model.
+        folder: The checkpoint, for shapes and dtypes on disk.
     """
     wanted = set(_packable_names(model, decoder))
     found = {}
@@ -121,8 +121,8 @@ def dense_remainder(model: Any, decoder: Decoder, folder: CheckpointFolder, pack
 
     Args:
         model: The skeleton of the model.
-        decoder: Its decoder.
-        folder: The checkpoint.
+        decoder: The language decoder of the model.
+        folder: The checkpoint, for sizes on disk.
         packed: Names on disk of what is packed.
     """
     names = {

@@ -49,9 +49,9 @@ class ShardWriter:
         """Add a tensor as pieces of bytes.
 
         Args:
-            name: Its name.
+            name: Name of the tensor on disk.
             dtype: Its dtype as safetensors spells it.
-            shape: Its shape.
+            shape: Shape of the tensor, as its header has it.
             content: Its bytes, little-endian and row-major.
         """
         width = _element_size(dtype)
@@ -117,7 +117,7 @@ def pack_shard(
         shard: Name of the file, kept.
         target: Folder to write to.
         packable: Names of tensors that are packed where that makes them smaller.
-        form: How.
+        form: Whether weights are stored as they are (`bitmask`), or their exponents in four bits (`coded`).
 
     Returns:
         Name of each packed tensor to the size of its parts in bytes.

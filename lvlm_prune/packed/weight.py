@@ -57,7 +57,7 @@ class PackedView(ActsAsTensor):
     """One matrix of a stack, as indexing gives it.
 
     Args:
-        matrix: The matrix.
+        matrix: The packed matrix that is looked at.
     """
 
     def __init__(self, matrix: PackedMatrix) -> None:
@@ -81,7 +81,7 @@ class PackedWeight(ActsAsTensor, nn.Module):
 
     Args:
         shape: (rows, columns), or (matrices, rows, columns).
-        dtype: Of the weights.
+        dtype: Floating-point type of the weights.
         nbytes: What it will take; a planner of devices asks before there is anything.
     """
 
@@ -120,17 +120,17 @@ class PackedWeight(ActsAsTensor, nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the dense weight."""
+        """Shape (out, in) that the weight has unpacked."""
         return torch.Size(self._shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Floating-point type of the weights, packed and unpacked."""
         return self._dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the packed weight is."""
+        """Device of the packed weight, on which its products run."""
         return self.matrices[0].device if self.matrices else torch.device("meta")
 
     @property
@@ -140,12 +140,12 @@ class PackedWeight(ActsAsTensor, nn.Module):
 
     @property
     def requires_grad(self) -> bool:
-        """A packed weight is never trained."""
+        """False: a packed weight is never trained."""
         return False
 
     @property
     def grad(self) -> None:
-        """A packed weight is never trained."""
+        """None: a packed weight is never trained."""
         return
 
     def dim(self) -> int:

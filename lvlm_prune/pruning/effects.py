@@ -56,7 +56,7 @@ class PruningErrors:
             name: Its full name.
             before: Its dense weight, shape (C_out, C_in).
             after: Its pruned weight, same shape.
-            mask: True where pruned.
+            mask: True where pruned, bool of shape (C_out, C_in).
             statistic: Sums over the pool of its input; None where there are none.
             score: Importance of each weight of `scored_rows(before)`.
         """

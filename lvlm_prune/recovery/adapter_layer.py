@@ -17,7 +17,7 @@ class SparseLoraLinear(LoraLinear):
     """PEFT's LoRA Linear, masked by the zeros of its base weight; merging leaves every zero exactly +0.0.
 
     Args:
-        base_layer: The pruned Linear.
+        base_layer: The pruned Linear, whose zeros stay zeros.
         adapter_name: Name of the first adapter.
         config: A `LoraConfig`; see `sparse_lora_config`.
         kwargs: What PEFT hands on besides.

@@ -109,8 +109,8 @@ def write_teacher(
 
     Args:
         dense: From `open_dense`.
-        data: The samples.
-        teacher: Where to keep it.
+        data: The samples whose answer tokens the dense model is asked about.
+        teacher: Keeps the largest logits of each answer token on disk.
         device: Where to run it.
         progress: Called with the number of samples done.
     """

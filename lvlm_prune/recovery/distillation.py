@@ -134,7 +134,7 @@ class Teacher:
     """What the dense model says before each answer token, on disk.
 
     Args:
-        folder: Where it lies.
+        folder: Folder in which its parts lie.
         options: What is kept, and how it is mixed into the loss.
         samples: Numbers of the samples.
         identity: Fingerprints of the dense model and of the data; a cache of another identity is made anew.

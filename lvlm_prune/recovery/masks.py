@@ -102,8 +102,8 @@ class StoredMasks(Mapping[str, ZeroMask]):
     """The zeros of pruned Linears in a checkpoint, read when they are asked for: one in memory at a time.
 
     Args:
-        names: The Linears.
-        weights: The checkpoint.
+        names: Full names of the pruned Linears.
+        weights: Reads the pruned weights of the checkpoint.
     """
 
     def __init__(self, names: Sequence[str], weights: StreamedWeights) -> None:
@@ -127,7 +127,7 @@ def verify_zeros(name: str, mask: ZeroMask, weight: Tensor, pattern: Pattern | N
     Args:
         name: The Linear, for the message.
         mask: Its zeros before recovery.
-        weight: Its weight now.
+        weight: The weight after recovery, shape (out, in).
         pattern: With an N:M pattern, every group is counted too.
 
     Raises:

@@ -30,10 +30,10 @@ def merged_weight(model: LVLMModule, name: str, stored: Tensor, mask: ZeroMask) 
     """The recovered weight of a pruned Linear.
 
     Args:
-        model: The trained model.
-        name: The Linear.
+        model: The trained model, with adapters or trained weights.
+        name: Full name of the Linear.
         stored: Its pruned weight as the base stores it, shape (out, in), on the CPU.
-        mask: Its zeros.
+        mask: Which weights are pruned and stay zero.
 
     Returns:
         Shape and dtype of `stored`; +0.0 wherever the mask says so.

@@ -35,7 +35,7 @@ class RecoveryObjective:
         return None if self.teacher is None else self.teacher.divergence(logits, samples)
 
     def mixed(self, loss: Tensor, divergence: Tensor) -> Tensor:
-        """What is made small, of the two."""
+        """The loss that training makes small: cross-entropy and divergence by their weights."""
         assert self.teacher is not None
         return self.teacher.options.mixed(loss, divergence)
 

@@ -61,7 +61,7 @@ def merged_metadata(
         earlier: Metadata of the card of the model that this one was made from.
         base_model: Its name on the hub; None where it has none.
         relation: How this model comes from it, in the hub's words: `finetune`, `adapter`.
-        library: What loads this model.
+        library: Name of the library that loads this model, `transformers` for example.
         tags: In addition to the earlier ones.
         keeps_base: Whether the earlier card's `base_model` is this model's too, where no other is known.
 

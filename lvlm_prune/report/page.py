@@ -252,8 +252,8 @@ def read_from(folder: Path, name: str, is_read: bool) -> Iterator[None]:
     """While the context is open, a page is made of a record of an earlier run, maybe of another version.
 
     Args:
-        folder: Where it is.
-        name: Of the record.
+        folder: Folder of the record.
+        name: File name of the record.
         is_read: Whether it was read; what a run cannot make of its own numbers is an error of the program.
 
     Raises:

@@ -112,7 +112,7 @@ class DASAllocation(WaterFillingAllocation):
         return {"diversity": self._diversity}
 
     def use_survey(self, findings: Mapping[str, Any]) -> None:
-        """Scores from the survey."""
+        """Take the diversity score of each Linear from what the survey found."""
         self._diversity = dict(findings["diversity"])
 
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:

@@ -119,11 +119,11 @@ class ECoFLaPAllocation(WaterFillingAllocation):
         return {"importance": self._importance}
 
     def survey_end(self, sum_over_processes: SumOverProcesses) -> dict[str, Any]:
-        """Importance of each Linear."""
+        """`importance`: full name of each Linear -> its importance, for the record."""
         return self.survey_so_far()
 
     def use_survey(self, findings: Mapping[str, Any]) -> None:
-        """Importances from the survey."""
+        """Take the importance of each Linear from what the survey found."""
         self._importance = dict(findings["importance"])
 
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:

@@ -189,7 +189,7 @@ class KLAllocation(Allocation):
         return self.survey_so_far()
 
     def use_survey(self, findings: Mapping[str, Any]) -> None:
-        """Divergences from the survey."""
+        """Take from what the survey found how far answers move with each Linear at each sparsity."""
         self._tried, self._divergences = list(findings["levels"]), dict(findings["kl"])
 
     # ---- allocation --------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def cheapest_levels(
     least for each weight that they prune. Then groups that go beyond what is needed go back a step, the dearest first.
 
     Args:
-        levels: Sparsities, ascending.
+        levels: Sparsities that a Linear may get, ascending.
         divergences: Of each group, pruned alone to each level.
         sizes: Number of weights of each group.
         sparsity: Of all weights, at most the highest level.

@@ -86,7 +86,7 @@ class OWLAllocation(Allocation):
         return {"outlier_ratio": self._ratios}
 
     def use_survey(self, findings: Mapping[str, Any]) -> None:
-        """Outlier ratios from the survey."""
+        """Take the share of outliers of each block from what the survey found."""
         self._ratios = dict(findings["outlier_ratio"])
 
     def allocate(self, shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:

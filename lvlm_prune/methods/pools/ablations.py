@@ -53,7 +53,7 @@ class RandomTokensPool(Pool):
         self.seed = seed
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
-        """Weight one for the tokens drawn."""
+        """Weight one for the tokens that are drawn of all, zero for the rest; nothing is held as a candidate."""
         # Drawn on the CPU: a GPU's generator would give other numbers for the same seed.
         order = torch.randperm(len(tokens.visual), generator=random_generator(self.seed, tokens))
         drawn = on_device(order[: self.k].sort().values, tokens.visual.device)

@@ -91,7 +91,7 @@ class AMIAPool(Pool):
         return tokens * widest * copies + 4 * held + 12 * min(tokens**2, _AT_ONCE)
 
     def select(self, tokens: Tokens, linear: str | None = None) -> Selection:
-        """Weight one for the tokens taken."""
+        """Weight one for the tokens that AMIA takes for this Linear, zero for the rest."""
         assert linear is not None
         return self.select_each(tokens, [linear])[linear]
 
@@ -147,7 +147,7 @@ class Distances:
         return (self._unit[which] @ self._unit.T).neg_().add_(1)
 
     def stripes(self) -> Iterator[Tensor]:
-        """All rows, a stripe at a time."""
+        """All T rows of distances, some at a time, each of shape (rows, T)."""
         for start in range(0, self._count, self.at_once):
             yield self.rows(slice(start, start + self.at_once))
 
@@ -171,8 +171,8 @@ def neighbourhoods(distances: Distances, rule: NeighbourRule = "released") -> Ne
     """Look at every row of the distances once.
 
     Args:
-        distances: Between all tokens.
-        rule: See `AMIAPool`.
+        distances: Between all T tokens of a sample, row by row.
+        rule: Which tokens are the nearest ones of a token, see `AMIAPool`.
     """
     neighbours, near, closeness = [], [], []
     first = 0
@@ -193,8 +193,8 @@ def nearest(distances: Tensor, count: int) -> Tensor:
     """The `count` lowest values of each row, lowest first, ties by lowest index, which `topk` does not promise.
 
     Args:
-        distances: Shape (n, T).
-        count: At most T.
+        distances: From n tokens to all T, shape (n, T).
+        count: How many neighbours of each token, at most T.
 
     Returns:
         Indices, int64 of shape (n, count).
@@ -267,7 +267,7 @@ def matching_prefix(
     """The fewest tokens, taken in `order`, whose squared mean discrepancy to all tokens is below `tolerance`.
 
     Args:
-        distances: Between all tokens.
+        distances: Between all T tokens of a sample, row by row.
         closeness: Mean of the kernel exp(-distance) of each token to all, float32 of shape (T,).
         order: All tokens in the order in which they are taken, int64, in stretches on the CPU; no more of them are
             asked for than the answer needs.

@@ -136,28 +136,28 @@ class MaskSolver(Solver):
         return Solution(weight, mask, self.scorer.notes(problem.statistic, mask, problem.sparsity))
 
     def score(self, problem: LinearProblem, rows: slice) -> Tensor:
-        """The scorer's."""
+        """The scorer's importance of each weight of some rows, float32 of shape (rows, C_in)."""
         in_part = self.scorer.by_row and self.scorer.group == "row"
         seen = problem.weight[rows] if in_part else problem.weight
         score = checked_score(self.scorer, self.scorer.score(seen, problem.statistic), seen)
         return score if in_part else score[rows]
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
-        """The scorer's."""
+        """Bytes that the scorer takes beside weight, mask and statistic, for the plan."""
         return self.scorer.working_bytes(shape, itemsize, on_gpu)
 
     def cost(self, rows: int, columns: int) -> float:
-        """The scorer's."""
+        """How long the scorer takes for Linears of one statistic, in any unit; see `Solver.cost`."""
         return self.scorer.cost(rows, columns)
 
     def check(self, pattern: Pattern) -> None:
-        """The scorer's."""
+        """Refuse a pattern that the scorer cannot prune to."""
         self.scorer.check(pattern)
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
-        """The scorer's."""
+        """How many weights the scorer takes of each part in which they are compared; see `Solver.expected_zeros`."""
         return self.scorer.expected_zeros(shape, sparsity, pattern)
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
-        """The scorer's."""
+        """What the scorer has to say at the end, by the notes of each Linear; empty for nothing."""
         return self.scorer.summary(notes)

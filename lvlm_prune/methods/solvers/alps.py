@@ -102,7 +102,7 @@ class ALPSSolver(Solver):
         self.keep_zeros = keep_zeros
 
     def keeps_zeros(self) -> bool:
-        """As asked for."""
+        """Whether weights that are zero before stay zero: as the option `keep_zeros` says."""
         return self.keep_zeros
 
     @property

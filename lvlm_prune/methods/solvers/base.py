@@ -55,7 +55,7 @@ class LinearProblem:
 
     @property
     def kind(self) -> str:
-        """The last part of the name."""
+        """What the Linear is for: the last part of its name, `down_proj`."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -119,7 +119,7 @@ class Solver(ABC):
         """Mask and new weight of one Linear; a target of 0 leaves it as it is.
 
         Args:
-            problem: The Linear.
+            problem: The Linear with its weight, the sums over the pool, sparsity and pattern.
         """
 
     def score(self, problem: LinearProblem, rows: slice) -> Tensor:
@@ -128,7 +128,7 @@ class Solver(ABC):
         By default what the weight adds to the output by itself, :math:`|W_{ij}| \\lVert X_j \\rVert_2`.
 
         Args:
-            problem: The Linear.
+            problem: The Linear, with its dense weight.
             rows: The output channels to look at.
 
         Returns:
@@ -212,7 +212,7 @@ class ContinuingSolver(Solver):
 
     @property
     def first(self) -> Solver:
-        """The solver that it begins with."""
+        """The solver whose mask and values this one goes on from; `TypeError` where none is named."""
         if self.start is None:
             raise TypeError("what to begin with is not said: `start`, or `starting_from`")
         return self.start
@@ -242,8 +242,8 @@ def sparse_weight(values: Tensor, mask: Tensor, like: Tensor) -> Tensor:
 
     Args:
         values: float of shape (C_out, C_in).
-        mask: True where pruned.
-        like: The dense weight.
+        mask: True where pruned, bool of the same shape.
+        like: The dense weight, whose dtype and device the result has.
     """
     # Adding zero turns a weight that vanishes as -0.0 into +0.0.
     return zero_(values.to(like.dtype), mask).add_(0.0)

@@ -66,8 +66,8 @@ def least_squares_(
     Args:
         found: Where to start, zero where the mask is True; overwritten with the weights.
         residual: The target less `found` times H, of the same shape; overwritten.
-        gram: H.
-        mask: True where pruned.
+        gram: H, the products of input channels, float32 of shape (C_in, C_in).
+        mask: True where pruned, bool of shape (C_out, C_in).
         iterations: At most so many products with H.
         enough: Squared norm of the residual of each row that is small enough, shape (C_out, 1).
 
@@ -142,7 +142,7 @@ class RefitSolver(ContinuingSolver):
         self.keep_zeros = keep_zeros
 
     def keeps_zeros(self) -> bool:
-        """As asked for."""
+        """Whether weights that are zero before stay zero: as the option `keep_zeros` says."""
         return self.keep_zeros
 
     def solve(self, problem: LinearProblem) -> Solution:
@@ -162,7 +162,7 @@ class RefitSolver(ContinuingSolver):
         return Solution(sparse_weight(scaled.unscaled(values), mask, problem.weight), mask, notes)
 
     def quick(self) -> Solver:
-        """A tenth of the iterations."""
+        """The same solver with a tenth of its iterations, one at least; see `Solver.quick`."""
         fewer = max(self.iterations // 10, 1)
         return RefitSolver(self.start, self.damping, fewer, self.tolerance, self.keep_zeros)
 
@@ -183,7 +183,7 @@ class RefitSolver(ContinuingSolver):
         self.first.check(pattern)
 
     def expected_zeros(self, shape: tuple[int, int], sparsity: float, pattern: Pattern) -> list[ZeroCount]:
-        """What the first solver promises."""
+        """At least as many zeros as the first solver promises of each part: refitted values may vanish in the dtype."""
         return [at_least(count) for count in self.first.expected_zeros(shape, sparsity, pattern)]
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:

@@ -27,7 +27,7 @@ class UnitDiagonal:
     preconditions (Jacobi), and it makes one threshold right for all weights of a Linear (ALPS, arXiv 2406.07831).
 
     Args:
-        gram: Sums over the pool.
+        gram: Products of input channels over the pool, H.
         damping: Lambda, a share of the mean diagonal.
 
     Attributes:

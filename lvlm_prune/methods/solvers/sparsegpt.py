@@ -60,7 +60,7 @@ class SparseGPTSolver(Solver):
         self.keep_zeros = keep_zeros
 
     def keeps_zeros(self) -> bool:
-        """As asked for."""
+        """Whether weights that are zero before stay zero: as the option `keep_zeros` says."""
         return self.keep_zeros
 
     def score(self, problem: LinearProblem, rows: slice) -> Tensor:

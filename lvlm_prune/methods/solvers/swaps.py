@@ -122,7 +122,7 @@ class SparseSwapsSolver(ContinuingSolver):
         return self.first.expected_zeros(shape, sparsity, pattern)
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
-        """What the first solver has to say."""
+        """What the solver whose mask is improved has to say at the end; empty for nothing."""
         return self.first.summary(notes)
 
 

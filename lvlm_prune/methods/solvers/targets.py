@@ -48,7 +48,7 @@ class HandingOnSolver(ContinuingSolver):
         return {}
 
     def keeps_zeros(self) -> bool:
-        """As the other one."""
+        """Whether weights that are zero before stay zero with the solver that is handed the Linear."""
         return self.first.keeps_zeros()
 
     def quick(self) -> Solver:
@@ -56,7 +56,7 @@ class HandingOnSolver(ContinuingSolver):
         return self.first.quick()
 
     def cost(self, rows: int, columns: int) -> float:
-        """What the other one takes."""
+        """How long the solver that is handed the Linears takes for them, in any unit."""
         return self.first.cost(rows, columns)
 
     def check(self, pattern: Pattern) -> None:
@@ -68,7 +68,7 @@ class HandingOnSolver(ContinuingSolver):
         return [at_least(count) for count in self.first.expected_zeros(shape, sparsity, pattern)]
 
     def summary(self, notes: Mapping[str, Mapping[str, Any]]) -> str:
-        """What the other one says."""
+        """What the solver that is handed the Linears has to say at the end; empty for nothing."""
         return self.first.summary(notes)
 
 
@@ -191,12 +191,12 @@ class VisualWeightSolver(HandingOnSolver):
 
     @property
     def wants_sequential(self) -> bool:  # type: ignore[override]
-        """As the other one."""
+        """Whether the solver that is handed the Linear wants the sites of a block one after the other."""
         return self.start is not None and self.start.wants_sequential
 
     @property
     def updates_weights(self) -> bool:  # type: ignore[override]
-        """As the other one."""
+        """Whether the solver that is handed the Linear gives weights that stay new values."""
         return self.start is None or self.start.updates_weights
 
     def changed(self, problem: LinearProblem) -> LinearProblem:
@@ -216,7 +216,7 @@ class VisualWeightSolver(HandingOnSolver):
         super().check(pattern)
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:
-        """What the other one takes."""
+        """Bytes that the solver which is handed the Linear takes beside weight, mask and statistic."""
         return self.first.working_bytes(shape, itemsize, on_gpu)
 
     def statistic_bytes(self, channels: int) -> int:

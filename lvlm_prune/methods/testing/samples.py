@@ -82,8 +82,8 @@ class FewBlocks:
     """Stands for `RemainingBlocks`: one block, whose loss is a smooth function of its weights and the sample.
 
     Args:
-        linears: Of the block.
-        samples: Their numbers.
+        linears: Names and shapes of the Linears of the block.
+        samples: Numbers of the samples that go through it.
         answers: Of the unchanged model, the same at each block; default: what this block makes of the samples.
     """
 

@@ -62,10 +62,10 @@ def tile(values: Tensor, mask: Tensor, offset: Tensor, columns: int) -> tuple[Te
     """From rows to tiles.
 
     Args:
-        values: Shape (n_kept,).
+        values: The weights that are kept, row by row, shape (n_kept,).
         mask: Uint8 of shape (rows, ceil(columns / 8)).
         offset: As `check_counts` gives it.
-        columns: Of the matrix.
+        columns: Number of columns of the dense matrix.
 
     Returns:
         Values of shape (n_kept + slack,) in the order of the tiles, mask as int64 of shape (groups, words, 8), and
@@ -108,11 +108,11 @@ def unpack(
     """The dense rows of some groups of a matrix in tiles.
 
     Args:
-        values: See `tile`, as the next four.
-        mask: Its mask.
-        start: Where its groups begin.
-        rows: Of the matrix.
-        columns: Of the matrix.
+        values: The weights that are kept, in the order of the tiles, as `tile` gives them.
+        mask: Which weights these are, int64 of shape (groups, words, 8).
+        start: Where the values of each group begin, int64 of shape (groups + 1,).
+        rows: Number of rows of the dense matrix.
+        columns: Number of columns of the dense matrix.
         groups: Which groups of 8 rows; None for all.
         dtype: That of the values (None) or float32.
         out: Where to write to, contiguous and large enough.

@@ -48,7 +48,7 @@ def lay_out(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_mask(mask: Tensor, columns: int) -> Tensor:
-    """The mask that `lay_out` was given."""
+    """The mask row by row, as `lay_out` was given it: uint8 of shape (rows, ceil(columns / 8))."""
     return mask.view(torch.uint8)[:, : -(-columns // 8)].contiguous()
 
 

@@ -37,7 +37,7 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
     Args:
         x: Shape (..., columns); float32, bfloat16 or float16.
         matrix: Of shape (rows, columns), on the device of `x`.
-        bias: Shape (rows,).
+        bias: What is added to each output feature, shape (rows,); None for nothing.
 
     Returns:
         Shape (..., rows), in the dtype of `x`.

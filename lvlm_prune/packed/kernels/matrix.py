@@ -100,12 +100,12 @@ class PackedMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """Floating-point type of the weights."""
         return self.values.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the values are."""
+        """Device of the packed weights, on which products run."""
         return self.values.device
 
     @property

@@ -6,7 +6,7 @@ NAMES = {Level.PLAIN: "plain C++", Level.AVX2: "AVX2", Level.AVX512: "AVX-512 (V
 
 
 def kernel_report() -> str:
-    """One line for `lvlm-prune kernels`."""
+    """What `lvlm-prune kernels` prints: which kernels for packed weights are used here."""
     if library() is None:
         return "packed kernels: plain torch, slower than dense (the C++ kernels were not built when this was installed)"
     if level() == Level.TORCH:

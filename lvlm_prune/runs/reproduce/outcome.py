@@ -54,9 +54,9 @@ class RowOutcome:
     """One row of a table.
 
     Args:
-        label: Its name.
+        label: What the paper calls the row.
         average: Retention in percent.
-        cells: The columns.
+        cells: Name of each column -> published and measured.
         follows: The average that follows from the printed row, where another one is printed.
         seeds: Number of runs behind what is measured.
         drift: Block -> mean drift of visual tokens, of the first run.
@@ -81,7 +81,7 @@ class PartOutcome:
         of: The model of the paper.
         columns: Names of the columns.
         dense: The dense model's own values.
-        rows: The rows.
+        rows: What came out for each row of the table, in its order.
         text: What the paper says in words.
         unmeasured: Columns that the harness has no task for.
         stand_ins: What was not as in the paper, in sentences.

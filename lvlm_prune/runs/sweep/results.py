@@ -138,9 +138,9 @@ class FinishedRun:
     """A point of the grid and what became of it.
 
     Args:
-        point: Where in the grid.
-        record: Its line.
-        scores: Of the pruned model.
+        point: Recipe, options and seed of the run.
+        record: Its line of `sweep.jsonl`, as plain data.
+        scores: What the pruned model scores, by task.
         kept: Share of the dense model's accuracy that is left.
     """
 
