@@ -100,6 +100,8 @@ class HFDatasetSource(CalibrationSource):
             raise ValueError(f"`columns` {self.columns or '(not given)'}: {problem}")
         unused = _media_without_role(rows, [*roles.values()])
         if not self.columns:
+            if {"text", "question"} <= set(roles) and "messages" not in roles:
+                raise ValueError("`columns` (not given): both text and question are said; name the ones that count")
             _refuse_unused(unused, bool({"image", "images"} & set(roles)))
         else:
             if unused:
@@ -213,11 +215,7 @@ class HFDatasetSource(CalibrationSource):
         return Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
 
     def _images(self, values: dict[str, Any], row: dict[str, Any], name: str) -> list[Image.Image | Path]:
-        entries: list[Any] = []
-        for role in ("image", "images"):
-            value = values.get(role)
-            entries += value if isinstance(value, (list, tuple)) else [value]
-        entries = [entry for entry in entries if entry is not None]
+        entries = _entries(values)
         turns = values.get("messages") or []
         within = references_of_turns(turns)
         if within["video"] or within["audio"] or (entries and within["image"]):
@@ -282,6 +280,17 @@ def _reason(error: BaseException) -> str:
     """What an error says; of one that only says that there was one, what caused it."""
     cause = error.__cause__
     return first_line(cause if type(error).__name__ == "DatasetGenerationError" and cause is not None else error)
+
+
+def _entries(values: dict[str, Any]) -> list[Any]:
+    """What the columns of images hold; of one image that both have, what `images` holds."""
+    one, several = (
+        [entry for entry in (value if isinstance(value, (list, tuple)) else [value]) if entry is not None]
+        for value in (values.get("image"), values.get("images"))
+    )
+    if one and several and not all(entry in several for entry in one):
+        raise ValueError("`image` and `images` hold different images; say with `columns` which count")
+    return several or one
 
 
 def _reference(entry: Any) -> Any:

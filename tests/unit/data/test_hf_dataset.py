@@ -256,6 +256,27 @@ def test_columns_that_are_not_taken_are_not_decoded_and_told_of(tmp_path: Path, 
     ]
 
 
+def test_one_image_under_two_names_is_one_image(tmp_path: Path):
+    image = Image.new("RGB", (4, 4))
+    row = {"image": image, "images": [image], "question": "What?", "answer": "noise"}
+    datasets.Dataset.from_list([row]).save_to_disk(str(tmp_path / "rows"))
+    for columns in (None, {"image": "image", "images": "images", "question": "question"}):
+        assert len(HFDatasetSource(str(tmp_path / "rows"), columns=columns)[0].images) == 1
+    row |= {"images": [Image.new("RGB", (5, 5))]}
+    datasets.Dataset.from_list([row]).save_to_disk(str(tmp_path / "others"))
+    with pytest.raises(RunError, match="`image` and `images` hold different images"):
+        HFDatasetSource(str(tmp_path / "others"))[0]
+
+
+def test_a_question_is_not_left_out_in_silence_beside_a_text(tmp_path: Path):
+    row = {"text": "It rains.", "question": "What does it do?", "answer": "Rain."}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"^`columns` \(not given\): both text and question are said"):
+        HFDatasetSource(str(tmp_path / "rows.parquet")).setup()
+    columns = {"question": "question", "answer": "answer"}
+    assert len(HFDatasetSource(str(tmp_path / "rows.parquet"), columns=columns)[0].messages) == 2
+
+
 def test_turns_of_two_columns_are_refused(tmp_path: Path):
     turns = [{"role": "user", "content": "What?"}]
     row = {"messages": turns, "conversations": [{"from": "human", "value": "And that?"}]}
