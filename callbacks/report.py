@@ -8,7 +8,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.demo import NAMES
 from lvlm_prune.memory.measuring import peak_memory
 from lvlm_prune.methods.solvers import ALPSSolver
-from lvlm_prune.output.base_record import name_of_input, record_of
+from lvlm_prune.output.base_record import name_of_input, record_of, was_pruned_before
 from lvlm_prune.output.folder import writing
 from lvlm_prune.output.names import FIGURE_FOLDER, PAGE_NAME, PICTURE_NAME, PRUNING_RECORD, STATISTICS_NAME
 from lvlm_prune.output.summaries import next_commands, quality_line
@@ -66,8 +66,7 @@ class PruningReport(PruneCallback):
             trainer.run.say(quality_line(trainer.run.record["quality"], name_of_input(trainer.run.record)))
         page = f"{PAGE_NAME} · " if trainer.run.options.report else ""
         trainer.run.say(f"wrote {folder} (weights {readable_size(size)}) · {page}{PRUNING_RECORD} · {seconds:.0f} s")
-        pruning = trainer.run.find(BlockwisePruning)
-        if trainer.owns_process and pruning is not None and not isinstance(pruning.chosen_solver.innermost, ALPSSolver):
+        if trainer.owns_process and self._knows_better(trainer.run, pl_module):
             trainer.run.say("`--method best` keeps more at the same sparsity, and takes longer")
         if trainer.owns_process and pl_module.path not in NAMES and not trainer.run.options.packed:
             assert pl_module.folder is not None
@@ -75,6 +74,15 @@ class PruningReport(PruneCallback):
             earlier = record_of(pl_module.folder.path).get("dense") or {}
             dense = earlier.get("path") or pl_module.path
             trainer.run.say(next_commands(folder, dense, describe(trainer.run.config)))
+
+    @staticmethod
+    def _knows_better(run: "Run", pl_module: "LVLMModule") -> bool:
+        """Whether the recipe `best` takes what was pruned, and would keep more of it."""
+        pruning = run.find(BlockwisePruning)
+        if pruning is None or isinstance(pruning.chosen_solver.innermost, ALPSSolver):
+            return False
+        takes_it = "vision" not in pl_module.targets and not pruning.prunes_experts
+        return takes_it and not was_pruned_before(run.record)
 
     @staticmethod
     def _take_stock(run: "Run") -> None:
