@@ -254,7 +254,7 @@ def place_media(messages: list[Message], files: Sequence[File], kind: str = "ima
 
 def _take_numbered(messages: list[Message], kind: str) -> list[int]:
     """Make parts of the numbered placeholders of a kind; of those of one number only the first is a place."""
-    numbers: list[int] = []
+    numbers: dict[int, None] = {}
     for message in messages:
         if message["role"] != "user":
             continue
@@ -263,12 +263,12 @@ def _take_numbered(messages: list[Message], kind: str) -> list[int]:
             text, start = part.get("text", ""), 0
             for one in placeholders_in(text):
                 if one.kind == kind and one.number is not None and one.number not in numbers:
-                    numbers.append(one.number)
+                    numbers[one.number] = None
                     content += [*_text(text[start : one.start], start > 0, True), {"type": kind}]
                     start = one.end
             content += _text(text[start:], True, False) if start else [part]
         message["content"] = content
-    return numbers
+    return [*numbers]
 
 
 def kind_of_part(part: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ _OTHER_WORD = re.compile(
 )
 _MARKUP = re.compile(r"</(image|img|video|audio|body|div|p|a)>|\bhtml", re.IGNORECASE)
 # As Qwen-VL has them.
-_NAMED = re.compile(r"<(image|img|video|audio)>\s*([^<>\n]+?)\s*</\1>", re.IGNORECASE)
+_NAMED = re.compile(r"<(image|img|video|audio)>([^<>]++)</\1>", re.IGNORECASE)
 # Keys of a file, where nothing else says that a name is one that is to be read; of text, which may speak of files; and
 # of much else than media.
 _OF_FILES = re.compile("files?|filenames?|filepaths?|paths?|src|sources?|ur[il]s?|href|links?")

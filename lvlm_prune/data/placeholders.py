@@ -19,14 +19,15 @@ _KINDS = {"image": "image", "img": "image", "video": "video", "audio": "audio", 
 _WORDS = "pad|patch|token|soft|placeholder|context|here|start|end|features?|embeds?|unk"
 _SPELLINGS = re.compile(
     rf"(?<![`'\"])(?:(?i:<\|?(?:(?:start|begin)_of_)?({'|'.join(_KINDS)})(?:[ _-]?(?:(\d{{1,9}})|{_WORDS})){{0,3}}\|?>)"
-    r"|<im_(?:patch|start)>|<\|vision_(?:start|pad)\|>|\[IMG\](?!.*\[/IMG\]))(?![`'\"])"
+    r"|<im_(?:patch|start)>|<\|vision_(?:start|pad)\|>|\[IMG\](?!.{0,999}\[/IMG\]))(?![`'\"])"
 )
+_BLANKS, _REST = re.compile(r"[ \t]*"), re.compile(r"\s*\Z")
 _SPEAKS = re.compile(r"\s+(tag|element|attribute|placeholder|token|node)s?\b", re.IGNORECASE)
 
 _NAME = r"(?:\"([^\"<>\n]{1,9999})\"|'([^'<>\n]{1,9999})'|([^\s<>\"']{1,9999}))"
 _FILES = re.compile(
     rf"<(?:img|image|video|audio|source)\b[^<>]{{0,999}}?\ssrc\s{{0,9}}=\s{{0,9}}{_NAME}"
-    r"|!\[[^\]\n]{0,999}\]\([ \t]{0,9}<?([^\s()<>]{1,9999})|^[ \t]{0,9}(\S{1,255})[ \t]{0,9}$",
+    r"|!\[[^\[\]\n]{0,999}\]\([ \t]{0,9}<?([^\s()<>]{1,9999})|^[ \t]{0,9}(\S{1,255})[ \t]{0,9}$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -49,10 +50,17 @@ class Placeholder:
 
     def stands_for_something(self, text: str) -> bool:
         """Whether it is where data sets put them: first or last in the text, or on a line of its own."""
-        before, after = text[: self.start].rstrip(" \t"), text[self.end :].lstrip(" \t")
-        alone = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
-        last = not after.strip() and before.rstrip()[-1:] in (".", "?", "!", ":")
-        first = not before.strip() and not _SPEAKS.match(text, self.end)
+        start = self.start  # nothing is copied: a text may hold very many
+        while start and text[start - 1] in " \t":
+            start -= 1
+        before = text[start - 1 : start]
+        behind = _BLANKS.match(text, self.end)
+        after = text[behind.end() : behind.end() + 1] if behind else ""
+        alone = before in ("", "\n") and after in ("", "\n")
+        while start and text[start - 1].isspace():
+            start -= 1
+        last = _REST.match(text, self.end) is not None and text[start - 1 : start] in (".", "?", "!", ":")
+        first = not start and not _SPEAKS.match(text, self.end)
         return alone or last or first
 
 

@@ -1,6 +1,7 @@
 """What a text shows is read or refused; what it only speaks of stays as it is written."""
 
 import json
+import time
 from pathlib import Path
 
 import datasets
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 
 from lvlm_prune.data import HFDatasetSource, LlavaJsonSource, encode
+from lvlm_prune.data.conversation import place_media
 from lvlm_prune.data.labels import encode_with_labels
+from lvlm_prune.data.overlooked import refuse_unfilled
 from lvlm_prune.data.placeholders import placeholders_in
 from lvlm_prune.data.processing import render
 from lvlm_prune.errors import RunError
@@ -142,6 +145,20 @@ def test_the_place_of_an_image_is_that_of_a_video_where_there_is_no_image(folder
 def test_an_image_is_still_an_image(folder: Path, processor):
     ids = encode(processor, read(folder, "docker run <image>", image="a.png"))["input_ids"]
     assert (ids == processor.image_token_id).sum() == 16
+
+
+LONG = ["[IMG] x ", "x <image> y ", "<image>" + 9 * " ", "![", "![a](", "<img ", "<img>a", " ", "<image_", "a \t"]
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_no_text_takes_long(piece: str):
+    """Of half a million characters, with nothing behind them that ends what they begin."""
+    text = "Q" + piece * (500_000 // len(piece)) + "<image> " + " " * 100_000 + "x"
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    started = time.monotonic()
+    refuse_unfilled(messages, Path("nowhere"))
+    place_media(messages, ["a", "b"])
+    assert time.monotonic() - started < 30
 
 
 def test_turns_of_chat_formats_are_no_placeholders():
