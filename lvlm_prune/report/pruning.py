@@ -195,7 +195,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         facts["retained accuracy"] = show(run, "evaluation", "retention", "average", unit="percent")
     facts |= evaluated_facts(run) | _quality_facts(run)
     if "size_bytes" in run:
-        facts["checkpoint"] = show(run, "size_bytes", unit="bytes")
+        facts["checkpoint, zeros included"] = show(run, "size_bytes", unit="bytes")
     facts["time"] = show(run, "seconds", unit="seconds")
     facts |= _memory_facts(run)
     facts["weights considered"] = show(run, "summary", "num_weights", unit="count")
