@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except LVLMPruneError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return 2
+        except MemoryError:
+            print("error: something asks for more memory than there is", file=sys.stderr)
+            return 2
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -32,6 +32,7 @@ from lvlm_prune.checkpoints.headers import TensorInfo, read_header
 from lvlm_prune.checkpoints.unfinished import refuse_unfinished
 from lvlm_prune.checkpoints.weights_beside import WeightsBeside
 from lvlm_prune.errors import LONGEST_FILE_NAME, InputError, RunError, shortened
+from lvlm_prune.option_files import count_values
 
 PACKED = "lvlm_prune_packed"
 """`quant_method` in the `config.json` of a packed checkpoint."""
@@ -285,6 +286,11 @@ class CheckpointFolder:
             raise self._error(f"{name} is not valid JSON ({error})") from None
         if not isinstance(content, dict):
             raise self._error(f"{name} is not a JSON object")
+        if name == "config.json":
+            try:
+                count_values(content)
+            except OverflowError:
+                raise self._error(f"{name} is nested too deeply, or too long") from None
         return content
 
     def _refuse_adapter(self) -> None:

@@ -98,8 +98,11 @@ def refusals(processor: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (LVLMPruneError, MemoryError):
+    except LVLMPruneError:
         raise
+    except MemoryError as error:  # of all samples, or of a template that writes without end: none to be skipped
+        problem = "a sample takes more memory than there is as its processor and chat template read it"
+        raise InputError("", type(processor).__name__, problem) from error
     except Exception as error:
         raise RunError(f"{type(processor).__name__} refuses it: {first_line(error)}") from error
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
@@ -80,6 +80,9 @@ class FittingRun(RecoveryRun):
             value = getattr(trainer, name)
             if value == 0:
                 raise InputError(f"trainer.{name}", value, "nothing would be trained")
+        for timer in trainer.callbacks:
+            if isinstance(timer, Timer) and timer.time_remaining() == 0:
+                raise InputError("trainer.max_time", 0, "nothing would be trained")
         if not trainer.max_epochs and trainer.max_steps == -1:
             raise InputError("trainer.max_epochs", trainer.max_epochs, "nothing would be trained")
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):

@@ -4,6 +4,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,8 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
 
 
-def deep_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+def deep_config(folder: Path, levels: int = 100_000) -> None:
+    (folder / "config.json").write_text('{"a": ' + "[" * levels + "]" * levels + "}")
 
 
 def pipe_as_config(folder: Path) -> None:
@@ -364,6 +365,7 @@ def odd_header(**changes: Any) -> Callable[[Path], None]:
         (break_config, "config.json is not valid JSON"),
         (list_as_config, "config.json is not a JSON object"),
         (deep_config, "config.json is not valid JSON"),
+        (partial(deep_config, levels=400), "config.json is nested too deeply"),
         (pipe_as_config, "holds config.json, which is no regular file"),
         (pipe_beside, "holds tokenizer.json, which is no regular file"),
         (adapter_beside, "merge it first"),

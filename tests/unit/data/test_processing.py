@@ -14,7 +14,7 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, Conversation, Document, encode, load_processor
-from lvlm_prune.data.processing import takes_videos
+from lvlm_prune.data.processing import refusals, takes_videos
 from lvlm_prune.errors import InputError, RunError
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
@@ -251,3 +251,9 @@ def test_what_the_processor_refuses_is_named(tmp_path: Path, byte_tokenizer):
     )
     with pytest.raises(RunError, match=message):
         list(CalibrationDataModule(Strip()).calibration_batches(processor))
+
+
+def test_a_template_that_writes_more_than_there_is_memory_is_no_fault_of_a_sample():
+    """So that it cannot be skipped, sample after sample."""
+    with pytest.raises(InputError, match="takes more memory than there is"), refusals(None):
+        raise MemoryError
