@@ -59,22 +59,19 @@ def unused_options(
         yield from _line(given, of_experts[1:], "no routed expert is pruned")
 
 
-def unused_aims(
-    pruning: BlockwisePruning, model: LVLMModule, options: RunOptions, aim: str, keeps: bool
-) -> Iterator[str]:
+def unused_aims(pruning: BlockwisePruning, model: LVLMModule, options: RunOptions, aim: str) -> Iterator[str]:
     """The same of options of the command itself, and of the sparsity where something else says how sparse it gets.
 
     Args:
         pruning: The method, as it was given.
         model: The model, which need not be opened.
         options: Of the run.
-        aim: Option that says so; empty for none.
-        keeps: Whether tries are measured.
+        aim: Option that says so: `--keep`, whose tries are measured on samples, or `--packed_size`; empty for none.
     """
     if aim and pruning.sparsity != DEFAULT_SPARSITY and not pruning.pattern.levels:
         yield f"--pruning.sparsity {pruning.sparsity:g} is not used: {aim} says how sparse the model gets"
     given = f"--held_back {options.held_back} is not used"
-    if options.held_back not in (0, USUALLY_HELD_BACK) and not keeps:
+    if options.held_back not in (0, USUALLY_HELD_BACK) and aim != "--keep":
         if not options.evaluate:
             yield f"{given}: with --evaluate false nothing is measured"
         elif model.path in NAMES:

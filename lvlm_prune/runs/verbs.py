@@ -75,7 +75,7 @@ class Aim:
         """
         pruning = Participants(trainer.callbacks).pruning
         aim = "--keep" if self.keep else "--packed_size" if self.packed_size else ""
-        return [] if pruning is None else [*unused_aims(pruning, model, options, aim, keeps=bool(self.keep))]
+        return [] if pruning is None else [*unused_aims(pruning, model, options, aim)]
 
 
 def prune(
@@ -157,7 +157,8 @@ class Finish:
         """
         if self.packed:
             pack_output(run, self.model, dense)
-        self._publish(run.folder)
+        if run.folder is not None and is_first_process():
+            self._publish(run.folder)
 
     def gone_on(self, output: str, resume: bool, record: str) -> Manifest | None:
         """Pack and publish, where that is all that an interrupted run has left to do.
@@ -178,9 +179,7 @@ class Finish:
             self._publish(folder)
         return Manifest.read(folder, record)
 
-    def _publish(self, folder: Path | None) -> None:
-        if folder is None or not is_first_process():
-            return
+    def _publish(self, folder: Path) -> None:
         self.publish.put_aside(folder)
         if self.size is not None:
             self.size.refuse_missed(folder)
