@@ -24,7 +24,7 @@ from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.methods.tokens import EXPERTS
 from lvlm_prune.output.names import EXAMPLE
 from lvlm_prune.output.summaries import readable_count
-from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
+from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class, refuse_lost_arguments
 from lvlm_prune.pruning.block import BlockPruner, refuse_broken, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.input_zeros import zeros_line, zeros_of_input
@@ -204,7 +204,8 @@ class BlockwisePruning(PruneCallback):
         raise InputError("pruning.sparsity", self.sparsity, "prunes nothing: less than one weight of those compared")
 
     def _refuse_faults(self) -> None:
-        """Refuse a scorer whose scores would not be one for each weight."""
+        """Refuse plugins that no record could tell, and a scorer whose scores would not be one for each weight."""
+        refuse_lost_arguments(**{self.section: self})
         try:
             try_scorer(self.scorer)
         except PluginFault as fault:

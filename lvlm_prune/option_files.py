@@ -70,17 +70,40 @@ def loaded(text: str, option: str = "") -> Any:
     """
     content = yaml.load(text, _Loader)
     count_values(content)
-    _refuse_times(content, option)
+    for name, value in values_of(content, option):
+        if isinstance(value, _Time):
+            raise InputError(name, value.text, f'YAML reads this as the number {value.number}; write "{value.text}"')
     return content
 
 
-def refuse_times(options: Any, written: Mapping[str, str], option: str = "") -> None:
+def values_of(options: Any, option: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in nested options that is no mapping and no list, behind the option that it belongs to.
+
+    Args:
+        options: Plain data; plugins as `{"class_path": ..., "init_args": ...}`, which stand at the place of the class.
+        option: Their place.
+
+    Example:
+        >>> list(values_of({"pool": {"class_path": "MixedPool", "init_args": {"alpha": 1}}, "grid": [2, 3]}))
+        [('pool', 'MixedPool'), ('pool.alpha', 1), ('grid', 2), ('grid', 3)]
+    """
+    if isinstance(options, Mapping):
+        for name, item in options.items():
+            inside = option and name in ("class_path", "init_args")
+            yield from values_of(item, option if inside else f"{option}.{name}" if option else str(name))
+    elif isinstance(options, (list, tuple)):
+        for item in options:
+            yield from values_of(item, option)
+    else:
+        yield option, options
+
+
+def refuse_times(options: Any, written: Mapping[str, str]) -> None:
     """Refuse whole numbers that were written as 1:30, which the parser takes for 90.
 
     Args:
         options: What it made of them, as nested plain data.
         written: Option -> what stands on the command line.
-        option: Their place.
 
     Raises:
         InputError: One is of that form; names its option.
@@ -91,11 +114,9 @@ def refuse_times(options: Any, written: Mapping[str, str], option: str = "") -> 
         ...
         lvlm_prune.errors.InputError: --data.seed 1:30: YAML reads this as the number 90; expected a whole number
     """
-    if isinstance(options, Mapping):
-        for name, item in options.items():
-            refuse_times(item, written, option if name == "init_args" else f"{option}.{name}" if option else str(name))
-    elif type(options) is int and _TIME.fullmatch(text := written.get(option, "")):
-        raise InputError(option, text, f"YAML reads this as the number {options}; expected a whole number")
+    for option, value in values_of(options):
+        if type(value) is int and _TIME.fullmatch(text := written.get(option, "")):
+            raise InputError(option, text, f"YAML reads this as the number {value}; expected a whole number")
 
 
 def refuse_endless(value: Any, option: str, folder: Path) -> None:
@@ -111,18 +132,16 @@ def refuse_endless(value: Any, option: str, folder: Path) -> None:
     Raises:
         InputError: One is a pipe, or YAML that holds itself.
     """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            refuse_endless(item, option if name == "init_args" else f"{option}.{name}" if option else str(name), folder)
-    elif isinstance(value, list):
-        for item in value:
-            refuse_endless(item, option, folder)
-    if not isinstance(value, str) or not value or _OF_PATHS.search(option):
-        return
+    for name, written in values_of(value, option):
+        if isinstance(written, str) and written and not _OF_PATHS.search(name):
+            _refuse_endless_file(folder / written, name, written)
+
+
+def _refuse_endless_file(file: Path, option: str, value: str) -> None:
     try:
-        mode = os.stat(folder / value).st_mode
+        mode = os.stat(file).st_mode
         if stat.S_ISREG(mode):
-            count_values(yaml.safe_load((folder / value).read_text(encoding="utf-8")))
+            count_values(yaml.safe_load(file.read_text(encoding="utf-8")))
         elif not stat.S_ISDIR(mode):
             raise InputError(option, value, "is no file")
     except (RecursionError, OverflowError):
@@ -163,18 +182,6 @@ def _whole_number(loader: Any, node: yaml.ScalarNode) -> int | _Time:
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
-def _refuse_times(value: Any, option: str = "") -> None:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            inside = name in ("class_path", "init_args") and option
-            _refuse_times(item, option if inside else f"{option}.{name}" if option else str(name))
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_times(item, option)
-    elif isinstance(value, _Time):
-        raise InputError(option, value.text, f'YAML reads this as the number {value.number}; write "{value.text}"')
-
-
 def count_values(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
     """Number of values in nested mappings and lists, with those that an anchor repeats.
 
@@ -208,18 +215,13 @@ def refuse_immense(value: Any, option: str = "") -> None:
         ...
         lvlm_prune.errors.InputError: --engine.batch_size 100000000000000000000: must be at most 2147483647
     """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            refuse_immense(item, option if name == "init_args" else f"{option}.{name}" if option else str(name))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            refuse_immense(item, option)
-    elif isinstance(value, str):
-        _refuse_no_path(option, value)
-    elif isinstance(value, int):
-        refuse_huge(option, value)
-        if value < -LARGEST_COUNT:
-            raise InputError(option, value, f"must be at least {-LARGEST_COUNT}")
+    for name, one in values_of(value, option):
+        if isinstance(one, str):
+            _refuse_no_path(name, one)
+        elif isinstance(one, int):
+            refuse_huge(name, one)
+            if one < -LARGEST_COUNT:
+                raise InputError(name, one, f"must be at least {-LARGEST_COUNT}")
 
 
 def _refuse_no_path(option: str, value: str) -> None:

@@ -172,6 +172,31 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
         raise InputError(option, _whole(refused["value"]), refused["problem"]) from None
 
 
+def refuse_lost_arguments(**holders: Any) -> None:
+    """Refuse plugins that do not keep what they were made with: no record would tell it, and no resume would miss it.
+
+    Args:
+        holders: Key of the configuration -> the object under it, as for `mounted`.
+
+    Raises:
+        InputError: One does not; names its option.
+
+    Example:
+        >>> class PowerScorer:
+        ...     def __init__(self, power):
+        ...         self.exponent = power
+        >>> refuse_lost_arguments(scorer=PowerScorer(2))
+        Traceback (most recent call last):
+        ...
+        lvlm_prune.errors.InputError: --scorer PowerScorer: does not keep its argument `power`, so that no record ...
+    """
+    for key, holder in holders.items():
+        for path, part in _parts(key, holder):
+            if lost := [name for name in arguments_of(part) if not hasattr(part, name)]:
+                problem = f"does not keep its argument `{lost[0]}`, so that no record would tell it"
+                raise InputError(path, plugin_class(part).__name__, f"{problem}; write self.{lost[0]} = {lost[0]}")
+
+
 def _missing_module(error: BaseException | None) -> str:
     """What a class said of a library that it wants when it is made, as loggers do; empty where none did."""
     while error is not None and not isinstance(error, ModuleNotFoundError):

@@ -20,6 +20,7 @@ from lvlm_prune.checkpoints.unfinished import HELD_BACK
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import MODEL_CARD
 from lvlm_prune.output.private import without_private
+from lvlm_prune.output.reading import load_yaml
 from lvlm_prune.output.records import FileRecord
 
 # What is private in them may be taken out later, which changes nothing that is held against anything.
@@ -46,7 +47,7 @@ def public_content(path: Path) -> bytes | None:
     Args:
         path: A file of JSON by its suffix, or else of YAML.
     """
-    load = json.loads if path.suffix == ".json" else yaml.safe_load
+    load = json.loads if path.suffix == ".json" else load_yaml
     try:
         found = load(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):

@@ -46,6 +46,7 @@ from lvlm_prune.output.private import (
     without_places,
     without_private,
 )
+from lvlm_prune.output.reading import load_yaml
 from lvlm_prune.output.summaries import private_line
 from lvlm_prune.output.temporary import temporary_folder
 from lvlm_prune.report.card_checks import card_follows
@@ -257,7 +258,7 @@ def _leave_out_of_records(
         else:
             write_record(folder, evaluated)
     if (folder / "config.yaml").is_file():
-        config = public(_object(folder / "config.yaml", lambda text: yaml.safe_load(text) or {}))
+        config = public(_object(folder / "config.yaml", lambda text: load_yaml(text) or {}))
         del config["private_data"]
         replace_durably(folder / "config.yaml", (config_head + yaml.safe_dump(config, sort_keys=False)).encode())
 

@@ -42,6 +42,39 @@ def test_a_pool_whose_weights_are_all_one_is_the_mixed_pool(scorer):
         assert torch.equal(weight, ones.state_dict()[name]), name
 
 
+class ForgetfulScorer(WandaScorer):
+    """Prunes by an argument that nobody could read from it."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__()
+        self._exponent = power
+
+
+class ForgetfulSolver(SparseGPTSolver):
+    """The same as part of another plugin."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__(damping=power)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ({"scorer": ForgetfulScorer(2.0)}, "pruning.scorer ForgetfulScorer"),
+        ({"solver": RefitSolver(start=ForgetfulSolver())}, "pruning.solver.start ForgetfulSolver"),
+    ],
+)
+def test_a_method_of_which_no_record_could_tell_is_refused(method, option):
+    model = golden_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(InputError) as error:
+        lvlm_prune.prune(model, SOURCE, BlockwisePruning(**method))
+    assert str(error.value) == (
+        f"--{option}: does not keep its argument `power`, so that no record would tell it; write self.power = power"
+    )
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_sparsegpt_keeps_the_outputs_closer_to_the_dense_model_than_wanda():
     dense = golden_model()
     sample = SOURCE[0]

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lvlm_prune.output.reading import load_yaml
 
 PAPERS = {
     "atv": "ATV-Pruning (arXiv 2603.16001)",
@@ -96,7 +96,7 @@ def oddity(row: PublishedRow, dense: Values) -> float | None:
 
 @cache
 def _paper(name: str) -> dict[str, Any]:
-    return yaml.safe_load((_FOLDER / f"{name}.yaml").read_text())
+    return load_yaml((_FOLDER / f"{name}.yaml").read_text())
 
 
 def published_table(name: str, model: str = "", average: str = "", transposed: str = "") -> PublishedTable:

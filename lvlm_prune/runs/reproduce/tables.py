@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import yaml
-
 from lvlm_prune.errors import InputError, meant
 from lvlm_prune.output.names import PROBE_RECORD
+from lvlm_prune.output.reading import load_yaml
 from lvlm_prune.recipes import CONFIGS
 from lvlm_prune.runs.reproduce.published import Labels, PublishedTable, Values, published_table
 
@@ -157,7 +156,7 @@ def load_table(name: str) -> Table:
     file = FOLDER / f"{name}.yaml"
     if name not in table_names():
         raise InputError("", name, f"no such table; there are {', '.join(table_names())}{meant(name, table_names())}")
-    content = yaml.safe_load(file.read_text())
+    content = load_yaml(file.read_text())
     parts = [_part(content | entry) for entry in content["models"]]
     published = [part.published for part in parts]
     cost = any("seconds" in table.columns for table in published)
@@ -199,7 +198,7 @@ def _part(entry: Mapping[str, Any]) -> Part:
 
 @cache
 def _shared(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return load_yaml((FOLDER / f"{name}.yaml").read_text())
 
 
 def _readable(label: Any) -> str:
