@@ -1,7 +1,7 @@
 """The command line's first steps: what torch and transformers read from the environment when they are imported.
 
 lvlm-prune prune --config configs/prune/atv.yaml --model.path CHECKPOINT --pruning.sparsity 0.6 --output DIR
-lvlm-prune methods
+lvlm-prune methods [NAME]
 lvlm-prune completion bash
 lvlm-prune recover --method lora --model.path PRUNED --output DIR
 lvlm-prune evaluate --model.path PRUNED --baseline CHECKPOINT --output DIR
@@ -90,10 +90,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(kernel_report())
         return 0
-    if arguments == ["methods"]:
-        from lvlm_prune.recipes import recipes_table
+    if arguments[:1] == ["methods"] and len(arguments) < 3:
+        from lvlm_prune.recipes import recipe_text, recipes_table
 
-        print(recipes_table())
+        print(recipe_text(arguments[1]) if arguments[1:] else recipes_table())
         return 0
     if arguments[:1] == ["completion"]:
         if problem := _completion_problem(arguments[1:]):

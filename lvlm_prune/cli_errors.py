@@ -18,7 +18,7 @@ GO_ON = ("sweep", "reproduce")
 """Those that go on with what lies in their folder without being asked to."""
 
 ALONE = {
-    "methods": "List the recipes that `prune --method NAME` takes.",
+    "methods": "List the recipes that `prune --method NAME` takes; `methods NAME` prints one.",
     "completion": "Print a script that completes commands and options: `completion bash`, `zsh`, `tcsh` or `fish`.",
     "kernels": "Say which kernels for packed weights this machine has.",
 }
@@ -73,7 +73,8 @@ def explain(
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     if "subcommand" in text and not (arguments and arguments[0] in VERBS):
         if arguments and arguments[0] in ALONE:
-            return f"{' '.join(arguments)}: `{arguments[0]}` takes nothing"
+            takes = "one name of a recipe, or nothing" if arguments[0] == "methods" else "nothing"
+            return f"{' '.join(arguments)}: `{arguments[0]}` takes {takes}"
         commands = f"{', '.join([*VERBS, *ALONE][:-1])} or {[*ALONE][-1]}"
         if not arguments or arguments[0].startswith("-"):
             return f"a command is missing: {commands} (`lvlm-prune --help` has a sentence for each)"
@@ -236,6 +237,8 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
         '; is --pruning.sparsity meant?'
         >>> hint("--prunning.sparsity", ["--pruning.sparsity", "--data.seed"], {})
         '; is --pruning.sparsity meant?'
+        >>> hint("--lora.r", ["--lora.rank", "--lora.alpha"], {})
+        '; is --lora.rank meant?'
         >>> hint("--pruning.solver.damping", [], {"ALPSSolver": ["damping"]})
         ' of the class in use; ALPSSolver takes it'
     """
@@ -256,7 +259,11 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
             beside += [name for names in plugins.values() for name in names]
         # One wrong letter is a larger part of a short name: `alfa`.
         cutoff = 0.65 if len(name) <= 5 else 0.75
-        close = [one for one in get_close_matches(name, beside, n=1, cutoff=cutoff) if one != name]
+        begun = [
+            one for one in dict.fromkeys(beside) if name and one.startswith(name) and not one.endswith((".help", "+"))
+        ]
+        close = begun if 0 < len(begun) < 4 else get_close_matches(name, beside, n=1, cutoff=cutoff)
+        close = [one for one in close if one != name]
         meant = [f"{place}{dot}{one}" for one in close]
     return f"; is {' or '.join(meant)} meant?" if meant else ""
 

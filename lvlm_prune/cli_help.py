@@ -58,7 +58,16 @@ def stored_help(verb: str) -> str:
 
     Args:
         verb: Name of a command.
+
+    Example:
+        >>> print(stored_help("kernels"), end="")
+        usage: lvlm-prune kernels
+        <BLANKLINE>
+        Say which kernels for packed weights this machine has.
     """
+    if verb in ALONE:
+        takes = {"methods": " [NAME]", "completion": " SHELL"}.get(verb, "")
+        return f"usage: lvlm-prune {verb}{takes}\n\n{ALONE[verb]}\n"
     if verb not in VERBS or any(name.startswith("LVLM_") for name in os.environ):
         return ""
     return (STORED_HELP / f"{verb}.txt").read_text(encoding="utf-8")
@@ -78,8 +87,8 @@ def misspelt(arguments: Sequence[str]) -> str:
         '--pruning.sparsty: unknown option; is --pruning.sparsity meant?'
         >>> misspelt(["prune", "--pruning.sparsity", "0.5", "--trainer.devces", "2"])
         ''
-        >>> misspelt(["methods", "atv"])
-        'methods atv: `methods` takes nothing'
+        >>> misspelt(["kernels", "atv"])
+        'kernels atv: `kernels` takes nothing'
     """
     if arguments and arguments[0].startswith("-"):
         close = meant(arguments[0], ("--help", "--version"))

@@ -60,6 +60,10 @@ class LVLMParser(LightningArgumentParser):
     commands: ClassVar[Mapping[str, LightningArgumentParser]] = {}
     """Those that know the options of a command; that of all commands has none, those of classes have their own."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # `--lora.r 8`, PEFT's name, would be taken for `--lora.rank` now, and for another option in a later version.
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
     def format_help(self, formatter: Any = None) -> str:
         """A sentence for each option, our own first."""
         verb = next(iter(self.command_line[:1]), "")

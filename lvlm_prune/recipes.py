@@ -76,10 +76,37 @@ def recipe_names(verb: str = "prune") -> list[str]:
 
 
 def recipes_table() -> str:
-    """Name of each recipe and what it is, a line each: the first sentence at the head of its file."""
+    """Name of each recipe and what it is, the first sentence at the head of its file; then where to begin."""
     width = max(map(len, recipe_names()))
     lines = [f"{name:{width}}  {_first_sentence(recipe_file(name).read_text())}" for name in recipe_names()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_WHERE_TO_BEGIN])
+
+
+def recipe_text(name: str) -> str:
+    """The file of a recipe of `prune` or `recover`: what it is and where it departs from its paper, and its options.
+
+    Args:
+        name: Of the recipe.
+
+    Raises:
+        InputError: There is no such recipe.
+
+    Example:
+        >>> print(recipe_text("wanda").partition(",")[0])
+        # Wanda (arXiv 2306.11695)
+    """
+    of_recovery = name in recipe_names("recover")
+    try:
+        return recipe_file(name, "recover" if of_recovery else "prune").read_text().rstrip()
+    except InputError as error:
+        raise InputError("", f"methods {name}", error.problem) from None
+
+
+_WHERE_TO_BEGIN = (
+    "`atv` is the default. `best` keeps most of all, in several times the time; `fast` comes close to it in less.",
+    "`--method auto --keep 0.99` finds recipe and sparsity for the share of next tokens that is to be kept.",
+    "`lvlm-prune methods NAME` prints a recipe; `--pruning.OPTION VALUE` changes parts of it.",
+)
 
 
 def _first_sentence(text: str) -> str:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Samples that are left out and get a line of their own on the screen.
 _NAMED = 5
+# Samples that stand by for each one to measure on, in case that it cannot be read.
+_SPARE = 4
 _WAY_OUT = "--data.on_error skip leaves samples out that cannot be read"
 
 
@@ -90,6 +92,7 @@ class CalibrationDataModule(L.LightningDataModule):
         self._warned: set[tuple[str, str]] = set()
         self._kind = "calibration"  # what its samples are called
         self._selection: list[int] | None = None
+        self._enough: int | None = None  # samples that can be read, after which no more are taken; None: all are
 
     def setup(self, stage: str | None = None) -> None:
         """Open the source, choose the samples and check them, all without the model.
@@ -115,7 +118,7 @@ class CalibrationDataModule(L.LightningDataModule):
         return self._selection
 
     def held_back(self, count: int) -> tuple[CalibrationDataModule, bool]:
-        """A set of other samples of the same source, for measuring; those that cannot be read are left out.
+        """A set of other samples of the same source, for measuring; one that cannot be read is replaced.
 
         Args:
             count: How many, at most.
@@ -125,23 +128,32 @@ class CalibrationDataModule(L.LightningDataModule):
             are some of these, from all over the set.
         """
         chosen = self.select()
-        try:
-            wanted = min(len(chosen) + count, self.source.available)
-            found = sorted(set(self.source.choose(wanted, self.seed)) - set(chosen))
-        except ValueError:  # of a source that cannot give as many
-            found = []
-        every = max(len(chosen) // count, 1)
-        return self.of(found[:count] or chosen[::every][:count]), bool(found)
+        found = self._beside(chosen, count)
+        if not found:
+            every = max(len(chosen) // count, 1)
+            return self.of(chosen[::every][:count]), False
+        first = found[:count]
+        spare = self._beside([*chosen, *first], _SPARE * count)
+        return self.of([*first, *spare], count), True
 
-    def of(self, numbers: Sequence[int]) -> CalibrationDataModule:
-        """A set of these samples of the source; those that cannot be read are left out.
+    def _beside(self, numbers: Sequence[int], count: int) -> list[int]:
+        """Up to about `count` samples of the source that are none of these, the same ones each time."""
+        try:
+            wanted = min(len(numbers) + count, self.source.available)
+            return sorted(set(self.source.choose(wanted, self.seed)) - set(numbers))
+        except ValueError:  # of a source that cannot give as many
+            return []
+
+    def of(self, numbers: Sequence[int], enough: int | None = None) -> CalibrationDataModule:
+        """A set of these samples of the source, for one process; those that cannot be read are left out.
 
         Args:
             numbers: Their numbers in the source.
+            enough: How many of them to take, the first ones that can be read. Default: all.
         """
         other = copy.copy(self)
         other.on_error, other.skipped, other._kind = "skip", [], "held-back"
-        other._selection = list(numbers)
+        other._selection, other._enough = list(numbers), enough
         return other
 
     def _choose(self) -> list[int]:
@@ -203,6 +215,8 @@ class CalibrationDataModule(L.LightningDataModule):
         batch_size = batch_size or self.batch_size
         starts = range(0, len(selection), batch_size)
         for start in islice(starts, rank, None, world_size):
+            if self._enough is not None and start - len(self.skipped) >= self._enough:
+                return
             groups: dict[tuple, list[tuple[int, Inputs]]] = {}
             for index in range(start, min(start + batch_size, len(selection))):
                 inputs = self._read(selection[index], processor, limits)

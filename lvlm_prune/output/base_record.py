@@ -50,6 +50,36 @@ def record_of(base: Path) -> dict[str, Any]:
     return {}
 
 
+def first_model(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a run passes on of the model that was pruned first, where its input is not that one.
+
+    Args:
+        record: Of the run that made the input; empty where it was made by other tools.
+
+    Returns:
+        `first_fingerprint`, of that model's shards; empty where nothing says it.
+
+    Example:
+        >>> first_model({"model": {"fingerprint": "5c1b"}}), first_model({"first_fingerprint": "9a0f"}), first_model({})
+        ({'first_fingerprint': '5c1b'}, {'first_fingerprint': '9a0f'}, {})
+    """
+    found = fingerprint_of_first(record)
+    return {} if found is None else {"first_fingerprint": found}
+
+
+def fingerprint_of_first(record: Mapping[str, Any]) -> str | None:
+    """Fingerprint of the model that was pruned first, before the one that a run wrote; None where nothing says it.
+
+    Args:
+        record: Of the run.
+    """
+    if "first_fingerprint" in record:
+        return str(record["first_fingerprint"])
+    # A recovery without a dense model may have had any.
+    named = record.get("dense") or ({} if "pruned" in record else record.get("model"))
+    return (named or {}).get("fingerprint")
+
+
 def pruned_how(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint that was made from a pruned one keeps of how that was pruned.
 

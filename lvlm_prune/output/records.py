@@ -234,6 +234,7 @@ class RunRecord(TypedDict, total=False):
     status: Required[str]
     config: dict[str, Any]
     model: OriginRecord
+    first_fingerprint: str
     calibration: CalibrationRecord
     data: TrainingDataRecord
     asked: AskedRecord

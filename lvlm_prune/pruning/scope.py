@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -78,13 +79,15 @@ def _matching(pattern: str, known: Mapping[str, Collection[str]], towers: Collec
     """Full names of the matrices that a pattern means: one of their names, or what a page or log calls their kind.
 
     There, `down_proj` and `mlp.down_proj` are those of all blocks; a vision tower's are `vision fc1` where a page has
-    both towers and decoder.
+    both towers and decoder. What means none of these may be a part of names: `layers.0.mlp` is all inside it, whatever
+    comes before.
     """
     found = {name for name, printed in known.items() if any(fnmatchcase(one, pattern) for one in printed)}
     if found:
         return found
     kind, in_tower = pattern.removeprefix("vision "), pattern.startswith("vision ")
     labelled = {name for name in known if any(fnmatchcase(label, kind) for label in _labels(name))}
+    labelled = labelled or {name for name, printed in known.items() if any(_has_part(one, kind) for one in printed)}
     if in_tower:
         return labelled.intersection(towers)
     # Bare kinds are those of the decoder where it has them.
@@ -100,6 +103,25 @@ def _labels(name: str) -> list[str]:
     """
     parts = re.sub(r"^.*?\.\d+\.", "", name).split(".")
     return [".".join(parts[place:]) for place in range(len(parts))]
+
+
+def _has_part(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a part of a name that begins and ends where a module's name does.
+
+    Example:
+        >>> name = "model.layers.3.mlp.down_proj"
+        >>> [_has_part(name, part) for part in ("layers.3.mlp.down_proj", "model.layers.3", "layers.[0-3]", "mlp", "3")]
+        [True, True, True, True, False]
+        >>> _has_part("model.layers.13.mlp.down_proj", "layers.3")
+        False
+    """
+    parts = name.split(".")
+    places = range(len(parts) + 1)
+    return any(
+        fnmatchcase(".".join(parts[begin:end]), pattern)
+        for begin, end in combinations(places, 2)
+        if end - begin > 1 or not parts[begin].isdecimal()
+    )
 
 
 def _refuse_absent(pl_module: LVLMModule, pattern: str) -> NoReturn:

@@ -281,6 +281,26 @@ def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path,
     assert f"| sparsity | {readable_percent(record['folders'][0]['sparsity'])} | 79." in capsys.readouterr().out
 
 
+def test_what_was_pruned_twice_or_recovered_comes_from_the_same_model(recover, tmp_path, capsys):
+    model, data = GOLDEN / "model", ["--data.source=TensorSource", f"--data.source.path={GOLDEN / 'calib.safetensors'}"]
+    options = [*data, "--held_back=0", "--evaluate=false", "--report=false", "--trainer.accelerator=cpu"]
+    once, twice, thrice, other, recovered = (tmp_path / name for name in ("1", "2", "3", "other", "recovered"))
+    for sparsity, base, out in ((0.4, model, once), (0.6, once, twice), (0.7, twice, thrice), (0.5, model, other)):
+        command = ["prune", f"--model.path={base}", f"--pruning.sparsity={sparsity}", *options]
+        assert main([*command, f"--output={out}"]) == 0
+    assert recover(thrice, recovered, "--trainer.max_epochs=1") == 0
+    capsys.readouterr()
+    assert main(["compare", *map(str, (once, twice, thrice, other, recovered))]) == 0
+    assert "warning" not in capsys.readouterr().out
+    first = json.loads((once / "pruning.json").read_text())["model"]["fingerprint"]
+    for folder, name in ((thrice, "pruning.json"), (recovered, "recovery.json")):
+        record = json.loads((folder / name).read_text())
+        assert record["first_fingerprint"] == first
+        (folder / name).write_text(json.dumps(record | {"first_fingerprint": "0" * 64}))
+        assert main(["compare", str(once), str(folder)]) == 0
+        assert "different models" in capsys.readouterr().out
+
+
 def refused(capsys, *arguments: str) -> str:
     assert main(["compare", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -80,6 +80,18 @@ def test_what_is_excluded_of_both_towers_is_told_apart_as_on_the_page(tmp_path):
         assert all(("vision" in name) != in_tower for name in left)
 
 
+def test_a_name_without_its_beginning_or_end_excludes_what_it_is_part_of(small, tmp_path):
+    assert main([*small, f"--output={tmp_path / 'everything'}"]) == 0
+    of_manifest = json.loads((tmp_path / "everything" / "pruning.json").read_text())["linears"]
+    name = next(name for name in of_manifest if ".1." in name)
+    parts = name.split(".")
+    place = parts.index("1")
+    for number, part in enumerate((parts[place - 1 :], parts[: place + 1], parts[place - 1 : place + 2])):
+        written = ".".join(part)
+        assert excluded(small, tmp_path, written) == {one for one in of_manifest if f".{written}." in f".{one}."}
+        (tmp_path / "rest").rename(tmp_path / str(number))
+
+
 @pytest.mark.parametrize(
     ("targets", "name", "said"),
     [

@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys, blan
     others, held_back = data.held_back(2)
     assert held_back
     assert not set(others.select()) & set(data.select())
-    before, after, apart, same = measured(tmp_path / "out", others.select())
+    before, after, apart, same = measured(tmp_path / "out", others.select()[:2])  # the rest stands by
     assert found["dense_perplexity"] == pytest.approx(before, rel=1e-4)
     assert found["perplexity"] == pytest.approx(after, rel=1e-4)
     assert found["kl"] == pytest.approx(apart, rel=1e-3)

@@ -1,6 +1,7 @@
 """Recipes by their names: listed, pruned with, swept, and refused in one line where there is none."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,20 @@ from lvlm_prune.recipes import CONFIGS, recipe_file, recipe_names, recipes_table
 
 def test_every_recipe_is_listed_with_what_it_is(capsys):
     assert main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    table, where_to_begin = capsys.readouterr().out.split("\n\n")
+    lines = table.splitlines()
+    assert set(re.findall(r"`(\w+)`", where_to_begin)) <= set(recipe_names())
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in (CONFIGS / "prune").glob("*.yaml"))
     assert all(len(line.split(maxsplit=1)[1]) > 10 and "(" not in line.rpartition(")")[2] for line in lines)
     assert "ATV-Pruning (Mostly Text, Smart Visuals; arXiv 2603.16001, Table 1)" in recipes_table()
+
+
+@pytest.mark.parametrize("name", [*recipe_names(), *recipe_names("recover")])
+def test_a_recipe_is_printed_as_it_can_be_given(name, capsys):
+    assert main(["methods", name]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# ")
+    assert yaml.safe_load(text).keys() & {"pruning", "method"}
 
 
 @pytest.mark.parametrize("written", [["--method", "wanda"], ["--method=wanda"]])

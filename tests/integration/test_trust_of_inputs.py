@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
-from lvlm_prune.data import TensorSource
+from lvlm_prune.data import CalibrationDataModule, TensorSource
 from lvlm_prune.recipes import with_recipe
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
 
@@ -232,3 +233,22 @@ def test_a_sample_that_overflows_before_the_first_block_can_be_skipped(target, t
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert (record["calibration"]["num_samples"], len(record["calibration"]["skipped"])) == (4, 1)
     assert record["quality"]["samples"] == len(held_back) - 1
+
+
+@pytest.mark.parametrize(("broken", "value"), [("pixel_values", float("nan")), ("input_ids", -5)])
+def test_in_the_place_of_a_held_back_sample_that_is_broken_comes_another(broken, value, tmp_path, caplog):
+    """Whether it shows when the sample is read, or when the model takes it."""
+    samples = load_file(GOLDEN / "calib.safetensors")
+    data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=2)
+    measured, are_others = data.held_back(3)
+    first, *others = measured.select()
+    assert are_others
+    assert len({first, *others, *data.select()}) == 8, "all that the source has stand by"
+    samples[f"s{first}.{broken}"] = torch.full_like(samples[f"s{first}.{broken}"], value)
+    save_file(samples, tmp_path / "samples.safetensors")
+    command = ["prune", f"--model.path={GOLDEN / 'model'}", "--data.source=TensorSource", "--data.num_samples=2"]
+    command += [f"--data.source.path={tmp_path / 'samples.safetensors'}", "--held_back=3", "--report=false"]
+    assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (record["quality"]["samples"], record["quality"]["held_back"]) == (3, True)
+    assert [message for message in caplog.messages if f"left out held-back sample {first}" in message]

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from lvlm_prune.cli import main
-from lvlm_prune.cli_errors import VERBS
+from lvlm_prune.cli_errors import ALONE, VERBS
 from lvlm_prune.cli_help import misspelt, stored_help
 from tests.conftest import REPOSITORY
 
@@ -25,7 +25,9 @@ def run_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "methods", "prune --help", "evaluate -h"])
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "methods", "methods wanda", "methods --help", "prune --help", "evaluate -h"]
+)
 def test_what_needs_no_library_loads_none(arguments):
     shown = run_alone(*arguments.split())
     assert shown.returncode == 0, shown.stderr
@@ -39,7 +41,7 @@ def test_what_needs_no_library_loads_none(arguments):
     [
         ("prune --model.path=demo --pruning.sparsty 0.5", "--pruning.sparsty: .* is --pruning.sparsity meant"),
         ("prun --pruning.sparsity 0.5", "prun: no such command, .* is prune meant"),
-        ("methods atv", "methods atv: `methods` takes nothing"),
+        ("kernels atv", "kernels atv: `kernels` takes nothing"),
     ],
 )
 def test_what_is_misspelt_is_refused_before_any_library_is_loaded(arguments, said):
@@ -67,6 +69,13 @@ def test_every_command_is_listed_with_what_it_does(capsys):
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()[4:] if line}
     assert {*VERBS, "methods", "kernels", "completion"} <= said.keys()
     assert all(said[verb].endswith(".") and len(said[verb]) > 20 for verb in VERBS)
+
+
+@pytest.mark.parametrize("name", [*VERBS, *ALONE])
+def test_every_command_has_a_help_of_its_own(name, capsys):
+    for asked in ("--help", "-h"):
+        assert main([name, asked]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: lvlm-prune {name}")
 
 
 @pytest.mark.parametrize("shell", [[], ["ksh"], ["bash", "zsh"]])

@@ -15,7 +15,7 @@ from lvlm_prune.blocks import ExpertMatrix, StreamedWeights
 from lvlm_prune.errors import InputError
 from lvlm_prune.evaluation.record import read_record
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.base_record import was_pruned_before
+from lvlm_prune.output.base_record import fingerprint_of_first, was_pruned_before
 from lvlm_prune.output.manifest import FREE_TO_CHANGE, Manifest, leaves
 from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import public_tasks
@@ -64,8 +64,7 @@ class ComparedFolder:
     @property
     def origin(self) -> str | None:
         """Fingerprint of the dense model that the folder comes from; None where nothing says so."""
-        named = self.record.get("model") if self.verb == "prune" else self.record.get("dense")
-        return (named or {}).get("fingerprint")
+        return fingerprint_of_first(self.record)
 
     @property
     def settings(self) -> dict[str, str]:

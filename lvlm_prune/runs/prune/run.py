@@ -28,6 +28,7 @@ from lvlm_prune.memory.measuring import Stopwatch
 from lvlm_prune.memory.planning import make_plan
 from lvlm_prune.memory.sizes import BatchSize
 from lvlm_prune.module import LVLMModule
+from lvlm_prune.output.base_record import first_model, record_of
 from lvlm_prune.output.folder import choose_folder, free_bytes
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.names import PRUNING_RECORD
@@ -220,6 +221,7 @@ class PruneRun:
         run, model, device = self.run, self.model, self.launch.fabric.device
         run.weights = model.weights(device)
         run.record.update(provenance(run.config, run.hardware, model, self.datamodule))
+        run.record.update(first_model(record_of(model.folder.path) if model.folder is not None else {}))
         run.record["catch_seconds"] = 0.0
         stream = CalibrationStream(run, model, self.datamodule, self.participants, device, self.raise_hook, self.shared)
         finished = self._finished_blocks()

@@ -9,7 +9,7 @@ from typing import Any
 from lvlm_prune.data import RecoveryDataModule
 from lvlm_prune.methods.patterns import Pattern, parse_pattern
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.base_record import pruned_how
+from lvlm_prune.output.base_record import first_model, pruned_how
 from lvlm_prune.output.provenance import origin_of, provenance
 from lvlm_prune.run import Run
 
@@ -46,6 +46,8 @@ def recovery_provenance(
         "processes": found["processes"],
         "device": found["device"],
     }
+    if "first_fingerprint" in base_record:
+        record |= first_model(base_record)
     if dense is not None:
         assert dense.folder is not None
         record["dense"] = origin_of(dense.path, dense.folder)
