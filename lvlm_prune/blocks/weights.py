@@ -22,6 +22,7 @@ from lvlm_prune.checkpoints.allocator import give_back_freed
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
 from lvlm_prune.checkpoints.completeness import refuse_incomplete
 from lvlm_prune.checkpoints.prefetch import Prefetch, prefetch
+from lvlm_prune.checkpoints.sizes import shape_error
 from lvlm_prune.checkpoints.skeleton import NEEDS_ORIGINAL
 from lvlm_prune.checkpoints.sources import WeightSource, find_sources
 from lvlm_prune.checkpoints.versions import tied_names
@@ -352,8 +353,7 @@ class StreamedWeights(Weights):
             self._refuse_quantized(name, source)
             shape, stored = tuple(expected[name].shape), source.shapes[self._provider[name]]
             if shape != stored:
-                problem = f"{source.key} has shape {list(stored)}, the configuration asks for {list(shape)}"
-                raise InputError("model.path", self._folder.path, problem)
+                raise shape_error(self._folder, source.key, stored, shape)
 
 
 def _providers(model: PreTrainedModel, sources: dict[str, WeightSource], names: Iterable[str]) -> dict[str, str]:

@@ -1,20 +1,28 @@
-"""Numbers of a configuration against the tensors on disk, before anything is built from them.
+"""Numbers of a configuration against the tensors on disk, before a model is built from them in memory.
 
-A mistyped number of layers would be built for hours, a mistyped size would ask for more memory than there is.
+A mistyped number of layers would be built for hours, a mistyped size would ask for more memory than there is. What
+sizes make of each other (patches of an image, channels of a projector) only the model itself says, which is asked on
+the meta device.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from lvlm_prune.checkpoints.checkpoint import CheckpointFolder
+from lvlm_prune.checkpoints.sources import find_sources
 from lvlm_prune.errors import InputError, shortened
 
-# Modules that are built one by one: each has a tensor of its own, or its part of one that is a stack of them.
-_COUNTS = re.compile(r"(layer|block|expert|head|stage)s$|^depth$|^n (layer|head)$|experts? per")
+# Modules that are built one by one: each has its number in the names of tensors.
+_LAYERS = re.compile(r"(layer|block|stage)s$|^depths?$|^n layer$")
+# These may have their part of one tensor that is a stack of them.
+_PARTS = re.compile(r"(expert|head)s$|^n head$|experts? per")
+_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
 # Lengths of tensors.
 _SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|embeddings|length)s?$")
 # What a norm adds to a variance: with 1 or more little is left of it, and with less than 0 nothing is finite.
@@ -23,6 +31,10 @@ _EPSILONS = re.compile(r"\b(eps|epsilon)$")
 _MODULES_THAT_FIT = 1024
 # Tables of this many positions are small, and configurations of rotary models name more than they have.
 _ALWAYS_FITS = 2**27
+# Elements of a buffer, which are real while the model is built: a causal mask of 16 thousand positions has as many.
+_LARGEST_BUFFER = 2**28
+# Of a tensor that is built whatever lies on disk.
+_SMALL = 2**20
 
 
 def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
@@ -32,17 +44,54 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
         InputError: A number does not fit; names it.
     """
     shapes = [tensor.shape for tensor in folder.tensors.values()]
-    most_modules = max([_MODULES_THAT_FIT, len(shapes), *(length for shape in shapes for length in shape)])
-    most_elements = max(sum(math.prod(shape) for shape in shapes), _ALWAYS_FITS)
+    numbers = (int(found) + 1 for key in folder.tensors for found in _NUMBER.findall(key))
+    most_layers = max([_MODULES_THAT_FIT, *numbers])
+    most_parts = max([_MODULES_THAT_FIT, len(shapes), *(length for shape in shapes for length in shape)])
+    limits = [(_LAYERS, most_layers), (_PARTS, most_parts), (_SIZES, _most_elements(folder))]
     for name, value in _numbers(folder.config):
         leaf = name.rpartition(".")[2].replace("_", " ")
-        is_count, is_size = _COUNTS.search(leaf), _SIZES.search(leaf)
-        if (is_count and abs(value) > most_modules) or (is_size and abs(value) > most_elements):
+        if any(pattern.search(leaf) and abs(value) > most for pattern, most in limits):
             problem = f"config.json says {name}: {shortened(value, 40)}, which does not fit the tensors on disk"
             raise InputError("model.path", folder.path, problem)
         if _EPSILONS.search(leaf) and not 0 <= value < 1:
             problem = f"config.json says {name}: {value:g}, with which its norms give nothing of use"
             raise InputError("model.path", folder.path, problem)
+
+
+def refuse_larger_tensors(model: PreTrainedModel, folder: CheckpointFolder) -> None:
+    """Refuse a model with tensors that are larger than what lies on disk, of another shape, or of no use.
+
+    Args:
+        model: Built from the configuration, with parameters and buffers on the meta device.
+        folder: The checkpoint.
+
+    Raises:
+        InputError: A tensor does not fit; names it.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    largest = max([_SMALL, *(math.prod(tensor.shape) for tensor in folder.tensors.values())])
+    larger = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.numel() > largest}
+    if not larger:
+        return
+    sources, buffers = find_sources(model, folder), dict(model.named_buffers())
+    for name, shape in larger.items():
+        if name in sources and (stored := sources[name].shapes[name]) != shape:
+            raise shape_error(folder, sources[name].key, stored, shape)
+        most = min(_most_elements(folder), _LARGEST_BUFFER) if name in buffers else _most_elements(folder)
+        if name not in sources and math.prod(shape) > most:
+            problem = f"config.json asks for {name} of shape {list(shape)}, which does not fit the tensors on disk"
+            raise InputError("model.path", folder.path, problem)
+
+
+def shape_error(folder: CheckpointFolder, key: str, stored: Sequence[int], asked: Sequence[int]) -> InputError:
+    """What is said of a tensor on disk that has another shape than the configuration asks for."""
+    problem = f"{key} has shape {list(stored)}, the configuration asks for {list(asked)}"
+    return InputError("model.path", folder.path, problem)
+
+
+def _most_elements(folder: CheckpointFolder) -> int:
+    """More than this no tensor has."""
+    return max(sum(math.prod(tensor.shape) for tensor in folder.tensors.values()), _ALWAYS_FITS)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

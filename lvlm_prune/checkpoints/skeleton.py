@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from lvlm_prune.checkpoints.allocator import give_back_from
 from lvlm_prune.checkpoints.checkpoint import PACKED, CheckpointFolder
-from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes
-from lvlm_prune.checkpoints.versions import names_pattern, no_init_weights, prepare
+from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes, refuse_larger_tensors
+from lvlm_prune.checkpoints.versions import names_pattern, no_init_weights, nothing_in_memory, prepare
 from lvlm_prune.errors import InputError, first_line, shortened
 
 _AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
@@ -59,6 +60,7 @@ def build_skeleton(
     options: dict[str, Any] = {"dtype": torch_dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    _refuse_unfit(folder, model_class, config, options)
     give_back_from(2**16)  # parameters are on the CPU for a moment, each of them
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
@@ -81,6 +83,22 @@ def build_skeleton(
     finally:
         give_back_from()
     return model.eval().requires_grad_(False)
+
+
+def _refuse_unfit(
+    folder: CheckpointFolder, model_class: type[PreTrainedModel], config: PretrainedConfig, options: dict[str, Any]
+) -> None:
+    """Raise where the model would be larger than its tensors on disk, before anything of it is in memory."""
+    model = None
+    try:
+        with nothing_in_memory():
+            model = model_class._from_config(deepcopy(config), **options)
+    except Exception as error:
+        # What else is wrong is said when it is built; not every author's code builds without memory.
+        if "overflow" in str(error):
+            raise _not_built(folder, error) from error
+    if model is not None:
+        refuse_larger_tensors(model, folder)
 
 
 def _refuse_quantized(folder: CheckpointFolder) -> None:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 VERSION_5 = int(transformers.__version__.partition(".")[0]) >= 5
 
+initialization: Any = None
 if VERSION_5:
+    from transformers import initialization
     from transformers.core_model_loading import build_glob_alternation
     from transformers.initialization import no_init_weights
 else:
@@ -31,6 +35,7 @@ __all__ = [
     "names_on_disk",
     "names_pattern",
     "no_init_weights",
+    "nothing_in_memory",
     "prepare",
     "tied_names",
 ]
@@ -51,6 +56,17 @@ def cache_argument(output: Mapping[str, Any]) -> dict[str, Any]:
     # The new name first: asked for an old one, an output of version 5.24 warns and gives the same cache.
     name = next((name for name in CACHE_NAMES if name in output), None)
     return {} if name is None else {name: output[name]}
+
+
+@contextmanager
+def nothing_in_memory() -> Iterator[None]:
+    """Tensors made within have shape and dtype only, as transformers' own loading builds a model."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(no_init_weights())
+        if safe_operations := getattr(initialization, "meta_device_safe_creation_ops", None):
+            stack.enter_context(safe_operations())  # since 5.4: models ask for numbers of `linspace`
+        yield
 
 
 def prepare(model: PreTrainedModel) -> None:

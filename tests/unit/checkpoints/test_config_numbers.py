@@ -13,12 +13,13 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from benchmarks.families.tiny_config import names
+from lvlm_prune.checkpoints import skeleton
 from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.module import LVLMModule
 from tests.families import tiny_model
 
-WRONG: list[Any] = [-1, 0, 10**9, 10**20, 1.5, "abc", None, []]
+WRONG: list[Any] = [-1, 0, 10**6, 10**9, 10**20, 1.5, "abc", None, []]
 
 
 FAMILIES = ["llava", "qwen2_vl", "gemma3"]
@@ -79,6 +80,7 @@ def test_wrong_numbers_are_refused_in_one_line(value: Any, family: str, folders:
         started = time.monotonic()
         said = opened(folder, tmp_path / "copy", changed)
         assert "\n" not in said, path
+        assert "allocate memory" not in said, path
         assert time.monotonic() - started < 20, path
         tried, refused = tried + 1, refused + bool(said)
     assert refused > tried / 5
@@ -98,6 +100,33 @@ def test_sizes_are_compared_with_the_tensors_before_anything_is_built(section, n
     config[section][name] = value
     said = opened(folder, tmp_path / "copy", config)
     assert f"config.json says {section}.{name}: {value}, which does not fit the tensors on disk" in said
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("llava", "hidden_size", 10**6),
+        ("llava", "image_size", 10**6),
+        ("gemma3", "patch_size", 10**6),
+        ("qwen2_vl", "embed_dim", 20_000),
+        ("qwen2_vl", "spatial_merge_size", 20_000),
+        ("qwen2_vl", "spatial_merge_size", 10**8),
+        ("qwen2_vl", "depth", 2000),
+    ],
+)
+def test_what_sizes_make_of_each_other_is_refused_before_there_is_memory_for_it(
+    family, name, value, folders, tmp_path, monkeypatch
+):
+    """Of a tower too: which tensors they make only the model says, asked without memory."""
+
+    def in_memory(*arguments, **options):
+        raise AssertionError("built in memory")
+
+    monkeypatch.setattr(skeleton, "init_empty_weights", in_memory)
+    config = json.loads((folders / family / "config.json").read_text())
+    config["vision_config"][name] = value
+    said = opened(folders / family, tmp_path / "copy", config)
+    assert "asks for" in said or "does not fit" in said or "overflow" in said
 
 
 @pytest.mark.parametrize("value", [1e308, 1.0, -1e-6])
