@@ -22,6 +22,7 @@ from torch import Tensor
 from lvlm_prune.data.conversation import MEDIA, Conversation, Document, Message, load_image, shrink
 from lvlm_prune.data.media import library_needed, load_sound, refuse_without_videos
 from lvlm_prune.data.processor_sizes import absurd_size
+from lvlm_prune.data.templates import calculates_powers, coming_to_an_end, refuse_unread, refuse_unusable
 from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line, shortened
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -64,6 +65,9 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     if not isinstance(processor, (PreTrainedTokenizerBase, ProcessorMixin)):
         raise InputError("model.path", folder, f"holds a {type(processor).__name__} but no processor; {_WAY_OUT}")
     _refuse_absurd_sizes(processor, folder)
+    if any(calculates_powers(getattr(part, "chat_template", None)) for part in (processor, tokenizer_of(processor))):
+        problem = "its chat template calculates powers (`**`), which may take for ever"
+        raise InputError("model.path", folder, problem)
     _forget_saved_lengths(tokenizer_of(processor))
     return processor
 
@@ -148,7 +152,9 @@ def encode(
     if sample.audios:
         arguments["audio"] = [load_sound(processor, audio) for audio in sample.audios]
     with library_needed("a video" if sample.videos else "an image"):
-        return _tensors(processor(**arguments))
+        inputs = _tensors(processor(**arguments))
+    refuse_unread(tokenizer, inputs["input_ids"], _texts(sample.messages))
+    return inputs
 
 
 def render(processor: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
@@ -158,10 +164,21 @@ def render(processor: Any, messages: list[Message], add_generation_prompt: bool 
 
     Raises:
         RunError: The chat template does not take it; see `refusals`.
+        InputError: The chat template does not come to an end.
     """
     words = [word for name in _WORDS if isinstance(word := getattr(processor, name, None), str) and word]
-    with refusals(processor):
-        return _rendered(processor, [_spoken(message, words) for message in messages], add_generation_prompt)
+    spoken = [_spoken(message, words) for message in messages]
+    with refusals(processor), coming_to_an_end(type(processor).__name__):
+        text = _rendered(processor, spoken, add_generation_prompt)
+    refuse_unusable(text, _texts(spoken))
+    return text
+
+
+def _texts(messages: list[Message]) -> list[str]:
+    """All that is said in turns."""
+    contents = [message["content"] for message in messages]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return [part["text"] for content in parts for part in content if "text" in part]
 
 
 def _spoken(message: Message, words: Sequence[str]) -> Message:
@@ -230,6 +247,7 @@ def _encode_document(processor: Any, tokenizer: Any, document: Document) -> dict
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the document has no tokens")
     inputs["input_ids"] = inputs["input_ids"].long()
+    refuse_unread(tokenizer, inputs["input_ids"], [document.text])
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in getattr(processor, "model_input_names", ()):
             inputs[name] = torch.zeros_like(inputs["input_ids"])

@@ -1,6 +1,7 @@
 """What the model would refuse in the middle of a run is found when a sample is encoded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lvlm_prune.data import (
     RecoveryDataModule,
     encode,
     load_processor,
+    templates,
 )
 from lvlm_prune.data.conversation import load_image
 from lvlm_prune.data.limits import ModelLimits
@@ -87,13 +89,20 @@ BEYOND = {
     "system turn": ([("system", "Be kind."), *GOOD], REFUSING, "System role not supported"),
     "two turns in a row": ([("user", "Hello?"), *GOOD], REFUSING, "Conversation roles must alternate"),
     "broken template": (GOOD, "{{ 1 / 0 }}", "division by zero"),
+    "nothing said": (GOOD, "{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves out all that is said"),
+    "far too much": (GOOD, "{{ 'ab' * 35000000 }}", "makes 70000000 characters"),
+    "only unknown tokens": (
+        [("user", "éé"), ("assistant", "éé")],
+        "{{ messages[0]['content'][0]['text'] }}",
+        "no part",
+    ),
 }
 
 
 @pytest.mark.parametrize(("turns", "template", "problem"), BEYOND.values(), ids=BEYOND.keys())
 def test_what_template_or_model_refuse_names_the_sample_and_can_be_skipped(folder, turns, template, problem):
     processor = load_processor(folder)
-    good = [GOOD] if template != "{{ 1 / 0 }}" else []
+    good = [GOOD] if template in (None, REFUSING) else []
     if template is not None:
         processor.chat_template = processor.tokenizer.chat_template = template
     limits = ModelLimits(vocabulary=99, context_length=300)
@@ -110,6 +119,32 @@ def test_what_template_or_model_refuse_names_the_sample_and_can_be_skipped(folde
     training.setup()
     with pytest.raises(InputError, match=f"s0: .*{problem}"):
         training.examine()
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}" + (
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_template_that_loops_on_and_on_ends_the_run(on_error, folder, monkeypatch):
+    """It would for each sample, so that none is left out."""
+    monkeypatch.setattr(templates, "_SECONDS", 0.2)
+    processor = load_processor(folder)
+    processor.chat_template = processor.tokenizer.chat_template = ENDLESS
+    data = CalibrationDataModule(Turns(GOOD), on_error=on_error)
+    with pytest.raises(InputError, match="its chat template does not come to an end"):
+        list(data.calibration_batches(processor))
+
+
+@pytest.mark.parametrize("template", ["{{ 10**(10**9) }}", "{% set x = 2 ** messages|length %}"])
+def test_a_template_with_a_step_that_nothing_interrupts_is_refused(template, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    for name in folder.glob("chat_template*"):
+        (tmp_path / "model" / name.name).unlink()
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="its chat template calculates powers"):
+        load_processor(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("images", "context", "least"), [(5000, 4096, 5000), (300, 4096, 300 * 16)])
