@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from os.path import exists, isdir
 from typing import Any
 
 LONGEST_VALUE = 300
@@ -188,6 +189,17 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, Terminated):
         return 128 + signal.SIGTERM
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def why_no_file(path: Any) -> str:
+    """What a path is that is no file to be read.
+
+    Example:
+        >>> why_no_file("/no/such"), why_no_file("/dev"), why_no_file("/dev/null")
+        ('no such file', 'is a folder', 'is no regular file')
+    """
+    # A pipe would be waited for.
+    return "is a folder" if isdir(path) else "is no regular file" if exists(path) else "no such file"
 
 
 def first_line(error: BaseException) -> str:

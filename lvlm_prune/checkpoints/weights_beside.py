@@ -88,7 +88,7 @@ class WeightsBeside:
             return True
         if suffix in _OF_ARRAYS or head.startswith((_NUMPY, _PICKLE)):
             is_called_so = _CALLED_WEIGHTS.search(path.name) and not _CALLED_OTHERWISE.search(path.name)
-            return not is_small or bool(is_called_so)
+            return not is_small or bool(is_called_so) or self._is_own(path.stem)
         return size > max(_LARGE, _SMALL * self._weight_bytes)
 
     def _names_own_in_zip(self, path: Path) -> bool:

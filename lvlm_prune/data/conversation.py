@@ -8,14 +8,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os.path import exists, isdir, isfile
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
 from lvlm_prune.data.placeholders import placeholders_in
-from lvlm_prune.errors import RunError, first_line, shortened
+from lvlm_prune.errors import RunError, first_line, shortened, why_no_file
 
 File = TypeVar("File")
 Message = dict[str, Any]
@@ -109,8 +109,7 @@ def _read_as_image(image: Image.Image | Path) -> Iterator[None]:
     """Within, what goes wrong with an image becomes a line that names its file."""
     name = (getattr(image, "filename", "") or "image") if isinstance(image, Image.Image) else str(image)
     if isinstance(image, Path) and exists(image) and not isfile(image):
-        what = "is a folder" if isdir(image) else "is no regular file"  # a pipe would be waited for
-        raise RunError(f"{shortened(name, _LONGEST_NAME)}: {what}")
+        raise RunError(f"{shortened(name, _LONGEST_NAME)}: {why_no_file(image)}")
     try:
         yield
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lvlm_prune.data.overlooked import (
 )
 from lvlm_prune.data.references import opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
-from lvlm_prune.errors import RunError, first_line
+from lvlm_prune.errors import RunError, first_line, why_no_file
 
 log = logging.getLogger(__name__)
 
@@ -115,18 +116,20 @@ class HFDatasetSource(CalibrationSource):
         import datasets
 
         path = Path(self.path)
-        on_disk = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        on_disk = isfile(path / "dataset_dict.json") or isfile(path / "state.json")
         file_type = _FILE_TYPES.get(path.suffix)
-        if path.is_file() and file_type is None:
+        if isfile(path) and file_type is None:
             raise ValueError(f"`path` {self.path}: not one of {', '.join(_FILE_TYPES)}")
         is_local = path.is_absolute() or self.path.startswith(".") or self.path.count("/") > 1
-        if is_local and not path.exists():
+        if is_local and not exists(path):
             raise ValueError(f"`path` {self.path}: no such file or folder")
+        if exists(path) and not (isfile(path) or isdir(path)):
+            raise ValueError(f"`path` {self.path}: {why_no_file(path)}")
         datasets.disable_progress_bars()
         try:
             if on_disk:
                 loaded = datasets.load_from_disk(str(path))
-            elif path.is_file():
+            elif isfile(path):
                 if file_type == "csv":
                     _refuse_shifted(path)
                 loaded = datasets.load_dataset(file_type, data_files=str(path), split=self.split)
@@ -137,7 +140,7 @@ class HFDatasetSource(CalibrationSource):
         except MemoryError:
             raise
         except Exception as error:  # files of the user's, read by many libraries
-            if path.is_file() and not path.stat().st_size:
+            if isfile(path) and not path.stat().st_size:
                 raise ValueError(f"`path` {self.path}: holds no samples") from error
             raise ValueError(f"`path` {self.path}: cannot be loaded ({_reason(error)})") from error
         if not isinstance(loaded, datasets.DatasetDict):
@@ -212,7 +215,7 @@ class HFDatasetSource(CalibrationSource):
 
     @property
     def _folder(self) -> Path:
-        return Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
+        return Path(self.path) if isdir(self.path) else Path(self.path).parent
 
     def _images(self, values: dict[str, Any], row: dict[str, Any], name: str) -> list[Image.Image | Path]:
         entries = _entries(values)

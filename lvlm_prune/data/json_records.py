@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import re
 from array import array
+from os.path import isfile
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lvlm_prune.errors import why_no_file
 
 _CHUNK = 1 << 20
 _OUTSIDE_STRINGS = re.compile(rb'["{}\[\]]')
@@ -35,8 +38,8 @@ class JsonRecords:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"`path` {path}: no such file")
+        if not isfile(self.path):
+            raise ValueError(f"`path` {path}: {why_no_file(self.path)}")
         self._starts = array("Q")
         self._ends = array("Q")
         try:

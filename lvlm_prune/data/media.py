@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError, RunError, why_no_file
 
 
 def refuse_without_videos(processor: Any) -> None:
@@ -34,8 +35,8 @@ def load_sound(processor: Any, path: Path) -> Any:
     name = next((part for part in ("feature_extractor", "audio_processor") if part in _parts(processor)), None)
     if name is None:
         raise RunError(f"it has a sound, and {type(processor).__name__} takes none")
-    if not path.is_file():
-        raise RunError(f"{path}: no such audio file")
+    if not isfile(path):
+        raise RunError(f"{path}: {why_no_file(path)}")
     from transformers.audio_utils import load_audio
 
     with library_needed("a sound"):

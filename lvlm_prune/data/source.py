@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from os.path import exists, isdir, isfile
+from os.path import exists, isfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.selection import choose
-from lvlm_prune.errors import RunError, shortened
+from lvlm_prune.errors import RunError, shortened, why_no_file
 
 Sample = Conversation | Document | dict[str, Tensor]
 """A conversation or a document for the model's processor, or ready-made model inputs."""
@@ -151,7 +151,7 @@ def verify_files(
             missing += [(sample.id, kind, file) for kind, file in files if not isfile(file)]
     if missing:
         name, kind, file = missing[0]
-        what = "is missing" if not exists(file) else "is a folder" if isdir(file) else "is no regular file"
+        what = why_no_file(file) if exists(file) else "is missing"
         problem = f"{kind} file {shortened(file, 200)} of sample {shortened(name, 200)} {what}"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         at_fault = f"`path` {path}" if image_folder is None else f"`image_folder` {image_folder}"

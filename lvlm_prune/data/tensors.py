@@ -14,7 +14,7 @@ Example:
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from os.path import isfile
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import first_line
+from lvlm_prune.errors import first_line, why_no_file
 
 _KEY = re.compile(r"s(0|[1-9][0-9]*)\.(.+)")
 _INTEGER_TYPES = {"I64", "I32", "I16", "I8", "U8"}
@@ -49,8 +49,8 @@ class TensorSource(CalibrationSource):
     def setup(self) -> None:
         if self._names:
             return
-        if not Path(self.path).is_file():
-            raise ValueError(f"`path` {self.path}: no such file")
+        if not isfile(self.path):
+            raise ValueError(f"`path` {self.path}: {why_no_file(self.path)}")
         try:
             with safe_open(self.path, framework="pt") as file:
                 names = self._index(list(file.keys()))

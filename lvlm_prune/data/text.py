@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from os.path import isdir, isfile
 from pathlib import Path
 
 from lvlm_prune.data.conversation import Document
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.data.source import CalibrationSource
-from lvlm_prune.errors import RunError
+from lvlm_prune.errors import RunError, why_no_file
 
 
 class TextSource(CalibrationSource):
@@ -35,7 +36,7 @@ class TextSource(CalibrationSource):
         if len(self._files) or self._records is not None or len(self._starts):
             return
         path = Path(self.path)
-        if path.is_dir():
+        if isdir(path):
             self._files = sorted(file for file in path.rglob("*.txt") if file.is_file())
             if not self._files:
                 raise ValueError(f"`path` {self.path}: a folder without .txt files")
@@ -48,7 +49,7 @@ class TextSource(CalibrationSource):
             if self.column not in first:
                 problem = f"samples have no such key; there are {', '.join(first)}"
                 raise ValueError(f"`column` {self.column}: {problem}")
-        elif path.is_file():
+        elif isfile(path):
             try:
                 self._index_paragraphs(path)
             except OSError as error:
@@ -56,7 +57,7 @@ class TextSource(CalibrationSource):
             if not self._starts:
                 raise ValueError(f"`path` {self.path}: holds no text")
         else:
-            raise ValueError(f"`path` {self.path}: no such file or folder")
+            raise ValueError(f"`path` {self.path}: {why_no_file(path)}")
 
     def _index_paragraphs(self, path: Path) -> None:
         position = 0

@@ -108,7 +108,7 @@ def test_videos_and_sounds_are_one_line_where_they_cannot_be_read(family: str, p
         assert "\n" not in str(error.value)
     sound = {"role": "user", "content": [{"type": "audio"}, TEXT]}
     takes_sounds = PARTS[family].sounds is not None
-    problem = "a.wav: no such audio file" if takes_sounds else f"it has a sound, and {name} takes none"
+    problem = "a.wav: no such file" if takes_sounds else f"it has a sound, and {name} takes none"
     with pytest.raises(RunError, match=problem):
         encode(processor, Conversation([sound], audios=[tmp_path / "a.wav"]))
 

@@ -38,6 +38,7 @@ DENSE = {
     "epoch_3/final.pt": lambda path: _torch(path, BLOCK),
     "ckpt-5/legacy.bin.bak": lambda path: _torch(path, BLOCK, _use_new_zipfile_serialization=False),
     "sub/deep/a.npz": lambda path: np.savez(path, **{key: one.numpy() for key, one in BLOCK.items()}),
+    "numpy/model.layers.1.self_attn.q_proj.weight.npy": lambda path: np.save(path, np.ones((8, 8))),
     "sub/a.zip": _zipped,
     **{
         name: lambda path: path.write_bytes(b"dense")

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from lvlm_prune.data import (
     CalibrationSource,
     Conversation,
     EmbeddedSource,
+    HFDatasetSource,
     LlavaJsonSource,
     TensorSource,
+    TextSource,
     encode,
     fingerprint,
 )
@@ -239,6 +242,15 @@ def test_sources_are_named_on_the_command_line(parser):
     full = parser.parse_args(["--data.source", "lvlm_prune.data.LlavaJsonSource", "--data.source.path", "a.json"])
     assert isinstance(parser.instantiate(full).data.source, LlavaJsonSource)
     assert isinstance(parser.instantiate(parser.parse_args([])).data.source, EmbeddedSource)
+
+
+@pytest.mark.parametrize("source", [LlavaJsonSource, TensorSource, TextSource, HFDatasetSource])
+def test_what_is_no_file_is_said_and_not_waited_for(source, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match=r"--data.source.path .*pipe.json: is no regular file"):
+        CalibrationDataModule(source(str(tmp_path / "pipe.json"))).setup()
+    with pytest.raises(InputError, match=r"--data.source.path .*/aaa.*a.json: no such file"):
+        CalibrationDataModule(source(f"{tmp_path}/{'a' * 260}.json")).setup()
 
 
 def test_column_mapping_on_the_command_line(parser):

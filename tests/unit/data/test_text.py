@@ -51,7 +51,7 @@ def test_a_document_that_is_not_text_is_named(tmp_path: Path, processor):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", None, "--data.source.path {path}: no such file or folder"),
+        ("a.txt", None, "--data.source.path {path}: no such file"),
         ("a.txt", "\n \n", "--data.source.path {path}: holds no text"),
         ("a.jsonl", '{"content": "x"}', "--data.source.column text: samples have no such key; there are content"),
         ("a.jsonl", "", "--data.source.path {path}: holds no samples"),
