@@ -24,11 +24,16 @@ def refuse_unfinished(folder: Path, option: str) -> None:
     Raises:
         InputError: A record in it says so, or `config.json` is still held back.
     """
-    for name, states in _UNDER_WAY.items():
-        if (state := _status(folder / name)) in states:
-            raise _unfinished(folder, option, f"{name} says `{state}`")
+    if says := under_way(folder):
+        raise _unfinished(folder, option, says)
     if (folder / HELD_BACK).is_file() and not (folder / "config.json").exists():
         raise _unfinished(folder, option, f"{HELD_BACK} is there and config.json is not")
+
+
+def under_way(folder: Path) -> str:
+    """What a record in a folder says of a run that has not ended; empty where none does."""
+    states = {name: _status(folder / name) for name in _UNDER_WAY}
+    return next((f"{name} says `{state}`" for name, state in states.items() if state in _UNDER_WAY[name]), "")
 
 
 def _status(path: Path) -> str:

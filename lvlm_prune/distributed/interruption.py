@@ -21,7 +21,7 @@ from lvlm_prune.distributed.launching import Children
 from lvlm_prune.distributed.ranks import is_first_process
 from lvlm_prune.errors import Terminated, exit_status
 
-_PATIENCE = 0.7
+_PATIENCE = 0.5
 """Seconds in which the run may end by itself."""
 
 _INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lvlm_prune.checkpoints.checkpoint import INDEX_NAME, SINGLE_NAME
-from lvlm_prune.checkpoints.unfinished import HELD_BACK
+from lvlm_prune.checkpoints.unfinished import HELD_BACK, under_way
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.names import MODEL_CARD
 from lvlm_prune.output.private import without_private
@@ -92,8 +92,9 @@ def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:
             names it.
     """
     for name, record in records.items():
-        held_back = name == "config.json" and not (folder / name).is_file()
-        path = folder / (HELD_BACK if held_back else name)
+        path = folder / name
+        if name == "config.json" and not path.is_file() and ((folder / HELD_BACK).is_file() or under_way(folder)):
+            path = folder / HELD_BACK
         problem = ""
         if not path.is_file():
             problem = "is missing"
@@ -101,7 +102,7 @@ def refuse_changed(folder: Path, records: Mapping[str, FileRecord]) -> None:
             problem = "is not the file that was written"
         if problem:
             way_out = "put it back, or write elsewhere"
-            raise InputError("output", folder, f"{path.name if held_back else name} {problem}; {way_out}")
+            raise InputError("output", folder, f"{path.relative_to(folder)} {problem}; {way_out}")
     if (added := _added(folder, records)) is not None:
         problem = f"{added} came after the run, and changes what is loaded from the folder"
         raise InputError("output", folder, f"{problem}; take it away, or write elsewhere")

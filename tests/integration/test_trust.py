@@ -135,6 +135,7 @@ def test_a_complete_folder_is_verified_again(name, damage, finished, tmp_path, c
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert name in line or linear in line
+    assert "config.json.unfinished" not in line  # it has none any more
 
 
 def test_a_complete_folder_that_is_whole_says_so(finished, capsys):
