@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from PIL import Image, ImageOps
 
 from lvlm_prune.data.placeholders import placeholders_in
+from lvlm_prune.data.turns import ROLES, speaker_of, text_of
 from lvlm_prune.errors import RunError, first_line, shortened, why_no_file
 
 File = TypeVar("File")
@@ -25,7 +26,6 @@ MEDIA = ("image", "video", "audio")
 """What a part of a turn may be besides text; in strings `<image>`, `<video>` and `<audio>` mark their places."""
 
 _LONGEST_NAME = 200  # in messages; an image may be its own name
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass
@@ -179,7 +179,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
     LLaVA-Video's data have it.
 
     Args:
-        turns: The turns.
+        turns: The turns, each of one speaker (`plain_turns`).
         media: Of which kinds, of `MEDIA`, there are files; in strings placeholders of others are ordinary characters.
 
     Raises:
@@ -196,10 +196,9 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {number} is {type(turn).__name__}, not an object")
-        speaker = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise ValueError(f"turn {number} has the role {speaker!r}, expected one of {', '.join(_ROLES)}")
+        speaker, content = speaker_of(turn), text_of(turn)
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            raise ValueError(f"turn {number} has the role {speaker!r}, expected one of {', '.join(ROLES)}")
         if isinstance(content, str):
             parts = _parts_from_text(content, words)
         elif isinstance(content, (list, tuple)):
@@ -207,7 +206,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
             parts = [_part(part, number, {"image", *media}) for part in content]
         else:
             raise ValueError(f"turn {number} has no text")
-        messages.append({"role": _ROLES[speaker], "content": parts})
+        messages.append({"role": ROLES[speaker], "content": parts})
     if not messages:
         raise ValueError("the conversation is empty")
     return messages

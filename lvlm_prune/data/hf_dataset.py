@@ -30,11 +30,14 @@ from lvlm_prune.data.overlooked import (
 )
 from lvlm_prune.data.references import opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
+from lvlm_prune.data.turns import plain_turns
 from lvlm_prune.errors import RunError, first_line, why_no_file
 
 log = logging.getLogger(__name__)
 
 _ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
+_SAID = {"messages", "text", "question", "answer"}
+_TURNS = ("conversations", "texts")  # columns of turns where there are none of these names, as the Cauldron has them
 _NUMBERS = ("bool", "int", "uint", "float", "null")  # a column of these only counts or describes
 _FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
@@ -52,7 +55,8 @@ class HFDatasetSource(CalibrationSource):
             of a data set on the hub.
         name: Configuration of the data set.
         split: Which split.
-        columns: From role to column. Default: the columns that are named like a role.
+        columns: From role to column. Default: the columns that are named like a role, and `conversations` or `texts`
+            (turns of two, `{"user": ..., "assistant": ...}`) for messages.
         data_files: Files inside the data set, as `datasets.load_dataset` takes them.
         revision: Version on the hub.
         max_tokens: Documents are cut off after that many tokens.
@@ -89,11 +93,13 @@ class HFDatasetSource(CalibrationSource):
             return
         rows = self._load()
         roles = self.columns or {role: role for role in _ROLES if role in rows.column_names}
+        if not self.columns and not _SAID & set(roles):
+            roles |= dict([("messages", name) for name in _TURNS if name in rows.column_names][:1])
         for role, column in roles.items():
             if column not in rows.column_names:
                 problem = f"the data set has no such column; there are {', '.join(rows.column_names)}"
                 raise ValueError(f"`columns.{role}` {column}: {problem}")
-        if not {"messages", "text", "question", "answer"} & set(roles):
+        if not _SAID & set(roles):
             problem = (
                 "must name a column for messages, for text, or for question and answer; the data set has "
                 f"{', '.join(rows.column_names)}"
@@ -187,7 +193,10 @@ class HFDatasetSource(CalibrationSource):
                 raise ValueError(
                     f"the column of messages holds {type(values['messages']).__name__}, not a list of turns"
                 )
-            if not self.columns and values.get("messages") and row.get("conversations"):
+            if values.get("messages"):
+                values["messages"] = plain_turns(values["messages"])
+            is_named = not self.columns and self._roles.get("messages") == "messages"
+            if is_named and values.get("messages") and row.get("conversations"):
                 raise ValueError("both `messages` and `conversations` hold turns; say with `columns` which count")
             images = self._images(values, row, name)
             media = ("image",) if images else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from lvlm_prune.data.conversation import (
 )
 from lvlm_prune.data.json_records import JsonRecords
 from lvlm_prune.data.overlooked import refuse_overlooked, refuse_overlooked_in_turns, refuse_unfilled
-from lvlm_prune.data.references import opened, references_of_record, references_of_turns
+from lvlm_prune.data.references import opened, references_of_record, references_of_turns, with_images_in_order
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
+from lvlm_prune.data.turns import plain_turns
 
 _TURNS = ("conversations", "messages")
+_PAIRS = ("texts",)  # turns of the Cauldron, unless there are others
 _OWN_KEYS = ("id", "task", *MEDIA, *(f"{kind}s" for kind in MEDIA))
 
 
@@ -30,9 +32,10 @@ class LlavaJsonSource(CalibrationSource):
     {"from": "gpt", "value": "A cat."}]}`. `image` may be a list, or missing in a sample of text only; images that no
     `<image>` stands for are put first, those of numbered ones (`<image 2>`) in their places. `video` with `<video>` and
     `audio` with `<audio>` are the same, for models whose processor takes them. `images`, `videos` and `audios` are
-    understood too, turns under `messages`, parts that name their files (`{"type": "image_url", "image_url": {"url":
-    ...}}`), and images as data URIs or base64. A record with media in any other place, or with a placeholder and no
-    file for it, is an error.
+    understood too, objects for names (`{"path": ...}`), images by their places (`{"<image_00>": "a.jpg", ...}`), turns
+    under `messages`, turns of two (`{"user": ..., "assistant": ...}`, also under `texts`), parts that name their files
+    (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64. A record with media in any
+    other place, or with a placeholder and no file for it, is an error.
 
     Args:
         path: The file: a JSON array, or one JSON object per line.
@@ -64,10 +67,10 @@ class LlavaJsonSource(CalibrationSource):
         assert self._records is not None
         own = ""
         try:
-            record = self._records[index]
+            record: Mapping[str, Any] = self._records[index]
             own = str(record.get("id", ""))
             name = own or str(index)
-            turns = _turns(record)
+            record, turns = with_images_in_order(record, plain_turns(_turns(record)))
             files = self._files(record, turns, name)
             # A sample of images may speak of `<video>`.
             messages = messages_from_turns(turns, [kind for kind in MEDIA if files[kind]])
@@ -82,20 +85,22 @@ class LlavaJsonSource(CalibrationSource):
     def _folder(self) -> Path:
         return Path(self.path).parent if self.image_folder is None else Path(self.image_folder)
 
-    def _files(self, record: dict[str, Any], turns: list[Any], name: str) -> dict[str, list[Any]]:
+    def _files(self, record: Mapping[str, Any], turns: list[Any], name: str) -> dict[str, list[Any]]:
         """Kind -> what is named beside the turns, or in them."""
         beside, within = references_of_record(record), references_of_turns(turns)
         for kind in MEDIA:
             if beside[kind] and within[kind]:
                 raise ValueError(f"{kind}s are named beside the turns and in them")
         found = {kind: beside[kind] or within[kind] for kind in MEDIA}
-        refuse_overlooked(record, (*_TURNS, *_OWN_KEYS), found)
+        own = _TURNS if any(record.get(key) is not None for key in _TURNS) else _PAIRS
+        refuse_overlooked(record, (*own, *_OWN_KEYS), found)
         refuse_overlooked_in_turns(turns, found)
         return {kind: [opened(one, kind, self._folder, f"an image of {name}") for one in found[kind]] for kind in MEDIA}
 
 
-def _turns(record: dict[str, Any]) -> list[Any]:
+def _turns(record: Mapping[str, Any]) -> list[Any]:
     given = [record[key] for key in _TURNS if record.get(key) is not None]
+    given = given or [record[key] for key in _PAIRS if isinstance(record.get(key), list)]
     if len(given) == 2 and given[1] and given[0] != given[1]:
         raise ValueError("`conversations` and `messages` hold different turns")
     if not given or not isinstance(given[0], list):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from lvlm_prune.data.conversation import MEDIA, Message, kind_of_part
 from lvlm_prune.data.placeholders import names_in, placeholders_in
+from lvlm_prune.data.turns import speaker_of, text_of
 from lvlm_prune.errors import LONGEST_FILE_NAME, shortened
 
 _LOOKS_LIKE_MEDIA = re.compile(
@@ -161,7 +162,7 @@ def refuse_overlooked_in_turns(turns: Sequence[Any], found: Mapping[str, Sequenc
     """Refuse media in turns, and in the parts of their content, that are not read.
 
     Args:
-        turns: As data sets write them.
+        turns: Each of one speaker.
         found: Kind -> what was found, in the whole record.
 
     Raises:
@@ -170,15 +171,14 @@ def refuse_overlooked_in_turns(turns: Sequence[Any], found: Mapping[str, Sequenc
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
             continue
-        content = "content" if "content" in turn else "value"
-        parts = turn.get(content)
+        parts = text_of(turn)
         try:
-            refuse_overlooked(turn, ("role", "from", content), found)
+            refuse_overlooked(turn, ("role", "from", "content", "value"), found)
             for part in parts if isinstance(parts, (list, tuple)) else ():
                 if isinstance(part, Mapping):
                     refuse_overlooked(part, ("type", "text", key_of_reference(part)), found)
                     _refuse_another(part)
-                elif isinstance(part, str) and turn.get("role", turn.get("from")) not in ("assistant", "gpt"):
+                elif isinstance(part, str) and speaker_of(turn) not in ("assistant", "gpt"):
                     _refuse_name(part, found)
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from None

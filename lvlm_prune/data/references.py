@@ -1,6 +1,7 @@
 """Where a record says that its images, videos and sounds are, in the ways in which data sets write it.
 
-    {"image": "a.jpg"}   {"images": ["a.jpg", "b.jpg"]}                                beside the conversation
+    {"image": "a.jpg"}   {"images": ["a.jpg", {"path": "b.jpg"}]}                      beside the conversation
+    {"image": {"<image_00>": "a.jpg", "<image_01>": "b.jpg"}}                          so too, with its places
     {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBOR..."}}      in a part of a turn
 
 A file name, an image as a data URI, or one that is nothing but base64. Addresses are not followed.
@@ -21,9 +22,12 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from lvlm_prune.data.conversation import MEDIA, kind_of_part, open_image_bytes
-from lvlm_prune.data.overlooked import key_of_reference
+from lvlm_prune.data.overlooked import key_of_reference, refuse_overlooked
+from lvlm_prune.data.placeholders import placeholders_in
+from lvlm_prune.data.turns import text_of
 from lvlm_prune.errors import LONGEST_FILE_NAME, RunError, shortened
 
+_ENTRY = ("bytes", "data", "url", "path")  # keys of an object that is an image or names one
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}\s*")
 
 
@@ -40,6 +44,44 @@ def references_of_record(record: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {kind: _named(record, kind) for kind in MEDIA}
 
 
+def with_images_in_order(record: Mapping[str, Any], turns: Sequence[Any]) -> tuple[Mapping[str, Any], list[Any]]:
+    """A record whose images are numbered by their keys, as MiniCPM-V's are, with a list of them and places that count
+    from 1; others as they are.
+
+    Args:
+        record: The record.
+        turns: Its turns.
+
+    Raises:
+        ValueError: A number is left out.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "Is <image_01> like <image_00>?"}]
+        >>> with_images_in_order({"image": {"<image_00>": "a.jpg", "<image_01>": "b.jpg"}}, turns)
+        ({'image': ['a.jpg', 'b.jpg']}, [{'role': 'user', 'content': 'Is <image 2> like <image 1>?'}])
+    """
+    images = record.get("image")
+    if not isinstance(images, Mapping):
+        return record, [*turns]
+    numbers = {key: one.number for key in images for one in placeholders_in(str(key)) if one.end == len(key)}
+    if len(numbers) < len(images) or None in numbers.values():
+        return record, [*turns]
+    ordered = sorted(images, key=lambda key: numbers[key] or 0)
+    if [numbers[key] for key in ordered] not in ([*range(len(ordered))], [*range(1, len(ordered) + 1)]):
+        raise ValueError(f"`image` leaves out a number: {shortened(', '.join(ordered))}")
+    place = {key: f"<image {number}>" for number, key in enumerate(ordered, 1)}
+    pattern = re.compile("|".join(map(re.escape, place)))
+
+    def renumbered(turn: Any) -> Any:
+        text = text_of(turn) if isinstance(turn, Mapping) else None
+        if not isinstance(text, str):
+            return turn
+        new = pattern.sub(lambda found: place[found[0]], text)
+        return {**turn, **{key: new for key in ("content", "value") if turn.get(key)}}
+
+    return {**record, "image": [images[key] for key in ordered]}, [renumbered(turn) for turn in turns]
+
+
 def _named(record: Mapping[str, Any], kind: str) -> list[Any]:
     given = [key for key in (kind, f"{kind}s") if record.get(key)]
     if len(given) > 1:
@@ -50,10 +92,14 @@ def _named(record: Mapping[str, Any], kind: str) -> list[Any]:
 
 
 def _as_list(record: Mapping[str, Any], key: str) -> list[Any]:
-    names = record[key]
-    names = list(names) if isinstance(names, (list, tuple)) else [names]
+    entries = record[key]
+    entries = list(entries) if isinstance(entries, (list, tuple)) else [entries]
+    names = [_reference_of_entry(one) if isinstance(one, Mapping) else one for one in entries]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"`{key}` is neither a file name nor a list of file names")
+    for entry, name in zip(entries, names):
+        if isinstance(entry, Mapping):
+            refuse_overlooked(entry, _ENTRY, {"image": [name], "video": [], "audio": []})
     return names
 
 
@@ -65,7 +111,7 @@ def references_of_turns(turns: Sequence[Any]) -> dict[str, list[Any]]:
     """
     found: dict[str, list[Any]] = {kind: [] for kind in MEDIA}
     for turn in turns:
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        content = text_of(turn) if isinstance(turn, dict) else None
         for part in content if isinstance(content, (list, tuple)) else ():
             if isinstance(part, dict) and (kind := kind_of_part(part)) in MEDIA:
                 found[kind].append(_reference_of_part(part))
@@ -79,10 +125,16 @@ def references_of_turns(turns: Sequence[Any]) -> dict[str, list[Any]]:
 
 def _reference_of_part(part: Mapping[str, Any]) -> Any:
     value = part.get(key_of_reference(part))
-    if isinstance(value, Mapping):
-        given = [value[key] for key in ("bytes", "data", "url", "path") if value.get(key)]
-        value = next((one for one in given if not str(one)[:8].startswith(("http://", "https://"))), (*given, None)[0])
-    return value or None
+    return (_reference_of_entry(value) if isinstance(value, Mapping) else value) or None
+
+
+def _reference_of_entry(entry: Mapping[str, Any]) -> Any:
+    """What an object says that an image is: itself rather than its name, a name rather than an address."""
+    given = [(key, entry[key]) for key in _ENTRY if entry.get(key)]
+    here = (one for one in given if not str(one[1])[:8].startswith(("http://", "https://")))
+    key, value = next(here, (*given, ("", None))[0])
+    is_base64 = key == "bytes" and isinstance(value, str) and not value.startswith("data:")
+    return f"data:;base64,{value}" if is_base64 else value
 
 
 def opened(reference: Any, kind: str, folder: Path, name: str = "") -> Path | Image.Image:

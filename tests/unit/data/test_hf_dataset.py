@@ -286,6 +286,15 @@ def test_turns_of_two_columns_are_refused(tmp_path: Path):
     assert HFDatasetSource(str(tmp_path / "rows.parquet"), columns={"messages": "messages"})[0].messages
 
 
+@pytest.mark.parametrize("column", ["texts", "conversations"])
+def test_turns_of_two_and_columns_of_turns_by_other_names_are_read(column: str, tmp_path: Path):
+    row = {"images": [Image.new("RGB", (5, 5))], column: [{"user": "What?", "assistant": "A cat.", "source": "ai2d"}]}
+    datasets.Dataset.from_list([row]).save_to_disk(str(tmp_path / "rows"))
+    sample = HFDatasetSource(str(tmp_path / "rows"))[0]
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"]
+    assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
 def test_what_a_turn_names_beside_its_text_is_refused(tmp_path: Path):
     turns = [{"role": "user", "content": "What?", "image": "a.png"}, {"role": "assistant", "content": "A cat."}]
     datasets.Dataset.from_list([{"messages": turns}]).to_parquet(tmp_path / "rows.parquet")

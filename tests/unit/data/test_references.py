@@ -13,6 +13,7 @@ from lvlm_prune.data.conversation import load_image
 from lvlm_prune.errors import RunError
 
 ASKED = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
+PAIRS = [{"user": "What is it?", "assistant": "A cat.", "source": "ai2d"}]
 
 
 @pytest.fixture
@@ -47,6 +48,14 @@ WAYS = {
     "part with an address as text": lambda name, data: {"messages": part(type="input_image", image_url=data)},
     "part with a file of its own": lambda name, data: {"conversations": part(type="image", path=name)},
     "data URI": lambda name, data: {"image": data, "conversations": ASKED},
+    "an object with its path": lambda name, data: {"images": [{"path": name}], "conversations": ASKED},
+    "an object with its bytes": lambda name, data: {
+        "image": {"bytes": data.partition(",")[2], "path": "elsewhere.png"},
+        "conversations": ASKED,
+    },
+    "by its place": lambda name, data: {"image": {"<image_00>": name}, "conversations": ASKED},
+    "pairs": lambda name, data: {"images": [name], "texts": PAIRS},
+    "pairs of a conversation": lambda name, data: {"images": [{"bytes": None, "path": name}], "conversations": PAIRS},
     "base64": lambda name, data: {"image": [data.partition(",")[2]], "conversations": ASKED},
 }
 
@@ -54,9 +63,28 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_an_image_is_read_wherever_the_record_names_it(way, picture: Path):
     sample = read(picture.parent, way("a.png", f"data:image/png;base64,{encoded(picture)}"))
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"]
     assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     (image,) = sample.images
     assert load_image(image).tobytes() == load_image(picture).tobytes()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_images_by_their_places_stand_where_the_text_says(first: int, tmp_path: Path):
+    """Also where the text names only the second of them: the first comes before all."""
+    files = {f"<image_{first + number:02}>": f"{name}.png" for number, name in enumerate("ab")}
+    asked = [{"role": "user", "content": f"Look at <image_{first + 1:02}>."}, ASKED[1]]
+    sample = read(tmp_path, {"image": files, "conversations": asked})
+    assert sample.images == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert [part.get("text") for part in sample.messages[0]["content"]] == [None, "Look at ", None, "."]
+
+
+def test_keys_without_anything_are_none(tmp_path: Path):
+    """Columnar files fill what a turn does not have."""
+    turns = [{"role": None, "content": None, **ASKED[0]}, {**ASKED[1], "role": "assistant", "content": ""}]
+    sample = read(tmp_path, {"conversations": turns})
+    said = [(message["role"], message["content"][0]["text"]) for message in sample.messages]
+    assert said == [("user", "What is it?"), ("assistant", "A cat.")]
 
 
 @pytest.mark.parametrize("kind", ["video", "audio"])
@@ -116,7 +144,19 @@ REFUSED = {
     "which frames": ({"key-frames": ["a.png"], "conversations": ASKED}, "`key-frames` is not understood"),
     "a task that is no name": ({"task": {"name": "vqa"}, "conversations": ASKED}, "`task` is dict, not a name"),
     "short for it": ({"imgs": ["a.png"], "conversations": ASKED}, "`imgs` is not understood"),
-    "objects": ({"images": [{"bytes": "x"}], "conversations": ASKED}, "neither a file name nor a list"),
+    "objects": ({"images": [{"bytes": "x"}], "conversations": ASKED}, "x is no base64"),
+    "objects of nothing": ({"images": [{"width": 3}], "conversations": ASKED}, "neither a file name nor a list"),
+    "two in an object": (
+        {"images": [{"path": "a.png", "mask": "b.png"}], "conversations": ASKED},
+        "`mask` is not understood",
+    ),
+    "a number left out": (
+        {"image": {"<image_00>": "a.png", "<image_02>": "b.png"}, "conversations": ASKED},
+        "leaves out a number: <image_00>, <image_02>",
+    ),
+    "two speakers": ({"conversations": [{**ASKED[0], "role": "assistant"}]}, "turn 0 is the assistant's by `role`"),
+    "two texts": ({"conversations": [{**ASKED[0], "content": "Who?"}]}, "turn 0 holds different things"),
+    "in a pair": ({"texts": [{**PAIRS[0], "image": "a.png"}]}, "turn 0: `image` is not understood"),
     "two that differ": ({"image": "a.png", "images": ["b.png"], "conversations": ASKED}, "name different images"),
     "an address": ({"image": "https://example.org/a.png", "conversations": ASKED}, "is an address; download"),
     "no base64": ({"image": "data:image/png;base64,?!", "conversations": ASKED}, "is no base64"),

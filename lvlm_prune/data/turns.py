@@ -1,0 +1,62 @@
+"""Turns of a conversation in the one form that the rest reads, whatever form a data set has them in.
+
+{"role": "user", "content": "What is it?"}                              kept
+{"from": "human", "value": "What is it?"}                               kept
+{"user": "What is it?", "assistant": "A cat.", "source": "ai2d"}        two turns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Who speaks, under whatever name data sets have it -> what chat templates call it."""
+
+_SPEAKERS = ("system", "user", "assistant")
+
+
+def plain_turns(turns: Sequence[Any]) -> list[Any]:
+    """Turns with one speaker each; what is no turn stays as it is.
+
+    Args:
+        turns: As data sets write them.
+
+    Raises:
+        ValueError: A turn has two different speakers or texts.
+
+    Example:
+        >>> plain_turns([{"user": "Hi?", "assistant": "Yes.", "source": "a"}])
+        [{'source': 'a', 'role': 'user', 'content': 'Hi?'}, {'role': 'assistant', 'content': 'Yes.'}]
+    """
+    plain: list[Any] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            plain.append(turn)
+        elif {"user", "assistant"} <= turn.keys() and speaker_of(turn) is None and text_of(turn) is None:
+            said = [{"role": role, "content": turn[role]} for role in _SPEAKERS if turn.get(role)]
+            beside = {key: value for key, value in turn.items() if key not in _SPEAKERS}
+            plain += [{**beside, **said[0]}, *said[1:]] if said else [turn]
+        else:
+            speakers = {ROLES[name] for name in _given(turn, "role", "from") if isinstance(name, str) and name in ROLES}
+            if len(speakers) > 1:
+                raise ValueError(f"turn {number} is the {turn['role']}'s by `role`, and the {turn['from']}'s by `from`")
+            if any(text != text_of(turn) for text in _given(turn, "content", "value")):
+                raise ValueError(f"turn {number} holds different things under `content` and `value`")
+            plain.append(turn)
+    return plain
+
+
+def speaker_of(turn: Mapping[str, Any]) -> Any:
+    """Whose turn it is, in the data set's words; None where it does not say."""
+    return next(iter(_given(turn, "role", "from")), None)
+
+
+def text_of(turn: Mapping[str, Any]) -> Any:
+    """What is said in a turn, text or parts; None where nothing is."""
+    return next(iter(_given(turn, "content", "value")), turn.get("content", turn.get("value")))
+
+
+def _given(turn: Mapping[str, Any], *names: str) -> list[Any]:
+    """What stands under these keys; columnar files fill those that a turn does not have with nothing."""
+    return [turn[name] for name in names if turn.get(name)]
