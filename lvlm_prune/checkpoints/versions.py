@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +20,14 @@ from transformers import PreTrainedModel
 
 VERSION_5 = int(transformers.__version__.partition(".")[0]) >= 5
 
-initialization: Any = None
+_safe_operations: Any = nullcontext
 if VERSION_5:
     from transformers import initialization
     from transformers.core_model_loading import build_glob_alternation
     from transformers.initialization import no_init_weights
+
+    # Since 5.4: models ask for the numbers of a `linspace`.
+    _safe_operations = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
 else:
     from transformers.modeling_utils import no_init_weights
 
@@ -61,11 +64,7 @@ def cache_argument(output: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def nothing_in_memory() -> Iterator[None]:
     """Tensors made within have shape and dtype only, as transformers' own loading builds a model."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(no_init_weights())
-        if safe_operations := getattr(initialization, "meta_device_safe_creation_ops", None):
-            stack.enter_context(safe_operations())  # since 5.4: models ask for numbers of `linspace`
+    with torch.device("meta"), no_init_weights(), _safe_operations():
         yield
 
 
