@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lvlm_prune.output.markdown import markdown_table
 from lvlm_prune.runs.reproduce.outcome import Cell, PartOutcome, RowOutcome
 from lvlm_prune.runs.reproduce.published import PAPERS
 from lvlm_prune.runs.reproduce.tables import Table
@@ -55,9 +56,9 @@ def markdown_text(table: Table, outcomes: Sequence[PartOutcome]) -> str:
         parts += [f"## {part.of}", f"Measured on `{part.model}`." if part.model != part.of else ""]
         parts += [
             "Retention in percent: mean over the benchmarks of pruned / dense.",
-            _markdown(*average_rows(part, table.labels)),
+            markdown_table(*average_rows(part, table.labels)),
         ]
-        columns = _markdown(*column_rows(part, table.labels))
+        columns = markdown_table(*column_rows(part, table.labels))
         parts += ["Every column: published / measured (difference).", columns, *notes(part)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -124,8 +125,3 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
