@@ -25,7 +25,12 @@ GOLDEN_ARGUMENTS = [
     # Figures take seconds, and holding the model against the dense one a third of the time: who tests them asks for it.
     "--report=false",
     "--evaluate=false",
+    # Most tests are as sharp with two samples as with all eight.
+    "--data.num_samples=2",
 ]
+ALL_SAMPLES = "--data.num_samples=8"
+"""For tests whose numbers are those of the whole calibration set."""
+
 GOLDEN_MODEL = GOLDEN_ARGUMENTS[1:4]
 """The model and its calibration set, for other verbs."""
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
-from tests.conftest import GOLDEN, GOLDEN_MODEL
+from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_MODEL
 
 CALIBRATION = GOLDEN / "calib.safetensors"
 
@@ -346,7 +346,7 @@ def test_nan_in_an_input_names_the_sample(golden_arguments, tmp_path, capsys):
     samples["s5.pixel_values"][:] = float("nan")
     save_file(samples, tmp_path / "calib.safetensors")
     arguments = [a for a in golden_arguments if "source.path" not in a]
-    arguments += [f"--data.source.path={tmp_path / 'calib.safetensors'}", f"--output={tmp_path / 'out'}"]
+    arguments += [ALL_SAMPLES, f"--data.source.path={tmp_path / 'calib.safetensors'}", f"--output={tmp_path / 'out'}"]
     assert main(arguments) == 2
     assert "calibration sample 5" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from lvlm_prune.callbacks import PruneCallback
 from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
 from lvlm_prune.cli import main
 from tests import warm
-from tests.conftest import REPOSITORY
+from tests.conftest import ALL_SAMPLES, REPOSITORY
 from tests.families import Sample, make_inputs, tiny_model
 
 RECIPES = REPOSITORY / "configs" / "prune"
@@ -37,6 +37,7 @@ def test_masks_do_not_depend_on_where_samples_wait(recipe, golden_arguments, tmp
     for place in ("device", "host", "disk"):
         options = [f"--config={RECIPES / recipe}.yaml", f"--output={tmp_path / place}"]
         options += [f"--trainer.hidden_states={place}", f"--trainer.scratch={scratch}", "--data.batch_size=3"]
+        options.append(ALL_SAMPLES)
         assert main([*golden_arguments, *options]) == 0
         found[place] = (tmp_path / place / "model.safetensors").read_bytes()
         memory = json.loads((tmp_path / place / "pruning.json").read_text())["memory"]

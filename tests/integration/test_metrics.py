@@ -32,7 +32,7 @@ def test_numbers_of_each_block_are_the_manifests(tmp_path):
     for block in manifest["blocks"]:
         found = steps[block["index"]]
         assert found["block/mean_drift"] == pytest.approx(block["mean_drift"])
-        assert found["block/visual_tokens"] == pytest.approx(sum(block["visual_tokens"]) / 8)
+        assert found["block/visual_tokens"] == pytest.approx(sum(block["visual_tokens"]) / 2)
         assert found["block/seconds/gather"] == pytest.approx(block["seconds"]["gather"])
         assert found["block/pool/text"] == block["pool"]["text"]
         name = f"{block['name']}.mlp.up_proj"

@@ -11,7 +11,7 @@ import pytest
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
-from tests.conftest import GOLDEN
+from tests.conftest import ALL_SAMPLES, GOLDEN
 
 # Decoder shapes of the papers' models: architecture, hidden, blocks, heads, key-value heads, intermediate, vocabulary.
 SHAPES = {
@@ -36,7 +36,7 @@ def listed_kinds(lines: list[str]) -> dict[str, list[str]]:
 def test_a_plan_counts_every_tensor_and_writes_nothing(golden_arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--pruning.exclude=*.k_proj", "--pruning.sparsity=0.6", "--plan=true", "--output=out"]
-    assert main([*golden_arguments, *arguments]) == 0
+    assert main([*golden_arguments, ALL_SAMPLES, *arguments]) == 0
     assert list(tmp_path.iterdir()) == []
     lines = capsys.readouterr().out.splitlines()
     folder = CheckpointFolder(GOLDEN / "model")

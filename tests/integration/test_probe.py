@@ -23,7 +23,7 @@ from lvlm_prune.report.probe import probe_page, summarise
 from lvlm_prune.runs.probe.pathways import is_probed
 from lvlm_prune.runs.probe.run import ProbeRun
 from lvlm_prune.trainer import LVLMTrainer
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_ARGUMENTS
 from tests.documented import undocumented
 from tests.engines import ShareLeft
 from tests.pages import Page, refuse_other_numbers
@@ -31,6 +31,7 @@ from tests.pages import Page, refuse_other_numbers
 ARGUMENTS = [
     "probe",
     *(one for one in GOLDEN_ARGUMENTS if one.startswith(("--model", "--data"))),
+    ALL_SAMPLES,
 ]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
 from tests import warm
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
+from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
 from tests.recipes import RECIPES, arguments_of, assert_same_result
 
 FEWER_SAMPLES_THAN_PROCESSES = {"atv": "atv_one_sample", "sparsegpt": "sparsegpt_one_sample"}
@@ -52,12 +52,13 @@ def failures(folder: Path) -> dict[str, list[str]]:
     samples = load_file(GOLDEN / "calib.safetensors")
     samples["s5.pixel_values"][:] = float("nan")
     save_file(samples, folder / "broken.safetensors")
-    broken = [argument for argument in GOLDEN_ARGUMENTS if "source.path" not in argument]
+    arguments = [*GOLDEN_ARGUMENTS, "--data.num_samples=5"]
+    broken = [*(argument for argument in GOLDEN_ARGUMENTS if "source.path" not in argument), ALL_SAMPLES]
     return {
         "nan": [*broken, f"--data.source.path={folder / 'broken.safetensors'}"],
-        "plugin": [*GOLDEN_ARGUMENTS, "--pruning.scorer=plugins.BrokenScorer"],
-        "hook": [*GOLDEN_ARGUMENTS, "--trainer.callbacks=plugins.FailingHook"],
-        "disk": [*GOLDEN_ARGUMENTS, "--trainer.callbacks=plugins.FullDisk"],
+        "plugin": [*arguments, "--pruning.scorer=plugins.BrokenScorer"],
+        "hook": [*arguments, "--trainer.callbacks=plugins.FailingHook"],
+        "disk": [*arguments, "--trainer.callbacks=plugins.FullDisk"],
         "option": [*GOLDEN_ARGUMENTS, "--data.num_samples=9"],
         "mismatch": [*GOLDEN_ARGUMENTS, "--trainer.devices=5"],
     }

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule, TensorSource
-from tests.conftest import GOLDEN
+from tests.conftest import ALL_SAMPLES, GOLDEN
 from tests.integration.test_hub_folders import write_captions, write_folder
 
 CALIBRATION = str(GOLDEN / "calib.safetensors")
@@ -79,7 +79,7 @@ def test_it_can_be_left_out_and_changes_no_weight(small, tmp_path):
 
 
 def test_a_source_without_other_samples_measures_on_those_that_calibrated(golden_arguments, tmp_path, capsys):
-    assert main([*golden_arguments, *MEASURED, f"--output={tmp_path / 'out'}"]) == 0
+    assert main([*golden_arguments, ALL_SAMPLES, *MEASURED, f"--output={tmp_path / 'out'}"]) == 0
     assert not json.loads((tmp_path / "out" / "pruning.json").read_text())["quality"]["held_back"]
     assert "of the calibration set (there are no others)" in capsys.readouterr().out
 

@@ -285,7 +285,8 @@ def begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(GOLDEN / "model", "model")
     shutil.copy(GOLDEN / "calib.safetensors", "calib.safetensors")
-    arguments = ["prune", "--data.source=TensorSource", "--pruning.record=true", "--report=false", "--evaluate=false"]
+    arguments = ["prune", "--data.source=TensorSource", "--data.num_samples=2", "--pruning.record=true"]
+    arguments += ["--report=false", "--evaluate=false"]
     here = ["--model.path=model", "--data.source.path=calib.safetensors", "--output=out"]
     with monkeypatch.context() as patched:
         patched.setattr(PruningReport, "on_block_end", lambda *_, **__: signal.raise_signal(signal.SIGTERM))

@@ -16,7 +16,7 @@ from lvlm_prune.methods.pools import MixedPool, Pool
 from lvlm_prune.methods.scorers import RIAScorer, SparseGPTScorer, WandaScorer
 from lvlm_prune.methods.solvers import ALPSSolver, RefitSolver, SparseGPTSolver, SparseSwapsSolver
 from lvlm_prune.methods.tokens import Selection, Tokens
-from tests.conftest import GOLDEN
+from tests.conftest import ALL_SAMPLES, GOLDEN
 
 SOURCE = TensorSource(str(GOLDEN / "calib.safetensors"))
 SPARSEGPT = ["--pruning.pool=MixedPool", "--pruning.scorer=SparseGPTScorer"]
@@ -236,7 +236,7 @@ def test_solvers_in_memory_and_streamed_give_the_same_weights(solver, golden_arg
     model = golden_model()
     lvlm_prune.prune(model, SOURCE, BlockwisePruning(pool=MixedPool(), solver=solver))
     arguments = ["--pruning.pool=MixedPool", f"--pruning.solver={type(solver).__name__}"]
-    assert main([*golden_arguments, *arguments, f"--output={tmp_path / 'out'}"]) == 0
+    assert main([*golden_arguments, ALL_SAMPLES, *arguments, f"--output={tmp_path / 'out'}"]) == 0
     written = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, weight in written.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name

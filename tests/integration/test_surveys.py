@@ -21,7 +21,7 @@ from lvlm_prune.methods.scorers import MagnitudeScorer
 from lvlm_prune.methods.solvers import ALPSSolver
 from lvlm_prune.methods.survey import surveyed_samples
 from lvlm_prune.recovery.masks import ZeroMask, verify_zeros
-from tests.conftest import GOLDEN
+from tests.conftest import ALL_SAMPLES, GOLDEN
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 
 SOURCE = TensorSource(str(GOLDEN / "calib.safetensors"))
@@ -57,7 +57,7 @@ class Onlooker(PruneCallback):
 
 
 def test_wanda_after_a_survey_that_nobody_needed_is_byte_identical(golden_arguments, tmp_path):
-    arguments = [*golden_arguments, "--pruning.pool=MixedPool", "--pruning.record=true"]
+    arguments = [*golden_arguments, ALL_SAMPLES, "--pruning.pool=MixedPool", "--pruning.record=true"]
     assert main([*arguments, f"--output={tmp_path / 'plain'}"]) == 0
     onlooker = "--trainer.callbacks=tests.integration.test_surveys.Onlooker"
     assert main([*arguments, onlooker, f"--output={tmp_path / 'surveyed'}"]) == 0
@@ -110,7 +110,8 @@ def test_streamed_and_in_memory_allocate_alike(make, golden_arguments, tmp_path)
     model, allocation = golden_model(), make()
     pruning = BlockwisePruning(pool=MixedPool(), allocation=allocation)
     lvlm_prune.prune(model, SOURCE, pruning)
-    arguments = [*golden_arguments, "--pruning.pool=MixedPool", f"--pruning.allocation={type(allocation).__name__}"]
+    arguments = [*golden_arguments, ALL_SAMPLES, "--pruning.pool=MixedPool"]
+    arguments.append(f"--pruning.allocation={type(allocation).__name__}")
     if isinstance(allocation, (ECoFLaPAllocation, KLAllocation)):
         arguments.append("--pruning.allocation.samples=2")
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 0
@@ -233,7 +234,7 @@ def test_of_several_patterns_each_linear_gets_one_and_recovery_keeps_it(golden_a
     options = ["--pruning.allocation=KLAllocation", "--pruning.allocation.samples=2"]
     options += ["--pruning.pattern=3:4,2:4,1:4", "--pruning.sparsity=0.5"]
     output = tmp_path / "out"
-    assert main([*golden_arguments, "--pruning.pool=MixedPool", *options, f"--output={output}"]) == 0
+    assert main([*golden_arguments, ALL_SAMPLES, "--pruning.pool=MixedPool", *options, f"--output={output}"]) == 0
     manifest = json.loads((output / "pruning.json").read_text())
     assert 0.5 <= manifest["sparsity"]["achieved"] < 0.55
     written = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
