@@ -192,9 +192,8 @@ def _breakable(value: Any) -> Any:
         return value
     without_words = rf"\w{{{_LONGEST_WORD}}}(?=\w)"
     behind_letter, before_letter, inside = r"(?<=[^\W\d])[._](?=\w)", r"[._](?=[^\W\d])", r"(?<=[a-z])(?=[A-Z])"
-    return Markup(
-        re.sub(f"{without_words}|{behind_letter}|{before_letter}|{inside}", r"\g<0><wbr>", str(escape(value)))
-    )
+    text = str(escape(value)).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return Markup(re.sub(f"{without_words}|{behind_letter}|{before_letter}|{inside}", r"\g<0><wbr>", text))
 
 
 def _coded(text: str) -> Markup:

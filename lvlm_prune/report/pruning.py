@@ -7,14 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-from PIL import Image
-from safetensors import safe_open
-
 from lvlm_prune.output.base_record import was_pruned_before
 from lvlm_prune.output.manifest import Manifest
-from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
-from lvlm_prune.output.private import is_left_out, public_folder
+from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
 from lvlm_prune.report.evaluation import (
@@ -24,17 +19,15 @@ from lvlm_prune.report.evaluation import (
     evaluated_table,
     with_evaluation,
 )
-from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares, tokens_on_picture
+from lvlm_prune.report.figures.blocks import bars, curves, heat_map, score_distribution, shares
 from lvlm_prune.report.linears import experts_of, experts_table, linears_table, patterns_of, summarise_experts
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.retention import retained_figure
+from lvlm_prune.report.selected_tokens import picture_figure
 from lvlm_prune.report.sparsity import sparsity_figure, sparsity_span, table_by_kind
 from lvlm_prune.report.uniform import is_uniform, sparsity_range
 
 _WORST = 10
-_SOME_TOKENS = "Visual tokens of calibration sample {} that calibrate a block; all others are faded.{}"
-_ALL_TOKENS = "All visual tokens of calibration sample {} calibrate every block.{}"
-_TILE = " Drawn is the whole image at low resolution; its tiles at high resolution have tokens of their own."
 _PHASES = {
     "read": "reading weights",
     "gather": "gathering statistics",
@@ -135,6 +128,8 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
             errors[kind][entry["block"]].append(entry["error"])
     blocks = manifest["blocks"]
     seconds = {"catching block inputs": manifest["catch_seconds"]}
+    if "seconds" in manifest.get("search", {}):
+        seconds = {"finding the sparsity": manifest["search"]["seconds"], **seconds}
     if "seconds" in manifest.get("survey", {}):
         seconds["surveying the dense model"] = manifest["survey"]["seconds"]
     for phase, name in _PHASES.items():
@@ -266,7 +261,7 @@ def _plates(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]
         _score_distribution(run),
         _error(run),
         _seconds(run),
-        _picture(run, folder),
+        picture_figure(run, folder),
     ]
 
 
@@ -361,38 +356,3 @@ def _seconds(run: dict[str, Any]) -> PageFigure:
     rows = [[name, show(run, "summary", "seconds", name)] for name in seconds]
     caption = "Where the time went, before verification and evaluation."
     return PageFigure("seconds", bars(seconds, "seconds"), caption, Table(["phase", "seconds"], rows))
-
-
-def _example_weights(run: dict[str, Any], folder: Path | None) -> dict[int, list[float]]:
-    """Block -> how much each visual token of the picture counts there, between 0 and 1."""
-    # A page in the private part of a folder has the picture; what was counted lies in the folder itself.
-    places = [] if folder is None else [folder, public_folder(folder)]
-    path = next((place / STATISTICS_NAME for place in places if (place / STATISTICS_NAME).is_file()), None)
-    if path is None:
-        return {}
-    with safe_open(path, framework="pt") as recorded:
-        known = set(recorded.keys())
-        names = {block["index"]: f"{EXAMPLE}.{block['index']}" for block in run["blocks"]}
-        return {block: (recorded.get_tensor(name) / 255).tolist() for block, name in names.items() if name in known}
-
-
-def _picture(run: dict[str, Any], folder: Path | None) -> PageFigure | None:
-    path = None if folder is None else folder / FIGURE_FOLDER / PICTURE_NAME
-    if path is None or not path.is_file() or not run.get("picture"):
-        return None
-    rows, columns = run["picture"]["grid"]
-    packed = _example_weights(run, folder)
-    on_grid = {block: weights[: rows * columns] for block, weights in packed.items()}
-    if not on_grid or any(len(weights) != rows * columns for weights in on_grid.values()):
-        return None
-    everything = all(weight == 1 for weights in packed.values() for weight in weights)
-    text = _ALL_TOKENS if everything else _SOME_TOKENS
-    caption = Markup(text).format(
-        show(run, "picture", "sample", unit="count"),
-        _TILE if any(len(weights) > rows * columns for weights in packed.values()) else "",
-    )
-    if everything:
-        on_grid = dict([next(iter(on_grid.items()))])  # all others are the same
-    with Image.open(path) as picture:
-        drawing = tokens_on_picture(picture, (rows, columns), on_grid)
-    return PageFigure(PICTURE_FIGURE, drawing, caption)

@@ -13,6 +13,7 @@ from lvlm_prune.data import TensorSource
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.units import readable_percent
 from lvlm_prune.recipes import with_recipe
+from lvlm_prune.report.pruning import summarise
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.search.levels import LEVELS, Bracket, best_of, sparsity_of
 from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
@@ -82,6 +83,9 @@ def test_a_model_is_pruned_as_far_as_it_keeps_enough(
     assert found["level"] == LEVELS or above[0]["agreement"] < 0.6
     assert record["sparsity"]["target"] == pytest.approx(found["sparsity"])
     assert record["verified"]
+    seconds = summarise(record)["seconds"]
+    assert sum(one["seconds"] for one in found["tries"]) <= seconds["finding the sparsity"] < record["work_seconds"]
+    assert sum(seconds.values()) == pytest.approx(record["work_seconds"])
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
     assert all(f'data-path="search/tries/{place}/agreement"' in page for place in range(len(found["tries"])))
     assert f"the highest of {len(found['tries'])} tries that keeps 60.0% of the dense model's" in card

@@ -171,7 +171,7 @@ def test_table_csv_and_page_tell_the_same(tmp_path):
     mean = 50 * sum(float(row["retention"]) for row in rows if row["pruning.pool.alpha"] == "2")
     assert f"({mean:.1f} ± 0.0)" in (out / "sweep.md").read_text()
     page = (out / "report.html").read_text()
-    assert f"({mean:.1f} ± 0.0)" in page
+    assert f"({mean:.1f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0)" in page
     assert "<svg" in page
     assert (out / "report" / "retention.png").stat().st_size > 1000
 

@@ -161,7 +161,10 @@ class ProbeRun:
         self._note("probing")
         manifest["grid"] = self._finished(cells)
         if self.scoring is None:
-            run.say("no pathway is pruned: probe scores only those of the embedded model, with --evaluate true")
+            run.say(
+                "no pathway is pruned: probe scores only those of the embedded model, with --evaluate true "
+                "(`lvlm-prune reproduce atv/table_1` measures it of any)"
+            )
         else:
             for cell in cells[len(manifest["grid"]) :]:
                 manifest["grid"].append(self._cell(cell, self.scoring))

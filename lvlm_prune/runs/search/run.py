@@ -126,7 +126,7 @@ class SearchRun:
                 self.results.release()
 
     def _work(self, launch: Launch) -> Manifest:
-        shared = SharedCalibration(launch)
+        shared, began = SharedCalibration(launch), time.monotonic()
         found = self.run.processes.on_main(self._found_before)
         if found is None:
             found = self._search(launch, shared)
@@ -135,7 +135,7 @@ class SearchRun:
             self._refuse_other_held_back(found)
         self.run.say(f"{found['recipe']} at {readable_percent(found['sparsity'])} keeps {found['agreement']:.1%}")
         point = self._point(found["recipe"], self.candidates[found["recipe"]], found["level"])
-        final = self._final(point, found, shared)
+        final = self._final(point, {**found, "seconds": time.monotonic() - began}, shared)
         manifest = final()
         self.run = final.run
         self.run.processes.on_main(self.results.remove)

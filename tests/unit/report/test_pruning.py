@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
 from lvlm_prune.output.manifest import Manifest
@@ -81,6 +83,27 @@ def test_tokens_drawn_are_those_recorded(folder, manifest):
     for block in manifest["blocks"]:
         selected = recorded[f"example.{block['index']}"].nonzero().flatten()
         assert selected.tolist() == recorded[f"sel.{block['index']}.{sample}"].tolist()
+
+
+def test_the_caption_says_whether_any_token_that_is_drawn_counts(folder, manifest, tmp_path, blank_figures):
+    """Tokens of tiles at high resolution, which are not drawn, may be the only ones that count."""
+    rows, columns = manifest["picture"]["grid"]
+    (tmp_path / "report").mkdir()
+    shutil.copy(folder / "report" / "calibration-image.png", tmp_path / "report")
+    none, every = torch.zeros(rows * columns, dtype=torch.uint8), torch.full((rows * columns,), 255, dtype=torch.uint8)
+    some = none.clone()
+    some[0] = 255
+    for drawn, of_tiles, said in (
+        (none, every, "None of these visual tokens"),
+        (some, none, "that calibrate a block; all others are faded"),
+        (every, every, "All visual tokens"),
+    ):
+        shares = {f"example.{block['index']}": torch.cat([drawn, of_tiles]) for block in manifest["blocks"]}
+        save_file(shares, tmp_path / "statistics.safetensors")
+        text, _ = pruning_page(Manifest(manifest), tmp_path)
+        (caption,) = re.findall(r"<figcaption>([^<]*calibration sample.*?)</figcaption>", text, re.DOTALL)
+        assert said in caption
+        assert "its tiles at high resolution" in caption
 
 
 def test_the_page_is_self_contained_and_has_all_figures(folder):
