@@ -35,6 +35,9 @@ _ALWAYS_FITS = 2**27
 _LARGEST_BUFFER = 2**28
 # Of a tensor that is built whatever lies on disk.
 _SMALL = 2**20
+# Lengths up to this make no large tensor of what else lies on disk.
+_SMALL_LENGTH = 64
+_NO_LENGTH = re.compile(r"\b(ids?|index|theta|positions?|position embeddings|pinpoints)$|\bwindow\b")
 
 
 def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
@@ -56,6 +59,15 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
         if _EPSILONS.search(leaf) and not 0 <= value < 1:
             problem = f"config.json says {name}: {value:g}, with which its norms give nothing of use"
             raise InputError("model.path", folder.path, problem)
+
+
+def may_be_larger(folder: CheckpointFolder) -> bool:
+    """Whether a number of `config.json` is no length of a tensor on disk, so that only the model says what it makes."""
+    lengths = {length for tensor in folder.tensors.values() for length in tensor.shape}
+    numbers = ((name.rpartition(".")[2].replace("_", " "), abs(value)) for name, value in _numbers(folder.config))
+    return any(
+        value > _SMALL_LENGTH and value not in lengths and not _NO_LENGTH.search(leaf) for leaf, value in numbers
+    )
 
 
 def refuse_larger_tensors(model: PreTrainedModel, folder: CheckpointFolder) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from lvlm_prune.checkpoints.allocator import give_back_from
 from lvlm_prune.checkpoints.checkpoint import PACKED, CheckpointFolder
-from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes, refuse_larger_tensors
+from lvlm_prune.checkpoints.sizes import may_be_larger, refuse_absurd_sizes, refuse_larger_tensors
 from lvlm_prune.checkpoints.versions import names_pattern, no_init_weights, nothing_in_memory, prepare
 from lvlm_prune.errors import InputError, first_line, shortened
 
@@ -60,7 +60,8 @@ def build_skeleton(
     options: dict[str, Any] = {"dtype": torch_dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    _refuse_unfit(folder, model_class, config, options)
+    if may_be_larger(folder):
+        _refuse_unfit(folder, model_class, config, options)
     give_back_from(2**16)  # parameters are on the CPU for a moment, each of them
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
