@@ -376,7 +376,7 @@ def test_kl_in_memory_and_streamed_give_the_same_weights(golden_arguments, tmp_p
     options = ["solver=ALPSSolver", "solver.schedule=paper", "pool=MixedPool"]
     options += ["allocation=KLAllocation", "allocation.samples=2", "allocation.groups=kind"]
     arguments = [f"--pruning.{option}" for option in options]
-    assert main([*golden_arguments, *arguments, f"--output={tmp_path / 'out'}"]) == 0
+    assert main([*golden_arguments, ALL_SAMPLES, *arguments, f"--output={tmp_path / 'out'}"]) == 0
     written = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, weight in written.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
