@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -25,21 +26,22 @@ def calculates_powers(template: Any) -> bool:
         template: Of a tokenizer or a processor: a text, several by name, or None.
 
     Example:
-        >>> calculates_powers("{{ 10**(10**9) }}"), calculates_powers("{{ '**' }} **bold** {# 2**3 #}")
+        >>> calculates_powers("{{ 10**(10**9) }}"), calculates_powers("{{ '**' }} {{ f(a, **b) }} **bold** {# 2**3 #}")
         (True, False)
     """
     from jinja2 import Environment, TemplateSyntaxError
 
     texts = template.values() if isinstance(template, dict) else [template]
     try:
-        return any(
-            kind == "operator" and value == "**"
-            for text in texts
-            if isinstance(text, str)
-            for _, kind, value in Environment().lex(text)
-        )
+        return any(_has_power(Environment().lex(text)) for text in texts if isinstance(text, str))
     except TemplateSyntaxError:  # said of the first sample
         return False
+
+
+def _has_power(tokens: Iterable[tuple[int, str, str]]) -> bool:
+    """Whether `**` stands between two values, and not before the arguments of a call."""
+    values = [value for _, kind, value in tokens if kind != "whitespace"]
+    return any(value == "**" and before not in ("(", ",") for before, value in pairwise(values))
 
 
 @contextmanager
