@@ -16,7 +16,6 @@ lvlm-prune reproduce atv/table_2 --output DIR
 import atexit
 import errno
 import gc
-import importlib.util
 import os
 import signal
 import sys
@@ -24,7 +23,6 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
@@ -33,8 +31,6 @@ from lvlm_prune.clock import command
 from lvlm_prune.distributed.ranks import refuse_wrong_ranks
 from lvlm_prune.errors import LVLMPruneError, one_line
 from lvlm_prune.threads import wait_asleep
-
-_SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 def silence_libraries() -> None:
@@ -96,11 +92,11 @@ def _dispatch(arguments: list[str]) -> int:
         print(recipe_text(arguments[1]) if arguments[1:] else recipes_table())
         return 0
     if arguments[:1] == ["completion"]:
-        if problem := _completion_problem(arguments[1:]):
+        from lvlm_prune.cli_completion import WRITES_COMPLETION, completion_problem
+
+        if problem := completion_problem(arguments[1:]):
             print(f"error: completion {' '.join(arguments[1:]) or chr(39) * 2}: {problem}", file=sys.stderr)
             return 2
-        from lvlm_prune.cli_errors import WRITES_COMPLETION
-
         os.environ[WRITES_COMPLETION] = "true"
         arguments = [f"--print_completion=shtab-{arguments[1]}"]
     if arguments == ["reproduce"]:
@@ -124,16 +120,6 @@ def _dispatch(arguments: list[str]) -> int:
     finally:
         gc.enable()
     return run(arguments)
-
-
-def _completion_problem(arguments: Sequence[str]) -> str:
-    """What is wrong with a request for a completion script; empty where nothing is."""
-    if len(arguments) != 1 or arguments[0] not in _SHELLS:
-        close = get_close_matches(" ".join(arguments), _SHELLS, n=1, cutoff=0.75)  # ksh is no zsh
-        return f"name one shell of {', '.join(_SHELLS)}" + "".join(f"; is {shell} meant?" for shell in close)
-    if importlib.util.find_spec("shtab") is None:
-        return "needs shtab, which is not installed: pip install 'lvlm-prune[completion]'"
-    return ""
 
 
 def console() -> NoReturn:

@@ -24,9 +24,6 @@ ALONE = {
 }
 """Commands that only print something."""
 
-WRITES_COMPLETION = "JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT"
-"""Environment variable with which jsonargparse prints a script for a shell, and does nothing else."""
-
 _SECTIONS = ("trainer", "model", "data", "pruning", "probing", "lora", "engine")
 """What the full name of an option inside a class may begin with."""
 

@@ -15,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lvlm_prune.callbacks import BlockwisePruning, ModalityProbe, SparseLoRA
 from lvlm_prune.cli_checks import OF_TRAINING, refuse_devices, refuse_null_options, refuse_unreadable, written_options
-from lvlm_prune.cli_errors import ALONE, VERBS, WRITES_COMPLETION, OptionError, explain
+from lvlm_prune.cli_completion import WRITES_COMPLETION, add_recipes, parsers_of_alone
+from lvlm_prune.cli_errors import ALONE, VERBS, OptionError, explain
 from lvlm_prune.cli_help import TRAINER_HELP, asks_for_trainer, command_help, options_of_classes, options_of_lightning
 from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDataModule
 from lvlm_prune.distributed.hardware import names_of
@@ -30,7 +31,7 @@ from lvlm_prune.module import LVLMModule
 from lvlm_prune.option_files import refuse_times
 from lvlm_prune.output.private import LEFT_OUT, left_out_options, with_whole_configs
 from lvlm_prune.plugins import built_from, load_installed_plugins, refuse_values
-from lvlm_prune.recipes import AUTO, recipe_names, with_log_folder, with_recipe, without_log_folder
+from lvlm_prune.recipes import with_log_folder, with_recipe, without_log_folder
 from lvlm_prune.trainer import LVLMTrainer
 
 _DESCRIPTION = "Make a large vision-language model sparse after training, keep its quality, and see what it cost."
@@ -113,10 +114,9 @@ class LVLMCLI(LightningCLI):
         super()._add_subcommands(parser, **options)
         commands = parser._subcommands_action
         if WRITES_COMPLETION in os.environ and commands is not None:
-            for name, text in ALONE.items():
-                commands.add_subcommand(name, self.init_parser(), help=text)
-            names = [*recipe_names(), AUTO]
-            self._subcommand_parsers["prune"].add_argument("--method", choices=names, help="Recipe to start from.")
+            for name, alone in parsers_of_alone(type(parser)).items():
+                commands.add_subcommand(name, alone, help=ALONE[name])
+            add_recipes(self._subcommand_parsers)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._verb = subcommand

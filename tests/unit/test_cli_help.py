@@ -106,6 +106,9 @@ def test_the_shell_completes_commands_options_and_classes(tmp_path):
         ("prune --pruning.spar", ["--pruning.sparsity"]),
         ("prune --method sparsegpt_d", ["sparsegpt_das"]),
         ("meth", ["methods"]),
+        ("methods lora_", ["lora_distill"]),
+        ("recover --method block", ["blockwise"]),
+        ("completion ba", ["bash"]),
     ):
         asked = (
             f"source ./script; COMP_WORDS=(lvlm-prune {words}); COMP_CWORD={len(words.split())}; "
