@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
+from lvlm_prune.cli_classes import CLASS_KINDS, close_in_files
 from lvlm_prune.errors import InputError
 from lvlm_prune.option_files import as_options, loaded, read_yaml, refuse_endless
 
@@ -79,6 +80,10 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
             except (ValueError, yaml.YAMLError):
                 continue  # said by the parser
             _refuse_no_classes(content, option.removeprefix("--"))
+        elif value.endswith(".py") and (kind := option.rpartition(".")[2].lstrip("-")) in CLASS_KINDS:
+            close = "".join(f"; is {one} meant?" for one in close_in_files(value, kind, folder)[:1])
+            problem = f"is a file; name a class in it, {Path(value).stem}.CLASS{close}"
+            raise InputError(option.removeprefix("--"), value, problem)
         elif option.startswith("--") and option != "--config":
             refuse_endless(value, option.removeprefix("--"), folder)
     for path in config_files(arguments):

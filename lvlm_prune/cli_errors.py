@@ -1,7 +1,6 @@
 """A parser's page about type subtleties, boiled down to one line that names the option and the value."""
 
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from lvlm_prune.cli_checks import config_files, options_of_files, options_of_values, written_options
+from lvlm_prune.cli_classes import close_classes, close_in_files, close_in_module
 from lvlm_prune.errors import LONGEST_VALUE, LVLMPruneError, meant, shortened
 
 VERBS = ("prune", "recover", "evaluate", "compare", "sweep", "reproduce", "probe", "pack", "unpack")
@@ -117,13 +117,15 @@ def explain(
         if value[1] in plugins:
             return f"{option} {value[1]}: is a class of another kind"
         kind = option.removesuffix(".help").rpartition(".")[2]
-        close = _close_classes(value[1].rpartition(".")[2], kind, plugins)
+        close = close_in_files(value[1], kind, folder) or close_classes(value[1].rpartition(".")[2], kind, plugins)
         way_out = "(a short class name, or the import path of a class of the right kind)"
         return f"{option} {value[1]}: no such class{f'; is {close[0]} meant?' if close else f' {way_out}'}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", rest):
         return _unknown(_full_name(f"{key.rpartition('.')[2]}.{nested[1]}", arguments, known), known, plugins)
     if missing := re.search(r"Problem with given class_path '([^']*)': (.*?)(?: - Expected an? NoneType\b.*)?$", rest):
-        return f"{option} {missing[1]}: {missing[2]}{_close_in_module(missing[2])}"
+        return f"{option} {missing[1]}: {missing[2]}{close_in_module(missing[2])}"
+    if file := re.search(r"(?:Expected a path but|in sub-config file) ([^\s:]+)", rest):
+        return f"{option} {file[1]}: is no class, and no YAML file that names one"
     if inner_problem := _inside_union(rest, option):
         return inner_problem
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value:(.*)", rest):
@@ -176,37 +178,6 @@ def _inside_union(text: str, option: str) -> str:
     return f"{option}: {problem}{whose}" if problem else ""
 
 
-def _close_classes(name: str, kind: str, plugins: Collection[str]) -> list[str]:
-    """The class that a misspelt name comes closest to, with the word for its kind or without; at most one.
-
-    Example:
-        >>> _close_classes("Wnda", "scorer", ["WandaScorer", "RIAScorer"])
-        ['WandaScorer']
-        >>> _close_classes("SparseGPT", "solver", ["SparseGPTSolver", "SparseGPTScorer"])
-        ['SparseGPTSolver']
-    """
-    # Of two with the same stem the last one counts.
-    whole = {
-        re.sub(r"[A-Z][a-z]+$", "", one): one for one in sorted(plugins, key=lambda one: one.lower().endswith(kind))
-    }
-    found = get_close_matches(name, [*plugins, *filter(None, whole)], n=1, cutoff=0.8)
-    return [whole.get(one, one) for one in found]
-
-
-def _close_in_module(problem: str) -> str:
-    """What a class may be meant to be that a module has not, to go on with a sentence; empty where nothing is close.
-
-    Example:
-        >>> _close_in_module("module 'pathlib' has no attribute 'Paht'")
-        '; is pathlib.Path meant?'
-    """
-    lacks = re.fullmatch(r"module '([\w.]+)' has no attribute '(\w+)'", problem)
-    if not lacks or lacks[1] not in sys.modules:
-        return ""
-    classes = [name for name, value in vars(sys.modules[lacks[1]]).items() if isinstance(value, type)]
-    return "".join(f"; is {lacks[1]}.{name} meant?" for name in get_close_matches(lacks[2], classes, n=1))
-
-
 def _unknown(option: str, known: Collection[str], plugins: Plugins, arguments: Sequence[str] = ()) -> str:
     """One line about an unknown option; of what stands inside the value of one that another class takes, about that.
 
@@ -239,8 +210,8 @@ def hint(option: str, known: Collection[str], plugins: Plugins) -> str:
         >>> hint("--pruning.solver.damping", [], {"ALPSSolver": ["damping"]})
         ' of the class in use; ALPSSolver takes it'
     """
-    option = _with_close_section(option, known)
-    if option in known:
+    given, option = option, _with_close_section(option, known)
+    if option in known and option != given:
         return f"; is {option} meant?"
     wanted = option.removeprefix("--")
     meant = [candidate for candidate in known if candidate.endswith(f".{wanted}") or _is_short_for(wanted, candidate)]

@@ -221,12 +221,12 @@ def classes_below(kind: Any) -> Iterator[Any]:
 
 
 def options_of_classes(kinds: Iterable[type]) -> dict[str, list[str]]:
-    """Name of each class of this package that is of one of these kinds -> options of its own.
+    """Name of each class that is of one of these kinds, the user's own among them -> options of its own.
 
     Args:
         kinds: Base classes of plugins.
     """
-    classes = [one for kind in kinds for one in classes_below(kind) if one.__module__.startswith("lvlm_prune.")]
+    classes = [one for kind in kinds for one in classes_below(kind)]
     return {one.__name__: list(inspect.signature(one).parameters) for one in classes if not inspect.isabstract(one)}
 
 

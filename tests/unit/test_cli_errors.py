@@ -101,6 +101,34 @@ def test_what_is_misspelt_is_told_how_it_is_meant(arguments, meant, capsys):
     assert line.endswith(end)
 
 
+@pytest.mark.parametrize("given", ["own.py", "./own.py", "own", "RowScale", "own:RowScale"])
+def test_a_file_and_a_bare_name_of_a_class_are_told_how_the_class_is_named(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "class Other(Pool):\n    pass\n\n\nclass RowScale(Solver):\n    a: int = {}  # no YAML: at all\n"
+    )
+    assert main(["prune", f"--pruning.solver={given}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --pruning.solver {given}: ")
+    assert line.endswith("; is own.RowScale meant?")
+    assert main(["prune", f"--data.source={given}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --data.source {given}: ")
+    assert "Pool" not in line
+    assert "Other" not in line
+
+
+def test_options_of_classes_of_the_users_own_are_told_how_they_are_meant(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "from lvlm_prune.methods import Scorer\n\n\nclass Curved(Scorer):\n"
+    text += "    def __init__(self, curvature: float = 1.0):\n        self.curvature = curvature\n\n"
+    text += "    def score(self, weight, statistic):\n        return weight.float()\n"
+    (tmp_path / "curved_scorer.py").write_text(text)
+    assert main(["prune", "--pruning.scorer=curved_scorer.Curved", "--pruning.scorer.curvatur=2"]) == 2
+    said = "error: --pruning.scorer.curvatur: unknown option; is --pruning.scorer.curvature meant?\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
