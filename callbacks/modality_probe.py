@@ -28,6 +28,7 @@ from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.tokens import Tokens
 from lvlm_prune.plugins import lazy_default, mounted, own_instance
 from lvlm_prune.pruning.calibration import BlockCalibration
+from lvlm_prune.pruning.faults import faults_end_the_run, refuse_faulty
 from lvlm_prune.pruning.options import refuse_modalities
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class ModalityProbe(PruneCallback):
             raise InputError("probing.images", images, "with --probing.texts 0 leaves no question")
         refuse_modalities(visual, "probing.visual")
         scorer = own_instance(scorer)
+        with mounted(probing=self):
+            refuse_faulty(scorer=scorer)
         if scorer.statistic is None:
             raise InputError(
                 "probing.scorer", type(scorer).__name__, "uses no calibration tokens, so pools do not matter"
@@ -145,6 +148,7 @@ class ModalityProbe(PruneCallback):
         self._drift: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._diversity: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
 
+    @faults_end_the_run()
     def on_survey_batch_end(
         self, trainer: RunTrainer, pl_module: LVLMModule, block: Block, sample: Activations
     ) -> None:
@@ -183,6 +187,7 @@ class ModalityProbe(PruneCallback):
         singular = scaled_to_one(singular_contributions(attention))
         self._curves[self._curve_of[number]].append((_by_rank(received), _by_rank(singular)))
 
+    @faults_end_the_run()
     def on_survey_block_end(self, trainer: RunTrainer, pl_module: LVLMModule, block: Block) -> None:
         """Sum over processes, make both masks, compare them."""
         devices = {name: linear.weight.device for name, linear in block.linears.items()}

@@ -5,19 +5,18 @@ on_calibration_batch_end  the pool selects tokens; they are added, candidates ar
 on_block_calibrated       the pool says how many candidates count; score, mask, new weights
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from lvlm_prune.blocks import Target
 from lvlm_prune.callbacks.base import PruneCallback
-from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.errors import InputError
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.methods.allocation import Allocation, UniformAllocation
-from lvlm_prune.methods.contract import PluginFault, try_scorer
+from lvlm_prune.methods.contract import checked_targets
 from lvlm_prune.methods.pools import AsymmetricPool, Pool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
@@ -27,6 +26,7 @@ from lvlm_prune.output.summaries import readable_count
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class, refuse_lost_arguments
 from lvlm_prune.pruning.block import BlockPruner, refuse_broken, solver_of
 from lvlm_prune.pruning.calibration import BlockCalibration
+from lvlm_prune.pruning.faults import faults_end_the_run, refuse_faulty
 from lvlm_prune.pruning.input_zeros import zeros_line, zeros_of_input
 from lvlm_prune.pruning.lines import rare_experts_line, skipped_line
 from lvlm_prune.pruning.naming import folder_label, method_name
@@ -187,7 +187,8 @@ class BlockwisePruning(PruneCallback):
         refuse_widths(self.pattern, self.shapes)
         self._refuse_nothing()
         with mounted(**{self.section: self}):
-            self._refuse_faults()
+            refuse_lost_arguments(**{self.section: self})
+            refuse_faulty(scorer=self.scorer, solver=self.chosen_solver, allocation=self.allocation, pool=self.pool)
             self.allocation.use_method(self.chosen_solver, self.pattern, self.sparsity)
             self.allocation.check(self.shapes, self.sparsity)
             if not self.allocation.wants_survey:
@@ -203,19 +204,14 @@ class BlockwisePruning(PruneCallback):
                 return
         raise InputError("pruning.sparsity", self.sparsity, "prunes nothing: less than one weight of those compared")
 
-    def _refuse_faults(self) -> None:
-        """Refuse plugins that no record could tell, and a scorer whose scores would not be one for each weight."""
-        refuse_lost_arguments(**{self.section: self})
-        try:
-            try_scorer(self.scorer)
-        except PluginFault as fault:
-            raise ValueError(f"`scorer` {plugin_class(self.scorer).__name__}: {fault}") from None
-
+    @faults_end_the_run()
     def allocate(self) -> None:
         """Deal the sparsity out over the Linears; after the survey where the allocation wants one."""
         in_decoder = {name: shape for name, shape in self.shapes.items() if name not in self._in_towers}
         self.targets = dict.fromkeys(self.shapes, self.sparsity_of("vision"))
-        self.targets |= self.allocation.allocate(in_decoder, self.sparsity) if in_decoder else {}
+        if in_decoder:
+            dealt = self.allocation.allocate(dict(in_decoder), self.sparsity)
+            self.targets |= checked_targets(self.allocation, dealt, in_decoder, self.sparsity, self.pattern.levels)
 
     def mean_target(self) -> float:
         """Target sparsity over all weights that are pruned."""
@@ -285,15 +281,16 @@ class BlockwisePruning(PruneCallback):
                 block.index, self._targets, self.pool, statistic, self.record, example, self.visual
             )
 
+    @faults_end_the_run()
     def on_calibration_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """Add the tokens that the pool selects; hold its candidates."""
         if self._calibration is not None:
             tokens = sample.tokens(self.visual, self.pool.needs, asked_by=plugin_class(self.pool).__name__)
-            with _faults_end_the_run():
-                self._calibration.add(sample, tokens)
+            self._calibration.add(sample, tokens)
 
+    @faults_end_the_run()
     def on_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Finish the statistics, then score, mask and overwrite each Linear's weight; each process does its share.
 
@@ -319,14 +316,15 @@ class BlockwisePruning(PruneCallback):
             self._prune(trainer, block, self._targets)
             self._record(trainer)
 
+    @faults_end_the_run()
     def on_site_calibration_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
         """Add the tokens that the pool chose in the first pass."""
         assert isinstance(self._calibration, SiteCalibration)
-        with _faults_end_the_run():
-            self._calibration.add_site(sample)
+        self._calibration.add_site(sample)
 
+    @faults_end_the_run()
     def on_site_calibrated(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, names: Sequence[str]
     ) -> None:
@@ -348,8 +346,7 @@ class BlockwisePruning(PruneCallback):
             problem = f"{why}: nothing would be pruned at block {block.index}"
             raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
         targets = {name: self.targets[self._targets[name]] for name in names}
-        with _faults_end_the_run():
-            self._pruner.prune(block, targets, calibration, trainer.run.processes)
+        self._pruner.prune(block, targets, calibration, trainer.run.processes)
 
     def _record(self, trainer: "RunTrainer") -> None:
         """Keep what was asked for of the block's calibration, and let go of it."""
@@ -387,12 +384,3 @@ class BlockwisePruning(PruneCallback):
 def _devices(block: Block) -> dict[str, torch.device]:
     """Where each matrix is, and its statistic is to be."""
     return {name: matrix.weight.device for name, matrix in block.matrices().items()}
-
-
-@contextmanager
-def _faults_end_the_run() -> Iterator[None]:
-    """A plugin that breaks its contract ends the run in one line, before its block is written."""
-    try:
-        yield
-    except PluginFault as fault:
-        raise RunError(str(fault)) from None

@@ -26,6 +26,7 @@ from lvlm_prune.output.progress import readable_time
 from lvlm_prune.output.units import readable_percent
 from lvlm_prune.plugins import plugin_class
 from lvlm_prune.pruning.calibration import BlockCalibration
+from lvlm_prune.pruning.faults import faults_end_the_run
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -115,6 +116,7 @@ class PluginSurvey(PruneCallback):
         wanted = any(plugin.wants_survey_statistics for plugin in self.surveyors.values())
         return wanted and self.pruning.wants_activations
 
+    @faults_end_the_run()
     def on_survey_calibration_batch_end(
         self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block, sample: Activations
     ) -> None:
@@ -123,6 +125,7 @@ class PluginSurvey(PruneCallback):
         tokens = sample.tokens(self.pruning.visual, pool.needs, asked_by=plugin_class(pool).__name__)
         self._calibration_of(block).add(sample, tokens)
 
+    @faults_end_the_run()
     def on_survey_block_calibrated(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Add up the statistics of the block over all processes."""
         devices = {name: linear.weight.device for name, linear in block.linears.items()}

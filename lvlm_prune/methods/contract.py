@@ -1,11 +1,15 @@
 """What a plugin answers is what its kind promises: looked at in every run, and in small by `methods.testing`."""
 
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from lvlm_prune.methods.tokens import Selection, Tokens
+from lvlm_prune.methods.patterns import Group
+from lvlm_prune.methods.statistics import Statistic
+from lvlm_prune.methods.tokens import NEEDS, Selection, Tokens
 
 
 class PluginFault(TypeError):
@@ -63,9 +67,14 @@ def checked_score(scorer: Any, score: Any, weight: Tensor, dtypes: tuple[torch.d
     """The same scores, one for each weight.
 
     Raises:
-        PluginFault: They have another shape, which would be broadcast and prune other weights than were meant.
+        PluginFault: They have another shape, which would be broadcast and prune other weights than were meant, or some
+            are NaN (looked for on a CPU; a GPU would be waited for).
     """
-    return checked(score, weight, f"{name_of(scorer)}.score", dtypes)
+    where = f"{name_of(scorer)}.score"
+    checked(score, weight, where, dtypes)
+    if score.device.type == "cpu" and (broken := int(score.isnan().count_nonzero())):
+        raise PluginFault(f"{where}: NaN for {broken:,} of {score.numel():,} weights")
+    return score
 
 
 def checked_solution(solver: Any, solution: Any, weight: Tensor) -> Any:
@@ -77,7 +86,20 @@ def checked_solution(solver: Any, solution: Any, weight: Tensor) -> Any:
     where = f"{name_of(solver)}.solve"
     checked(solution.mask, weight, f"{where}, mask", (torch.bool,))
     checked(solution.weight, weight, f"{where}, weight", FLOATS)
+    refuse_no_plain_data(f"{where}, notes", solution.notes)
     return solution
+
+
+def refuse_no_plain_data(where: str, value: Any) -> None:
+    """Refuse what cannot stand in the manifest.
+
+    Raises:
+        PluginFault: It is no plain data, or has NaN or infinity in it, which JSON does not know.
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PluginFault(f"{where}: {value!r} is no plain data for the manifest ({error})") from None
 
 
 def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
@@ -93,6 +115,86 @@ def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
     if selection.candidates is not None and selection.candidates.dtype != torch.int64:
         raise PluginFault(f"{where}, candidates: {said(selection.candidates)}, expected int64 indices of tokens")
     return selection
+
+
+def checked_cutoffs(pool: Any, found: Any, samples: int, is_held: bool) -> list[int]:
+    """How many candidates count, as the pool said: a whole number for each sample of this process.
+
+    Args:
+        pool: The pool.
+        found: What it answered.
+        samples: Number of samples.
+        is_held: Whether any of them has candidates; else the pool need not answer.
+
+    Raises:
+        PluginFault: A number is missing, or none.
+    """
+    if (len(found) == samples or not (found or is_held)) and all(isinstance(k, int) and k >= 0 for k in found):
+        return found
+    raise PluginFault(f"{name_of(pool)}.cutoffs: {found} for {samples} samples, expected a whole number for each")
+
+
+def checked_targets(
+    allocation: Any, dealt: Any, shapes: Mapping[str, tuple[int, int]], sparsity: float, levels: Sequence[float] = ()
+) -> dict[str, float]:
+    """The same target sparsities, one for each Linear.
+
+    Args:
+        allocation: The allocation.
+        dealt: What it answered.
+        shapes: Full name of each Linear -> (C_out, C_in).
+        sparsity: What their mean over all weights is to be.
+        levels: Of the pattern; empty where a Linear can have any sparsity.
+
+    Raises:
+        PluginFault: One is missing, is no number between 0 and 1 or none of the levels, or the mean is another one.
+    """
+    where = f"{name_of(allocation)}.allocate"
+    if list(dealt) != list(shapes):
+        odd = next((name for name in [*shapes, *dealt] if (name in shapes) != (name in dealt)), "another order")
+        raise PluginFault(f"{where}: {odd}, expected a sparsity for each Linear, in their order")
+    for name, value in dealt.items():
+        if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise PluginFault(f"{where}: {value!r} for {name}, expected a number between 0 and 1")
+        if levels and value not in (0.0, *levels):
+            raise PluginFault(f"{where}: {value!r} for {name}, expected 0 or one of {', '.join(map(str, levels))}")
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    mean = sum(dealt[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    if mean < sparsity - 1e-6 or (not levels and mean > sparsity + 1e-6):
+        problem = f"{sparsity:g} or more" if levels else f"the target {sparsity:g}"
+        raise PluginFault(f"{where}: a mean of {mean:.6g} over all weights, expected {problem}")
+    return dealt
+
+
+def refuse_misdeclared(plugin: Any, kind: type) -> None:
+    """Refuse a class that says something of itself which its base class does not take.
+
+    Any text is true, and what is needed under a name that there is not is never there.
+
+    Args:
+        plugin: The object.
+        kind: Its base class, whose attributes are looked at.
+
+    Raises:
+        PluginFault: An attribute is of another type, or has a value that there is not.
+    """
+    declared = {name: default for base in kind.__mro__ for name, default in vars(base).items() if name[0] != "_"}
+    for name, default in declared.items():
+        if name not in ("statistic", "group") and not isinstance(default, (bool, str, frozenset)):
+            continue
+        value, expected = getattr(plugin, name), type(default).__name__
+        if name == "statistic":
+            fits = value is None or (isinstance(value, type) and issubclass(value, Statistic))
+            expected = "the class of a Statistic, or None"
+        elif name == "group":
+            fits, expected = value in get_args(Group), " or ".join(get_args(Group))
+        elif isinstance(default, frozenset):
+            fits = isinstance(value, (set, frozenset)) and value <= NEEDS
+            expected = f"a set of some of {', '.join(sorted(NEEDS))}"
+        else:
+            fits = isinstance(value, type(default))
+        if not fits:
+            raise PluginFault(f"{name_of(plugin)}.{name}: {value!r}, expected {expected}")
 
 
 def checked_sums(statistic: Any, channels: int) -> list[Tensor]:

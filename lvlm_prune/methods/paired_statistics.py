@@ -98,6 +98,7 @@ class ByModality(Statistic):
     """
 
     takes_visual: ClassVar[bool] = True
+    energy: ClassVar[str] = Gram.energy
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", kind: type[Statistic] = Gram) -> None:
         self._channels, self._device, self._kind = channels, device, kind

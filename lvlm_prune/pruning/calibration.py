@@ -17,7 +17,7 @@ from torch import Tensor
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import Activations, SampleRow, SiteInput
-from lvlm_prune.methods.contract import checked_selection, checked_sums
+from lvlm_prune.methods.contract import checked_cutoffs, checked_selection, checked_sums
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
@@ -128,7 +128,7 @@ class BlockCalibration:
             called = (site.name for site in sample.site_inputs() if site.repeats > 0)
             names = [name for site in called for name in sample.sites[site] if name in self.targets]
             answers = self.pool.select_each(tokens, names)
-            own = {name: checked_selection(self.pool, answers[name], tokens) for name in names}
+            own = {name: checked_selection(self.pool, answers.get(name), tokens) for name in names}
         else:
             shared = checked_selection(self.pool, self.pool.select(tokens), tokens)
         for selection in own.values() if shared is None else [shared]:
@@ -237,7 +237,8 @@ class BlockCalibration:
         Raises:
             RunError: A sum is NaN or infinite; names the Linears and the sample.
         """
-        cutoffs = self.pool.cutoffs(processes.sum)
+        is_held = bool(self._held or self._held_routed)
+        cutoffs = checked_cutoffs(self.pool, self.pool.cutoffs(processes.sum), len(self._samples), is_held)
         for key, order, held, repeats in self._held:
             if count := cutoffs[order] * repeats:
                 self._sum_up(key, held.some(slice(count)), order)

@@ -13,6 +13,7 @@ import torch
 
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.loop.activations import Activations
+from lvlm_prune.methods.contract import checked_cutoffs
 from lvlm_prune.methods.tokens import Tokens
 from lvlm_prune.pruning.calibration import BlockCalibration, Chosen
 
@@ -40,7 +41,9 @@ class SiteCalibration(BlockCalibration):
         Returns:
             As `BlockCalibration.finish`.
         """
-        cutoffs = self.pool.cutoffs(processes.sum)
+        selections = [one for kept in self._kept for one in (kept.shared, *kept.own.values()) if one is not None]
+        is_held = any(one.candidates is not None for one in selections)
+        cutoffs = checked_cutoffs(self.pool, self.pool.cutoffs(processes.sum), len(self._samples), is_held)
         self._kept = [
             Chosen(
                 None if chosen.shared is None else chosen.shared.settled(count),

@@ -93,7 +93,7 @@ def test_each_site_is_factorised_once(monkeypatch):
     factorise, calls = torch.linalg.cholesky_ex, []
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args, **out: calls.append(1) or factorise(*args, **out))
     # The small weight on which a scorer is tried before the run is not counted.
-    monkeypatch.setattr("lvlm_prune.callbacks.pruning.try_scorer", lambda scorer: None)
+    monkeypatch.setattr("lvlm_prune.pruning.faults.try_scorer", lambda scorer: None)
     lvlm_prune.prune(golden_model(), SOURCE, BlockwisePruning(pool=MixedPool(), scorer=SparseGPTScorer()))
     assert len(calls) == 4 * 4  # q/k/v, o, gate/up, down; 28 Linears
 

@@ -53,8 +53,10 @@ def test_the_solver_keeps_its_contract_and_prunes(mine, golden_arguments, tmp_pa
     assert manifest["blocks"][0]["forwards"] == 3 * manifest["calibration"]["num_samples"]
 
 
-SHAPELESS = """
-from lvlm_prune.methods import Scorer
+FAULTY = """
+import torch
+
+from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Selection, Solution, Solver
 
 
 class ColumnScorer(Scorer):
@@ -68,24 +70,93 @@ class LaterScorer(Scorer):
     def score(self, weight, statistic):
         score = weight.float().abs()
         return score if weight.shape[1] == 128 else score[:1]
+
+
+class LaterNaN(Scorer):
+    def score(self, weight, statistic):
+        score = weight.float().abs()
+        return score if weight.shape[1] == 128 else score.where(score < score.mean(), torch.nan)
+
+
+class NamedStatistic(Scorer):
+    statistic = "Gram"
+
+    def score(self, weight, statistic):
+        return weight.float().abs()
+
+
+class NeedsText(Saliency):
+    needs = "outputs"
+
+    def __call__(self, tokens):
+        return tokens.hidden_out[tokens.visual].float().norm(dim=-1)
+
+
+class ShortCutoffs(Pool):
+    def select(self, tokens, linear=None):
+        return Selection(tokens.text, candidates=tokens.visual_index)
+
+    def cutoffs(self, sum_over_processes):
+        return [1]
+
+    def held_tokens(self, text, visual):
+        return visual
+
+
+class OwnChoices(Pool):
+    per_linear = True
+
+    def select(self, tokens, linear=None):
+        return Selection(tokens.text)
+
+    def select_each(self, tokens, linears):
+        return {}
+
+
+class TensorNotes(Solver):
+    statistic = None
+
+    def solve(self, problem):
+        mask = problem.pattern.mask(problem.weight.float().abs(), problem.sparsity, self.group)
+        return Solution(problem.weight.masked_fill(mask, 0.0), mask, {"share": mask.float().mean()})
+
+
+class TooMuch(Allocation):
+    def allocate(self, shapes, sparsity):
+        return dict.fromkeys(shapes, sparsity + 0.1)
 """
+BEFORE = ("ColumnScorer", "NamedStatistic", "NeedsText", "TooMuch")
+"""What shows before the run is refused before there is a folder."""
 
 
 @pytest.mark.parametrize(
-    ("verb", "scorer", "said"),
+    ("option", "plugin", "said"),
     [
-        ("prune", "ColumnScorer", r"--pruning.scorer ColumnScorer: ColumnScorer.score: float32 of shape \(128,\), exp"),
-        ("prune", "LaterScorer", r"LaterScorer.score: float32 of shape \(1, \d+\), expected float32 of shape"),
+        (
+            "scorer",
+            "ColumnScorer",
+            r"--pruning.scorer ColumnScorer: ColumnScorer.score: float32 of shape \(128,\), exp",
+        ),
+        ("scorer", "LaterScorer", r"LaterScorer.score: float32 of shape \(1, \d+\), expected float32 of shape"),
+        ("scorer", "LaterNaN", r"LaterNaN.score: NaN for [\d,]+ of [\d,]+ weights"),
+        ("scorer", "NamedStatistic", r"--pruning.scorer .*\.statistic: 'Gram', expected the class of a Statistic"),
+        ("pool.saliency", "NeedsText", r"--pruning.pool.saliency .*\.needs: 'outputs', expected a set of some of "),
+        ("pool", "ShortCutoffs", r"ShortCutoffs.cutoffs: \[1\] for \d+ samples, expected a whole number for each"),
+        ("pool", "OwnChoices", r"OwnChoices.select: NoneType, expected a Selection"),
+        ("solver", "TensorNotes", r"TensorNotes.solve, notes: .* is no plain data for the manifest"),
+        ("allocation", "TooMuch", r"TooMuch.allocate: a mean of 0.6 over all weights, expected the target 0.5"),
     ],
 )
-def test_scores_of_the_wrong_shape_end_in_one_line(verb, scorer, said, golden_arguments, tmp_path, monkeypatch, capsys):
-    """They would be broadcast, prune other weights than were meant, and fail when the whole run is verified."""
-    (tmp_path / "shapeless.py").write_text(SHAPELESS)
+def test_a_broken_contract_ends_a_run_in_one_line(
+    option, plugin, said, golden_arguments, tmp_path, monkeypatch, capsys
+):
+    """Scores of another shape would be broadcast, prune other weights than were meant, and fail in the end."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main([verb, *golden_arguments[1:], f"--pruning.scorer=shapeless.{scorer}", "--output=out"]) == 2
-    sys.modules.pop("shapeless", None)
+    options = [f"--pruning.{option}=faulty.{plugin}", "--pruning.sparsity=0.5", "--output=out", "--evaluate=false"]
+    assert main([*golden_arguments, *options]) == 2
+    sys.modules.pop("faulty", None)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(said, line)
-    # What shows on small weights already is refused before there is a folder.
-    assert (tmp_path / "out").exists() == (scorer == "LaterScorer")
+    assert (tmp_path / "out").exists() == (plugin not in BEFORE)

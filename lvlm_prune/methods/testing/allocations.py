@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from lvlm_prune.methods.allocation.base import Allocation
-from lvlm_prune.methods.contract import PluginFault, name_of
+from lvlm_prune.methods.contract import PluginFault, checked_targets, name_of, refuse_misdeclared
 from lvlm_prune.methods.patterns import SemiStructured, SemiStructuredChoice
 from lvlm_prune.methods.scorers import MagnitudeScorer
 from lvlm_prune.methods.statistics import Gram
 from lvlm_prune.methods.survey import SumOverProcesses, Surveyor
+from lvlm_prune.methods.testing.promises import check_refusal, tensors_of, unchanged
 from lvlm_prune.methods.testing.samples import (
     CHANNELS,
     LINEAR,
@@ -40,25 +41,22 @@ _PATTERNS = (
 
 def check_allocation(make: Callable[[], Allocation]) -> None:
     """See `check_plugin`."""
+    refuse_misdeclared(make(), Allocation)
     findings = check_survey(make) if make().wants_survey else None
     where = f"{name_of(make())}.allocate"
     for target in _TARGETS:
         allocation = make()
         try:
             allocation.check(_SHAPES, target)
-        except ValueError:
+        except ValueError as error:
+            check_refusal(allocation, error)
             continue
         if findings is not None:
             allocation.use_survey(findings)
-        dealt = allocation.allocate(_SHAPES, target)
-        if list(dealt) != list(_SHAPES):
-            raise PluginFault(f"{where}: {list(dealt)}, expected a sparsity for each Linear, in their order")
-        if not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in dealt.values()):
-            raise PluginFault(f"{where}: {list(dealt.values())}, expected numbers between 0 and 1")
-        sizes = {name: rows * columns for name, (rows, columns) in _SHAPES.items()}
-        mean = sum(dealt[name] * size for name, size in sizes.items()) / sum(sizes.values())
-        if abs(mean - target) > 1e-6:
-            raise PluginFault(f"{where}: a mean of {mean:.6g} over all weights, expected the target {target:g}")
+        dealt = allocation.allocate(shapes := dict(_SHAPES), target)
+        if shapes != _SHAPES:
+            raise PluginFault(f"{where}: changes `shapes`, which others still need")
+        checked_targets(allocation, dealt, _SHAPES, target)
         if allocation.uniform and set(dealt.values()) != {target}:
             raise PluginFault(f"{where}: {list(dealt.values())}, but `uniform` is True")
         if dealt != allocation.allocate(_SHAPES, target):
@@ -80,14 +78,7 @@ def _check_levels(make: Callable[[], Allocation]) -> None:
         allocation = prepared()
         if findings is not None:
             allocation.use_survey(findings)
-        dealt = allocation.allocate(_SHAPES, target)
-        where = f"{name_of(allocation)}.allocate under {pattern}"
-        if not set(dealt.values()) <= {0.0, *pattern.levels}:
-            raise PluginFault(f"{where}: {list(dealt.values())}, expected 0 or some of {pattern.levels}")
-        sizes = {name: rows * columns for name, (rows, columns) in _SHAPES.items()}
-        mean = sum(dealt[name] * size for name, size in sizes.items()) / sum(sizes.values())
-        if mean < target - 1e-6:
-            raise PluginFault(f"{where}: a mean of {mean:.6g} over all weights, expected {target:g} or more")
+        checked_targets(allocation, allocation.allocate(_SHAPES, target), _SHAPES, target, pattern.levels)
 
 
 def check_survey(make: Callable[[], Any]) -> Mapping[str, Any]:
@@ -134,21 +125,26 @@ def _survey_blocks(
         remaining = FewBlocks(linears, samples, answers)
         if turn == 0 and plugin.wants_survey_losses:
             plugin.survey_cost({block: list(linears) for block in _BLOCKS[place:]}, len(samples))
-        plugin.survey_block_start(block, linears, remaining)
+        weights, where = [linear.weight for linear in linears.values()], f"{name_of(plugin)}.survey"
+        with unchanged(f"{where}_block_start", linears=weights):
+            plugin.survey_block_start(block, linears, remaining)
         if plugin.wants_survey_statistics:
             # Summed over all processes already, so that of every sample.
             statistic = Gram(CHANNELS)
             for sample in range(_SAMPLES):
                 statistic.add(_inputs(sample, 8), torch.ones(8, dtype=torch.bool))
-            plugin.survey_block_changes(block, linears, dict.fromkeys(linears, statistic), remaining)
+            with unchanged(f"{where}_block_changes", linears=weights, statistics=statistic.tensors()):
+                plugin.survey_block_changes(block, linears, dict.fromkeys(linears, statistic), remaining)
         for sample in samples:
             tokens = make_tokens(sample, needs=plugin.survey_needs)
             inputs = {name: _inputs(sample, len(tokens.visual)) for name in linears}
             if "outputs" in plugin.survey_needs:
                 outputs = {name: inputs[name] @ linear.weight.detach().T for name, linear in linears.items()}
                 tokens = replace(tokens, outputs=outputs)
-            plugin.survey_sample(block, tokens, inputs)
-        plugin.survey_block_end(block, linears, sum_over_processes)
+            with unchanged(f"{where}_sample", inputs=inputs.values(), **tensors_of(tokens)):
+                plugin.survey_sample(block, tokens, inputs)
+        with unchanged(f"{where}_block_end", linears=weights):
+            plugin.survey_block_end(block, linears, sum_over_processes)
 
 
 def _linears(place: int) -> dict[str, nn.Linear]:

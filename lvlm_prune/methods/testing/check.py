@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from lvlm_prune.methods.allocation.base import Allocation
 from lvlm_prune.methods.contract import PluginFault, name_of
@@ -60,7 +63,8 @@ def check_plugin(plugin: Any) -> None:
     if isinstance(plugin, type):
         if not issubclass(plugin, Statistic):
             raise TypeError(f"{plugin.__name__} is a class: give an object of it, made with its arguments")
-        check_statistic(plugin)
+        with _on_small_examples(plugin.__name__):
+            check_statistic(plugin)
         return
     check = next((check for kind, check in _CHECKS.items() if isinstance(plugin, kind)), None)
     if check is None:
@@ -70,7 +74,21 @@ def check_plugin(plugin: Any) -> None:
     for value in arguments.values():
         if isinstance(value, tuple(_CHECKS)):
             check_plugin(value)
-    check(lambda: type(plugin)(**arguments))
+    with _on_small_examples(name_of(plugin)):
+        check(lambda: type(plugin)(**arguments))
+
+
+@contextmanager
+def _on_small_examples(name: str) -> Iterator[None]:
+    """Within, a plugin is asked as in a run, without gradients; any error of it is a fault in one line."""
+    try:
+        with torch.no_grad():
+            yield
+    except PluginFault:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise PluginFault(f"{name}: fails on a small example ({type(error).__name__}: {said})") from error
 
 
 def check_arguments(plugin: Any) -> dict[str, Any]:

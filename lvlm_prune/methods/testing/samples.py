@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lvlm_prune.methods.patterns import Pattern, SemiStructured, Unstructured
 from lvlm_prune.methods.survey import SumOverProcesses
 from lvlm_prune.methods.tokens import ATTENTION_NEEDS, Tokens
 
@@ -17,6 +18,13 @@ LINEAR = "mlp.up_proj"
 
 WIDTH = 16
 CHANNELS = 24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS: tuple[tuple[Pattern, float], ...] = (
+    (Unstructured(), 0.5),
+    (Unstructured(), 0.3),
+    (SemiStructured(2, 4), 0.5),
+    (SemiStructured(4, 8), 0.5),
+)
 
 Answer = TypeVar("Answer")
 

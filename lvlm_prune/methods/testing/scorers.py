@@ -2,51 +2,72 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvlm_prune.methods.contract import PluginFault, checked, checked_score, checked_sums, name_of, said
-from lvlm_prune.methods.patterns import Pattern, SemiStructured, Unstructured, ZeroCount
-from lvlm_prune.methods.scorers.base import Scorer
-from lvlm_prune.methods.statistics import Statistic
-from lvlm_prune.methods.testing.samples import CHANNELS, make_weight
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PATTERNS: tuple[tuple[Pattern, float], ...] = (
-    (Unstructured(), 0.5),
-    (Unstructured(), 0.3),
-    (SemiStructured(2, 4), 0.5),
-    (SemiStructured(4, 8), 0.5),
+from lvlm_prune.methods.contract import (
+    PluginFault,
+    checked,
+    checked_score,
+    checked_sums,
+    name_of,
+    refuse_misdeclared,
+    said,
 )
+from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount
+from lvlm_prune.methods.scorers.base import Scorer
+from lvlm_prune.methods.statistics import ChannelNorm, Statistic
+from lvlm_prune.methods.testing.promises import (
+    check_notes,
+    check_numbers,
+    check_refusal,
+    check_zeros,
+    unchanged,
+)
+from lvlm_prune.methods.testing.samples import CHANNELS, DTYPES, PATTERNS, make_weight
+
 _SHAPES = ((8, CHANNELS), (40, CHANNELS))
 
 
 def check_scorer(make: Callable[[], Scorer]) -> None:
     """See `check_plugin`."""
-    kind = make().statistic
-    if kind is not None:
+    refuse_misdeclared(make(), Scorer)
+    if (kind := make().statistic) is not None:
         check_statistic(kind)
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         for shape in _SHAPES:
             _check_score(make, make_weight(*shape, dtype))
     _check_rows(make)
-    for pattern, sparsity in _PATTERNS:
-        scorer = make()
-        try:
-            scorer.check(pattern)
-        except ValueError as error:
-            _refusal(scorer, "check", error)
-            continue
-        for dtype in _DTYPES:
+    for pattern, sparsity in taken_patterns(make):
+        for dtype in DTYPES:
             for shape in _SHAPES:
-                _check_prune(scorer, make_weight(*shape, dtype), pattern, sparsity)
-    _check_plan(make())
+                _check_prune(make(), make_weight(*shape, dtype), pattern, sparsity)
+    check_numbers(make(), {"working_bytes": make().working_bytes((64, CHANNELS), 2), "cost": make().cost(64, CHANNELS)})
+
+
+def taken_patterns(make: Callable[[], Any]) -> Iterator[tuple[Pattern, float]]:
+    """Patterns that a scorer or a solver does not refuse, each with a sparsity.
+
+    Raises:
+        PluginFault: There is none, or a refusal names no argument.
+    """
+    taken = 0
+    for pattern, sparsity in PATTERNS:
+        plugin = make()
+        try:
+            plugin.check(pattern)
+        except ValueError as error:
+            check_refusal(plugin, error)
+            continue
+        taken += 1
+        yield pattern, sparsity
+    if not taken:
+        refused = ", ".join(dict.fromkeys(str(pattern) for pattern, _ in PATTERNS))
+        raise PluginFault(f"{name_of(make())}.check: refuses all patterns ({refused}), so that nothing can be pruned")
 
 
 def filled(kind: type[Statistic] | None) -> Statistic | None:
@@ -57,6 +78,13 @@ def filled(kind: type[Statistic] | None) -> Statistic | None:
     for seed in (0, 1):
         statistic.add(_inputs(seed), torch.ones(30, dtype=torch.bool), **_also(kind, seed))
     return statistic
+
+
+@contextmanager
+def left_alone(where: str, weight: Tensor, statistic: Statistic | None) -> Iterator[None]:
+    """Within, a plugin looks at a weight of the model, and at sums that other Linears of the site share."""
+    with unchanged(where, weight=weight, statistic=[] if statistic is None else statistic.tensors()):
+        yield
 
 
 def _also(kind: type[Statistic], seed: int) -> dict[str, Tensor]:
@@ -70,16 +98,12 @@ def _inputs(seed: int, count: int = 30, dtype: torch.dtype = torch.float32) -> T
 
 
 def _check_score(make: Callable[[], Scorer], weight: Tensor) -> None:
-    scorer, statistic, before = make(), filled(make().statistic), weight.clone()
-    sums = [] if statistic is None else [part.clone() for part in statistic.tensors()]
-    score = checked_score(scorer, scorer.score(weight, statistic), weight, (torch.float32,))
+    scorer, statistic = make(), filled(make().statistic)
     where = f"{name_of(scorer)}.score"
+    with left_alone(where, weight, statistic):
+        score = checked_score(scorer, scorer.score(weight, statistic), weight, (torch.float32,))
     if not torch.isfinite(score).all():
         raise PluginFault(f"{where}: NaN or infinity for a finite weight in {weight.dtype}")
-    if not torch.equal(weight, before):
-        raise PluginFault(f"{where}: changes the weight that it looks at")
-    if statistic is not None and not all(map(torch.equal, sums, statistic.tensors())):
-        raise PluginFault(f"{where}: changes the statistic, which other Linears of the site share")
     if not torch.equal(score, scorer.score(weight, statistic)) or not torch.equal(
         score, make().score(weight, statistic)
     ):
@@ -104,60 +128,41 @@ def _check_rows(make: Callable[[], Scorer]) -> None:
 
 
 def _check_prune(scorer: Scorer, weight: Tensor, pattern: Pattern, sparsity: float) -> None:
-    statistic, before, where = filled(scorer.statistic), weight.clone(), f"{name_of(scorer)}.prune"
-    pruned, mask = scorer.prune(weight, statistic, sparsity, pattern)
-    checked(mask, weight, f"{where}, mask", (torch.bool,))
-    checked(pruned, weight, f"{where}, weight", (weight.dtype,))
-    under = f"under {pattern} at {sparsity:g}"
-    if not torch.equal(weight, before):
-        raise PluginFault(f"{where}: changes the weight that it is given; return a new one")
-    gone = pruned[mask]
-    if gone.any() or gone.signbit().any():
-        raise PluginFault(f"{where}: not +0.0 everywhere where the mask is True {under}")
-    if not scorer.updates_weights and not torch.equal(pruned[~mask], weight[~mask]):
-        raise PluginFault(f"{where}: changes weights that stay, but `updates_weights` is False")
+    statistic, where = filled(scorer.statistic), f"{name_of(scorer)}.prune"
+    with left_alone(where, weight, statistic):
+        pruned, mask = scorer.prune(weight, statistic, sparsity, pattern)
+    check_pruned(scorer, where, weight, pruned, mask)
     expected = scorer.expected_zeros((weight.shape[0], weight.shape[1]), sparsity, pattern)
     if isinstance(pattern, SemiStructured):
         expected = [*expected, ZeroCount(pattern.group_size, pattern.group_size - pattern.keep)]
-    for count in expected:
-        zeros = count.of(pruned)
-        if (zeros < count.least).any() or (count.most is not None and (zeros > count.most).any()):
-            found, most = f"{int(zeros.min())} to {int(zeros.max())}", "" if count.most is None else f" to {count.most}"
-            problem = f"{found} zeros among {count.size} weights, {count.least}{most} are promised"
-            raise PluginFault(f"{where}: {problem} {under}")
-    _check_notes(scorer, statistic, mask, sparsity)
+    check_zeros(where, pruned, expected, f"under {pattern} at {sparsity:g}")
+    check_notes(scorer, f"{name_of(scorer)}.notes", scorer.notes(statistic, mask, sparsity))
 
 
-def _check_notes(scorer: Scorer, statistic: Statistic | None, mask: Tensor, sparsity: float) -> None:
-    notes = scorer.notes(statistic, mask, sparsity)
-    try:
-        json.dumps(notes, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise PluginFault(f"{name_of(scorer)}.notes: {notes!r} is no plain data for the manifest ({error})") from None
-    if not isinstance(scorer.summary({"layers.0.q_proj": notes} if notes else {}), str):
-        raise PluginFault(f"{name_of(scorer)}.summary: expected text")
+def check_pruned(plugin: Any, where: str, weight: Tensor, pruned: Tensor, mask: Tensor) -> None:
+    """A pruned weight and its mask fit the dense one.
 
-
-def _check_plan(scorer: Scorer) -> None:
-    for name, value in (
-        ("working_bytes", scorer.working_bytes((64, CHANNELS), 2)),
-        ("cost", scorer.cost(64, CHANNELS)),
-    ):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise PluginFault(f"{name_of(scorer)}.{name}: {value!r}, expected a number, 0 or larger")
-
-
-def _refusal(plugin: Any, where: str, error: ValueError) -> None:
-    """What is refused names an argument, as `mounted` reads it."""
-    if not re.match(r"`[^`]+` .*: ", str(error)):
-        problem = "a refusal begins with the argument in backticks, its value and a colon"
-        raise PluginFault(f"{name_of(plugin)}.{where}: {str(error)!r}; {problem}") from None
+    Raises:
+        PluginFault: By shape, dtype, what stands under the mask, or what changed beside it.
+    """
+    checked(mask, weight, f"{where}, mask", (torch.bool,))
+    checked(pruned, weight, f"{where}, weight", (weight.dtype,))
+    if not torch.isfinite(pruned).all():
+        raise PluginFault(f"{where}: NaN or infinity in the weight")
+    gone = pruned[mask]
+    if gone.any() or gone.signbit().any():
+        raise PluginFault(f"{where}: not +0.0 everywhere where the mask is True")
+    if not plugin.updates_weights and not torch.equal(pruned[~mask], weight[~mask]):
+        raise PluginFault(f"{where}: changes weights that stay, but `updates_weights` is False")
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 def check_statistic(kind: type[Statistic]) -> None:
     """See `check_plugin`."""
     statistic = kind(CHANNELS)
+    placed = {part.device.type for part in kind(CHANNELS, device="meta").tensors()}
+    if placed != {"meta"}:
+        raise PluginFault(f"{kind.__name__}.tensors: on {', '.join(placed)}, whatever `device` says")
     fresh = [part.clone() for part in checked_sums(statistic, CHANNELS)]
     if any(part.any() for part in fresh):
         raise PluginFault(
@@ -170,7 +175,7 @@ def check_statistic(kind: type[Statistic]) -> None:
         )
     if not kind.adding_bytes(30, CHANNELS, 2) >= 0:
         raise PluginFault(f"{kind.__name__}.adding_bytes: expected a number, 0 or larger")
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         statistic.add(_inputs(0, dtype=dtype), torch.ones(30, dtype=torch.bool))
     statistic.add(_inputs(0, count=0), torch.ones(0))
     checked_sums(statistic, CHANNELS)
@@ -178,9 +183,7 @@ def check_statistic(kind: type[Statistic]) -> None:
     _check_sums(kind)
     _check_more(kind)
     _check_inputs_stay(kind)
-    norms = statistic.squared_norms()
-    if norms is not None:
-        checked(norms, torch.empty(CHANNELS), f"{kind.__name__}.squared_norms", (torch.float64,))
+    _check_energy(kind)
 
 
 def _sums(kind: type[Statistic], *samples: tuple[Any, ...]) -> list[Tensor]:
@@ -241,12 +244,32 @@ def _check_more(kind: type[Statistic]) -> None:
 
 def _check_inputs_stay(kind: type[Statistic]) -> None:
     """What is added is the model's own: blocks without a norm in front hand their Linears the samples themselves."""
-    given: dict[str, Any] = {"inputs": _inputs(3), "weights": torch.ones(30, dtype=torch.bool), **_also(kind, 1)}
-    before = {name: value.clone() for name, value in given.items()}
-    kind(CHANNELS).add(**given | ({"counted": slice(None)} if kind.takes_counted else {}))
-    for name, value in before.items():
-        if not torch.equal(given[name], value):
-            raise PluginFault(f"{kind.__name__}.add: changes `{name}`, which the model still needs")
+    inputs, weights, also = _inputs(3), torch.ones(30, dtype=torch.bool), _also(kind, 1)
+    counted: dict[str, Any] = {"counted": slice(None)} if kind.takes_counted else {}
+    with unchanged(f"{kind.__name__}.add", inputs=inputs, weights=weights, **also):
+        kind(CHANNELS).add(inputs, weights, **also, **counted)
+
+
+def _check_energy(kind: type[Statistic]) -> None:
+    """What the sums are said to tell of the tokens, from which the report's errors are computed."""
+    inputs, counts, weight = _inputs(3), torch.arange(30) / 30, make_weight(8, CHANNELS)
+    statistic, known = kind(CHANNELS), ChannelNorm(CHANNELS)
+    statistic.add(inputs, counts, **_also(kind, 1))
+    known.add(inputs, counts)
+    norms, energy = statistic.squared_norms(), statistic.output_energy(weight)
+    if norms is not None:
+        checked(norms, known.value, f"{kind.__name__}.squared_norms", (torch.float64,))
+        if not torch.allclose(norms, known.value, rtol=1e-3):
+            problem = "expected the sum of the squared weighted inputs of each channel, or None"
+            raise PluginFault(f"{kind.__name__}.squared_norms: {norms[0]:g} for {known.value[0]:g}; {problem}")
+    outputs = (inputs * counts[:, None]) @ weight.T
+    diagonal = weight.square().sum(dim=0).double() @ known.value
+    if kind.energy not in ("exact", "diagonal"):
+        raise PluginFault(f"{kind.__name__}.energy: {kind.energy!r}, expected exact or diagonal")
+    expected = outputs.double().square().sum() if kind.energy == "exact" else diagonal
+    if energy is not None and not torch.allclose(energy.double(), expected, rtol=1e-3):
+        problem = f"{float(energy):g}, expected {float(expected):g} (`energy` is {kind.energy})"
+        raise PluginFault(f"{kind.__name__}.output_energy: {problem}")
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
@@ -255,10 +278,13 @@ def check_pattern(make: Callable[[], Pattern]) -> None:
     pattern, score = make(), make_weight(8, CHANNELS).abs()
     where = f"{name_of(pattern)}.mask"
     for sparsity in pattern.levels or (0.5,):
-        mask = checked(pattern.mask(score, sparsity), score, where, (torch.bool,))
+        with unchanged(where, score=score):
+            mask = checked(pattern.mask(score, sparsity), score, where, (torch.bool,))
         expected = pattern.expected_zeros((8, CHANNELS), sparsity)
-        zeros = expected.of(score.masked_fill(mask, 0.0))
-        if (zeros < expected.least).any() or (expected.most is not None and (zeros > expected.most).any()):
-            raise PluginFault(f"{where}: prunes {zeros.tolist()} per group, promised are {expected.least}")
+        check_zeros(where, score.masked_fill(mask, 0.0), [expected], f"at {sparsity:g}")
         if not torch.equal(mask, make().mask(score, sparsity)):
             raise PluginFault(f"{where}: another answer to the same question")
+        at = pattern.at(sparsity)
+        highest_gone = at.groups(score.masked_fill(~mask, 0.0)).amax(1)
+        if (highest_gone > at.groups(score.masked_fill(mask, torch.inf)).amin(1)).any():
+            raise PluginFault(f"{where}: a score goes that is higher than one that stays beside it; low scores go")

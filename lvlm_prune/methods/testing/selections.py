@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_prune.methods.contract import PluginFault, checked, checked_selection, name_of
+from lvlm_prune.methods.contract import (
+    PluginFault,
+    checked,
+    checked_cutoffs,
+    checked_selection,
+    name_of,
+    refuse_misdeclared,
+)
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.saliency.base import Saliency
 from lvlm_prune.methods.survey import SumOverProcesses
 from lvlm_prune.methods.testing.allocations import check_survey, survey_of
+from lvlm_prune.methods.testing.promises import check_numbers, tensors_of, unchanged
 from lvlm_prune.methods.testing.samples import CHANNELS, LINEAR, WIDTH, alone, make_tokens, on_two_processes
-from lvlm_prune.methods.tokens import NEEDS, Selection, Tokens
+from lvlm_prune.methods.tokens import Selection, Tokens
 
 _SIZES = ((6, 9), (5, 12), (7, 0), (0, 8), (3, 4))
 """Text and visual tokens of the samples."""
@@ -24,12 +32,13 @@ _SIZES = ((6, 9), (5, 12), (7, 0), (0, 8), (3, 4))
 def check_saliency(make: Callable[[], Saliency]) -> None:
     """See `check_plugin`."""
     saliency = make()
-    _check_needs(saliency)
+    refuse_misdeclared(saliency, Saliency)
     where = f"{name_of(saliency)}.__call__"
     for dtype in (torch.float32, torch.bfloat16):
         for seed, (text, visual) in enumerate(_SIZES):
             tokens = make_tokens(seed, text, visual, saliency.needs, dtype)
-            answer = checked(_asked(saliency, saliency, tokens), torch.empty(visual), where)
+            with unchanged(where, **tensors_of(tokens)):
+                answer = checked(_asked(saliency, saliency, tokens), torch.empty(visual), where)
             if not torch.isfinite(answer).all():
                 raise PluginFault(f"{where}: NaN or infinity for finite tokens")
             if visual and answer.max() > saliency.maximum * 1.001:
@@ -54,7 +63,7 @@ def _check_ranking(saliency: Saliency, tokens: Tokens, answer: Tensor) -> None:
 def check_pool(make: Callable[[], Pool]) -> None:
     """See `check_plugin`."""
     pool = make()
-    _check_needs(pool)
+    refuse_misdeclared(pool, Pool)
     if pool.wants_survey:
         check_survey(make)
     sizes = [(text, visual) for text, visual in _SIZES if visual or not pool.needs_visual]
@@ -62,12 +71,8 @@ def check_pool(make: Callable[[], Pool]) -> None:
         for seed, (text, visual) in enumerate(sizes):
             _check_select(make, text, visual, seed, dtype)
     _check_cutoffs(make, sizes)
-    for name, value in (
-        ("held_tokens", pool.held_tokens(6, 9)),
-        ("working_bytes", pool.working_bytes(15, 9, WIDTH, 2 * CHANNELS, 2)),
-    ):
-        if not isinstance(value, (int, float)) or value < 0:
-            raise PluginFault(f"{name_of(pool)}.{name}: {value!r}, expected a number, 0 or larger")
+    bytes_taken = pool.working_bytes(15, 9, WIDTH, 2 * CHANNELS, 2)
+    check_numbers(pool, {"held_tokens": pool.held_tokens(6, 9), "working_bytes": bytes_taken})
 
 
 def _ready(make: Callable[[], Pool]) -> Pool:
@@ -82,12 +87,21 @@ def _check_select(make: Callable[[], Pool], text: int, visual: int, seed: int, d
     pool = _ready(make)
     tokens = make_tokens(seed, text, visual, pool.needs, dtype)
     linear, where = LINEAR if pool.per_linear else None, f"{name_of(pool)}.select"
-    selection = checked_selection(pool, _asked(pool, pool.select, tokens, linear), tokens)
+    with unchanged(where, **tensors_of(tokens)):
+        selection = checked_selection(pool, _asked(pool, pool.select, tokens, linear), tokens)
     weights = selection.weights.double()
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise PluginFault(f"{where}: weights of tokens must be finite, 0 or larger")
     if selection.saliency is not None:
         checked(selection.saliency, torch.empty(visual), f"{where}, saliency")
+    if selection.counted is not None and not torch.equal(
+        torch.arange(len(weights))[selection.counted], weights.nonzero().flatten()
+    ):
+        raise PluginFault(f"{where}: `counted` is not where the weights are not zero, so that other tokens would count")
+    if linear is not None:
+        each = _ready(make).select_each(tokens, [linear])
+        problem = f"{name_of(pool)}.select_each: another answer than `select`"
+        _same(_all_of(selection), _all_of(each[linear]), problem)
     chosen = selection.candidates
     if chosen is not None:
         if len(set(chosen.tolist())) < len(chosen) or (
@@ -130,9 +144,9 @@ def _check_cutoffs(make: Callable[[], Pool], sizes: list[tuple[int, int]]) -> No
             tokens = make_tokens(number, *sizes[number], pool.needs)
             selection = pool.select(tokens, LINEAR if pool.per_linear else None)
             held.append(0 if selection.candidates is None else len(selection.candidates))
-        found = pool.cutoffs(sum_over_processes)
-        if any(held) and (len(found) != len(held) or any(not 0 <= k <= most for k, most in zip(found, held))):
-            raise PluginFault(f"{where}: {found} for samples with {held} candidates, expected a number for each")
+        found = checked_cutoffs(pool, pool.cutoffs(sum_over_processes), len(held), any(held))
+        if any(held) and any(k > most for k, most in zip(found, held)):
+            raise PluginFault(f"{where}: {found} for samples with {held} candidates, expected no more than these")
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in pool.summary().values()):
             raise PluginFault(f"{name_of(pool)}.summary: {pool.summary()!r}, expected finite numbers by name")
         return found
@@ -145,20 +159,14 @@ def _check_cutoffs(make: Callable[[], Pool], sizes: list[tuple[int, int]]) -> No
         raise PluginFault(f"{where}: {problem}")
 
 
-def _check_needs(plugin: Any) -> None:
-    if unknown := sorted(set(plugin.needs) - NEEDS):
-        raise PluginFault(f"{name_of(plugin)}.needs: {', '.join(unknown)}; there are {', '.join(sorted(NEEDS))}")
-
-
 def _asked(plugin: Any, ask: Callable[..., Any], *question: Any) -> Any:
     """The answer; fields of `Tokens` that the plugin does not say it needs are empty, as in a run."""
     try:
         return ask(*question)
-    except (AttributeError, KeyError, TypeError, AssertionError) as error:
-        if isinstance(error, PluginFault):
-            raise
+    except Exception as error:
         needs = ", ".join(sorted(plugin.needs)) or "none"
-        problem = f"fails on a small sample ({type(error).__name__}: {error}); fields that `needs` names: {needs}"
+        said = " ".join(str(error).split())
+        problem = f"fails on a small sample ({type(error).__name__}: {said}); fields that `needs` names: {needs}"
         raise PluginFault(f"{name_of(plugin)}: {problem}, others are empty") from error
 
 

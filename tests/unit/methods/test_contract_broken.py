@@ -250,7 +250,7 @@ WRONG = {
     HalfScorer(): r"HalfScorer.score: bfloat16 of shape \(8, 24\), expected float32",
     ShareOfAllScorer(): "ShareOfAllScorer.score: the score of a row depends on other rows, but `by_row` is True",
     DiceScorer(): "DiceScorer.score: another answer to the same question",
-    WearingScorer(): "WearingScorer.score: changes the weight",
+    WearingScorer(): "WearingScorer.score: changes `weight`",
     ForgetfulScorer(): "ForgetfulScorer: the constructor's argument `power` is not kept as an attribute of that name",
     ElsewhereScorer(): "ElsewhereScorer: the constructor's argument `power` is not kept as an attribute of that name",
     SwappingPool(Magnitude(), MagnitudeScorer()): r"SwappingPool: made with `first` \('MagnitudeScorer'",
