@@ -29,7 +29,7 @@ from lvlm_prune.methods.tokens import Tokens
 from lvlm_prune.plugins import lazy_default, mounted, own_instance
 from lvlm_prune.pruning.calibration import BlockCalibration
 from lvlm_prune.pruning.faults import faults_end_the_run, refuse_faulty
-from lvlm_prune.pruning.options import refuse_modalities
+from lvlm_prune.pruning.options import outside_of_shares, refuse_modalities
 
 if TYPE_CHECKING:
     from lvlm_prune.module import LVLMModule
@@ -81,7 +81,7 @@ class ModalityProbe(PruneCallback):
                     raise InputError(f"probing.{option}", value, f"must be one of {', '.join(known)}")
         for sparsity in sparsities:
             if not 0 < sparsity < 1:
-                raise InputError("probing.sparsities", sparsity, "must lie strictly between 0 and 1")
+                raise InputError("probing.sparsities", sparsity, outside_of_shares(sparsity))
         if not sparsities:
             raise InputError("probing.sparsities", "[]", "needs at least one sparsity")
         counts = {"map_tokens": map_tokens, "curve_samples": curve_samples, "images": images, "texts": texts}

@@ -343,9 +343,13 @@ def _choices(expected: str, given: str) -> str:
     Example:
         >>> _choices("Literal['bitmask','coded']", "coded2"), _choices("int", "one")
         ('one of bitmask, coded; is coded meant?', 'int')
+        >>> _choices("float", "50%")
+        'float; is 0.5 meant?'
         >>> _choices("Literal[64, 32] or Literal['64', 'bf16']", "bf61")
         'one of 64, 32, bf16; is bf16 meant?'
     """
+    if "float" in expected and (percent := re.fullmatch(r"(\d+(?:\.\d+)?)%", given)):
+        return f"{expected}; is {float(percent[1]) / 100:g} meant?"
     if not re.fullmatch(r"Literal\[.*?\](?: or Literal\[.*?\])*", expected):
         return expected
     names = list(dict.fromkeys(re.findall(r"[^\[\],' ]+", re.sub(r"Literal\[|\] or ", ",", expected))))

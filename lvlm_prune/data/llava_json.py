@@ -104,5 +104,7 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
     if len(given) == 2 and given[1] and given[0] != given[1]:
         raise ValueError("`conversations` and `messages` hold different turns")
     if not given or not isinstance(given[0], list):
-        raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}")
+        has_columns = {"question", "answer"} <= record.keys() or "text" in record
+        way_out = " (HFDatasetSource takes such columns)" if has_columns else ""
+        raise ValueError(f"no list `conversations`, only the keys {', '.join(record) or '(none)'}{way_out}")
     return given[0]

@@ -38,7 +38,7 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, choo
     if not pattern.levels:
         sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
         if not 0 < sparsity < 1:
-            raise InputError(option, sparsity, "must lie strictly between 0 and 1")
+            raise InputError(option, sparsity, outside_of_shares(sparsity))
         return sparsity
     if len(pattern.levels) > 1 and not chooses_levels:
         problem = "several patterns need --pruning.allocation KLAllocation, which says which Linear gets which"
@@ -55,6 +55,22 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern, option: str, choo
     if lower:
         problem += "; --pruning.allocation KLAllocation reaches a lower mean, by leaving Linears dense"
     raise InputError(option, sparsity, problem)
+
+
+def outside_of_shares(sparsity: float) -> str:
+    """What is said of a sparsity that is no share of zeros.
+
+    Args:
+        sparsity: 0 or less, or 1 or more.
+
+    Example:
+        >>> print(outside_of_shares(50)), print(outside_of_shares(1.5))
+        must lie strictly between 0 and 1; is 0.5 meant?
+        must lie strictly between 0 and 1
+        (None, None)
+    """
+    problem = "must lie strictly between 0 and 1"
+    return f"{problem}; is {sparsity / 100:g} meant?" if 2 <= sparsity < 100 else problem
 
 
 def refuse_modalities(visual: Iterable[str], option: str) -> None:

@@ -86,6 +86,8 @@ def test_one_line(argument, line):
         ("prune --pruning.pool.al 1", "--pruning.pool.al: unknown option; is --pruning.pool.alpha meant?"),
         ("pack --model.rev main", "--model.rev: unknown option; is --model.revision meant?"),
         ("compare a b --out c", "--out: unknown option; is --output meant?"),
+        ("prune --pruning.sparsity 50", "--pruning.sparsity 50: must lie {}; is 0.5 meant?"),
+        ("prune --pruning.sparsity 62.5%", "--pruning.sparsity 62.5%: expected float{}; is 0.625 meant?"),
         ("prune --bs 2", "--bs: unknown option; is --data.batch_size meant?"),
         ("prune --trainer.strategy dpp", "--trainer.strategy dpp: {}; is ddp meant?"),
         ("prune --trainer.accelerator gpuu", "--trainer.accelerator gpuu: {}; is gpu meant?"),

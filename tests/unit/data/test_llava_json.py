@@ -112,6 +112,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix):
         ("[5", "what its array has at byte 1 is no object"),
         ('[{"id": 0, "conversations": []}, {"id": ', "ends in the middle of its JSON array, after 1 complete samples"),
         ('[{"id": 0, "image": "a.png"}]', "sample 0: no list `conversations`, only the keys id, image"),
+        (
+            '[{"question": "Why?", "answer": "So."}]',
+            "only the keys question, answer (HFDatasetSource takes such columns)",
+        ),
         ('[{"id": 0 "image": "a.png"}]', "sample 0: invalid JSON at byte 1"),
         ("[[1, 2]]", "sample 0: list at byte 1"),
         ('[{"id": 0}]\n\n[{"id": 1}]', "goes on at byte 13, behind its JSON array"),
