@@ -23,6 +23,7 @@ from lvlm_prune.checkpoints.files import (
     files_within,
     is_another_copy,
     opened_without_links,
+    opened_without_waiting,
     refuse_links_out,
     refuse_special_files,
     refuse_undecodable,
@@ -163,7 +164,7 @@ class CheckpointFolder:
             RunError: It is another one than when its header was read, or was written to: tensors may lie elsewhere.
             OSError: It cannot be opened.
         """
-        file = io.FileIO(self.path / shard)
+        file = io.FileIO(self.path / shard, opener=opened_without_waiting)
         found = _state(os.fstat(file.fileno()))
         if self._seen.get(shard, found) != found:
             file.close()

@@ -153,6 +153,20 @@ def opened_without_links(path: str, flags: int) -> int:
     return descriptor
 
 
+def opened_without_waiting(path: str, flags: int) -> int:
+    """Open a file for reading; a pipe would be waited for.
+
+    Raises:
+        RunError: It is no regular file.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise RunError(f"{path} is no regular file")
+    return descriptor
+
+
 def _hub_folders(root: Path) -> list[Path]:
     """Where the files of a downloaded checkpoint are: it is a folder of links to them."""
     from huggingface_hub.constants import HF_HUB_CACHE

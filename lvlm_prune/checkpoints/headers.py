@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo]]:
         OSError: The file cannot be read.
         ValueError: It is no safetensors file, or its header does not fit it; says how.
     """
-    size = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("is no regular file")  # a pipe would be waited for
+    size = found.st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

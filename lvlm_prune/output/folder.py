@@ -139,7 +139,8 @@ def _refuse_no_folder(folder: Path) -> None:
             raise InputError("output", folder, f"is a link to {os.readlink(folder)}, which does not exist")
         if folder.exists() and not folder.is_dir():
             raise InputError("output", folder, "is a file")
-        folder.resolve()
+        if folder.resolve() == Path(folder.anchor or "/").resolve():
+            raise InputError("output", folder, "is the root of the file system")
         private_folder(folder).exists()  # its name is longer
     except RuntimeError:
         raise InputError("output", folder, "leads into a circle of links") from None
@@ -214,7 +215,7 @@ def refuse_shared_files(folder: Path, source: CheckpointFolder, scratch: str = "
         scratch: A folder in the output folder that is removed before anything is written there; empty for none.
 
     Raises:
-        InputError: A file is, or may be, one of the input's or of another checkpoint's too; names it.
+        InputError: A file is, or may be, one of the input's or of another checkpoint's too, or is none; names it.
     """
     inputs = {identity(source.path / file): file for file in files_within(source.path)}
     copied = set(source.files()) | {Path(HELD_BACK)}
@@ -227,6 +228,8 @@ def refuse_shared_files(folder: Path, source: CheckpointFolder, scratch: str = "
             written = any(file.is_relative_to(relative) for file in copied)
             if written or target.is_relative_to(source.path.resolve()) or identity(target) in inputs:
                 problem = f"{relative} is a link to {target}"
+        elif not stat.S_ISREG(found.st_mode):
+            problem = f"{relative} is no regular file"  # a pipe would be waited for
         elif (same := inputs.get((found.st_dev, found.st_ino))) is not None:
             problem = f"{relative} is the same file as {same} of the input checkpoint"
         elif found.st_nlink > 1 and relative.suffix == ".safetensors":

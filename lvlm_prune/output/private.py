@@ -44,7 +44,7 @@ def private_folder(folder: Path) -> Path:
         >>> private_folder(Path("runs/sparse")).name
         'sparse.private'
     """
-    folder = folder.absolute()
+    folder = folder.resolve() if folder.name in ("", "..") else folder.absolute()
     return folder.with_name(folder.name + PRIVATE_SUFFIX)
 
 
