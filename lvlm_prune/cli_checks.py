@@ -28,6 +28,7 @@ OF_TRAINING = {
 }
 """Options of Lightning's Trainer that only a loop of training, validation or prediction heeds."""
 
+_DIGITS = 200  # of a number that may be larger than any
 _MOST_PROCESSES = 64
 _DEVICES = re.compile(r"auto|-1|0*[1-9]\d{0,5}|\d{1,6}(,\d{1,6})+,?|\d{1,6},")
 
@@ -72,7 +73,8 @@ def refuse_unreadable(arguments: Sequence[str], folder: Path) -> None:
         InputError: One is of that kind.
     """
     for option, value in written_options(arguments):
-        if option.startswith("--") and value[:1] in ("[", "{"):
+        is_long_number = len(value) > _DIGITS and value.lstrip("+-")[:1].isdigit()
+        if option.startswith("--") and (value[:1] in ("[", "{") or is_long_number):
             try:
                 content = loaded(value, option.removeprefix("--"))
             except (RecursionError, OverflowError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def loaded(text: str, option: str = "") -> Any:
         option: The option that it is the value of; empty for a file of options.
 
     Raises:
-        InputError: A number that is none for people: YAML reads 1:30 as 90.
+        InputError: A number that is none for people (YAML reads 1:30 as 90), or larger than any.
         RecursionError, OverflowError: It has no end.
         ValueError, yaml.YAMLError: It cannot be read.
     """
@@ -73,6 +74,8 @@ def loaded(text: str, option: str = "") -> Any:
     for name, value in values_of(content, option):
         if isinstance(value, _Time):
             raise InputError(name, value.text, f'YAML reads this as the number {value.number}; write "{value.text}"')
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise InputError(name, value, "is larger than any number can be")
     return content
 
 

@@ -15,6 +15,7 @@ import torch
 from lvlm_prune.errors import InputError
 
 SAFETENSORS = ".safetensors"
+_POINTER = b"version https://git-lfs"  # what lies in the place of a large file that git did not fetch
 
 _DTYPES = {
     "F64": torch.float64,
@@ -81,6 +82,8 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo]]:
     size = found.st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
+        if prefix == _POINTER[:8] and prefix + file.read(len(_POINTER) - 8) == _POINTER:
+            raise ValueError("is only a pointer to the file; fetch it with `git lfs pull`")
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise ValueError("is truncated or not a safetensors file")

@@ -127,7 +127,7 @@ def _percent(value: float | None) -> str:
 
 
 def _small(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4g}"
+    return "infinite or NaN" if value is None else f"{value:.4g}"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

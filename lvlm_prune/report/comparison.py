@@ -89,7 +89,7 @@ def _quality(record: Mapping[str, Any], names: list[str]) -> Table | None:
 
 def _measure(record: Mapping[str, Any], number: int, key: str, unit: str) -> str:
     if record["folders"][number]["quality"][key] is None:
-        return "–" if key == "agreement" else "infinite"
+        return "–" if key == "agreement" else "infinite or NaN"
     return show(record, "folders", number, "quality", key, unit=unit)
 
 

@@ -208,6 +208,20 @@ def test_numbers_that_yaml_counts_in_sixties(given, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", ["--keep={}", "--keep={}.", "--pruning.exclude=[{}]", "keep: {}\n"])
+@pytest.mark.parametrize("number", ["9" * 400, "-0x" + "f" * 300])
+def test_whole_numbers_beyond_all_others_are_one_line(given, number, tmp_path, capsys):
+    """They cannot be made a number with a point."""
+    given = given.format(number)
+    if not given.startswith("--"):
+        (tmp_path / "config.yaml").write_text(given)
+        given = f"--config={tmp_path / 'config.yaml'}"
+    assert main([*GOLDEN_ARGUMENTS, given, f"--output={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(("error: --keep ", "error: --pruning.exclude "))
+    assert not (tmp_path / "out").exists()
+
+
 def test_modalities_of_probe_are_its_own(tmp_path, capsys):
     assert main(["probe", *MODEL_AND_DATA, "--probing.visual=[foo]", f"--output={tmp_path / 'out'}"]) == 2
     assert capsys.readouterr().err.startswith("error: --probing.visual foo: must be one of ")

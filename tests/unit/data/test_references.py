@@ -155,6 +155,7 @@ REFUSED = {
         "leaves out a number: <image_00>, <image_02>",
     ),
     "two speakers": ({"conversations": [{**ASKED[0], "role": "assistant"}]}, "turn 0 is the assistant's by `role`"),
+    "nothing said": ({"conversations": [ASKED[0] | {"value": " "}, ASKED[1] | {"value": ""}]}, "nothing is said"),
     "two texts": ({"conversations": [{**ASKED[0], "content": "Who?"}]}, "turn 0 holds different things"),
     "in a pair": ({"texts": [{**PAIRS[0], "image": "a.png"}]}, "turn 0: `image` is not understood"),
     "two that differ": ({"image": "a.png", "images": ["b.png"], "conversations": ASKED}, "name different images"),
