@@ -209,8 +209,8 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
         messages.append({"role": ROLES[speaker], "content": parts})
     if not messages:
         raise ValueError("the conversation is empty")
-    parts = [part for message in messages for part in message["content"]]
-    if not media and not any(part.get("text", "").strip() for part in parts):
+    texts = (part.get("text", "") for message in messages for part in message["content"])
+    if not media and not any(map(str.strip, texts)):
         raise ValueError("nothing is said in the conversation")
     return messages
 

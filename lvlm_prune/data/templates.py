@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lvlm_prune.errors import InputError, RunError
 
-_SECONDS = 20.0  # of this process; a conversation takes milliseconds
+_SECONDS = 10.0  # of this process; a conversation takes milliseconds
 _WORD = re.compile(r"\w+")
 _LONGEST = 2**26  # characters; no context holds so many
 
