@@ -189,7 +189,7 @@ def messages_from_turns(turns: Sequence[dict[str, Any]], media: Sequence[str] = 
         >>> messages_from_turns([{"from": "human", "value": "<image>\nWhat is it?"}])
         [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}]
     """
-    messages = []
+    messages: list[Message] = []
     words = {kind: kind for kind in media}
     if "video" in words and "image" not in words and not any("<video>" in str(turn) for turn in turns):
         words["image"] = "video"
