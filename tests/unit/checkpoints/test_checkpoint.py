@@ -237,11 +237,6 @@ def deep_config(folder: Path, levels: int = 100_000) -> None:
     (folder / "config.json").write_text('{"a": ' + "[" * levels + "]" * levels + "}")
 
 
-def pointer_as_weights(folder: Path) -> None:
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
-    next(folder.glob("*.safetensors")).write_text(text)
-
-
 def pipe_as_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
@@ -372,7 +367,6 @@ def odd_header(**changes: Any) -> Callable[[Path], None]:
         (deep_config, "config.json is not valid JSON"),
         (partial(deep_config, levels=400), "config.json is nested too deeply"),
         (pipe_as_config, "holds config.json, which is no regular file"),
-        (pointer_as_weights, "is only a pointer to the file; fetch it with `git lfs pull`"),
         (pipe_beside, "holds tokenizer.json, which is no regular file"),
         (adapter_beside, "merge it first"),
         (weights_elsewhere, "no safetensors file in this folder"),

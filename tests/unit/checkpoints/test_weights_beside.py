@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.checkpoints.checkpoint import SINGLE_NAME
+from lvlm_prune.errors import InputError
 
 
 def _torch(path: Path, tensors: dict, **options) -> None:
@@ -72,3 +73,10 @@ def test_weights_beside_the_checkpoints_own_are_told_by_what_they_are(name: str,
     assert (Path(name) in checkpoint.files()) == (name in NEEDED)
     top = f"{Path(name).parts[0]}/" if "/" in name else name
     assert checkpoint.other_copies() == ([] if name in NEEDED else [top])
+
+
+def test_what_git_did_not_fetch_is_said_to_be_a_pointer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / SINGLE_NAME).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(InputError, match=r"model\.safetensors is only a pointer to the file; fetch it with `git lfs"):
+        CheckpointFolder(tmp_path)
