@@ -155,9 +155,12 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
         logger = (config.get("trainer") or {}).get("logger")
         if isinstance(logger, Mapping) and (missing := _missing_module(raised)):
             raise InputError("trainer.logger", logger.get("class_path"), missing) from None
-        # Of a plugin that may be left out jsonargparse reports a choice between it and nothing, and this as its cause.
-        error = raised.__cause__ if isinstance(raised.__cause__, ValueError) else raised
-        if (refused := _REFUSED.fullmatch(str(error))) is None:
+        # Of a plugin that may be left out jsonargparse reports a choice between it and nothing, and this as its cause;
+        # of one inside another such one twice.
+        error: BaseException | None = raised
+        while isinstance(error, ValueError) and not (refused := _REFUSED.fullmatch(str(error))):
+            error = error.__cause__
+        if not isinstance(error, ValueError) or refused is None:
             raise
         argument, said = refused["argument"], f"{refused['value']}: {refused['problem']}"
         made = {plugin_class(owner).__name__ for owner in _owners(error)}

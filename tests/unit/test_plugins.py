@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from lvlm_prune import load_pruning
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.methods.allocation import DASAllocation
@@ -140,6 +141,17 @@ def test_of_several_parts_of_one_class_the_one_that_is_wrong_is_named():
     config = {"data": {"source": {"class_path": "b.Mixture", "init_args": {"parts": parts}}}}
     with pytest.raises(InputError, match=r"^--data.source.parts\[1\].number -1: "), built_from(config):
         [Picky(part["init_args"]["number"]) for part in parts]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_an_argument_is_named_however_deep_its_plugin_lies(depth):
+    """Solvers in solvers may each be left out; jsonargparse reports each of these choices by itself."""
+    solver = {"class_path": "SparseGPTSolver", "init_args": {"block_size": 0}}
+    for outer in ("RefitSolver", "VisualWeightSolver")[:depth]:
+        solver = {"class_path": outer, "init_args": {"start": solver}}
+    with pytest.raises(InputError) as error:
+        load_pruning("wanda", solver=solver)
+    assert str(error.value) == f"--pruning.solver.{'start.' * depth}block_size 0: must be 1 or larger"
 
 
 def test_a_method_made_in_python_says_what_is_wrong_with_an_argument():
