@@ -260,6 +260,7 @@ def test_without_a_command_there_is_help_and_a_failure(capsys):
     [
         (["compare"], "compare: name two folders or more"),
         (["compare", "nowhere"], "compare nowhere: name two folders or more"),
+        (["compare", "nowhere", ""], "compare '': is no name of a folder"),
         (["compare", "nowhere", "nothing"], "nowhere: no such folder"),
         (["pack", "nowhere"], "nowhere: has no option before it"),
         (["evaluate", "--engin", "x"], "--engin: unknown option; is --engine meant?"),

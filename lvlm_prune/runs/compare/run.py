@@ -37,6 +37,8 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
     folders = _without_private_parts(folders)
     if len(folders) < 2:
         raise InputError("", " ".join(["compare", *folders]), "name two folders or more")
+    if not all(map(str.strip, map(str, folders))):
+        raise InputError("", "compare ''", "is no name of a folder")
     target = Path(output) if output else None
     if target is not None:
         refuse_undecodable(target, "output")
