@@ -25,6 +25,12 @@ _PARTS = re.compile(r"(expert|head)s$|^n head$|experts? per")
 _NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
 # Lengths of tensors.
 _SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|embeddings|length)s?$")
+# Names that are made one by one, whatever lies on disk, and the most of them that anybody has.
+_LABELS, _LABELS_THAT_FIT = re.compile(r"\blabels$"), 2**20
+# Of answers, and of layers whether or not there are any: neither is a size of anything.
+_NO_SIZE = re.compile(r"^(model )?(max|min)( new)? length$|^max window layers$")
+# Where positions turn by powers of it.
+_BASES = re.compile(r"\btheta$")
 # What a norm adds to a variance: with 1 or more little is left of it, and with less than 0 nothing is finite.
 _EPSILONS = re.compile(r"\b(eps|epsilon)$")
 # Not all counts are of modules that are there: Qwen2 names 80 layers with a window, however many layers it has.
@@ -51,13 +57,18 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
     most_layers = max([_MODULES_THAT_FIT, *numbers])
     most_parts = max([_MODULES_THAT_FIT, len(shapes), *(length for shape in shapes for length in shape)])
     limits = [(_LAYERS, most_layers), (_PARTS, most_parts), (_SIZES, _most_elements(folder))]
+    limits.append((_LABELS, _LABELS_THAT_FIT))
     for name, value in _numbers(folder.config):
         leaf = name.rpartition(".")[2].replace("_", " ")
-        if any(pattern.search(leaf) and abs(value) > most for pattern, most in limits):
+        is_size = not _NO_SIZE.search(leaf)
+        if is_size and any(pattern.search(leaf) and abs(value) > most for pattern, most in limits):
             problem = f"config.json says {name}: {shortened(value, 40)}, which does not fit the tensors on disk"
             raise InputError("model.path", folder.path, problem)
         if _EPSILONS.search(leaf) and not 0 <= value < 1:
             problem = f"config.json says {name}: {value:g}, with which its norms give nothing of use"
+            raise InputError("model.path", folder.path, problem)
+        if _BASES.search(leaf) and not 0 <= value < math.inf:  # 0 says that a layer has none
+            problem = f"config.json says {name}: {value:g}, with which its positions give nothing of use"
             raise InputError("model.path", folder.path, problem)
 
 
@@ -114,5 +125,5 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(value, list):
         for item in value:
             yield from _numbers(item, name)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, value

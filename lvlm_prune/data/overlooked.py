@@ -64,6 +64,7 @@ _NAMED = re.compile(r"<(image|img|video|audio)>([^<>]++)</\1>", re.IGNORECASE)
 # Keys of a file, where nothing else says that a name is one that is to be read; of text, which may speak of files; and
 # of much else than media.
 _OF_FILES = re.compile("files?|filenames?|filepaths?|paths?|src|sources?|ur[il]s?|href|links?")
+_OF_MEDIA = re.compile("(image|img|picture|photo|screenshot|video|audio|attachment|figure)s?")
 _ABOUT_TEXT = re.compile(
     "answers?|questions?|captions?|texts?|titles?|labels?|choices|options?|hints?|contexts?|instructions?|inputs?"
     "|outputs?|responses?|prompts?|tags?|keywords?|categor(y|ies)|tokens?|objects?|notes?|comments?"
@@ -296,7 +297,8 @@ def _overlooked(one: _Value, found: Mapping[str, Sequence[Any]]) -> str | None:
         return None
     if one.kind is None and _only_names(text):
         words = _words(one.key)
-        named_only = not any(found.values()) and not any(map(_OF_FILES.fullmatch, words))
+        of_media = any(map(_OF_MEDIA.fullmatch, words)) and not any(map(_DESCRIBING.fullmatch, words))
+        named_only = not any(found.values()) and not of_media and not any(map(_OF_FILES.fullmatch, words))
         if named_only or _ABOUT_TEXT.fullmatch(words[-1]) or text.startswith(("http://", "https://")):
             return None
     if held is not None:

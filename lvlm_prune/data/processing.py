@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ def encode(
         arguments["audio"] = [load_sound(processor, audio) for audio in sample.audios]
     with library_needed("a video" if sample.videos else "an image"):
         inputs = _tensors(processor(**arguments))
-    refuse_unread(tokenizer, inputs["input_ids"], _texts(sample.messages))
+    refuse_unread(tokenizer, inputs["input_ids"], [*chain(*_texts(sample.messages).values())])
     return inputs
 
 
@@ -174,11 +175,14 @@ def render(processor: Any, messages: list[Message], add_generation_prompt: bool 
     return text
 
 
-def _texts(messages: list[Message]) -> list[str]:
-    """All that is said in turns."""
-    contents = [message["content"] for message in messages]
-    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-    return [part["text"] for content in parts for part in content if "text" in part]
+def _texts(messages: list[Message]) -> dict[str, list[str]]:
+    """Role -> all that is said in its turns."""
+    said: dict[str, list[str]] = {}
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        said.setdefault(message["role"], []).extend(part["text"] for part in parts if "text" in part)
+    return said
 
 
 def _spoken(message: Message, words: Sequence[str]) -> Message:

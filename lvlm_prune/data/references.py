@@ -73,11 +73,16 @@ def with_images_in_order(record: Mapping[str, Any], turns: Sequence[Any]) -> tup
     pattern = re.compile("|".join(map(re.escape, place)))
 
     def renumbered(turn: Any) -> Any:
-        text = text_of(turn) if isinstance(turn, Mapping) else None
-        if not isinstance(text, str):
+        if not isinstance(turn, Mapping):
             return turn
-        new = pattern.sub(lambda found: place[found[0]], text)
+        said = text_of(turn)
+        new = [in_part(part) for part in said] if isinstance(said, (list, tuple)) else in_part(said)
         return {**turn, **{key: new for key in ("content", "value") if turn.get(key)}}
+
+    def in_part(part: Any) -> Any:
+        if isinstance(part, str):
+            return pattern.sub(lambda found: place[found[0]], part)
+        return {**part, "text": in_part(part["text"])} if isinstance(part, Mapping) and "text" in part else part
 
     return {**record, "image": [images[key] for key in ordered]}, [renumbered(turn) for turn in turns]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -75,30 +75,31 @@ def coming_to_an_end(name: str) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def refuse_unusable(text: str, said: Sequence[str]) -> None:
-    """Refuse a conversation of which a template made more than any context holds, or nothing of what is said in it.
+def refuse_unusable(text: str, said: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a conversation of which a template made more than any context holds, or nothing of what one side says.
 
     Args:
         text: The conversation as the template writes it.
-        said: The texts of its turns.
+        said: Role -> the texts of its turns. What the system says may be left out, as some templates do.
 
     Raises:
         RunError: It did. Tokenizers take a hundredfold of a text's memory; role words alone calibrate for nothing.
 
     Example:
-        >>> refuse_unusable("USER: IS THIS A CAT?", ["is this a cat?"])
-        >>> refuse_unusable("USER: ASSISTANT:", ["is this a cat?", "yes"])
+        >>> refuse_unusable("USER: IS THIS A CAT?", {"user": ["is this a cat?"]})
+        >>> refuse_unusable("USER: ASSISTANT: yes", {"user": ["is this a cat?"], "assistant": ["yes"]})
         Traceback (most recent call last):
         ...
-        lvlm_prune.errors.RunError: its chat template leaves out all that is said in its turns
+        lvlm_prune.errors.RunError: its chat template leaves out all that the user says
     """
     if len(text) > _LONGEST:
         raise RunError(f"its chat template makes {len(text)} characters of it")
     written = text.casefold()
-    words = [word for one in said for word in _WORD.findall(one.casefold())]
-    words = [word for word in words if len(word) > 2] or words  # short ones stand in role words too
-    if words and not any(word in written for word in words):
-        raise RunError("its chat template leaves out all that is said in its turns")
+    for role in ("user", "assistant"):
+        words = [word for one in said.get(role, ()) for word in _WORD.findall(one.casefold())]
+        words = [word for word in words if len(word) > 2] or words  # short ones stand in role words too
+        if words and not any(word in written for word in words):
+            raise RunError(f"its chat template leaves out all that the {role} says")
 
 
 def refuse_unread(tokenizer: Any, input_ids: Tensor, said: Sequence[str]) -> None:

@@ -137,13 +137,36 @@ def test_a_model_of_which_every_number_is_a_length_on_disk_is_built_once(monkeyp
     assert not asked
 
 
-@pytest.mark.parametrize("value", [1e308, 1.0, -1e-6])
+@pytest.mark.parametrize("value", [1e308, 1.0, -1e-6, float("inf"), float("nan")])
 @pytest.mark.parametrize(("section", "name"), [("text_config", "rms_norm_eps"), ("vision_config", "layer_norm_eps")])
 def test_norms_that_give_nothing_of_use_are_refused(section, name, value, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config[section][name] = value
     said = opened(folder, tmp_path / "copy", config)
     assert f"config.json says {section}.{name}: {value:g}, with which its norms give nothing of use" in said
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1])
+def test_positions_that_give_nothing_of_use_are_refused(value, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_theta"] = value
+    said = opened(folder, tmp_path / "copy", config)
+    assert f"config.json says text_config.rope_theta: {value:g}, with which its positions give nothing of use" in said
+
+
+def test_labels_without_number_are_refused_before_they_are_named(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    said = opened(folder, tmp_path / "copy", config | {"num_labels": 10**12})
+    assert "config.json says num_labels: 1000000000000, which does not fit the tensors on disk" in said
+
+
+@pytest.mark.parametrize(("name", "value"), [("model_max_length", 10**30), ("max_length", 1e30), ("num_labels", 21843)])
+def test_numbers_that_are_no_size_of_the_model_may_be_large(name, value, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_window_layers"] = 4096
+    refuse_absurd_sizes(
+        SimpleNamespace(path=folder, config=config | {name: value}, tensors=CheckpointFolder(folder).tensors)
+    )
 
 
 @pytest.mark.parametrize(

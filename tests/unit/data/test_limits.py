@@ -89,7 +89,12 @@ BEYOND = {
     "system turn": ([("system", "Be kind."), *GOOD], REFUSING, "System role not supported"),
     "two turns in a row": ([("user", "Hello?"), *GOOD], REFUSING, "Conversation roles must alternate"),
     "broken template": (GOOD, "{{ 1 / 0 }}", "division by zero"),
-    "nothing said": (GOOD, "{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves out all that is said"),
+    "nothing said": (GOOD, "{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves out all that the user says"),
+    "no answers": (
+        GOOD,
+        "{% for m in messages %}{{ m['role'] }}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+        "leaves out all that the assistant says",
+    ),
     "far too much": (GOOD, "{{ 'ab' * 35000000 }}", "makes 70000000 characters"),
     "only unknown tokens": (
         [("user", "éé"), ("assistant", "éé")],

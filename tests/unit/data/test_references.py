@@ -69,11 +69,13 @@ def test_an_image_is_read_wherever_the_record_names_it(way, picture: Path):
     assert load_image(image).tobytes() == load_image(picture).tobytes()
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
-def test_images_by_their_places_stand_where_the_text_says(first: int, tmp_path: Path):
+def test_images_by_their_places_stand_where_the_text_says(first: int, in_parts: bool, tmp_path: Path):
     """Also where the text names only the second of them: the first comes before all."""
     files = {f"<image_{first + number:02}>": f"{name}.png" for number, name in enumerate("ab")}
-    asked = [{"role": "user", "content": f"Look at <image_{first + 1:02}>."}, ASKED[1]]
+    text = f"Look at <image_{first + 1:02}>."
+    asked = [{"role": "user", "content": [{"type": "text", "text": text}] if in_parts else text}, ASKED[1]]
     sample = read(tmp_path, {"image": files, "conversations": asked})
     assert sample.images == [tmp_path / "a.png", tmp_path / "b.png"]
     assert [part.get("text") for part in sample.messages[0]["content"]] == [None, "Look at ", None, "."]
@@ -113,6 +115,8 @@ REFUSED = {
     "by its content": ({"image": "a.png", "more": "data:image/png;base64,A", "conversations": ASKED}, "`more` is not"),
     "deep inside": ({"metadata": {"image": "b.png"}, "conversations": ASKED}, "`metadata.image` is not understood"),
     "deep, another": ({"image": "a.png", "meta": {"image": "b.png"}, "conversations": ASKED}, "`meta.image` is not"),
+    "one of two": ({"image_before": "a.png", "conversations": ASKED}, "`image_before` is not understood"),
+    "attached": ({"attachments": ["a.png"], "conversations": ASKED}, "`attachments` is not understood"),
     "the only name": ({"file_name": "b.png", "conversations": ASKED}, "`file_name` is not understood"),
     "of another kind": ({"image": "a.png", "source_video": "a.mp4", "conversations": ASKED}, "`source_video` is not"),
     "in a list": ({"extra": [{"file": "b.wav"}], "conversations": ASKED}, "`extra.file` is not understood; `audio`"),
