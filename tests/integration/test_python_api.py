@@ -11,9 +11,10 @@ import lvlm_prune
 from lvlm_prune.callbacks import BlockwisePruning, PruneCallback, PruningReport, SparseLoRA
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule, TensorSource
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.methods.allocation import OWLAllocation
 from lvlm_prune.methods.pools import MixedPool, TextOnlyPool
 from lvlm_prune.methods.scorers import MagnitudeScorer
-from lvlm_prune.methods.solvers import LinearProblem, Solution, Solver
+from lvlm_prune.methods.solvers import ALPSSolver, LinearProblem, Solution, Solver
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.recovery.distillation import Distillation
@@ -45,11 +46,15 @@ def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypat
         "pruning.pattern": BlockwisePruning(pattern="2:4", pool=MixedPool()),
         "pruning.pool.class_path": BlockwisePruning(sparsity=0.5, pool=TextOnlyPool()),
         "pruning.scorer.class_path": BlockwisePruning(sparsity=0.5, pool=MixedPool(), scorer=MagnitudeScorer()),
+        "pruning.solver": BlockwisePruning(sparsity=0.5, pool=MixedPool(), solver=ALPSSolver()),
+        "pruning.allocation": BlockwisePruning(sparsity=0.5, pool=MixedPool(), allocation=OWLAllocation()),
+        "pruning.exclude": BlockwisePruning(sparsity=0.5, pool=MixedPool(), exclude="*.down_proj"),
+        "pruning.sequential": BlockwisePruning(sparsity=0.5, pool=MixedPool(), sequential=True),
     }
     for option, other in others.items():
         with pytest.raises(InputError) as refused:
             run(other, resume=True)
-        assert refused.value.option in (option, "pruning.name")
+        assert refused.value.option.startswith((option, "pruning.name"))
     assert run(BlockwisePruning(sparsity=0.5, pool=MixedPool()), resume=True)["status"] == "complete"
 
 
