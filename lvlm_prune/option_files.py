@@ -200,14 +200,13 @@ def count_values(value: Any, path: tuple[int, ...] = (), count: int = 0) -> int:
     return count
 
 
-def refuse_immense(value: Any, option: str = "") -> None:
+def refuse_immense(value: Any) -> None:
     """Refuse whole numbers that nothing in the world counts, and names that no file can have.
 
     Loops over the numbers would not end, and to look for such a file is an error of its own.
 
     Args:
         value: Options, as nested plain data; plugins as `{"class_path": ..., "init_args": ...}`.
-        option: Their place.
 
     Raises:
         InputError: One does not fit 32 bits, or is too long; names its option.
@@ -218,7 +217,7 @@ def refuse_immense(value: Any, option: str = "") -> None:
         ...
         lvlm_prune.errors.InputError: --engine.batch_size 100000000000000000000: must be at most 2147483647
     """
-    for name, one in values_of(value, option):
+    for name, one in values_of(value):
         if isinstance(one, str):
             _refuse_no_path(name, one)
         elif isinstance(one, int):

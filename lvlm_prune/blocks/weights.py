@@ -171,15 +171,6 @@ class StreamedWeights(Weights):
         other._folder, other._coming = folder, None
         return other
 
-    def key_of(self, name: str) -> str | None:
-        """Name on disk of a parameter of the model, or None where it is stored in another form than it is used in.
-
-        Args:
-            name: Path in the model, for example `model.language_model.layers.0.mlp.up_proj.weight`.
-        """
-        source = self._sources[self._provider[name]]
-        return source.key if source.converter is None else None
-
     def is_stored_as_used(self, name: str) -> bool:
         """Whether a parameter in memory has the very bytes that are on disk."""
         source = self._sources[self._provider[name]]

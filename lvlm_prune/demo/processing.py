@@ -43,18 +43,19 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+_SCENES, _QUESTIONS = 2000, 4000
 
 
-def _corpus(scenes: int = 2000, questions: int = 4000) -> list[str]:
+def _corpus() -> list[str]:
     """Texts of the training split from which the vocabulary is learnt."""
     texts = []
-    for index in range(scenes):
+    for index in range(_SCENES):
         described = scene("train", 0, index)
         rng = random_for("corpus", "train", 0, index)
         for asked in [*vision_questions(described, rng), caption(described, rng)]:
             texts += [f" {asked.question}", f" {asked.answer}"]
-    rng = random_for("corpus", "train", 0, scenes)
-    for _ in range(questions):
+    rng = random_for("corpus", "train", 0, _SCENES)
+    for _ in range(_QUESTIONS):
         asked = text_question(rng.choice(TEXT_TASKS), "train", rng)
         texts += [f" {asked.question}", f" {asked.answer}"]
     texts += [f" {name}" for country in COUNTRIES for name in country] * 20

@@ -129,9 +129,9 @@ def scene(split: Split, seed: int, index: int) -> Scene:
             return candidate
 
 
-@lru_cache(maxsize=4)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(15)
 
 
 def _draw_shape(
@@ -193,7 +193,7 @@ def draw(scene: Scene, rng: Random) -> tuple[Image.Image, np.ndarray]:
         shift_x, shift_y = rng.uniform(-0.5, 1.5), rng.uniform(-1, 1)
         for place, digit in enumerate(str(scene.number)):
             corner = ((column + place) * PATCH_SIZE + shift_x, (row + 1) * PATCH_SIZE - 1 + shift_y)
-            canvas.text(corner, digit, font=_font(15), fill=ink, anchor="ls")
+            canvas.text(corner, digit, font=_font(), fill=ink, anchor="ls")
             labels[2, row, column + place] = 1 + int(digit) + 10 * place
     noise = _NOISE[np.frombuffer(rng.randbytes(IMAGE_SIZE * IMAGE_SIZE), dtype=np.uint8)]
     pixels = np.asarray(image, dtype=np.int16) + noise.reshape(IMAGE_SIZE, IMAGE_SIZE, 1)

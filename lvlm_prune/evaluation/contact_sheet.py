@@ -13,9 +13,9 @@ from lvlm_prune.evaluation.embedded import EmbeddedBenchmark
 _COLUMNS, _WIDTH, _LINE, _MARGIN = 2, 520, 16, 8
 
 
-def contact_sheet(num_images: int = 6, num_text: int = 8, seed: int = 0) -> Image.Image:
+def contact_sheet() -> Image.Image:
     """Images of the test split with their questions and answers beside them, text-only questions at the bottom."""
-    questions = EmbeddedBenchmark(num_images, num_text, seed).questions
+    questions = EmbeddedBenchmark(num_images=6, num_text=8, seed=0).questions
     by_image: dict[int, list[str]] = {}
     for question in questions:
         by_image.setdefault(id(question.image), []).append(

@@ -30,7 +30,6 @@ from lvlm_prune.output.folder import refuse_full_disk
 from lvlm_prune.output.manifest import replace_durably
 
 SAMPLES_PER_PART = 64
-LogitsOf = Callable[[Sequence[int]], Mapping[int, Tensor]]
 _IDENTITY = "identity.json"
 
 

@@ -24,7 +24,6 @@ def heat_map(
     label: str,
     number_format: str = "{:.2f}",
     least_span: float = 0.0,
-    x_label: str = "block",
     span: tuple[float, float] | None = None,
     most: float = math.inf,
 ) -> Figure:
@@ -35,7 +34,6 @@ def heat_map(
         label: What the colour means, with its unit.
         number_format: How values are written into the cells, where there is room for it.
         least_span: Least width of the colour scale, so that differences that do not matter look alike.
-        x_label: What the columns are.
         span: Ends of the colour scale, where several maps are to share one; default: those of the values.
         most: The largest value that there can be; the smallest is 0.
     """
@@ -53,7 +51,7 @@ def heat_map(
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.set_yticks(range(len(kinds)), kinds)
-    _block_ticks(axes, blocks, x_label)
+    _block_ticks(axes, blocks)
     if len(blocks) <= 8:
         for (row, column), value in np.ndenumerate(grid):
             if not math.isnan(value):
@@ -231,7 +229,7 @@ def tokens_on_picture(picture: Image.Image, grid: tuple[int, int], weights: Mapp
     return figure
 
 
-def _block_ticks(axes: Axes, blocks: Sequence[int], label: str = "block") -> None:
+def _block_ticks(axes: Axes, blocks: Sequence[int]) -> None:
     step = -(-len(blocks) // 12)
     axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
-    axes.set_xlabel(label)
+    axes.set_xlabel("block")

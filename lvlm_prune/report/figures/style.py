@@ -112,17 +112,17 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(handles)))
 
 
-def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
+def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG on white, the same bytes for the same figure."""
-    path.write_bytes(png_bytes(figure, dpi))
+    path.write_bytes(png_bytes(figure))
 
 
-def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     """A figure as PNG on white, the same bytes for the same figure."""
     drawn = io.BytesIO()
     with house_style():
         _arrange(figure)
-        figure.savefig(drawn, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(drawn, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return drawn.getvalue()
 
 

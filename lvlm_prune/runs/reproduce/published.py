@@ -143,13 +143,3 @@ def published_table(name: str, model: str = "", average: str = "", transposed: s
     for labels in [labels for labels in rows if labels[0] in _DENSE]:
         dense = rows.pop(labels).values
     return PublishedTable(columns, rows, {column: dense[column] for column in columns if column in dense})
-
-
-def published_dense(name: str, model: str) -> Values:
-    """The dense model's values of another table, for one that does not print them.
-
-    Example:
-        >>> published_dense("mllm_pruner/table_1_llava_next_7b", "")["POPE"]
-        86.5
-    """
-    return published_table(name, model).dense

@@ -119,11 +119,11 @@ def test_only_the_decoder_stays_when_the_frame_is_released(tmp_path: Path) -> No
     assert in_memory == {"model.language_model.norm.weight"}
 
 
-def test_what_is_written_under_key_of_is_what_from_pretrained_loads(tmp_path: Path) -> None:
+def test_what_is_written_under_the_key_of_a_weight_is_what_from_pretrained_loads(tmp_path: Path) -> None:
     save("llava", tmp_path)
     _, weights = stream(tmp_path)
     name = "model.language_model.layers.2.mlp.up_proj.weight"
-    key = weights.key_of(name)
+    (key,) = weights.keys_of(name)
     assert key == "language_model.model.layers.2.mlp.up_proj.weight"
     checkpoint = CheckpointFolder(tmp_path)
     checkpoint.write(key, torch.zeros(checkpoint[key].shape))
@@ -137,7 +137,7 @@ def test_a_stack_of_experts_comes_from_one_tensor_per_expert(tmp_path: Path) -> 
     model = save("qwen3_omni_moe", tmp_path)
     runner, weights = stream(tmp_path)
     name = f"{runner.name(1)}.mlp.experts.gate_up_proj"
-    assert weights.key_of(name) is None
+    assert not weights.is_stored_as_used(name)
     assert len(weights.keys_of(name)) == 2 * 4
     weights.load_block(1)
     torch.testing.assert_close(runner.model.get_parameter(name), model.get_parameter(name), rtol=0, atol=0)
@@ -315,7 +315,7 @@ def test_an_omni_checkpoint_gives_its_thinker(family: str, model_type: str, tmp_
     )
     runner, weights = stream(tmp_path)
     name = f"{runner.name(3)}.self_attn.q_proj.weight"
-    assert weights.key_of(name) == "thinker.model.layers.3.self_attn.q_proj.weight"
+    assert weights.keys_of(name) == ["thinker.model.layers.3.self_attn.q_proj.weight"]
     weights.load_non_block_weights()
     weights.load_block(3)
     loaded = {path: tensor for path, tensor in runner.model.named_parameters() if tensor.device.type != "meta"}
