@@ -29,7 +29,7 @@ from typing import NoReturn, TextIO
 from lvlm_prune import __version__
 from lvlm_prune.clock import command
 from lvlm_prune.distributed.ranks import refuse_wrong_ranks
-from lvlm_prune.errors import LVLMPruneError, one_line
+from lvlm_prune.errors import LVLMPruneError, error_line
 from lvlm_prune.threads import wait_asleep
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         except LVLMPruneError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr)
             return 2
         except MemoryError:
             print("error: something asks for more memory than there is", file=sys.stderr)
@@ -95,7 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
         from lvlm_prune.cli_completion import WRITES_COMPLETION, completion_problem
 
         if problem := completion_problem(arguments[1:]):
-            print(f"error: completion {' '.join(arguments[1:]) or chr(39) * 2}: {problem}", file=sys.stderr)
+            print(error_line(f"completion {' '.join(arguments[1:]) or chr(39) * 2}: {problem}"), file=sys.stderr)
             return 2
         os.environ[WRITES_COMPLETION] = "true"
         arguments = [f"--print_completion=shtab-{arguments[1]}"]
@@ -109,7 +109,7 @@ def _dispatch(arguments: list[str]) -> int:
     from lvlm_prune.cli_help import misspelt
 
     if problem := misspelt(arguments):
-        print(f"error: {problem}", file=sys.stderr)
+        print(error_line(problem), file=sys.stderr)
         return 2
     refuse_wrong_ranks()
     silence_libraries()

@@ -22,7 +22,7 @@ from lvlm_prune.data import CalibrationDataModule, CalibrationSource, RecoveryDa
 from lvlm_prune.distributed.hardware import names_of
 from lvlm_prune.distributed.interruption import said_of_interruption
 from lvlm_prune.distributed.ranks import is_first_process
-from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, exit_status, meant, one_line
+from lvlm_prune.errors import InputError, LVLMPruneError, OtherProcessFailed, error_line, exit_status, meant, one_line
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import LMEvalEngine, LMMSEvalEngine
 from lvlm_prune.evaluation.scores import Benchmark
@@ -349,7 +349,7 @@ def run(arguments: Sequence[str]) -> int:
     except LVLMPruneError as error:
         # Before they know of each other all processes fail alike, and one speaks.
         if error.agreed or is_first_process():
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_first_process():

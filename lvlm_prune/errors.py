@@ -10,6 +10,8 @@ from typing import Any
 LONGEST_VALUE = 300
 """Characters of a value in a message; longer ones are cut in the middle."""
 
+_LONGEST_WORD = 2**10  # of an error; a longer one is no option and no file that anybody wrote
+
 LARGEST_COUNT = 2**31 - 1
 """No number that counts something is larger."""
 
@@ -116,6 +118,19 @@ def one_line(value: Any) -> str:
     """
     text = " ".join(str(value).split())
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def error_line(error: Any) -> str:
+    """What is printed of an error: one line, in which no word goes on for pages.
+
+    Example:
+        >>> error_line("no such\\nfile"), len(error_line("x" * 10**6))
+        ('error: no such file', 234)
+    """
+    words = one_line(error).split(" ")
+    return " ".join(
+        ["error:", *(shortened(word, LONGEST_VALUE) if len(word) > _LONGEST_WORD else word for word in words)]
+    )
 
 
 def shortened(value: Any, longest: int = 80) -> str:

@@ -299,3 +299,23 @@ def test_without_a_command_all_commands_are_named(arguments, capsys):
     said = capsys.readouterr().err
     assert not arguments or len(said.splitlines()) == 1
     assert all(f" {command}" in said for command in (*VERBS, *ALONE))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "--{}=1"],
+        ["prune", "--pruning.{}", "1"],
+        ["prune", "--pruning.scorer", "{}"],
+        ["prune", "--trainer.accelerator", "{}"],
+        ["prune", "{}"],
+        ["{}"],
+        ["completion", "{}"],
+        ["evaluate", "--engine", "{}"],
+    ],
+)
+def test_no_error_goes_on_for_pages(arguments, capsys):
+    assert main([argument.format("x" * 50_000) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert len(line) < 2000
