@@ -22,6 +22,11 @@ class LossHistory(Callback):
         self.last: Any = None
         self._every = 1
 
+    def on_train_start(self, trainer: Trainer, pl_module: "LVLMModule") -> None:  # type: ignore[override]
+        """Have loggers hear of a step of each epoch at least, however few it has."""
+        steps = max(trainer.num_training_batches // trainer.accumulate_grad_batches, 1)
+        trainer.log_every_n_steps = int(min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]
+
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: "LVLMModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
