@@ -303,7 +303,7 @@ class BlockwisePruning(PruneCallback):
             self._prune(trainer, block, self._targets)
             return
         if isinstance(calibration, SiteCalibration):
-            found = calibration.settle(processes)
+            found = calibration.finish_choice(processes)
             experts = [name for name in self._targets if name not in block.linears]
             block.open_sites = sites_in_order(processes.gather(block.sites), self._targets, experts)
             calibration.begin(block.open_sites[0] if block.open_sites else [])

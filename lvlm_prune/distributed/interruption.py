@@ -42,7 +42,7 @@ def interruptible(way_on: Callable[[], str], at_once: bool, children: Children |
     """
 
     def end(interruption: KeyboardInterrupt) -> None:
-        error = children.settled(interruption) if children is not None and children.lost_child else interruption
+        error = children.error_to_show(interruption) if children is not None and children.lost_child else interruption
         if is_first_process():
             said = said_of_interruption(way_on()) if error is interruption else f"error: {error}"
             print(said, file=sys.stderr, flush=True)

@@ -72,7 +72,7 @@ class Children:
         """From now on they may end."""
         self._over.set()
 
-    def settled(self, error: BaseException) -> BaseException:
+    def error_to_show(self, error: BaseException) -> BaseException:
         """The error to end with: the loss of a child instead of what it led to."""
         if self.lost_child or isinstance(error, ProcessLost):
             self.lost_child = True
@@ -177,19 +177,19 @@ class Launch(Children):
         try:
             yield
         except BaseException as problem:
-            error = self.settled(problem)
+            error = self.error_to_show(problem)
             if error is problem:
                 raise
             raise error from None
         finally:
             self.close(at_once=isinstance(sys.exception(), KeyboardInterrupt))
 
-    def settled(self, error: BaseException) -> BaseException:
+    def error_to_show(self, error: BaseException) -> BaseException:
         """The error to end with: agreed with the other processes; the loss of a child instead of what it led to."""
         if self.lost_child or isinstance(error, ProcessLost):
-            return super().settled(error)
+            return super().error_to_show(error)
         self.release()
-        return self.processes.settled(error)
+        return self.processes.error_to_show(error)
 
     def close(self, at_once: bool = False) -> None:
         """Leave the group of processes and see the children end.

@@ -146,7 +146,7 @@ class Processes:
             error.agreed = True
         raise error
 
-    def settled(self, error: BaseException) -> BaseException:
+    def error_to_show(self, error: BaseException) -> BaseException:
         """The error to end with, once all processes know of `error`.
 
         An interruption is not discussed: it comes to all processes, in the middle of messages too.

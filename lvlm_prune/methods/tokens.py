@@ -112,11 +112,11 @@ class Selection:
     saliency: Tensor | None = None
     counted: Tensor | slice | None = None
 
-    def settled(self, count: int) -> "Selection":
+    def with_candidates(self, count: int) -> "Selection":
         """The same, now that the first `count` candidates are known to count.
 
         Example:
-            >>> Selection(torch.tensor([True, False, False, False]), torch.tensor([3, 1])).settled(1).weights
+            >>> Selection(torch.tensor([True, False, False, False]), torch.tensor([3, 1])).with_candidates(1).weights
             tensor([ True, False, False,  True])
         """
         if self.candidates is None or not count:

@@ -32,7 +32,7 @@ class SiteCalibration(BlockCalibration):
         self._order_of[id(sample.row)] = len(self._samples)
         self._kept.append(self._choose(sample, tokens))
 
-    def settle(self, processes: Processes) -> dict[str, Any]:
+    def finish_choice(self, processes: Processes) -> dict[str, Any]:
         """All samples have run: what the pool held back counts from now on, or does not.
 
         Args:
@@ -46,8 +46,8 @@ class SiteCalibration(BlockCalibration):
         cutoffs = checked_cutoffs(self.pool, self.pool.cutoffs(processes.sum), len(self._samples), is_held)
         self._kept = [
             Chosen(
-                None if chosen.shared is None else chosen.shared.settled(count),
-                {name: selection.settled(count) for name, selection in chosen.own.items()},
+                None if chosen.shared is None else chosen.shared.with_candidates(count),
+                {name: selection.with_candidates(count) for name, selection in chosen.own.items()},
             )
             for chosen, count in zip(self._kept, cutoffs or [0] * len(self._kept))
         ]

@@ -208,13 +208,13 @@ class FittingRun(RecoveryRun):
         except SystemExit as error:  # how Lightning passes on an interruption; it ignores any other from then on
             signal.signal(signal.SIGINT, handler)
             if isinstance(error.__context__, KeyboardInterrupt):
-                raise self.children.settled(error.__context__) from None
+                raise self.children.error_to_show(error.__context__) from None
             raise
         except (OSError, LVLMPruneError):
             raise
         except Exception as error:
             if isinstance(error, RuntimeError) and is_lost_connection(error):
-                raise self.children.settled(ProcessLost()) from None
+                raise self.children.error_to_show(ProcessLost()) from None
             if "validation_loss" in str(error) and self.checkpoints.monitor is None:
                 problem = "watch validation_loss, and no sample is held back to measure it on; use more samples"
                 raise RunError(f"--trainer.callbacks: {problem}, or --data.validation_samples") from None
