@@ -28,12 +28,12 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
     shares = [share for of in kinds for share in of.values()]
     span = (min(shares, default=0.0), max(shares, default=1.0))
     differing = [number for number in pairs if not is_uniform(record["overlap"][number]["kinds"], EQUAL)]
-    plates = [_overlap(record, names, number, span) for number in differing]
+    page_figures = [_overlap(record, names, number, span) for number in differing]
     notes = []
     if has_flat_sparsities(record):
         notes.append("Each folder is about as sparse in each of its blocks as on the whole.")
     else:
-        plates.insert(0, _sparsity(record, names))
+        page_figures.insert(0, _sparsity(record, names))
     for pair in (record["overlap"][number] for number in pairs if number not in differing):
         both = f"{names[pair['first']]} and {names[pair['second']]}"
         notes.append(f"The overlap of {both} is about the same in each block and kind of Linear.")
@@ -49,9 +49,9 @@ def comparison_page(record: Mapping[str, Any]) -> tuple[str, list[PageFigure]]:
         scores=_scores(record, names),
         means=_means(record, names),
         notes=notes,
-        plates=plates,
+        page_figures=page_figures,
     )
-    return text, plates
+    return text, page_figures
 
 
 def _folders(record: Mapping[str, Any]) -> Table:

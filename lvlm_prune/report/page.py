@@ -94,10 +94,10 @@ class PageFigure:
         self.svg, self.png  # noqa: B018
 
 
-def draw_all(plates: Mapping[str, PageFigure]) -> None:
+def draw_all(page_figures: Mapping[str, PageFigure]) -> None:
     """Draw the figures of a page now."""
-    for plate in plates.values():
-        plate.draw()
+    for page_figure in page_figures.values():
+        page_figure.draw()
 
 
 def show(record: Any, *path: str | int, unit: str = "small") -> Markup:
@@ -267,15 +267,15 @@ def read_from(folder: Path, name: str, is_read: bool) -> Iterator[None]:
         raise InputError("output", folder, problem) from error
 
 
-def write_page(folder: Path, page: str, plates: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:
+def write_page(folder: Path, page: str, page_figures: Sequence[PageFigure] | Mapping[str, PageFigure]) -> None:
     """Write `report.html` into a folder, and its figures as PNG into `report/` beside it."""
-    drawn = list(plates.values()) if isinstance(plates, Mapping) else list(plates)
+    drawn = list(page_figures.values()) if isinstance(page_figures, Mapping) else list(page_figures)
     figures = folder / FIGURE_FOLDER
     if figures.is_symlink():  # what it leads to is somebody else's
         figures.unlink()
     if drawn:
         figures.mkdir(exist_ok=True)
-    for plate in drawn:
-        (figures / f"{plate.name}.png").unlink(missing_ok=True)
-        (figures / f"{plate.name}.png").write_bytes(plate.png)
+    for page_figure in drawn:
+        (figures / f"{page_figure.name}.png").unlink(missing_ok=True)
+        (figures / f"{page_figure.name}.png").write_bytes(page_figure.png)
     replace_durably(folder / PAGE_NAME, page.encode())

@@ -25,13 +25,13 @@ def probe_page(record: Mapping[str, Any], drawn: Callable[[], None] | None = Non
         drawn: Called when the figures are drawn, which takes longest; what it notes in the record is on the page.
     """
     run = dict(record) | {"summary": summarise(record)}
-    plates = {
-        plate.name: plate
-        for plate in [*_overlaps(run), _map(run), _drift(run), *_diversity(run), _curves(run)]
-        if plate is not None
+    page_figures = {
+        page_figure.name: page_figure
+        for page_figure in [*_overlaps(run), _map(run), _drift(run), *_diversity(run), _curves(run)]
+        if page_figure is not None
     }
     if drawn is not None:
-        draw_all(plates)
+        draw_all(page_figures)
         drawn()
         run |= record
     facts = {
@@ -47,9 +47,16 @@ def probe_page(record: Mapping[str, Any], drawn: Callable[[], None] | None = Non
     title = f"{model_name(run)}: modality probe"
     repeat = repeat_command("probe", run)
     text = render_page(
-        "probe.html.j2", title, run=run, plates=plates, facts=facts, grids=_grids(run), repeat=repeat, show=show
+        "probe.html.j2",
+        title,
+        run=run,
+        page_figures=page_figures,
+        facts=facts,
+        grids=_grids(run),
+        repeat=repeat,
+        show=show,
     )
-    return text, plates
+    return text, page_figures
 
 
 def summarise(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,14 +137,14 @@ def _grids(run: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
-    plates, span = [], _span(run["summary"]["iou"])
+    page_figures, span = [], _span(run["summary"]["iou"])
     for sparsity, values in run["summary"]["iou"].items():
         caption = Markup(
             "Overlap (intersection over union) of the weights that go at {} by text tokens alone and by visual tokens "
             "alone, in the dense model: one where both give up the same weights."
         ).format(show(run, "summary", "sparsities", sparsity, unit="sparsity"))
         table = table_by_kind(run, "summary", "iou", sparsity)
-        plates.append(
+        page_figures.append(
             PageFigure(
                 f"mask-overlap-{100 * float(sparsity):g}",
                 heat_map(values, "overlap of masks (IoU)", least_span=0.1, span=span, most=1),
@@ -145,7 +152,7 @@ def _overlaps(run: dict[str, Any]) -> list[PageFigure]:
                 table,
             )
         )
-    return plates
+    return page_figures
 
 
 def _span(maps: Mapping[str, Mapping[str, Mapping[int, float]]]) -> tuple[float, float] | None:
@@ -177,17 +184,17 @@ def _drift(run: dict[str, Any]) -> PageFigure:
 
 
 def _diversity(run: dict[str, Any]) -> list[PageFigure]:
-    plates, span = [], _span(run["summary"]["diversity"])
+    page_figures, span = [], _span(run["summary"]["diversity"])
     for term, values in run["summary"]["diversity"].items():
         caption = (
             f"Diversity {_TERMS[term]} of what each kind of Linear puts out: mean cosine distance over pairs of "
             "tokens, dense model. These maps have one colour scale."
         )
         drawing = heat_map(values, f"diversity {_TERMS[term]}", least_span=0.1, span=span)
-        plates.append(
+        page_figures.append(
             PageFigure(f"diversity-{term}", drawing, caption, table_by_kind(run, "summary", "diversity", term))
         )
-    return plates
+    return page_figures
 
 
 def _curves(run: dict[str, Any]) -> PageFigure | None:

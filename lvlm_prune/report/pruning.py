@@ -49,9 +49,11 @@ def pruning_page(
         drawn: Called when the figures are drawn, which takes longest; what it notes in the manifest is on the page.
     """
     run = with_evaluation(dict(manifest) | {"summary": summarise(manifest)}, folder)
-    plates = {plate.name: plate for plate in _plates(run, folder) if plate is not None}
+    page_figures = {
+        page_figure.name: page_figure for page_figure in _page_figures(run, folder) if page_figure is not None
+    }
     if drawn is not None:
-        draw_all(plates)
+        draw_all(page_figures)
         drawn()
         run |= manifest
     title = f"{model_name(manifest)}: {manifest['method']['init_args']['name']}"
@@ -59,7 +61,7 @@ def pruning_page(
         "pruning.html.j2",
         title,
         run=run,
-        plates=plates,
+        page_figures=page_figures,
         facts=_facts(run),
         scores=_scores(run),
         evaluated=evaluated_table(run),
@@ -76,7 +78,7 @@ def pruning_page(
         span=sparsity_span(run),
         left_dense=[name for name, entry in run["linears"].items() if "note" in entry],
     )
-    return text, plates
+    return text, page_figures
 
 
 def _tries(run: Mapping[str, Any]) -> Table:
@@ -251,7 +253,7 @@ def _scores(run: Mapping[str, Any]) -> Table | None:
     return Table(["task", "dense", "pruned", "retained"], rows)
 
 
-def _plates(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]:
+def _page_figures(run: dict[str, Any], folder: Path | None) -> list[PageFigure | None]:
     return [
         _retained(run),
         evaluated_figure(run),

@@ -53,9 +53,9 @@ def recovery_page(
         _errors(run),
         sparsity_figure(run, "Sparsity of each kind of Linear in each block, that of the base."),
     )
-    plates = {plate.name: plate for plate in figures if plate is not None}
+    page_figures = {page_figure.name: page_figure for page_figure in figures if page_figure is not None}
     if drawn is not None:
-        draw_all(plates)
+        draw_all(page_figures)
         drawn()
         run |= record
     title = f"{model_name(run)}: recovered by {_METHODS.get(run['method'], run['method'])}"
@@ -63,7 +63,7 @@ def recovery_page(
         "recovery.html.j2",
         title,
         run=run,
-        plates=plates,
+        page_figures=page_figures,
         facts=_facts(run),
         scores=_scores(run),
         evaluated=evaluated_table(run),
@@ -74,7 +74,7 @@ def recovery_page(
         uniform=is_uniform(run["summary"]["sparsity"]),
         span=sparsity_span(run),
     )
-    return text, plates
+    return text, page_figures
 
 
 def summarise(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ def test_every_number_is_the_records(method, figures, bases, recover, tmp_path, 
     output, drawn = tmp_path / "out", []
     draw_all = recovery.draw_all
     monkeypatch.setattr(
-        recovery, "draw_all", lambda plates: (draw_all(plates), drawn.append(time.perf_counter() - command_began()))
+        recovery,
+        "draw_all",
+        lambda page_figures: (draw_all(page_figures), drawn.append(time.perf_counter() - command_began())),
     )
     options = [f"--method={method}", "--trainer.max_epochs=3", "--report=true"]
     assert recover(bases / "unstructured-float32", output, *options) == 0

@@ -43,7 +43,7 @@ def write_sweep_page(
 
     heads, rows = table_rows(runs, across)
     label = "sparsity (%)" if across == SPARSITY else across.rpartition(".")[2].replace("_", " ")
-    plates = []
+    page_figures = []
     if lines := curves(runs, across):
         places = {place for points in lines.values() for place in points}
         if len(places) > 1:
@@ -58,7 +58,7 @@ def write_sweep_page(
             means = {name: 100 * fmean(next(iter(points.values()))) for name, points in lines.items()}
             caption = f"Retained accuracy at {where}, mean over the calibration seeds; the line is all of it."
             drawing = task_bars({"retained": means}, "retained accuracy (%)", 100.0)
-        plates.append(PageFigure("retention", drawing, caption))
+        page_figures.append(PageFigure("retention", drawing, caption))
     page = render_page(
         TEMPLATE,
         f"{model}: sweep of {len(runs)} runs",
@@ -66,7 +66,7 @@ def write_sweep_page(
         versions=versions(),
         summary=summary(dense),
         table=Table(heads, rows),
-        plates=plates,
+        page_figures=page_figures,
         note=note,
     )
-    write_page(folder, page, plates)
+    write_page(folder, page, page_figures)

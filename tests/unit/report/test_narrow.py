@@ -44,7 +44,7 @@ def comparison(settings: list[list[str]]) -> str:
     scores = Table(heads, [["reading_arithmetic", *["100.0%"] * 5], ["comparing", *["69.3%"] * 5]])
     common = Table(["setting", "atv", "das"], settings)
     values = {"warning": "", "notes": [], "folders": common, "quality": None, "settings": common, "means": common}
-    return render_page("comparison.html.j2", "A page", **values, plates=[], scores=scores)
+    return render_page("comparison.html.j2", "A page", **values, page_figures=[], scores=scores)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -60,7 +60,7 @@ def test_no_table_of_scores_is_wider_than_a_telephone(tmp_path):
 def test_no_value_of_a_narrow_table_breaks_within_a_word(tmp_path):
     """Four folders beside each other: where they do not fit, the table scrolls."""
     words = ["AsymmetricPool", "0.0003235", "ALPSSolver", "distillation.temperature", "llava-next", "74c621918c…"]
-    values = {"warning": "", "notes": [], "quality": None, "plates": [], "scores": None}
+    values = {"warning": "", "notes": [], "quality": None, "page_figures": [], "scores": None}
     folders = Table(["folder"], [])
     settings = Table(["setting", *"abcd"], [["data.num_samples", *[word] * 4] for word in words])
     means = Table(["folders", "overlap"], [])

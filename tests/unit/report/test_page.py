@@ -15,14 +15,14 @@ def test_figures_are_written_through_no_link(tmp_path):
     other.mkdir()
     (other / "retention.png").write_text("precious")
     (folder / FIGURE_FOLDER).symlink_to(other)
-    plate = PageFigure("retention", Figure(), "")
-    write_page(folder, "a page", [plate])
+    page_figure = PageFigure("retention", Figure(), "")
+    write_page(folder, "a page", [page_figure])
     assert [path.name for path in other.iterdir()] == ["retention.png"]
     (folder / FIGURE_FOLDER / "retention.png").unlink()
     (folder / FIGURE_FOLDER / "retention.png").symlink_to(other / "retention.png")
-    write_page(folder, "a page", [plate])
+    write_page(folder, "a page", [page_figure])
     assert (other / "retention.png").read_text() == "precious"
-    assert (folder / FIGURE_FOLDER / "retention.png").read_bytes() == plate.png
+    assert (folder / FIGURE_FOLDER / "retention.png").read_bytes() == page_figure.png
 
 
 def test_numbers_of_an_earlier_run_that_are_none_are_one_line(tmp_path):
