@@ -56,8 +56,12 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
     numbers = (int(found) + 1 for key in folder.tensors for found in _NUMBER.findall(key))
     most_layers = max([_MODULES_THAT_FIT, *numbers])
     most_parts = max([_MODULES_THAT_FIT, len(shapes), *(length for shape in shapes for length in shape)])
-    limits = [(_LAYERS, most_layers), (_PARTS, most_parts), (_SIZES, _most_elements(folder))]
-    limits.append((_LABELS, _LABELS_THAT_FIT))
+    limits = [
+        (_LAYERS, most_layers),
+        (_PARTS, most_parts),
+        (_SIZES, _most_elements(folder)),
+        (_LABELS, _LABELS_THAT_FIT),
+    ]
     for name, value in _numbers(folder.config):
         leaf = name.rpartition(".")[2].replace("_", " ")
         is_size = not _NO_SIZE.search(leaf)
@@ -91,16 +95,17 @@ def refuse_larger_tensors(model: PreTrainedModel, folder: CheckpointFolder) -> N
     Raises:
         InputError: A tensor does not fit; names it.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    buffers = dict(model.named_buffers())
+    tensors = {**dict(model.named_parameters()), **buffers}
     largest = max([_SMALL, *(math.prod(tensor.shape) for tensor in folder.tensors.values())])
     larger = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.numel() > largest}
     if not larger:
         return
-    sources, buffers = find_sources(model, folder), dict(model.named_buffers())
+    sources, most_elements = find_sources(model, folder), _most_elements(folder)
     for name, shape in larger.items():
         if name in sources and (stored := sources[name].shapes[name]) != shape:
             raise shape_error(folder, sources[name].key, stored, shape)
-        most = min(_most_elements(folder), _LARGEST_BUFFER) if name in buffers else _most_elements(folder)
+        most = min(most_elements, _LARGEST_BUFFER) if name in buffers else most_elements
         if name not in sources and math.prod(shape) > most:
             problem = f"config.json asks for {name} of shape {list(shape)}, which does not fit the tensors on disk"
             raise InputError("model.path", folder.path, problem)
