@@ -103,16 +103,17 @@ def test_what_is_misspelt_is_told_how_it_is_meant(arguments, meant, capsys):
     assert line.endswith(end)
 
 
-@pytest.mark.parametrize("given", ["own.py", "./own.py", "own", "RowScale", "own:RowScale"])
+@pytest.mark.parametrize("given", ["own.py", "./own.py", "own", "Gained", "own:Gained"])
 def test_a_file_and_a_bare_name_of_a_class_are_told_how_the_class_is_named(given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(
-        "class Other(Pool):\n    pass\n\n\nclass RowScale(Solver):\n    a: int = {}  # no YAML: at all\n"
+        "class Other(Pool):\n    pass\n\n\nclass Gained(Solver):\n    a: int = {}  # no YAML: at all\n"
     )
+    # A bare name is looked up among all classes that this process has ever met: this one is no other test's.
     assert main(["prune", f"--pruning.solver={given}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --pruning.solver {given}: ")
-    assert line.endswith("; is own.RowScale meant?")
+    assert line.endswith("; is own.Gained meant?")
     assert main(["prune", f"--data.source={given}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --data.source {given}: ")
