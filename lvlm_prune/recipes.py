@@ -75,6 +75,21 @@ def recipe_names(verb: str = "prune") -> list[str]:
     return sorted(path.stem for path in (CONFIGS / verb).glob("*.yaml"))
 
 
+def recipe_called(name: str) -> str:
+    """The recipe whose method is called so in what is printed; empty where none is, or several are.
+
+    Args:
+        name: The method's name, as `pruning.name` has it.
+
+    Example:
+        >>> recipe_called("ALPS + KL (best)"), recipe_called("mixed Wanda")
+        ('best', '')
+    """
+    line = re.compile(rf"^  name: {re.escape(name)}$", re.MULTILINE)
+    found = [recipe for recipe in recipe_names() if line.search(recipe_file(recipe).read_text())]
+    return found[0] if len(found) == 1 else ""
+
+
 def recipes_table() -> str:
     """Name of each recipe and what it is, the first sentence at the head of its file; then where to begin."""
     width = max(map(len, recipe_names()))

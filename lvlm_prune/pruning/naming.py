@@ -9,6 +9,7 @@ from lvlm_prune.methods.saliency import DriftSaliency
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.solvers import Solver
 from lvlm_prune.plugins import plugin_class
+from lvlm_prune.recipes import recipe_called
 
 
 def method_name(
@@ -61,7 +62,7 @@ def method_name(
 
 
 def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
-    """Method and sparsity as part of a folder name.
+    """Method and sparsity as part of a folder name; the method as a user types it where a recipe is called so.
 
     Example:
         >>> from lvlm_prune.methods.patterns import parse_pattern
@@ -73,8 +74,10 @@ def folder_label(name: str, sparsity: float, pattern: Pattern) -> str:
         'alps-2of4-40'
         >>> folder_label("ALPS", 0.5, parse_pattern("2:4,1:4"))
         'alps-2of4-1of4-50'
+        >>> folder_label("ALPS + KL (best)", 0.6, parse_pattern("unstructured"))
+        'best-60'
     """
-    method = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    method = re.sub(r"[^a-z0-9]+", "-", (recipe_called(name) or name).lower()).strip("-")
     if pattern.levels:
         label = f"{method}-{str(pattern).replace(':', 'of').replace(',', '-')}"
         return f"{label}-{100 * sparsity:g}" if pattern.mixes(sparsity) else label

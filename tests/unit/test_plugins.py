@@ -8,11 +8,13 @@ from lvlm_prune import load_pruning
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.methods.allocation import DASAllocation
-from lvlm_prune.methods.patterns import SemiStructured
+from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
 from lvlm_prune.methods.pools import AsymmetricPool
 from lvlm_prune.methods.saliency import DriftSaliency, RandomSaliency
 from lvlm_prune.methods.scorers import SparseGPTScorer, WandaScorer
 from lvlm_prune.plugins import built_from, describe, lazy_default, load_installed_plugins, mounted, plugin_class
+from lvlm_prune.pruning.naming import folder_label
+from lvlm_prune.recipes import options_of_method, recipe_file, recipe_names
 
 
 def test_a_default_is_described_as_the_class_its_author_wrote():
@@ -72,6 +74,14 @@ def test_a_method_without_a_name_is_named_after_its_parts():
     assert BlockwisePruning(pool=MixedPool()).name == "mixed Wanda"
     assert BlockwisePruning(scorer=MagnitudeScorer()).name == "Magnitude"
     assert BlockwisePruning(pattern="2:4").run_label() == "atv-2of4"
+
+
+def test_a_folder_is_named_after_the_recipe_as_it_is_typed():
+    methods = {recipe: options_of_method(recipe_file(recipe), "method")["name"] for recipe in recipe_names()}
+    for recipe, method in methods.items():
+        one_of_several = list(methods.values()).count(method) > 1
+        typed = method.lower() if one_of_several else recipe.replace("_", "-")
+        assert folder_label(method, 0.6, parse_pattern("unstructured")) == f"{typed}-60"
 
 
 # ---- which option an error is about ----------------------------------------------------------------------------------
