@@ -15,17 +15,17 @@ and whoever holds it adds the path: `--pruning.scorer.damping`, `--probing.score
 import inspect
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import NoneType
+from types import FrameType, NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse.typing import _LazyInitBaseClass
 
-from lvlm_prune.errors import InputError, RunError, first_line
+from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line
 from lvlm_prune.option_files import refuse_immense
 
 Plugin = TypeVar("Plugin")
@@ -59,7 +59,7 @@ def lazy_default(plugin: type[Plugin]) -> Plugin:
 
 def own_instance(plugin: Any) -> Any:
     """A plugin to keep: a lazy default value, which all who leave the argument out share, as an object of its own."""
-    if not hasattr(plugin, "lazy_get_init_args"):
+    if not isinstance(plugin, _LazyInitBaseClass):
         return plugin
     return plugin_class(plugin)(**plugin.lazy_get_init_args().as_dict())
 
@@ -77,7 +77,7 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Path) or getattr(value, "written_as_text", False):
+    if isinstance(value, Path) or getattr(type(value), "written_as_text", False):
         return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
@@ -105,8 +105,9 @@ def _whole(text: str) -> str:
 def mounted(**holders: Any) -> Iterator[None]:
     """Within, what plugins say against their arguments becomes an `InputError` that names the option.
 
-    Also a `FloatingPointError`, which plugins raise where the numbers of the run are broken, becomes a `RunError`.
-    Everything else that a plugin raises stays as it is.
+    So does any error of an attribute (a property, `__getattr__`), which nobody expects to work. Also a
+    `FloatingPointError`, which plugins raise where the numbers of the run are broken, becomes a `RunError`. Everything
+    else that a plugin raises stays as it is.
 
     Args:
         holders: Key of the configuration -> the object under it, whose constructor arguments are plugins, which may
@@ -126,12 +127,14 @@ def mounted(**holders: Any) -> Iterator[None]:
         yield
     except FloatingPointError as error:
         raise RunError(str(error)) from None
-    except ValueError as error:
-        refused = _REFUSED.fullmatch(str(error))
-        option = refused and _option_of(error, refused["argument"], holders)
-        if not (refused and option):
-            raise
-        raise InputError(option, _whole(refused["value"]), refused["problem"]) from None
+    except LVLMPruneError:
+        raise
+    except Exception as error:
+        refused = _REFUSED.fullmatch(str(error)) if isinstance(error, ValueError) else None
+        if refused and (option := _option_of(error, refused["argument"], holders)):
+            raise InputError(option, _whole(refused["value"]), refused["problem"]) from None
+        _refuse_attribute(error, (part for key, holder in holders.items() for part in _parts(key, holder)))
+        raise
 
 
 @contextmanager
@@ -151,7 +154,12 @@ def built_from(config: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as raised:
+    except LVLMPruneError:
+        raise
+    except Exception as raised:
+        _refuse_attribute(raised, ((path, class_path) for path, class_path, _ in _parts_of_config(config)))
+        if not isinstance(raised, ValueError):
+            raise
         logger = (config.get("trainer") or {}).get("logger")
         if isinstance(logger, Mapping) and (missing := _missing_module(raised)):
             raise InputError("trainer.logger", logger.get("class_path"), missing) from None
@@ -252,6 +260,43 @@ def _annotations(written: Any) -> dict[str, Any]:
         return get_type_hints(written.__init__)
     except NameError:  # of types that its author imports for checkers only
         return {}
+
+
+def _refuse_attribute(error: Exception, parts: Iterable[tuple[str, Any]]) -> None:
+    """Refuse a plugin of which an attribute cannot be read, where that is what an error comes from.
+
+    Args:
+        error: What was raised.
+        parts: Path of each plugin, and itself or the import path of its class.
+
+    Raises:
+        InputError: It comes from there; names the option, and the line to mend.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        owner, code = frame.f_locals.get("self"), frame.f_code
+        name = _attribute_read(type(owner), frame)
+        if owner is None or name is None or str(frame.f_globals.get("__name__")).startswith("lvlm_prune."):
+            continue
+        written = plugin_class(owner)
+        names = (f"{written.__module__}.{written.__qualname__}", written.__name__)
+        option = next((path for path, part in parts if part is owner or (isinstance(part, str) and part in names)), "")
+        place = f"{Path(code.co_filename).name}, line {line}"
+        said = f"{type(error).__name__}: {first_line(error)}"
+        if option:
+            raise InputError(option, written.__name__, f"its attribute `{name}` raises {said} ({place})") from None
+        return
+
+
+def _attribute_read(written: type, frame: FrameType) -> str | None:
+    """Name of the attribute of an object of this class that a frame finds; None where it does something else."""
+    for base in written.__mro__:
+        for name, value in vars(base).items():
+            getter = getattr(value, "fget", None) or getattr(value, "func", None)  # `property`, `cached_property`
+            if getattr(getter, "__code__", None) is frame.f_code:
+                return name
+            if name in ("__getattr__", "__getattribute__") and getattr(value, "__code__", None) is frame.f_code:
+                return str(frame.f_locals.get(frame.f_code.co_varnames[1]))
+    return None
 
 
 def _owners(error: BaseException) -> list[Any]:

@@ -181,9 +181,9 @@ def refuse_misdeclared(plugin: Any, kind: type) -> None:
     """
     declared = {name: default for base in kind.__mro__ for name, default in vars(base).items() if name[0] != "_"}
     for name, default in declared.items():
+        value, expected = getattr(plugin, name), type(default).__name__  # one that cannot be read ends the run here
         if name not in ("statistic", "group") and not isinstance(default, (bool, str, frozenset)):
             continue
-        value, expected = getattr(plugin, name), type(default).__name__
         if name == "statistic":
             fits = value is None or (isinstance(value, type) and issubclass(value, Statistic))
             expected = "the class of a Statistic, or None"

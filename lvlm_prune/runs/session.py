@@ -14,7 +14,7 @@ from lvlm_prune.distributed.interruption import interruptible
 from lvlm_prune.distributed.launching import Children, Launch
 from lvlm_prune.errors import InputError
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.plugins import plugin_class
+from lvlm_prune.plugins import mounted, plugin_class
 from lvlm_prune.processor import multiplies
 from lvlm_prune.run import Run, RunTrainer
 
@@ -66,7 +66,9 @@ def prepare_source(model: LVLMModule, source: CalibrationSource) -> None:
             "for example --data.source LlavaJsonSource --data.source.path samples.json"
         )
         raise InputError("data.source", plugin_class(source).__name__, problem)
-    if source.needs_processor:
+    with mounted(**{"data.source": source}):
+        needs_processor = source.needs_processor
+    if needs_processor:
         model.require_processor()
 
 

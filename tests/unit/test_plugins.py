@@ -1,5 +1,6 @@
 """Plugins are found, and said by name with everything they were made with."""
 
+import copy
 import sys
 
 import pytest
@@ -7,11 +8,14 @@ import pytest
 from lvlm_prune import load_pruning
 from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.errors import InputError, RunError
+from lvlm_prune.methods import Allocation, Pool, Saliency, Scorer, Solver
 from lvlm_prune.methods.allocation import DASAllocation
+from lvlm_prune.methods.contract import refuse_misdeclared
 from lvlm_prune.methods.patterns import SemiStructured, parse_pattern
-from lvlm_prune.methods.pools import AsymmetricPool
+from lvlm_prune.methods.pools import AsymmetricPool, MixedPool
 from lvlm_prune.methods.saliency import DriftSaliency, RandomSaliency
 from lvlm_prune.methods.scorers import SparseGPTScorer, WandaScorer
+from lvlm_prune.methods.solvers import ALPSSolver
 from lvlm_prune.plugins import built_from, describe, lazy_default, load_installed_plugins, mounted, plugin_class
 from lvlm_prune.pruning.naming import folder_label
 from lvlm_prune.recipes import options_of_method, recipe_file, recipe_names
@@ -66,7 +70,6 @@ def test_an_installed_package_registers_short_names(tmp_path, monkeypatch):
 
 
 def test_a_method_without_a_name_is_named_after_its_parts():
-    from lvlm_prune.methods.pools import MixedPool
     from lvlm_prune.methods.scorers import MagnitudeScorer
 
     assert BlockwisePruning().name == "ATV"
@@ -133,6 +136,48 @@ def test_an_argument_of_the_run_itself_is_named_as_one():
         mounted(pruning=Holder(plugin)),
     ):
         plugin.work()
+
+
+def _cannot_be_read(plugin, attribute):
+    """A plugin of the same class but for one attribute, at which it raises as a mistake of its author would."""
+
+    def fails(self):
+        raise ZeroDivisionError("division by zero")
+
+    plugin.__class__ = type("Odd", (type(plugin),), {attribute: property(fails), "__module__": "mine"})
+    return plugin
+
+
+@pytest.mark.parametrize(
+    ("plugin", "kind"),
+    [
+        (WandaScorer(), Scorer),
+        (MixedPool(), Pool),
+        (DriftSaliency(), Saliency),
+        (DASAllocation(), Allocation),
+        (ALPSSolver(), Solver),
+    ],
+)
+def test_an_attribute_that_cannot_be_read_is_a_fault_of_the_plugin(plugin, kind):
+    names = {name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_")}
+    said = r"^--pruning.scorer Odd: its attribute `{}` raises ZeroDivisionError: division by zero \(test_plugins"
+    for name in names:
+        odd = _cannot_be_read(copy.copy(plugin), name)
+        with pytest.raises(InputError, match=said.format(name)), mounted(pruning=Holder(odd)):
+            refuse_misdeclared(odd, kind)
+
+
+def test_an_attribute_that_is_looked_up_in_vain_is_a_fault_of_the_plugin():
+    class Odd(Picky):
+        def __getattr__(self, name):
+            return {}[name]
+
+    odd = Odd()
+    config = {"pruning": {"pool": {"class_path": f"{__name__}.{Odd.__qualname__}", "init_args": {}}}}
+    said = r"^--pruning.pool Odd: its attribute `saliency` raises KeyError: 'saliency' \("
+    for context in (built_from(config), mounted(**{"pruning.pool": odd})):
+        with pytest.raises(InputError, match=said), context:
+            assert odd.saliency
 
 
 @pytest.mark.parametrize("error", [ValueError("too many values to unpack"), KeyError("a"), ValueError("`a` is no b")])

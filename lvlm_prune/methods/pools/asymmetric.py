@@ -82,7 +82,7 @@ class AsymmetricPool(Pool):
             raise ValueError(f"`match_total` {match_total}: scales the budget, which `k` fixes already")
         if match_samples < 1:
             raise ValueError(f"`match_samples` {match_samples}: must be 1 or larger")
-        self.saliency = saliency = saliency or DriftSaliency()
+        self.saliency = saliency = DriftSaliency() if saliency is None else saliency
         self.needs = saliency.needs
         self.alpha = alpha
         self.rounding = rounding
