@@ -376,7 +376,8 @@ class BlockwisePruning(PruneCallback):
             skipped_line(trainer.run.record.get("calibration", {})),
         ]
         if lines := [line for line in lines if line]:
-            trainer.run.record["warnings"] = lines
+            said = trainer.run.record.get("warnings", [])
+            trainer.run.record["warnings"] = list(dict.fromkeys([*said, *lines]))
             for line in lines:
                 trainer.run.say(f"warning: {line}")
 

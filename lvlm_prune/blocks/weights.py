@@ -208,6 +208,16 @@ class StreamedWeights(Weights):
             if key not in used and (found := _OF_QUANTIZATION.fullmatch(key)) is not None and found[1] in modules
         ]
 
+    def keys_beside_blocks(self) -> list[str]:
+        """Names on disk of what a forward needs outside the blocks, and of vectors in them: norms, biases."""
+        beside = {key for name in (*self._non_block_names, *self._output_names) for key in self._keys_if_any(name)}
+        within = {key for names in self._block_names for name in names for key in self._keys_if_any(name)}
+        vectors = {key for key in within if len(self._folder[key].shape) < 2}
+        return [key for key in self._folder if key in beside or key in vectors]
+
+    def _keys_if_any(self, name: str) -> list[str]:
+        return self.keys_of(name) if self.has(name) else []
+
     def _used_keys(self) -> set[str]:
         return {key for source in self._sources.values() for keys in source.keys.values() for key in keys}
 

@@ -138,6 +138,18 @@ class CheckpointFolder:
         pairs = zip(self._parts(key, _COMPARED), other._parts(key, _COMPARED), strict=True)
         return all(own == others for own, others in pairs)
 
+    def is_finite(self, key: str) -> bool:
+        """Whether the tensor named `key` is without NaN and infinity; reads 4 MiB at a time.
+
+        Raises:
+            RunError: As `read_bytes`.
+        """
+        dtype = self.tensors[key].torch_dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            return True
+        parts = (torch.frombuffer(part, dtype=dtype) for part in self._parts(key, _COMPARED))
+        return all(bool(torch.isfinite(torch.stack(part.aminmax())).all()) for part in parts)
+
     def _parts(self, key: str, size: int) -> Iterator[bytearray]:
         """The bytes of a tensor, `size` at a time."""
         tensor = self.tensors[key]

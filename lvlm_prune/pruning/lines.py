@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvlm_prune.errors import one_line
@@ -41,3 +41,20 @@ def skipped_line(calibration: Mapping[str, Any]) -> str:
         if isinstance(skipped[0], str)
         else f"{line} (the first is {one_line(skipped[0][0])}: {one_line(skipped[0][1])})"
     )
+
+
+def not_finite_line(keys: Sequence[str]) -> str:
+    """Which tensors that are not pruned have NaN or infinity in them; empty where none has.
+
+    Args:
+        keys: Their names on disk.
+
+    Example:
+        >>> not_finite_line(["lm_head.weight"])
+        'the input has NaN or infinity in lm_head.weight: what goes through it is broken, pruned or not'
+    """
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more tensors" if len(keys) > 3 else ""
+    named = f"{', '.join(keys[:3])}{more}: what goes through {'it' if len(keys) == 1 else 'them'}"
+    return f"the input has NaN or infinity in {named} is broken, pruned or not"

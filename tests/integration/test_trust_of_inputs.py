@@ -252,3 +252,40 @@ def test_in_the_place_of_a_held_back_sample_that_is_broken_comes_another(broken,
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert (record["quality"]["samples"], record["quality"]["held_back"]) == (3, True)
     assert [message for message in caplog.messages if f"left out held-back sample {first}" in message]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "named"),
+    [
+        (["lm_head.weight"], "lm_head.weight"),
+        (["model.embed_tokens.weight"], "model.embed_tokens.weight"),  # of a token that no sample has
+        (
+            ["visual.patch_embed.proj.weight", "model.layers.3.self_attn.v_proj.bias"],
+            "model.layers.3.self_attn.v_proj.",
+        ),
+        ([f"model.layers.{layer}.input_layernorm.weight" for layer in range(4)], "and 1 more tensors"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_named_before_anything_goes_through_them(
+    spoilt, named, value, tmp_path, capsys
+):
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(GOLDEN / "model", model)
+    tensors = load_file(model / "model.safetensors")
+    for name in spoilt:
+        tensors[name].view(-1)[-1] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    magnitude = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}", f"--output={folder}"]
+    assert main([*GOLDEN_ARGUMENTS, *magnitude]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    (warning,) = json.loads((folder / "pruning.json").read_text())["warnings"]
+    assert said == f"warning: {warning}"
+    assert warning.startswith("the input has NaN or infinity in ")
+    assert named in warning
+    # Where samples go through it is refused; what is said of it comes before.
+    if "visual.patch_embed.proj.weight" in spoilt:
+        assert main([*GOLDEN_ARGUMENTS, f"--model.path={model}", f"--output={tmp_path / 'calibrated'}"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out.splitlines() == [said]
+        assert captured.err.startswith("error: calibration sample 0: NaN or infinity before the first block")

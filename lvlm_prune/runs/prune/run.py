@@ -35,6 +35,7 @@ from lvlm_prune.output.names import PRUNING_RECORD
 from lvlm_prune.output.provenance import provenance
 from lvlm_prune.plugins import mounted
 from lvlm_prune.pruning.input_zeros import zeros_of_input
+from lvlm_prune.pruning.lines import not_finite_line
 from lvlm_prune.run import Run, RunOptions, RunTrainer, described_config
 from lvlm_prune.runs.prune.participants import Participants, with_defaults
 from lvlm_prune.runs.prune.quality import SampleQuality
@@ -224,6 +225,7 @@ class PruneRun:
         run.record.update(first_model(record_of(model.folder.path) if model.folder is not None else {}))
         run.record["catch_seconds"] = 0.0
         stream = CalibrationStream(run, model, self.datamodule, self.participants, device, self.raise_hook, self.shared)
+        self._say_of_broken_tensors()
         finished = self._finished_blocks()
         *towers, last = model.parts
         parts = [*(tower for tower in towers if not finished.issuperset(tower.numbers)), last]
@@ -240,6 +242,16 @@ class PruneRun:
             if self.participants.surveying():
                 stream.survey()
             stream.prune(part)
+
+    def _say_of_broken_tensors(self) -> None:
+        """Before samples go through them: what comes out is refused without knowing where it comes from."""
+        folder, weights = self.model.folder, self.run.weights
+        if folder is None or not isinstance(weights, StreamedWeights) or not self.run.processes.is_main:
+            return
+        broken = [key for key in weights.keys_beside_blocks() if not folder.is_finite(key)]
+        if line := not_finite_line(broken):
+            self.run.record["warnings"] = [line]
+            self.run.say(f"warning: {line}")
 
     def _say_of_few_samples(self) -> None:
         count, asked = self.run.record["calibration"].get("num_samples", 0), self.datamodule.num_samples
