@@ -108,7 +108,7 @@ def recovered_line(quality: Mapping[str, Any], was_sparse: bool = False) -> str:
         >>> print(recovered_line({"samples": 8, "tokens": 900, "held_back": True, "dense_perplexity": 5.0, "kl": 0.1,
         ...     "perplexity": 5.5, "agreement": 0.96, "pruned_perplexity": 6.25, "pruned_kl": 0.21,
         ...     "pruned_agreement": 0.91}))
-        on 8 samples kept for validation (900 text tokens): perplexity 6.25 → 5.5 (dense: 5), KL from the dense model
+        on 8 samples that did not train (900 text tokens): perplexity 6.25 → 5.5 (dense: 5), KL from the dense model
         0.21 → 0.1 nats per token, its most likely token at 91.0% → 96.0%
     """
     if "not_measured" in quality:
@@ -141,10 +141,10 @@ def compared_with(qualities: Iterable[Mapping[str, Any] | None]) -> str:
     return "input of pruning" if any(one and one["input"] == "sparse" for one in qualities) else DENSE_MODEL
 
 
-_HELD_BACK = {"pruning": "held back from calibration", "recovery": "kept for validation"}
+_HELD_BACK = {"pruning": "held back from calibration", "recovery": "that did not train"}
 _USED = {
     "pruning": "of the calibration set (there are no others)",
-    "recovery": "that trained (none was kept for validation)",
+    "recovery": "that trained (there are no others)",
 }
 
 
@@ -155,7 +155,7 @@ def measured_on(quality: Mapping[str, Any], of: Literal["pruning", "recovery"] =
         >>> measured_on({"samples": 8, "held_back": False})
         '8 samples of the calibration set (there are no others)'
         >>> measured_on({"samples": 1, "held_back": True}, "recovery")
-        '1 sample kept for validation'
+        '1 sample that did not train'
     """
     which = (_HELD_BACK if quality["held_back"] else _USED)[of]
     return f"{quality['samples']} sample{'s' * (quality['samples'] != 1)} {which}"

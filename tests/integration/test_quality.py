@@ -155,10 +155,23 @@ def test_what_recovery_gave_back_is_that_of_the_whole_models(bases, labelled, re
     assert found["kl"] != found["pruned_kl"]
     said, card = capsys.readouterr().out, (out / "README.md").read_text()
     numbers = f"{found['pruned_kl']:.4g} → {found['kl']:.4g} nats per token"
-    assert "on 2 samples kept for validation" in said
+    assert "on 2 samples that did not train" in said
     assert numbers in said
     assert numbers in card
     assert "perplexity, recovered" in (out / "report.html").read_text()
+
+
+def test_without_validation_samples_others_of_the_source_are_measured_on(bases, recover, labelled, tmp_path, capsys):
+    few = ["--data.num_samples=5", "--data.validation_samples=0", "--trainer.max_steps=1", "--evaluate=true"]
+    assert recover(bases / "unstructured-float32", tmp_path / "out", *few) == 0
+    data = RecoveryDataModule(TensorSource(str(labelled)), num_samples=5, validation_samples=0)
+    data.setup()
+    others = sorted(set(range(8)) - set(data.train_indices))
+    _, after, apart, _ = measured(tmp_path / "out", others, str(labelled))
+    found = json.loads((tmp_path / "out" / "recovery.json").read_text())["quality"]
+    assert found["held_back"]
+    assert (found["perplexity"], found["kl"]) == (pytest.approx(after, rel=1e-4), pytest.approx(apart, rel=1e-3))
+    assert "on 3 samples that did not train" in capsys.readouterr().out
 
 
 def test_without_validation_samples_or_a_dense_model_it_says_so(bases, recover, tmp_path, capsys):
@@ -166,7 +179,7 @@ def test_without_validation_samples_or_a_dense_model_it_says_so(bases, recover, 
     shutil.copytree(bases / "unstructured-float32", base)
     steps = ["--data.validation_samples=0", "--trainer.max_steps=1", "--evaluate=true"]
     assert recover(base, tmp_path / "trained", *steps) == 0
-    assert "samples that trained (none was kept for validation)" in capsys.readouterr().out
+    assert "samples that trained (there are no others)" in capsys.readouterr().out
     assert recover(base, tmp_path / "off", *steps, "--evaluate=false") == 0
     assert "perplexity" not in capsys.readouterr().out
     (base / "pruning.json").unlink()

@@ -27,12 +27,13 @@ def recovered_quality(
     record: Mapping[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Measure both sparse checkpoints on samples kept for validation, one block in memory at a time.
+    """Measure both sparse checkpoints on samples that did not train, one block in memory at a time.
 
     Args:
         base: The pruned model, opened.
         recovered: What was written.
-        datamodule: The training set; without validation samples some of those that trained are taken.
+        datamodule: The training set: its validation samples are taken; without any, samples of the source that it left
+            out, or, where it left none out, some of those that trained.
         given: The dense checkpoint, as the user named it; empty: what the record says.
         record: What the run that made the pruned model wrote.
         device: Where blocks run.
@@ -47,10 +48,12 @@ def recovered_quality(
         prepare_source(dense, datamodule.source)
     except InputError:
         return {"not_measured": "the dense model is not known, or not where it was; --dense says where"}
-    others = datamodule.validation_indices
-    chosen = others or datamodule.train_indices
-    samples = CalibrationDataModule(datamodule.source).of(chosen[:: max(len(chosen) // _SAMPLES, 1)][:_SAMPLES])
-    measure = SampleQuality(dense, samples, bool(others), device)
+    all_samples = CalibrationDataModule(datamodule.source, seed=datamodule.seed)
+    if kept := datamodule.validation_indices:
+        samples, are_others = all_samples.of(kept[:: max(len(kept) // _SAMPLES, 1)][:_SAMPLES]), True
+    else:
+        samples, are_others = all_samples.of(datamodule.train_indices).held_back(_SAMPLES)
+    measure = SampleQuality(dense, samples, are_others, device)
     found, before = (measure(CheckpointFolder(path)) for path in (recovered, base.folder.path))
     for one in (found, before):
         if "not_measured" in one:
