@@ -27,15 +27,16 @@ from lvlm_prune.data.overlooked import (
     refuse_overlooked,
     refuse_overlooked_in_turns,
     refuse_unfilled,
+    tell_of_files,
 )
 from lvlm_prune.data.references import opened, references_of_turns
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
-from lvlm_prune.data.turns import plain_turns
+from lvlm_prune.data.turns import plain_turns, system_text, with_system
 from lvlm_prune.errors import RunError, first_line, why_no_file
 
 log = logging.getLogger(__name__)
 
-_ROLES = ("image", "images", "question", "answer", "messages", "text", "id", "task")
+_ROLES = ("image", "images", "question", "answer", "messages", "system", "text", "id", "task")
 _SAID = {"messages", "text", "question", "answer"}
 _TURNS = ("conversations", "texts")  # columns of turns where there are none of these names, as the Cauldron has them
 _NUMBERS = ("bool", "int", "uint", "float", "null")  # a column of these only counts or describes
@@ -87,6 +88,7 @@ class HFDatasetSource(CalibrationSource):
         self.max_tokens = max_tokens
         self._roles: dict[str, str] = {}
         self._rows: Any = None
+        self._told: set[str] = set()
 
     def setup(self) -> None:
         if self._rows is not None:
@@ -213,6 +215,7 @@ class HFDatasetSource(CalibrationSource):
             task = task_name(values.get("task"))
             images = place_media(messages, images)
             refuse_unfilled(messages, self._folder, images)
+            messages = with_system(messages, system_text(values if self.columns else row))
             return Conversation(messages, images, id=name, task=task)
         except ValueError as error:
             raise SampleError(str(error), str(values.get("id", ""))) from None
@@ -239,6 +242,7 @@ class HFDatasetSource(CalibrationSource):
                 refuse_overlooked(row, [*self._roles.values()], found)
             except ValueError as error:
                 raise ValueError(f"{error}; `columns` says which columns are taken") from None
+            tell_of_files(row, [*self._roles.values()], found, self._folder, self._told)
         return [_image(entry, name, self._folder) for entry in entries or within["image"]]
 
 

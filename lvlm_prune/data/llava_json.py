@@ -15,10 +15,10 @@ from lvlm_prune.data.conversation import (
     task_name,
 )
 from lvlm_prune.data.json_records import JsonRecords
-from lvlm_prune.data.overlooked import refuse_overlooked, refuse_overlooked_in_turns, refuse_unfilled
+from lvlm_prune.data.overlooked import refuse_overlooked, refuse_overlooked_in_turns, refuse_unfilled, tell_of_files
 from lvlm_prune.data.references import opened, references_of_record, references_of_turns, with_images_in_order
 from lvlm_prune.data.source import CalibrationSource, SampleError, verify_files
-from lvlm_prune.data.turns import plain_turns
+from lvlm_prune.data.turns import plain_turns, system_text, with_system
 
 _TURNS = ("conversations", "messages")
 _PAIRS = ("texts",)  # turns of the Cauldron, unless there are others
@@ -33,9 +33,9 @@ class LlavaJsonSource(CalibrationSource):
     `<image>` stands for are put first, those of numbered ones (`<image 2>`) in their places. `video` with `<video>` and
     `audio` with `<audio>` are the same, for models whose processor takes them. `images`, `videos` and `audios` are
     understood too, objects for names (`{"path": ...}`), images by their places (`{"<image_00>": "a.jpg", ...}`), turns
-    under `messages`, turns of two (`{"user": ..., "assistant": ...}`, also under `texts`), parts that name their files
-    (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64. A record with media in any
-    other place, or with a placeholder and no file for it, is an error.
+    under `messages`, turns of two (`{"user": ..., "assistant": ...}`, also under `texts`), `system` beside the turns,
+    parts that name their files (`{"type": "image_url", "image_url": {"url": ...}}`), and images as data URIs or base64.
+    A record with media in any other place, or with a placeholder and no file for it, is an error.
 
     Args:
         path: The file: a JSON array, or one JSON object per line.
@@ -46,6 +46,7 @@ class LlavaJsonSource(CalibrationSource):
         self.path = path
         self.image_folder = image_folder
         self._records: JsonRecords | None = None
+        self._told: set[str] = set()
 
     def setup(self) -> None:
         if self._records is None:
@@ -76,6 +77,7 @@ class LlavaJsonSource(CalibrationSource):
             messages = messages_from_turns(turns, [kind for kind in MEDIA if files[kind]])
             files = {kind: place_media(messages, files[kind], kind) for kind in MEDIA}
             refuse_unfilled(messages, self._folder, [*chain(*files.values())])
+            messages = with_system(messages, system_text(record))
             task = task_name(record.get("task"))
         except ValueError as error:
             raise SampleError(str(error), own) from None
@@ -94,6 +96,7 @@ class LlavaJsonSource(CalibrationSource):
         found = {kind: beside[kind] or within[kind] for kind in MEDIA}
         own = _TURNS if any(record.get(key) is not None for key in _TURNS) else _PAIRS
         refuse_overlooked(record, (*own, *_OWN_KEYS), found)
+        tell_of_files(record, (*own, *_OWN_KEYS), found, self._folder, self._told)
         refuse_overlooked_in_turns(turns, found)
         return {kind: [opened(one, kind, self._folder, f"an image of {name}") for one in found[kind]] for kind in MEDIA}
 

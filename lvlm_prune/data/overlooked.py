@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from lvlm_prune.data.conversation import MEDIA, Message, kind_of_part
 from lvlm_prune.data.placeholders import names_in, placeholders_in
 from lvlm_prune.data.turns import speaker_of, text_of
 from lvlm_prune.errors import LONGEST_FILE_NAME, shortened
+
+log = logging.getLogger(__name__)
 
 _LOOKS_LIKE_MEDIA = re.compile(
     r"(([a-z]+_){0,2}(image|img|picture|pic|photo|screenshot|video|audio)s?|(key_)?(media|clip|frame|sound|speech|visual)s?"
@@ -69,6 +72,10 @@ _ABOUT_TEXT = re.compile(
     "answers?|questions?|captions?|texts?|titles?|labels?|choices|options?|hints?|contexts?|instructions?|inputs?"
     "|outputs?|responses?|prompts?|tags?|keywords?|categor(y|ies)|tokens?|objects?|notes?|comments?"
 )
+_SAYS_WHICH = re.compile("(figure|fig|(image|img|picture|photo|video|audio)_?ref(erence)?)s?", re.IGNORECASE)
+_WHICH = re.compile(
+    r"(?=.*\d)(?=.*[^\d\W])[\w.-]{5,}|(?!https?:)[^\s\d]*[/\\]\S+"
+)  # a name without its suffix; no number, no `2a`
 _OF_OTHER_THINGS = {"clip", "clips", "frame", "sound", "sounds", "speech", "visual", "media"}
 _CONTENTS = ("path", "bytes", "data", "base64", "b64")
 _ENTRIES = (*_CONTENTS, "file", "file_name", "filename", "name", "url", "uri", "src")
@@ -157,6 +164,28 @@ def refuse_overlooked(record: Mapping[str, Any], read: Collection[str], found: M
             if kind is not None:
                 named = "`" + ".".join(one.place) + "`"
                 raise ValueError(f"{shortened(named)} is not understood; `{kind}` or `{kind}s` names {kind}s")
+
+
+def tell_of_files(
+    record: Mapping[str, Any], read: Collection[str], found: Mapping[str, Sequence[Any]], folder: Path, told: set[str]
+) -> None:
+    """Say of files that are there, under keys that are not read, that they are left out: once for each key.
+
+    Args:
+        record: What a record holds that nobody refuses.
+        read: Keys that are read.
+        found: Kind -> what was found under these.
+        folder: Where names of files begin.
+        told: Keys of which it was said, to which more are added.
+    """
+    for key, value in record.items():
+        for one in () if key in read or key in told else _values_within(value, (str(key),), str(key)):
+            text = one.value.strip() if isinstance(one.value, str) else ""
+            is_named = text.lower().endswith(".pdf") or kind_of_value(text) is not None
+            if is_named and not _is_read(text, found) and isfile(folder / text):
+                log.warning("`%s` names %s, which nobody reads; it is left out", ".".join(one.place), shortened(text))
+                told.add(key)
+                break
 
 
 def refuse_overlooked_in_turns(turns: Sequence[Any], found: Mapping[str, Sequence[Any]]) -> None:
@@ -282,6 +311,8 @@ def _overlooked(one: _Value, found: Mapping[str, Sequence[Any]]) -> str | None:
     held = kind_of_value(one.value)
     kind = one.kind if one.kind in ("video", "audio") else held or one.kind  # frames are images of a video
     text = one.value.strip() if isinstance(one.value, str) else ""
+    if kind is None and not any(found.values()) and _SAYS_WHICH.fullmatch(one.key) and _WHICH.fullmatch(text):
+        return kind_of_key(re.sub("_?ref(erence)?s?$", "", one.key, flags=re.IGNORECASE)) or "image"
     if kind is None or not one.value or text.lower() in _NOTHING or _is_read(one.value, found):
         return None
     if any(found.values()) and _only_names(text):

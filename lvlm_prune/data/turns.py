@@ -14,6 +14,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 """Who speaks, under whatever name data sets have it -> what chat templates call it."""
 
 _SPEAKERS = ("system", "user", "assistant")
+_SAID_BY_OTHERS = ("tool", "tools", "tool_calls", "function", "function_call", "observation", "developer")
+_OF_SYSTEM = ("system", "system_prompt")
 
 
 def plain_turns(turns: Sequence[Any]) -> list[Any]:
@@ -23,7 +25,7 @@ def plain_turns(turns: Sequence[Any]) -> list[Any]:
         turns: As data sets write them.
 
     Raises:
-        ValueError: A turn has two different speakers or texts.
+        ValueError: A turn has two different speakers or texts, or something that is said by others.
 
     Example:
         >>> plain_turns([{"user": "Hi?", "assistant": "Yes.", "source": "a"}])
@@ -33,7 +35,13 @@ def plain_turns(turns: Sequence[Any]) -> list[Any]:
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
             plain.append(turn)
-        elif {"user", "assistant"} <= turn.keys() and speaker_of(turn) is None and text_of(turn) is None:
+            continue
+        if others := _given(turn, *_SAID_BY_OTHERS):
+            named = next(key for key in _SAID_BY_OTHERS if turn.get(key) is others[0])
+            raise ValueError(
+                f"turn {number} has `{named}`, which is not understood: there are user, assistant and system"
+            )
+        if {"user", "assistant"} <= turn.keys() and speaker_of(turn) is None and text_of(turn) is None:
             said = [{"role": role, "content": turn[role]} for role in _SPEAKERS if turn.get(role)]
             beside = {key: value for key, value in turn.items() if key not in _SPEAKERS}
             plain += [{**beside, **said[0]}, *said[1:]] if said else [turn]
@@ -45,6 +53,35 @@ def plain_turns(turns: Sequence[Any]) -> list[Any]:
                 raise ValueError(f"turn {number} holds different things under `content` and `value`")
             plain.append(turn)
     return plain
+
+
+def system_text(record: Mapping[str, Any]) -> str:
+    """What a record says to the system beside its turns; empty where it says nothing, or only names one.
+
+    Example:
+        >>> system_text({"system": "You are an expert."}), system_text({"system": "android"})
+        ('You are an expert.', '')
+    """
+    given = (text for text in _given(record, *_OF_SYSTEM) if isinstance(text, str))
+    return next((text for text in given if " " in text.strip()), "")
+
+
+def with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Messages that begin with what is said to the system; the same ones where nothing is, or a turn says it.
+
+    Args:
+        messages: The messages, with parts for their content.
+        text: What is said beside them; empty where nothing is.
+
+    Raises:
+        ValueError: A turn says something else to the system.
+    """
+    said = ["".join(part.get("text", "") for part in one["content"]) for one in messages if one["role"] == "system"]
+    if not text or text in said:
+        return messages
+    if said:
+        raise ValueError("`system` and a turn of the system say different things")
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
 
 
 def speaker_of(turn: Mapping[str, Any]) -> Any:

@@ -335,3 +335,15 @@ def test_whatever_the_library_raises_about_a_file_is_one_line(name, content, pro
     with pytest.raises(ValueError, match=rf"^`path` .*: {problem}") as caught:
         HFDatasetSource(str(path)).setup()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("columns", [None, {"question": "question", "answer": "answer", "system": "system"}])
+def test_what_is_said_to_the_system_comes_first(tmp_path: Path, columns):
+    rows = {"question": ["Why?"] * 2, "answer": ["So."] * 2, "system": ["You are brief.", None]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    source = HFDatasetSource(str(tmp_path / "rows.parquet"), columns=columns)
+    assert source[0].messages[0] == {"role": "system", "content": [{"type": "text", "text": "You are brief."}]}
+    assert [[one["role"] for one in source[row].messages] for row in (0, 1)] == [
+        ["system", "user", "assistant"],
+        ["user", "assistant"],
+    ]

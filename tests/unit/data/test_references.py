@@ -89,6 +89,17 @@ def test_keys_without_anything_are_none(tmp_path: Path):
     assert said == [("user", "What is it?"), ("assistant", "A cat.")]
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_what_is_said_to_the_system_beside_the_turns_comes_first(key: str, tmp_path: Path):
+    system = {"role": "system", "content": [{"type": "text", "text": "Answer in <image> or two words."}]}
+    for turns in ({"conversations": ASKED}, {"texts": PAIRS}, {"messages": [system, *ASKED]}):
+        messages = read(tmp_path, {key: "Answer in <image> or two words.", **turns}).messages
+        assert messages[0] == system
+        assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+        for nothing in ("", None, "android", {"os": "a b"}, 3):
+            assert read(tmp_path, {key: nothing, **turns}).messages[-2:] == messages[-2:]
+
+
 @pytest.mark.parametrize("kind", ["video", "audio"])
 def test_lists_of_videos_and_sounds_are_read(kind: str, tmp_path: Path):
     sample = read(tmp_path, {f"{kind}s": ["a.bin", "b.bin"], "conversations": ASKED})
@@ -158,6 +169,15 @@ REFUSED = {
         {"image": {"<image_00>": "a.png", "<image_02>": "b.png"}, "conversations": ASKED},
         "leaves out a number: <image_00>, <image_02>",
     ),
+    "a tool in a pair": ({"texts": [{**PAIRS[0], "tool": "3 cats"}]}, "turn 0 has `tool`, which is not understood"),
+    "a call of a tool": ({"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{}]}]}, "turn 1 has `tool_calls`, which"),
+    "two systems": (
+        {"system": "Be brief.", "messages": [{"role": "system", "content": "Be long."}, *ASKED]},
+        "`system` and a turn of the system say different things",
+    ),
+    "which one": ({"image_ref": "coco_0017", "conversations": ASKED}, "`image_ref` is not understood"),
+    "which of a kind": ({"video_reference": "clips/17", "conversations": ASKED}, "not understood; `video` or `videos`"),
+    "which figure": ({"meta": {"figure": "paper/fig_2"}, "conversations": ASKED}, "`meta.figure` is not understood"),
     "two speakers": ({"conversations": [{**ASKED[0], "role": "assistant"}]}, "turn 0 is the assistant's by `role`"),
     "nothing said": ({"conversations": [ASKED[0] | {"value": " "}, ASKED[1] | {"value": ""}]}, "nothing is said"),
     "two texts": ({"conversations": [{**ASKED[0], "content": "Who?"}]}, "turn 0 holds different things"),
@@ -195,6 +215,7 @@ HARMLESS = {
     "what is shown": {"image_name": "A cat", "picture": "A cat", "title": "cat.jpg", "image_format": "PNG"},
     "its question": {"question_id": "VizWiz_train_00000000.jpg", "sample_id": "7.jpg"},
     "its size": {"image_size": "20x10", "image_width": 20, "metadata": {"image": {"width": 20}, "media": "newspaper"}},
+    "where it is from": {"image_ref": "coco_0017", "figure": "paper/fig_2"},
     "nothing": {"image_2": None, "images": [], "video": "", "image_3": "None", "second_image": []},
 }
 
@@ -229,6 +250,7 @@ def test_text_may_speak_of_images(text: str, tmp_path: Path):
     record |= {"answers": ["logo.png"], "ocr_tokens": ["a", "image.png"], "title": "foo.gif", "tags": ["image.png"]}
     record |= {"avatar": "https://x.org/av.png", "clip": "ViT-L/14", "speech": "hello world", "orig": "/data/zzz.tif"}
     record |= {"url": "https://commons.wikimedia.org/wiki/File:Foo.jpg", "instruction": "photo.jpg"}
+    record |= {"figure": "2a", "fig": "17", "figures": ["3", "Figure 4"], "image_ref": "COCO", "video_ref": "17"}
     record |= {"source": "set.json", "metadata": {"note": "shown in a.png on page 3 of the book", "media": "print"}}
     assert read(tmp_path, record).images == []
 
@@ -248,3 +270,27 @@ def test_a_long_name_is_shortened_in_messages(tmp_path: Path):
     with pytest.raises(RunError) as caught:
         load_image(sample.images[0])
     assert len(str(caught.value)) < 350
+
+
+BESIDE = {
+    "another image": {"source": "b.png"},
+    "in words that speak of much else": {"context": ["see", "b.png"]},
+    "deep inside": {"metadata": {"name": "b.png"}},
+    "a document": {"document": "b.pdf"},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE.keys())
+def test_files_that_are_there_and_nobody_reads_are_told_of_once(beside: dict, picture: Path, caplog):
+    (key,) = beside
+    for name in ("b.png", "b.pdf"):
+        (picture.parent / name).write_bytes(b"")
+    absent = json.loads(json.dumps(beside).replace("b.p", "c.p"))
+    same = json.loads(json.dumps(beside).replace("b.png", "x/a.png").replace("b.pdf", "a.png"))
+    record = {"image": "a.png", "conversations": ASKED}
+    (picture.parent / "data.json").write_text(json.dumps([record | one for one in (absent, same, beside, beside)]))
+    source = LlavaJsonSource(str(picture.parent / "data.json"))
+    assert [source[number].images for number in range(4)] == [[picture]] * 4
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said.startswith(f"`{key}")
+    assert "b.p" in said
