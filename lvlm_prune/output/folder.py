@@ -7,8 +7,9 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,8 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
             become one.
     """
     if output:
-        refuse_undecodable(Path(output), "output")
-        _refuse_no_folder(Path(output))
-        return Path(output)
+        _refuse_no_folder(folder := named_folder(output))
+        return folder
     if resume:
         raise InputError("resume", "true", "needs --output, the folder of the unfinished run")
     wanted = Path("runs") / name
@@ -52,6 +52,24 @@ def choose_folder(output: str, name: str, resume: bool) -> Path:
     while folder.exists():
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def named_folder(output: str) -> Path:
+    """The folder that a user names. The way back out of a folder (`new/../out`) leads out of a missing one, too.
+
+    Args:
+        output: Its name.
+
+    Raises:
+        InputError: It is no text.
+    """
+    folder = Path(output)
+    refuse_undecodable(folder, "output")
+    if any(inner == ".." != outer for outer, inner in pairwise(folder.parts)):
+        with suppress(OSError, RuntimeError):  # said where it is looked at
+            found = folder.resolve()
+            return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
     return folder
 
 

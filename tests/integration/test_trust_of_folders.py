@@ -13,6 +13,7 @@ from lvlm_prune.callbacks import SparseCheckpointWriter
 from lvlm_prune.cli import main
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output import folder as folders
+from lvlm_prune.output.folder import named_folder
 from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.sweep.run import WAY_ON
@@ -238,3 +239,30 @@ def test_what_came_beside_the_weights_and_changes_what_is_loaded_is_refused(
     assert f"{added} came after the run" in one_line(capsys)
     (out / added).unlink()
     assert main([*command, "--resume=true"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["prune", "compare", "sweep"])
+def test_the_way_back_out_of_a_folder_that_is_not_there_makes_none(verb, no_pages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    magnitude = ["--pruning.scorer=MagnitudeScorer", "--report=false"]
+    if verb == "compare":
+        for name in ("a", "b"):
+            assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output=runs/{name}"]) == 0
+    begun = {
+        "prune": [*GOLDEN_ARGUMENTS, *magnitude],
+        "compare": ["compare", "runs/a", "runs/b"],
+        "sweep": [*BASE, recipes("magnitude"), "--grid={}"],
+    }
+    assert main([*begun[verb], "--output=fresh/new/../../fresh/out/.."]) == 0
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("runs")} <= {"fresh", "fresh.private"}
+    assert not {"new", "out"} & {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert any((tmp_path / "fresh").glob("*.json*"))
+
+
+def test_the_way_back_out_of_a_link_is_that_of_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    monkeypatch.chdir(tmp_path)
+    assert named_folder("link/../out") == Path("disk/out")
+    assert named_folder("../out") == Path("../out")
+    assert named_folder("link/out") == Path("link/out")

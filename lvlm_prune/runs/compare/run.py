@@ -8,9 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError
-from lvlm_prune.output.folder import refuse_other_content, refuse_overlap, writing
+from lvlm_prune.output.folder import named_folder, refuse_other_content, refuse_overlap, writing
 from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.markdown import markdown_table, short_digest
@@ -39,9 +38,8 @@ def compare(folders: Sequence[str], output: str = "") -> dict[str, Any]:
         raise InputError("", " ".join(["compare", *folders]), "name two folders or more")
     if not all(map(str.strip, map(str, folders))):
         raise InputError("", "compare ''", "is no name of a folder")
-    target = Path(output) if output else None
+    target = named_folder(output) if output else None
     if target is not None:
-        refuse_undecodable(target, "output")
         refuse_other_content(target, *_OWN)
         for folder in folders:
             refuse_overlap(target, Path(folder))

@@ -9,14 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.errors import InputError, meant, shortened
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.harness import TASKS, LMMSEvalEngine
-from lvlm_prune.output.folder import refuse_other_content, write_config, writing
+from lvlm_prune.output.folder import named_folder, refuse_other_content, write_config, writing
 from lvlm_prune.output.locking import shared
 from lvlm_prune.output.manifest import replace_durably
 from lvlm_prune.output.names import PROBE_RECORD
@@ -140,8 +138,7 @@ class ReproductionRun:
         self.part, self.keep, self.engine = part, keep, engine
         self.harness, self.tasks = harness, dict(tasks)
         model.refuse_vision("reproduce")
-        self.folder = Path(output or f"runs/{table.name.replace('/', '-')}")
-        refuse_undecodable(self.folder, "output")
+        self.folder = named_folder(output or f"runs/{table.name.replace('/', '-')}")
         refuse_other_content(self.folder, *_OWN)
         self._refuse_other_table()
         if trainer.world_size > 1 and len(table.parts) > 1:

@@ -16,7 +16,6 @@ from typing import Any
 
 import lvlm_prune
 from lvlm_prune.callbacks import RetentionEvaluation
-from lvlm_prune.checkpoints.files import refuse_undecodable
 from lvlm_prune.distributed.hardware import Hardware
 from lvlm_prune.distributed.launching import Launch
 from lvlm_prune.errors import InputError, LVLMPruneError, RunError
@@ -24,7 +23,7 @@ from lvlm_prune.evaluation.builtin import refuse_other_world
 from lvlm_prune.evaluation.engine import Engine
 from lvlm_prune.evaluation.scores import Scores, refuse_unanswered
 from lvlm_prune.module import LVLMModule
-from lvlm_prune.output.folder import going_on, refuse_overlap, write_config, writing
+from lvlm_prune.output.folder import going_on, named_folder, refuse_overlap, write_config, writing
 from lvlm_prune.output.locking import remove_unfinished
 from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.own_files import records_of, refuse_changed
@@ -92,8 +91,7 @@ class SweepRun:
             engine.check()
         self.points = grid.points()
         self.mine = share(self.points, part) if part else self.points
-        self.folder = Path(output or f"runs/{model.label}-sweep")
-        refuse_undecodable(self.folder, "output")
+        self.folder = named_folder(output or f"runs/{model.label}-sweep")
         refuse_overlap(self.folder, model.folder.path)
         name = f"sweep-{part.replace('/', 'of')}.jsonl" if part else "sweep.jsonl"
         self.results = Results(self.folder, name).read()
