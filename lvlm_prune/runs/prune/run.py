@@ -196,7 +196,8 @@ class PruneRun:
         surveys = self.participants.survey_lines(model, count)
         plan = make_plan(model, weights, targets, pruning.shapes, footprints, free, surveys)
         zeros = pruning.line_of_zeros(zeros_of_input(model, weights, pruning.shapes))
-        return "\n".join(filter(None, [pruning.headline(model, count), zeros, *self._unused(tokens), str(plan)]))
+        few = self._few_samples(count, len(self.datamodule.skipped))
+        return "\n".join(filter(None, [pruning.headline(model, count), zeros, *self._unused(tokens), few, str(plan)]))
 
     def _unused(self, tokens: Mapping[str, int]) -> Iterator[str]:
         if (pruning := self.participants.pruning) is not None:
@@ -237,7 +238,9 @@ class PruneRun:
                 self.raise_hook("on_prune_start")
                 for line in self._unused(run.record["calibration"].get("tokens", {})):
                     run.say(line)
-                self._say_of_few_samples()
+                calibration = run.record["calibration"]
+                if few := self._few_samples(calibration.get("num_samples", 0), len(calibration.get("skipped", []))):
+                    run.say(few)
                 self._say_of_slow_products()
             if self.participants.surveying():
                 stream.survey()
@@ -253,17 +256,16 @@ class PruneRun:
             self.run.record["warnings"] = [line]
             self.run.say(f"warning: {line}")
 
-    def _say_of_few_samples(self) -> None:
-        count, asked = self.run.record["calibration"].get("num_samples", 0), self.datamodule.num_samples
+    def _few_samples(self, count: int, left_out: int) -> str:
+        """What is said of a calibration set of `count` samples; empty where it is as large as by default."""
         default = self.datamodule.source.default_num_samples
         if not self.participants.samples() or not default or count >= default:
-            return
-        left_out = len(self.run.record["calibration"]["skipped"])
+            return ""
         why = f"as --data.num_samples says; {default} are the default"
-        if asked is None:
+        if self.datamodule.num_samples is None:
             why = f"all that the source has; {default} would be taken of more"
         why += f" ({left_out} more could not be read)" if left_out else ""
-        self.run.say(f"calibration: {count} sample{'s' * (count != 1)}, {why}")
+        return f"calibration: {count} sample{'s' * (count != 1)}, {why}"
 
     def _say_of_slow_products(self) -> None:
         line = slow_products_line(self.trainer, self.model, self.launch.fabric.device)
