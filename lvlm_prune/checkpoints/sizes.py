@@ -29,13 +29,15 @@ _SIZES = re.compile(r"(size|dim|channels|features|width|rank|embed|positions|emb
 _LABELS, _LABELS_THAT_FIT = re.compile(r"\blabels$"), 2**20
 # Of answers, and of layers whether or not there are any: neither is a size of anything.
 _NO_SIZE = re.compile(r"^(model )?(max|min)( new)? length$|^max window layers$")
+# How far positions go: a size only where a table has a row for each, which the model itself says.
+_POSITIONS = re.compile(r"\b(positions?|position embeddings|(seq|sequence|context) (len|length))$")
 # Where positions turn by powers of it.
 _BASES = re.compile(r"\btheta$")
 # What a norm adds to a variance: with 1 or more little is left of it, and with less than 0 nothing is finite.
 _EPSILONS = re.compile(r"\b(eps|epsilon)$")
 # Not all counts are of modules that are there: Qwen2 names 80 layers with a window, however many layers it has.
 _MODULES_THAT_FIT = 1024
-# Tables of this many positions are small, and configurations of rotary models name more than they have.
+# Tables of this many positions are small.
 _ALWAYS_FITS = 2**27
 # Elements of a buffer, which are real while the model is built: a causal mask of 16 thousand positions has as many.
 _LARGEST_BUFFER = 2**28
@@ -43,7 +45,7 @@ _LARGEST_BUFFER = 2**28
 _SMALL = 2**20
 # Lengths up to this make no large tensor of what else lies on disk.
 _SMALL_LENGTH = 64
-_NO_LENGTH = re.compile(r"\b(ids?|index|theta|positions?|position embeddings|pinpoints)$|\bwindow\b")
+_NO_LENGTH = re.compile(r"\b(ids?|index|theta|pinpoints)$|\bwindow\b")
 
 
 def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
@@ -64,7 +66,7 @@ def refuse_absurd_sizes(folder: CheckpointFolder) -> None:
     ]
     for name, value in _numbers(folder.config):
         leaf = name.rpartition(".")[2].replace("_", " ")
-        is_size = not _NO_SIZE.search(leaf)
+        is_size = not (_NO_SIZE.search(leaf) or _POSITIONS.search(leaf))
         if is_size and any(pattern.search(leaf) and abs(value) > most for pattern, most in limits):
             problem = f"config.json says {name}: {shortened(value, 40)}, which does not fit the tensors on disk"
             raise InputError("model.path", folder.path, problem)
@@ -81,7 +83,10 @@ def may_be_larger(folder: CheckpointFolder) -> bool:
     lengths = {length for tensor in folder.tensors.values() for length in tensor.shape}
     numbers = ((name.rpartition(".")[2].replace("_", " "), abs(value)) for name, value in _numbers(folder.config))
     return any(
-        value > _SMALL_LENGTH and value not in lengths and not _NO_LENGTH.search(leaf) for leaf, value in numbers
+        value > (_ALWAYS_FITS if _POSITIONS.search(leaf) else _SMALL_LENGTH)
+        and value not in lengths
+        and not _NO_LENGTH.search(leaf)
+        for leaf, value in numbers
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, LlamaForCausalLM, OPTForCausalLM
 
 from benchmarks.families.tiny_config import names
 from lvlm_prune.checkpoints import CheckpointFolder, skeleton
@@ -167,6 +167,37 @@ def test_numbers_that_are_no_size_of_the_model_may_be_large(name, value, folder)
     refuse_absurd_sizes(
         SimpleNamespace(path=folder, config=config | {name: value}, tensors=CheckpointFolder(folder).tensors)
     )
+
+
+@pytest.mark.parametrize("value", [131_072, 10_485_760, 2**30, 10**12])
+@pytest.mark.parametrize("name", ["max_position_embeddings", "max_sequence_length"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_without_a_table_go_as_far_as_they_like(family, name, value, folders, tmp_path):
+    config = json.loads((folders / family / "config.json").read_text())
+    config["text_config"][name] = value
+    assert opened(folders / family, tmp_path / "copy", config) == ""
+
+
+@pytest.mark.parametrize("value", [2**30, 10**12])
+@pytest.mark.parametrize("table", ["learned", "calculated"])
+def test_a_table_with_a_row_for_each_position_is_held_against_what_is_on_disk(table, value, tmp_path, monkeypatch):
+    """Rows that are learned are on disk; those that are calculated are made in memory, and may be too many for it."""
+    model_class = OPTForCausalLM if table == "learned" else LlamaForCausalLM
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 64} if table == "learned" else {"intermediate_size": 64}
+    model_class(model_class.config_class(max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"max_position_embeddings": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    really = model_class.__init__
+
+    def with_table(model, config):
+        really(model, config)
+        model.register_buffer("table", torch.empty(config.max_position_embeddings, 64), persistent=False)
+
+    if table == "calculated":
+        monkeypatch.setattr(model_class, "__init__", with_table)
+    with pytest.raises(LVLMPruneError, match=r"does not fit the tensors on disk|the configuration asks for"):
+        skeleton.build_skeleton(CheckpointFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
