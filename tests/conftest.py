@@ -14,6 +14,7 @@ from markupsafe import Markup
 from safetensors.torch import load_file, save_file
 
 from tests import warm
+from tests.documented import hold_records_against_types
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen2_vl"
 REPOSITORY = Path(__file__).parents[1]
@@ -59,6 +60,7 @@ def pytest_runtestloop(session):
     _split_keys_once()
     _read_signatures_once()
     _read_entry_points_once()
+    hold_records_against_types()
     os.fsync = lambda descriptor: None  # no test has a power cut, and each run would wait for the disk forty times
     gc.freeze()  # millions of objects of libraries, none of which is ever garbage
     if session.items and sys.platform == "linux":

@@ -17,16 +17,14 @@ from lvlm_prune.output.reading import conforms, read_record
 from lvlm_prune.output.records import (
     BlockRecord,
     CompletePacking,
-    CompleteProbe,
     CompletePruning,
-    CompleteRecovery,
     LinearRecord,
     PackingRecord,
-    ProbeRecord,
     PruningRecord,
-    RecoveryRecord,
     RunRecord,
 )
+from lvlm_prune.output.recovery_records import CompleteRecovery, RecoveryRecord
+from lvlm_prune.output.score_records import CompleteProbe, ProbeRecord
 
 _KINDS: dict[str, type] = {
     PRUNING_RECORD: PruningRecord,

@@ -1,4 +1,4 @@
-"""What stands in `pruning.json` and its like, as far as it is read again; `docs/file_formats.md` has the whole files.
+"""What stands in `pruning.json` and its like; `docs/file_formats.md` says what it means.
 
 A file that is read is held against these types: it may be of another version, or of another tool."""
 
@@ -26,6 +26,17 @@ class PhaseSeconds(TypedDict, total=False):
     write: float
 
 
+class ScoreHistogram(TypedDict):
+    """Histogram of scores by powers of ten."""
+
+    first: int
+    """Power of ten of the first bin."""
+    pruned: list[Count]
+    kept: list[Count]
+    threshold: list[float]
+    """Quartiles."""
+
+
 class BlockRecord(TypedDict, total=False):
     """A block that is finished: its weights are completely written.
 
@@ -42,14 +53,12 @@ class BlockRecord(TypedDict, total=False):
     """Modality -> tokens that calibrated, each by its weight, over all samples."""
     visual_tokens: list[int]
     """Visual tokens of each sample that count, in the order of the samples, where the pool is adaptive."""
-    scores: dict[str, Any]
-    """Histogram of scores: `first` bin, counts of `pruned` and `kept` weights, quartiles of the `threshold`."""
+    mean_drift: float
+    scores: ScoreHistogram
     forwards: int
     """Forwards of the block, of all processes."""
     statistics: FileRecord
     """Of the part of the statistics that the block left for the end of the run."""
-    adapters: FileRecord
-    """The same of its adapters, in a block-wise recovery."""
     seconds: PhaseSeconds
     peak_memory_bytes: int
     """The most that the process, or its GPU, held so far."""
@@ -82,21 +91,10 @@ class LinearRecord(MeasuredLinear, total=False):
     """What the solver says of it, for example how often damping was raised."""
     routed_tokens: int
     """Calibration tokens that were sent to the expert, where they were few."""
+    scored_by: str
+    """`magnitude`, where that is why it was not scored as the others."""
     note: str
     """Why it was left dense."""
-
-
-class RecoveredLinear(MeasuredLinear):
-    """A pruned Linear that was recovered."""
-
-    zeros: Count
-
-
-class ProbedLinear(TypedDict):
-    """A Linear that was probed: its block, and the overlap of masks at each sparsity."""
-
-    block: Count
-    iou: dict[str, float]
 
 
 class CalibrationRecord(TypedDict, total=False):
@@ -125,6 +123,10 @@ class QualityRecord(TypedDict, total=False):
     perplexity: Required[float | None]
     kl: Required[float | None]
     agreement: Share
+    pruned_perplexity: float | None
+    """Of the base of a recovery, and so are the next two."""
+    pruned_kl: float | None
+    pruned_agreement: Share
 
 
 class NoQuality(TypedDict):
@@ -133,19 +135,23 @@ class NoQuality(TypedDict):
     not_measured: str
 
 
-class ScoresRecord(TypedDict):
-    """What a checkpoint scored: the mean over tasks, and of each task its score, questions and group."""
+class ScoresRecord(TypedDict, total=False):
+    """What a checkpoint scored: the mean over tasks and groups, and of each task its score, questions and group."""
 
-    average: float
-    tasks: dict[str, float]
-    counts: dict[str, Count]
-    task_groups: dict[str, str]
+    average: Required[float]
+    groups: Required[dict[str, float]]
+    tasks: Required[dict[str, float]]
+    counts: Required[dict[str, Count]]
+    task_groups: Required[dict[str, str]]
+    metrics: dict[str, str]
+    full_marks: dict[str, float]
 
 
 class RetentionRecord(TypedDict):
     """Which share of the dense model's scores is left."""
 
     average: float
+    groups: dict[str, float]
     tasks: dict[str, float]
 
 
@@ -179,16 +185,32 @@ class OriginRecord(TypedDict, total=False):
     fingerprint: str | None
 
 
+_Class = TypedDict("_Class", {"class": str}, total=False)
+
+
+class ModelRecord(OriginRecord, _Class, total=False):
+    """The model that a run started from; `dtype` is that of its products."""
+
+    dtype: str
+
+
 class ExaminedRecord(TypedDict, total=False):
     """The samples that a recovery went through before it began."""
 
     fingerprint: str
+    sampled: str
+    """The same of some of them, which a run that goes on looks at."""
+    tokens: Count
+    longest: Count
+    answers: Count
 
 
 class TrainingDataRecord(TypedDict, total=False):
     """What a recovery trained on."""
 
     source: dict[str, Any]
+    seed: int | None
+    samples: Count
     examined: ExaminedRecord
 
 
@@ -199,18 +221,13 @@ class AskedRecord(TypedDict):
     fingerprint: str
 
 
-class TrainingRecord(TypedDict):
-    """What a recovery did; there is more in it, by its method."""
-
-    trainable_parameters: Count
-    steps: Count
-
-
-class VerifiedRecord(TypedDict):
+class VerifiedRecord(TypedDict, total=False):
     """What verification found."""
 
-    sparsity: Share
-    untouched_tensors: Count
+    sparsity: Required[Share]
+    untouched_tensors: Required[Count]
+    changed_linears: Count
+    """Of a recovery."""
 
 
 class SurveyingRecord(TypedDict):
@@ -223,30 +240,49 @@ class SurveyingRecord(TypedDict):
 
 
 class MemoryRecord(TypedDict, total=False):
-    """Peaks of a run of `prune` in bytes, of `device`, `host` and `disk`; null without such a device."""
+    """Of a run that calibrates, in bytes."""
 
+    hidden_states: str
+    """Where samples waited."""
+    baseline: Count
+    samples: Count
+    phases: dict[str, Count]
+    predicted: dict[str, Count | None]
+    """Peaks of `device`, `host` and `disk`; null without such a device."""
     measured: dict[str, Count | None]
 
 
+class PictureRecord(TypedDict):
+    """The calibration sample that pages show."""
+
+    sample: Count
+    grid: list[Count]
+
+
 class RunRecord(TypedDict, total=False):
-    """What every command that reads it again expects in the record of a run; there is more in it."""
+    """What records of all kinds of runs have in common, as far as they have it."""
 
     status: Required[str]
     config: dict[str, Any]
-    model: OriginRecord
+    model: ModelRecord
     first_fingerprint: str
     calibration: CalibrationRecord
     data: TrainingDataRecord
     asked: AskedRecord
     versions: dict[str, Any]
+    processes: Count
+    device: str
     survey: dict[str, Any]
     surveying: SurveyingRecord
-    blocks: list[BlockRecord]
     files: dict[str, FileRecord]
+    memory: MemoryRecord
     quality: QualityRecord | NoQuality
     verified: VerifiedRecord
     pattern: str
+    warnings: list[str]
     seconds: float
+    catch_seconds: float
+    private_data: str
 
 
 class PruningEvaluation(TypedDict):
@@ -261,12 +297,19 @@ class PruningRecord(RunRecord, total=False):
     """`pruning.json`."""
 
     method: PluginRecord
+    blocks: list[BlockRecord]
     linears: dict[str, LinearRecord]
     sparsity: SparsityRecord
+    updates_weights: bool
     input_zeros: Share
-    memory: MemoryRecord
+    mean_visual_tokens: float
+    reconstruction: str
+    picture: PictureRecord
     evaluation: PruningEvaluation
     search: "FoundRecord"
+    work_seconds: float
+    size_bytes: Count
+    peak_memory_bytes: Count
 
 
 class CompletePruning(TypedDict):
@@ -280,73 +323,18 @@ class CompletePruning(TypedDict):
     verified: VerifiedRecord
 
 
-class RecoveryEvaluation(TypedDict):
-    """Scores after recovery, and of which shares of the dense model's."""
-
-    recovered: ScoresRecord
-    retention: dict[str, RetentionRecord]
-
-
-class RecoveryRecord(RunRecord, total=False):
-    """`recovery.json`."""
-
-    method: str
-    training: TrainingRecord
-    linears: dict[str, RecoveredLinear]
-    dense: OriginRecord
-    pruned: "PrunedHow"
-    evaluation: RecoveryEvaluation
-
-
-class CompleteRecovery(TypedDict):
-    """What the record of a finished recovery has in any case."""
-
-    model: OriginRecord
-    data: TrainingDataRecord
-    method: str
-    training: TrainingRecord
-    linears: dict[str, RecoveredLinear]
-    verified: VerifiedRecord
-    pattern: str
-    seconds: float
-
-
-class PrunedHow(TypedDict, total=False):
-    """What the record of a recovery keeps of how its base was pruned."""
-
-    method: PluginRecord
-    calibration: CalibrationRecord
-    sparsity: SparsityRecord
-    pattern: str
-    input_zeros: Share
-
-
-class CellRecord(TypedDict, total=False):
-    """A cell of the grid of a probe, with its scores where they were measured."""
-
-    pathway: Required[str]
-    pool: Required[str]
-    sparsity: Required[float]
-    scores: ScoresRecord
-    retention: RetentionRecord
-
-
 class PackingRecord(RunRecord, total=False):
     """`packing.json`; texts of files that unpacking gives back, None where there was none."""
 
+    format_version: int
+    packed: "PackedSizes"
+    dense: dict[str, Count]
+    weights: dict[str, Count]
     original_config: str | None
     original_index: str | None
     original_card: str | None
     shards: dict[str, int]
     """Name of each shard -> CRC-32 of the one that it was made from."""
-
-
-class ProbeRecord(RunRecord, total=False):
-    """`probe.json`."""
-
-    linears: dict[str, ProbedLinear]
-    dense: ScoresRecord
-    grid: list[CellRecord]
 
 
 class PackedSizes(TypedDict):
@@ -370,28 +358,35 @@ class CompletePacking(TypedDict):
     packed: PackedSizes
 
 
-class CompleteProbe(TypedDict):
-    """What the record of a finished probe has in any case."""
+class TriedRecord(TypedDict, total=False):
+    """A try of `prune --keep`, and what was measured of it; numbers are null where they are infinite."""
 
-    calibration: CalibrationRecord
-    files: dict[str, FileRecord]
+    recipe: Required[str]
+    level: Required[Annotated[int, (1, 10**6)]]
+    sparsity: Required[Share]
+    agreement: Required[Share]
+    kl: Required[float | None]
+    seconds: Required[float]
+    samples: Count
+    tokens: Count
+    held_back: bool
+    dense_perplexity: float | None
+    perplexity: float | None
+    input: str
+    """What the model is called that was pruned."""
+    measured_on: str
 
 
-class TriedRecord(TypedDict):
-    """A line of `search.jsonl`, and what a search found: a try of `prune --keep`."""
+class TriedLine(TriedRecord, total=False):
+    """A line of `search.jsonl`."""
 
-    recipe: str
-    level: Annotated[int, (1, 10**6)]
-    sparsity: Share
-    agreement: Share
-    kl: float | None
-    """Null where it is infinite."""
-    seconds: float
+    identity: Required[str]
+    calibration: str | None
+    digest: str
 
 
 class FoundRecord(TriedRecord, total=False):
     """What a search found, and how."""
 
     keep: Required[Share]
-    measured_on: str
     tries: Required[list[TriedRecord]]

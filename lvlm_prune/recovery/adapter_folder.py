@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,9 +34,11 @@ _PEFT_PREFIX = "base_model.model."
 _CONFIG_NAME, _WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
-class _Marker(TypedDict):
-    gradient: str
-    masks: dict[str, str]
+class _Marker(TypedDict, total=False):
+    mask_bound: bool
+    note: str
+    gradient: Required[str]
+    masks: Required[dict[str, str]]
 
 
 def mask_digest(weight: Tensor) -> str:

@@ -9,7 +9,13 @@ from lvlm_prune.errors import InputError
 from lvlm_prune.output.own_files import digest_of_json
 from lvlm_prune.runs.sweep.results import Results, share
 
-SCORES = {"average": 0.5, "tasks": {"color": 0.5}, "counts": {"color": 4}, "task_groups": {"color": "vision"}}
+SCORES = {
+    "average": 0.5,
+    "groups": {"vision": 0.5},
+    "tasks": {"color": 0.5},
+    "counts": {"color": 4},
+    "task_groups": {"color": "vision"},
+}
 LINES = {
     "dense": ("sweep", {"identity": "dense-1", "scores": SCORES}),
     "run": (
