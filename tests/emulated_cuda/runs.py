@@ -20,7 +20,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, TensorSource
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.trainer import LVLMTrainer
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, MODEL
 from tests.emulated_cuda import device
 from tests.emulated_cuda.building import load
 from tests.families import Sample
@@ -104,7 +104,7 @@ def prune(
             **options,
         )
         data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=samples)
-        trainer.prune(LVLMModule(str(GOLDEN / "model")), data, str(output), evaluate=False, report=False)
+        trainer.prune(LVLMModule(str(MODEL)), data, str(output), evaluate=False, report=False)
         return 0
 
     with moving_from(1):

@@ -17,7 +17,7 @@ from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.data import TensorSource
 from lvlm_prune.memory.hidden_states import available_device_memory
 from lvlm_prune.methods.pools import MixedPool
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, MODEL
 from tests.emulated_cuda import runs
 from tests.emulated_cuda.process import DeviceProcess
 from tests.emulated_cuda.runs import REPOSITORY
@@ -46,7 +46,7 @@ def test_a_deterministic_run_is_not_refused_by_torch(recipe, on_device, tmp_path
 
 def model_in_memory(where: str) -> tuple[str, list[str]]:
     """Prune a model that is in memory already; where its weights are afterwards, and what they are."""
-    model = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32).eval().to(where)
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval().to(where)
     lvlm_prune.prune(model, TensorSource(str(GOLDEN / "calib.safetensors")), BlockwisePruning())
     weights = list(model.state_dict().values())
     return str(weights[0].device), [runs.digest(weight) for weight in weights]

@@ -11,7 +11,7 @@ from lvlm_prune.callbacks import BlockwisePruning
 from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.run import RunOptions
-from tests.conftest import GOLDEN, REPOSITORY
+from tests.conftest import GOLDEN, MODEL, REPOSITORY
 
 CALIBRATION = GOLDEN / "calib.safetensors"
 
@@ -22,7 +22,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        dense = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=dtype)
+        dense = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=dtype)
         dense.save_pretrained(folder / f"dense-{name}", max_shard_size="300KB")
         for pattern in ("unstructured", "2:4"):
             pruning = BlockwisePruning(pattern=pattern, exclude="*.k_proj")

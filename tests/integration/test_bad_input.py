@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
-from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_MODEL
+from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_MODEL, MODEL
 
 CALIBRATION = GOLDEN / "calib.safetensors"
 
@@ -201,7 +201,7 @@ def break_checkpoint(folder: Path, case: str) -> None:
         (folder / "pytorch_model.bin").write_bytes(b"")
     elif case == "missing tensor":
         tensors = load_file(weights)
-        tensors.pop(next(name for name in tensors if "layers.2.mlp.up_proj" in name))
+        tensors.pop(next(name for name in tensors if "layers.1.mlp.up_proj" in name))
         save_file(tensors, weights)
     elif case == "missing shard":
         tensors = load_file(weights)
@@ -230,7 +230,7 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_bad_checkpoint(case, refused, tmp_path):
-    shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    shutil.copytree(MODEL, tmp_path / "model")
     break_checkpoint(tmp_path / "model", case)
     source = ["--data.source=TensorSource", f"--data.source.path={CALIBRATION}"]
     message = refused("prune", f"--model.path={tmp_path / 'model'}", *source)
@@ -242,7 +242,7 @@ def test_missing_folder_and_processor(refused, tmp_path):
     assert "--model.path" in refused("prune", f"--model.path={tmp_path / 'nowhere'}")
     (tmp_path / "text.txt").write_text("Some words.")
     text = ["--data.source=TextSource", f"--data.source.path={tmp_path / 'text.txt'}"]
-    assert "tokenizer" in refused("prune", f"--model.path={GOLDEN / 'model'}", *text)
+    assert "tokenizer" in refused("prune", f"--model.path={MODEL}", *text)
 
 
 # ---- calibration files ----------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_bad_calibration_file(case, refused, golden_arguments, tmp_path):
 def test_visual_only_pool_without_visual_tokens(refused, tmp_path):
     ids = torch.arange(5, 45)[None]
     save_file({"s0.input_ids": ids, "s0.mm_token_type_ids": torch.zeros_like(ids)}, tmp_path / "text.safetensors")
-    arguments = ["prune", f"--model.path={GOLDEN / 'model'}", "--data.source=TensorSource"]
+    arguments = ["prune", f"--model.path={MODEL}", "--data.source=TensorSource"]
     arguments += [f"--data.source.path={tmp_path / 'text.safetensors'}", "--pruning.pool=VisualOnlyPool"]
     assert "--pruning.pool VisualOnlyPool: needs visual tokens" in refused(*arguments)
 
@@ -285,7 +285,7 @@ def test_output_that_is_not_empty_keeps_what_is_there(refused, golden_arguments,
 
 
 def test_output_inside_the_input(refused, golden_arguments, tmp_path):
-    shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    shutil.copytree(MODEL, tmp_path / "model")
     arguments = [a for a in golden_arguments if "model.path" not in a] + [f"--model.path={tmp_path / 'model'}"]
     assert "inside the input" in refused(*arguments, output=tmp_path / "model" / "pruned")
     assert "inside the input" in refused(*arguments, output=tmp_path / "model")
@@ -318,7 +318,7 @@ def test_full_disk_is_found_before_the_first_block(refused, golden_arguments, mo
 # ---- what shows up only during the run ------------------------------------------------------------------------------
 def with_changed(arguments, folder, part_of_name, change):
     """These arguments, with a copy of their model whose first weight of such a name is changed."""
-    shutil.copytree(GOLDEN / "model", folder / "model")
+    shutil.copytree(MODEL, folder / "model")
     weights = load_file(folder / "model" / "model.safetensors")
     change(next(weight for name, weight in weights.items() if part_of_name in name))
     save_file(weights, folder / "model" / "model.safetensors")
@@ -330,15 +330,15 @@ def spoil(weight):
 
 
 def test_nan_in_a_weight_ends_with_one_line_and_a_resumable_folder(golden_arguments, tmp_path, capsys):
-    arguments = with_changed(golden_arguments, tmp_path, "layers.2.self_attn.o_proj", spoil)
+    arguments = with_changed(golden_arguments, tmp_path, "layers.1.self_attn.o_proj", spoil)
     assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err.strip()
-    assert "layers.2.self_attn.o_proj" in error
+    assert "layers.1.self_attn.o_proj" in error
     assert "NaN" in error
     assert len(error.splitlines()) == 1
     manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert manifest["status"] == "pruning"
-    assert [block["index"] for block in manifest["blocks"]] == [0, 1]
+    assert [block["index"] for block in manifest["blocks"]] == [0]
 
 
 def test_nan_in_an_input_names_the_sample(golden_arguments, tmp_path, capsys):
@@ -370,9 +370,9 @@ def test_overflow_names_block_linear_and_sample(factor, pool, said, golden_argum
 
 
 def test_a_survey_names_the_broken_weight_too(golden_arguments, tmp_path, capsys):
-    arguments = with_changed(golden_arguments, tmp_path, "layers.2.mlp.down_proj", spoil)
+    arguments = with_changed(golden_arguments, tmp_path, "layers.1.mlp.down_proj", spoil)
     assert main([*arguments, "--pruning.allocation=OWLAllocation", f"--output={tmp_path / 'out'}"]) == 2
-    where = "block model.language_model.layers.2, first in mlp.down_proj.weight, for calibration sample 0"
+    where = "block model.language_model.layers.1, first in mlp.down_proj.weight, for calibration sample 0"
     assert capsys.readouterr().err == f"error: NaN or infinity in the output of {where}\n"
 
 

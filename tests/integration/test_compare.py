@@ -15,7 +15,7 @@ from lvlm_prune.output.units import readable_percent
 from lvlm_prune.report.comparison import comparison_page
 from lvlm_prune.runs.compare.folders import ComparedFolder
 from lvlm_prune.runs.compare.run import different
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, REPOSITORY
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, MODEL, REPOSITORY
 from tests.hub_folders import write_folder
 from tests.pages import Page, refuse_other_numbers
 
@@ -126,7 +126,7 @@ def test_what_is_the_same_everywhere_is_a_sentence_and_no_chart(folders, tmp_pat
     assert "The overlap of wanda and copy is about the same in each block and kind of Linear." in page
     assert "Each folder is about as sparse in each of its blocks" in table
     assert "sparsity of block" not in table
-    assert "wanda and copy: 1.000 over 28 Linears, about the same in each block and kind" in table
+    assert "wanda and copy: 1.000 over 14 Linears, about the same in each block and kind" in table
 
 
 def test_distance_from_the_dense_model_is_shown_where_nobody_scored(record, folders):
@@ -282,7 +282,7 @@ def test_a_recovered_folder_keeps_the_mask_of_its_base(bases, recover, tmp_path,
 
 
 def test_what_was_pruned_twice_or_recovered_comes_from_the_same_model(recover, tmp_path, capsys):
-    model, data = GOLDEN / "model", ["--data.source=TensorSource", f"--data.source.path={GOLDEN / 'calib.safetensors'}"]
+    model, data = MODEL, ["--data.source=TensorSource", f"--data.source.path={GOLDEN / 'calib.safetensors'}"]
     options = [*data, "--held_back=0", "--evaluate=false", "--report=false", "--trainer.accelerator=cpu"]
     once, twice, thrice, other, recovered = (tmp_path / name for name in ("1", "2", "3", "other", "recovered"))
     for sparsity, base, out in ((0.4, model, once), (0.6, once, twice), (0.7, twice, thrice), (0.5, model, other)):

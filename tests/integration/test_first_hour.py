@@ -9,10 +9,9 @@ from safetensors import safe_open
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 from tests.hub_folders import write_captions, write_folder
 
-MODEL = GOLDEN / "model"
 SMALL = ["--data.num_samples=2", "--held_back=0", "--trainer.accelerator=cpu"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lvlm_prune.callbacks import BlockwisePruning, PluginSurvey, PruningReport
 from lvlm_prune.cli import main
-from tests.conftest import GOLDEN_ARGUMENTS
+from tests.conftest import ALL_BLOCKS, GOLDEN_ARGUMENTS
 
 ALLOCATIONS = ["DASAllocation", "OWLAllocation", "ECoFLaPAllocation", "KLAllocation"]
 
@@ -26,7 +26,7 @@ def interrupt_behind(owner: type, hook: str, at: int, arguments: list[str], monk
 
 
 def arguments_of(allocation: str) -> list[str]:
-    arguments = [*GOLDEN_ARGUMENTS, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
+    arguments = [*GOLDEN_ARGUMENTS, ALL_BLOCKS, f"--pruning.allocation={allocation}", "--data.num_samples=3"]
     if allocation in ("ECoFLaPAllocation", "KLAllocation"):
         arguments.append("--pruning.allocation.samples=2")
     return arguments

@@ -27,7 +27,7 @@ def resume(output: Path) -> str:
 
 def test_prune(tmp_path):
     output = tmp_path / "out"
-    arguments = [*GOLDEN_ARGUMENTS, BUSY, "--trainer.callbacks.block=2", f"--output={output}"]
+    arguments = [*GOLDEN_ARGUMENTS, BUSY, "--trainer.callbacks.block=1", f"--output={output}"]
     interrupt_and_go_on(tmp_path, arguments, resume(output), "--resume=true")
     assert main([*GOLDEN_ARGUMENTS, f"--output={tmp_path / 'whole'}"]) == 0
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -47,7 +47,7 @@ def test_sweep(tmp_path):
     """In the second run."""
     output = tmp_path / "out"
     arguments = ["sweep", *GOLDEN_MODEL, "--data.num_samples=2", "--engine=tests.engines.ShareLeft"]
-    arguments += [f"--output={output}", "--grid={pruning.sparsity: [0.5, 0.6]}", BUSY, "--trainer.callbacks.block=7"]
+    arguments += [f"--output={output}", "--grid={pruning.sparsity: [0.5, 0.6]}", BUSY, "--trainer.callbacks.block=3"]
     interrupt_and_go_on(tmp_path, arguments, "the same command goes on behind the last finished run")
     lines = [json.loads(line) for line in (output / "sweep.jsonl").read_text().splitlines()]
     assert [line["options"] for line in lines[1:]] == [{"pruning.sparsity": 0.5}, {"pruning.sparsity": 0.6}]

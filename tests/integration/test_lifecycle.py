@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import TensorSource
 from lvlm_prune.methods.pools import AsymmetricPool, MixedPool, TextOnlyPool
 from lvlm_prune.methods.scorers import MagnitudeScorer
-from tests.conftest import ALL_SAMPLES, GOLDEN, REPOSITORY
+from tests.conftest import ALL_SAMPLES, GOLDEN, MODEL, REPOSITORY
 
 CALIBRATION = GOLDEN / "calib.safetensors"
 
 
 def golden_model(dtype=torch.float32):
-    return AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=dtype)
+    return AutoModelForImageTextToText.from_pretrained(MODEL, dtype=dtype)
 
 
 def test_streamed_result_is_byte_identical_to_the_one_in_memory(golden_arguments, tmp_path):
@@ -58,7 +57,7 @@ def test_two_block_forwards_per_sample_not_three(pool, scorer, most):
     lvlm_prune.prune(model, TensorSource(str(CALIBRATION)), pruning, callbacks=[counter])
     samples = 8
     assert max(counter.per_block) == most * samples
-    assert len(calls) <= most * samples * 4
+    assert len(calls) <= most * samples * 2
 
 
 def test_two_pass_selection_equals_the_three_pass_definition():
@@ -142,7 +141,7 @@ def test_bfloat16_weights_that_stay_are_the_stored_bytes(tmp_path, golden_argume
     assert main(arguments) == 0
     before, after = CheckpointFolder(tmp_path / "bf16"), CheckpointFolder(tmp_path / "out")
     changed = [key for key in before if before.read_bytes(key) != after.read_bytes(key)]
-    assert len(changed) == 28
+    assert len(changed) == 14
     for key in changed:
         dense, sparse = before.read(key), after.read(key)
         assert sparse.dtype == torch.bfloat16
@@ -156,7 +155,7 @@ def test_excluded_linears_stay_dense_and_the_manifest_says_what_was_done(tmp_pat
     )
     manifest = json.loads((output / "pruning.json").read_text())
     assert manifest["status"] == "complete"
-    assert len(manifest["linears"]) == 24
+    assert len(manifest["linears"]) == 12
     assert not any(name.endswith("down_proj") for name in manifest["linears"])
     weights = load_file(output / "model.safetensors")
     for name, entry in manifest["linears"].items():
@@ -165,7 +164,7 @@ def test_excluded_linears_stay_dense_and_the_manifest_says_what_was_done(tmp_pat
         )
         assert entry["zeros"] == int((weight == 0).sum()) == weight.shape[0] * int(weight.shape[1] * 0.6)
     assert manifest["calibration"]["num_samples"] == 2
-    assert [block["index"] for block in manifest["blocks"]] == [0, 1, 2, 3]
+    assert [block["index"] for block in manifest["blocks"]] == [0, 1]
     assert all(len(block["visual_tokens"]) == 2 and block["mean_drift"] > 0 for block in manifest["blocks"])
 
 
@@ -258,6 +257,6 @@ def source_sample(source: TensorSource, index: int) -> dict:
 
 
 def test_the_input_checkpoint_is_never_written(golden_arguments, tmp_path):
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(GOLDEN / "model").iterdir()}
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in MODEL.iterdir()}
     assert main([*golden_arguments, f"--output={tmp_path / 'out'}"]) == 0
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(GOLDEN / "model").iterdir()}
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in MODEL.iterdir()}

@@ -9,7 +9,7 @@ import pytest
 from lvlm_prune.cli import main
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.markdown import markdown_table
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN_ARGUMENTS, MODEL
 
 NAMES = {
     "line break": "a\nb",
@@ -64,7 +64,7 @@ def test_the_id_of_a_sample_stays_in_its_line(name: str, tmp_path: Path, capsys)
     record = {"id": name.encode("utf-8", "replace").decode(), "image": "missing.png", "conversations": turns}
     (tmp_path / "samples.json").write_text(json.dumps([record]))
     source = ["--data.source=LlavaJsonSource", f"--data.source.path={tmp_path / 'samples.json'}"]
-    arguments = [f"--data.source.image_folder={tmp_path}", f"--model.path={GOLDEN / 'model'}"]
+    arguments = [f"--data.source.image_folder={tmp_path}", f"--model.path={MODEL}"]
     assert main(["prune", *source, *arguments, f"--output={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1, error

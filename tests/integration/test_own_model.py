@@ -6,9 +6,9 @@ import pytest
 
 from lvlm_prune.cli import main
 from lvlm_prune.demo import CHECKPOINT, is_embedded
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 
-MODEL = f"--model.path={GOLDEN / 'model'}"
+OWN = f"--model.path={MODEL}"
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ MODEL = f"--model.path={GOLDEN / 'model'}"
 )
 def test_another_model_needs_data_of_its_own(arguments, option, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, MODEL]) == 2
+    assert main([*arguments, OWN]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {option}: ")
     assert "Source" in line
@@ -32,10 +32,10 @@ def test_another_model_needs_data_of_its_own(arguments, option, tmp_path, capsys
 
 def test_what_needs_no_data_asks_for_none(tmp_path):
     out = tmp_path / "out"
-    assert main(["prune", MODEL, "--method=magnitude", "--report=false", f"--output={out}"]) == 0
+    assert main(["prune", OWN, "--method=magnitude", "--report=false", f"--output={out}"]) == 0
     assert json.loads((out / "pruning.json").read_text())["status"] == "complete"
 
 
 def test_what_was_made_of_the_embedded_model_is_embedded():
     assert is_embedded(CHECKPOINT)
-    assert not is_embedded(GOLDEN / "model")
+    assert not is_embedded(MODEL)

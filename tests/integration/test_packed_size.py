@@ -47,7 +47,7 @@ def test_sparsity_that_is_not_uniform_gives_the_size_too(tmp_path):
         (["--packed_size=0"], "--packed_size 0: without a unit it is a share"),
         (["--packed_size=1.5"], "--packed_size 1.5: without a unit it is a share"),
         (["--packed_size=900GB"], "--packed_size 900GB: the dense shards take no more than that"),
-        (["--packed_size=1kB"], "--packed_size 1kB: the smallest that 98% zeros in its 28 Linears give is"),
+        (["--packed_size=1kB"], "--packed_size 1kB: the smallest that 98% zeros in its 14 Linears give is"),
         (["--packed_size=0.6", "--pruning.pattern=2:4"], "--packed_size 0.6: needs a sparsity that is free"),
     ],
 )

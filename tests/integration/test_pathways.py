@@ -11,9 +11,9 @@ from lvlm_prune.data import TensorSource
 from lvlm_prune.evaluation.harness import LMMSEvalEngine
 from lvlm_prune.evaluation.pathways import routed_when_loaded, write_pathways
 from lvlm_prune.runs.probe.pathways import is_probed
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, MODEL
 
-DENSE = GOLDEN / "model"
+DENSE = MODEL
 HARNESS = '''
 """A harness with one task: how far the model's logits spread."""
 import json, pathlib, sys

@@ -11,7 +11,7 @@ import pytest
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
-from tests.conftest import ALL_SAMPLES, GOLDEN
+from tests.conftest import ALL_SAMPLES, MODEL
 
 # Decoder shapes of the papers' models: architecture, hidden, blocks, heads, key-value heads, intermediate, vocabulary.
 SHAPES = {
@@ -39,7 +39,7 @@ def test_a_plan_counts_every_tensor_and_writes_nothing(golden_arguments, tmp_pat
     assert main([*golden_arguments, ALL_SAMPLES, *arguments]) == 0
     assert list(tmp_path.iterdir()) == []
     lines = capsys.readouterr().out.splitlines()
-    folder = CheckpointFolder(GOLDEN / "model")
+    folder = CheckpointFolder(MODEL)
     listed = listed_kinds(lines)
     assert len(listed) == 6
     planned = []
@@ -48,10 +48,10 @@ def test_a_plan_counts_every_tensor_and_writes_nothing(golden_arguments, tmp_pat
         assert {folder[key].shape for key in keys} == {(int(rows), int(columns))}
         assert (len(keys), target) == (int(count), "60%")
         planned += keys
-    assert len(planned) == 24
+    assert len(planned) == 12
     weights = sum(prod(folder[key].shape) for key in planned)
-    assert lines[0] == "model · 4 blocks · 24 Linears · 163.8 k weights · ATV · 60% unstructured · 8 samples"
-    assert lines[1].startswith(f"24 Linears · {weights:,} weights")
+    assert lines[0] == "model · 2 blocks · 12 Linears · 81.9 k weights · ATV · 60% unstructured · 8 samples"
+    assert lines[1].startswith(f"12 Linears · {weights:,} weights")
     assert "hidden states of the calibration samples: " in "\n".join(lines)
 
 
@@ -61,7 +61,7 @@ def test_a_plan_is_short_however_many_blocks_there_are_and_gives_bounds_of_targe
     assert main([*golden_arguments, *arguments, "--plan=true", f"--output={tmp_path / 'out'}"]) == 0
     listed = listed_kinds(capsys.readouterr().out.splitlines())
     assert len(listed) == 7
-    assert {(count, target) for count, _, _, target in listed.values()} == {("4", "40% to 60%")}
+    assert {(count, target) for count, _, _, target in listed.values()} == {("2", "40% to 60%")}
 
 
 def test_a_plan_says_what_a_run_would_refuse_for_lack_of_room(golden_arguments, tmp_path, capsys, monkeypatch):
@@ -96,7 +96,7 @@ def test_the_disk_of_a_plan_counts_no_records_of_the_run_that_made_the_input(gol
     assert main([*golden_arguments, f"--model.path={once}", "--plan=true", f"--output={twice}"]) == 0
     planned = re.search(r"([\d.]+) (kB|MB) of it the output folder", capsys.readouterr().out)
     assert planned is not None
-    copied = sum(path.stat().st_size for path in (GOLDEN / "model").iterdir())
+    copied = sum(path.stat().st_size for path in MODEL.iterdir())
     assert float(planned[1]) * {"kB": 1e3, "MB": 1e6}[planned[2]] == pytest.approx(copied, rel=0.05)
 
 

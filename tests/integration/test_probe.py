@@ -23,7 +23,7 @@ from lvlm_prune.report.probe import probe_page, summarise
 from lvlm_prune.runs.probe.pathways import is_probed
 from lvlm_prune.runs.probe.run import ProbeRun
 from lvlm_prune.trainer import LVLMTrainer
-from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import ALL_SAMPLES, GOLDEN, GOLDEN_ARGUMENTS, MODEL
 from tests.documented import undocumented
 from tests.engines import ShareLeft
 from tests.pages import Page, refuse_other_numbers
@@ -37,7 +37,7 @@ ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def probed(model):
 def test_without_masks_the_probe_is_the_model_bit_for_bit(pathway, model, samples):
     plain = [model(**inputs).logits for inputs in samples]
     weights = probed(model)
-    assert len(weights) == 24
+    assert len(weights) == 12
     with routed(model, weights, pathway):
         assert all(torch.equal(model(**inputs).logits, logits) for inputs, logits in zip(samples, plain))
     assert all(torch.equal(model(**inputs).logits, logits) for inputs, logits in zip(samples, plain))
@@ -130,7 +130,7 @@ def run(tmp_path_factory):
 def test_streamed_block_by_block_it_prunes_what_the_whole_model_shows(pathway, run, model, samples):
     """Masks of the last block, from what the whole routed model feeds it."""
     weights = run[1][pathway, "visual", 0.6]
-    name = next(name for name in weights if name.endswith("layers.3.self_attn.q_proj"))
+    name = next(name for name in weights if name.endswith("layers.1.self_attn.q_proj"))
     norms = torch.zeros(64, dtype=torch.float64)
 
     def add(module, arguments):
@@ -162,7 +162,7 @@ def test_overlap_is_that_of_masks_made_from_one_modality_of_the_dense_model(run,
     """First block: there the dense survey and the cells of the grid see the same inputs."""
     folder, weights = run
     record = json.loads((folder / "probe.json").read_text())
-    assert len(record["linears"]) == 24
+    assert len(record["linears"]) == 12
     for name, entry in record["linears"].items():
         assert set(entry["iou"]) == {"0.5", "0.6"}
         if entry["block"] == 0:
@@ -238,7 +238,7 @@ def scored_by_an_engine(folder: Path, resume: bool, questions: str = "") -> Mani
     probe = ModalityProbe(["text"], ["text"], [0.5], map_tokens=0, curve_samples=0)
     trainer = LVLMTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     data = CalibrationDataModule(TensorSource(str(GOLDEN / "calib.safetensors")), num_samples=1)
-    model = LVLMModule(str(GOLDEN / "model"), "float32")
+    model = LVLMModule(str(MODEL), "float32")
     return ProbeRun(trainer, model, data, str(folder), resume, True, probe, ShareLeft(questions=questions))()
 
 

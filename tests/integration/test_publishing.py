@@ -22,7 +22,7 @@ from lvlm_prune.output.base_record import record_of
 from lvlm_prune.output.private import without_private
 from lvlm_prune.runs import publishing
 from lvlm_prune.runs.evaluate import run as evaluating
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, MODEL
 from tests.hub_folders import write_captions, write_folder
 from tests.pages import Page
 
@@ -72,7 +72,7 @@ def on_own_samples(tmp_path: Path) -> tuple[list[str], Path]:
     out = tmp_path / "out"
     source = ["--data.source=TensorSource", f"--data.source.path={place / 'calibration.safetensors'}"]
     small = ["--data.num_samples=4", "--trainer.accelerator=cpu", f"--output={out}"]
-    return ["prune", f"--model.path={GOLDEN / 'model'}", *source, *small], out
+    return ["prune", f"--model.path={MODEL}", *source, *small], out
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     assert not (out / "report" / "calibration-image.png").exists()
     beside = written(place / "out.private")
     assert {"pruning.json", "config.yaml", "report.html"} <= beside.keys()
-    assert record_of(out)["dense"]["path"] == str(GOLDEN / "model")
+    assert record_of(out)["dense"]["path"] == str(MODEL)
     assert main([*command, "--resume=true"]) == 0
     assert written(place / "out.private") == beside
     after = written(out)
@@ -146,10 +146,10 @@ def test_by_itself_a_folder_holds_nothing_private_and_is_still_resumed_and_packe
     private = texts(written(tmp_path / "packed.private"))
     assert main(["pack", f"--model.path={out}", f"--output={packed}", "--resume=true"]) == 0
     assert texts(written(tmp_path / "packed.private")) == private
-    assert record_of(packed)["dense"]["path"] == str(GOLDEN / "model")
+    assert record_of(packed)["dense"]["path"] == str(MODEL)
     assert main(["unpack", f"--model.path={packed}", f"--output={unpacked}"]) == 0
     assert f"are in {unpacked}.private" in capsys.readouterr().out.splitlines()[-1]
-    assert record_of(unpacked)["dense"]["path"] == str(GOLDEN / "model")
+    assert record_of(unpacked)["dense"]["path"] == str(MODEL)
 
 
 def test_scores_come_to_the_private_page_too_and_to_the_other_one_without_paths(tmp_path, monkeypatch, blank_figures):
@@ -218,7 +218,7 @@ def test_what_somebody_else_has_where_the_private_part_goes_is_left_alone(own, i
         return {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in (in_the_way, *in_the_way.rglob("*"))}
 
     before = found()
-    for asked in (command, ["pack", f"--model.path={GOLDEN / 'model'}", f"--output={out}"]):
+    for asked in (command, ["pack", f"--model.path={MODEL}", f"--output={out}"]):
         assert main(asked) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: --output {out}: ")
@@ -269,11 +269,11 @@ def test_notes_beside_private_records_stay_when_a_run_is_repeated(own, tmp_path)
 
 def test_a_relative_path_leads_to_the_dense_model_from_everywhere(own, tmp_path, monkeypatch):
     command, out = own
-    monkeypatch.chdir(GOLDEN)
+    monkeypatch.chdir(MODEL.parent)
     relative = [argument if "model.path" not in argument else "--model.path=model" for argument in command]
     assert main([*relative, "--report=false", "--held_back=0", "--method=magnitude"]) == 0
-    assert record_of(out)["dense"]["folder"] == str(GOLDEN / "model")
-    assert str(GOLDEN) not in (out / "pruning.json").read_text()
+    assert record_of(out)["dense"]["folder"] == str(MODEL)
+    assert str(MODEL.parent) not in (out / "pruning.json").read_text()
 
 
 def test_a_folder_that_is_kept_to_oneself_holds_everything(own, tmp_path):

@@ -21,7 +21,7 @@ from lvlm_prune.recovery.distillation import Distillation
 from lvlm_prune.recovery.reconstruction import Reconstruction
 from lvlm_prune.run import RunTrainer
 from lvlm_prune.trainer import LVLMTrainer
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, MODEL
 
 
 def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypatch, blank_figures):
@@ -30,7 +30,7 @@ def test_from_python_a_resume_with_another_method_is_refused(tmp_path, monkeypat
     source = TensorSource(str(GOLDEN / "calib.safetensors"))
 
     def run(pruning: BlockwisePruning, **options):
-        return lvlm_prune.prune(GOLDEN / "model", source, pruning, folder, **options)
+        return lvlm_prune.prune(MODEL, source, pruning, folder, **options)
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -90,7 +90,7 @@ def test_what_a_solver_gives_and_sums_is_looked_at_in_every_run(solver, said, tm
     source = TensorSource(str(GOLDEN / "calib.safetensors"))
     method = BlockwisePruning(pool=MixedPool(), solver=solver())
     with pytest.raises(RunError, match=re.escape(said)):
-        lvlm_prune.prune(GOLDEN / "model", source, method, tmp_path / "out", report=False)
+        lvlm_prune.prune(MODEL, source, method, tmp_path / "out", report=False)
 
 
 def recovery_trainer(callbacks: list[L.Callback], **options) -> LVLMTrainer:
@@ -165,7 +165,7 @@ def test_a_folder_that_python_wrote_holds_nothing_private_either(tmp_path):
     data = CalibrationDataModule(TensorSource(str(place / "calibration.safetensors")), num_samples=2)
     for name, options in (("out", {}), ("whole", {"publishable": False})):
         method = lvlm_prune.load_pruning("magnitude", sparsity=0.5)
-        lvlm_prune.prune(GOLDEN / "model", data, method, tmp_path / name, report=False, **options)
+        lvlm_prune.prune(MODEL, data, method, tmp_path / name, report=False, **options)
     assert str(place) not in (tmp_path / "out" / "pruning.json").read_text()
     assert str(place) in (tmp_path / "out.private" / "pruning.json").read_text()
     assert str(place) in (tmp_path / "whole" / "pruning.json").read_text()
@@ -189,28 +189,26 @@ NO_INPUTS = {
 @pytest.mark.parametrize("calibration", NO_INPUTS.values(), ids=NO_INPUTS)
 def test_what_are_no_model_inputs_is_refused(calibration, tmp_path):
     with pytest.raises(InputError) as refused:
-        lvlm_prune.prune(GOLDEN / "model", calibration, output=tmp_path / "out")
+        lvlm_prune.prune(MODEL, calibration, output=tmp_path / "out")
     assert refused.value.option == "calibration"
     assert not (tmp_path / "out").exists()
 
 
 def test_the_name_of_a_recipe_for_a_method_is_refused():
     with pytest.raises(InputError, match=r'load_pruning\("wanda"'):
-        lvlm_prune.prune(GOLDEN / "model", [{"input_ids": IDS}], "wanda")
+        lvlm_prune.prune(MODEL, [{"input_ids": IDS}], "wanda")
 
 
 def test_callbacks_of_which_none_prunes_are_refused(tmp_path):
     with pytest.raises(InputError, match="none of them prunes"):
-        lvlm_prune.prune(
-            GOLDEN / "model", [{"input_ids": IDS}], trainer=RunTrainer(logger=False), output=tmp_path / "a"
-        )
+        lvlm_prune.prune(MODEL, [{"input_ids": IDS}], trainer=RunTrainer(logger=False), output=tmp_path / "a")
 
 
 def test_no_output_is_the_default_one(tmp_path, monkeypatch):
     """And no folder that is called None."""
     monkeypatch.chdir(tmp_path)
     source = TensorSource(str(GOLDEN / "calib.safetensors"))
-    lvlm_prune.prune(GOLDEN / "model", source, lvlm_prune.load_pruning("magnitude"), output=None, report=False)
+    lvlm_prune.prune(MODEL, source, lvlm_prune.load_pruning("magnitude"), output=None, report=False)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, RecoveryDataModule, TensorSource
-from tests.conftest import ALL_SAMPLES, GOLDEN
+from tests.conftest import ALL_SAMPLES, GOLDEN, MODEL
 from tests.integration.test_hub_folders import write_captions, write_folder
 
 CALIBRATION = str(GOLDEN / "calib.safetensors")
@@ -24,7 +24,7 @@ def measured(folder: Path, numbers: list[int], data: str = CALIBRATION) -> tuple
     """Perplexity dense and pruned, KL, share of equal most likely tokens: at every text token of golden samples."""
     source, sums, count = TensorSource(data), torch.zeros(4, dtype=torch.float64), 0
     source.setup()
-    models = [AutoModelForImageTextToText.from_pretrained(path).eval() for path in (GOLDEN / "model", folder)]
+    models = [AutoModelForImageTextToText.from_pretrained(path).eval() for path in (MODEL, folder)]
     special = [models[0].config.image_token_id, models[0].config.video_token_id]
     for number in numbers:
         inputs = {name: value for name, value in source[number].items() if name != "labels"}
@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_the_whole_models(small, tmp_path, capsys, blan
     assert found["samples"] == 2
     said = capsys.readouterr().out
     assert "on 2 samples held back from calibration" in said
-    assert f"next: lvlm-prune evaluate --model.path {tmp_path / 'out'} --baseline {GOLDEN / 'model'}" in said
+    assert f"next: lvlm-prune evaluate --model.path {tmp_path / 'out'} --baseline {MODEL}" in said
     assert "`--method best` keeps more" in said
     page = (tmp_path / "out" / "report.html").read_text()
     assert "perplexity, pruned" in page
@@ -130,7 +130,7 @@ def test_a_method_without_calibration_is_measured_where_samples_are_named(small,
 
 
 def test_without_samples_the_lack_of_numbers_is_said(tmp_path, capsys):
-    arguments = ["prune", f"--model.path={GOLDEN / 'model'}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
+    arguments = ["prune", f"--model.path={MODEL}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
     assert main([*arguments, *MEASURED, "--report=false"]) == 0
     assert "perplexity and KL not measured: the method needs no samples, and none were given" in capsys.readouterr().out
 

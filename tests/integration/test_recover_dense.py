@@ -113,7 +113,7 @@ def test_blocks_come_nearer_to_dense_ones_and_zeros_stay(pattern, dtype, bases, 
     for block in record(output)["blocks"]:
         assert block["error_after"] < block["error_before"]
     changed = [key for key in before if before.read_bytes(key) != after.read_bytes(key)]
-    assert len(changed) == 24
+    assert len(changed) == 12
     for key in changed:
         one, other = before.read(key), after.read(key)
         bits = other.view({4: torch.int32, 2: torch.int16}[other.element_size()])
@@ -173,7 +173,7 @@ import os, signal
 from lvlm_prune.callbacks import PruneCallback
 class KillProcess(PruneCallback):
     def on_block_end(self, trainer, pl_module, block):
-        if block.index == 2:
+        if block.index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -190,7 +190,7 @@ def test_killed_and_resumed_reconstruction_is_byte_identical(inputs, bases, labe
     died = run_cli("recover", *arguments, *options, f"--output={killed}", "--trainer.callbacks=killer.KillProcess")
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (killed / "config.json").exists()
-    assert len(record(killed)["blocks"]) == 2
+    assert len(record(killed)["blocks"]) == 1
     assert recover(base, killed, *options, "--resume=true") == 0
     assert_same_weights(tmp_path / "whole", killed)
     one, other = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "whole", killed))

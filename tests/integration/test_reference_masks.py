@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvlm_prune.cli import main
-from tests.conftest import ALL_SAMPLES, GOLDEN
+from tests.conftest import ALL_BLOCKS, ALL_SAMPLES, GOLDEN
 
 ASYMMETRIC = ["--pruning.pool=AsymmetricPool", "--pruning.pool.saliency=DriftSaliency"]
 RUNS = {
@@ -29,7 +29,8 @@ RUNS = {
 @pytest.mark.parametrize("tag", RUNS)
 def test_released_code_is_reproduced(tag: str, golden_arguments: list[str], tmp_path: Path):
     output = tmp_path / "pruned"
-    assert main([*golden_arguments, ALL_SAMPLES, *RUNS[tag], "--pruning.record=true", f"--output={output}"]) == 0
+    arguments = [*golden_arguments, ALL_BLOCKS, ALL_SAMPLES, *RUNS[tag], "--pruning.record=true"]
+    assert main([*arguments, f"--output={output}"]) == 0
     reference = load_file(GOLDEN / f"{tag}.safetensors")
     recorded = load_file(output / "statistics.safetensors")
     weights = load_file(output / "model.safetensors")

@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ALL_SAMPLES, GOLDEN_ARGUMENTS
+from tests.conftest import ALL_BLOCKS, ALL_SAMPLES, GOLDEN_ARGUMENTS
 
 _AS_THEN = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 _QUICK_START = ["prune", "--pruning.sparsity=0.6", "--evaluate=false", "--report=false"]
 _DIGESTS = {
-    "golden": ([*GOLDEN_ARGUMENTS, ALL_SAMPLES], ["6d21955cd3a84c791a8e5467f4704b68f3441ddf565e5ec36d6ded381e8570ea"]),
+    "golden": (
+        [*GOLDEN_ARGUMENTS, ALL_BLOCKS, ALL_SAMPLES],
+        ["6d21955cd3a84c791a8e5467f4704b68f3441ddf565e5ec36d6ded381e8570ea"],
+    ),
     "demo, 6 samples": (
         [*_QUICK_START, "--data.num_samples=6"],
         [

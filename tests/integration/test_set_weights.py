@@ -15,7 +15,7 @@ from lvlm_prune.data import MixtureSource, TensorSource
 from lvlm_prune.methods.pools import AMIAPool, AsymmetricPool, ContributionPool, MixedPool
 from lvlm_prune.methods.scorers import Scorer, WandaScorer
 from lvlm_prune.methods.statistics import ChannelNorm, Gram
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, MODEL
 
 SIZES = (6, 2)
 ALPHAS = (0.3, 0.7)
@@ -56,7 +56,7 @@ class Spy(Scorer):
 
 
 def statistics_of_block_0(source, pool, statistic):
-    model = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
     spy = Spy(statistic)
     lvlm_prune.prune(model, source, BlockwisePruning(pool=pool, scorer=spy))
     # 7 Linears in each of 4 blocks; the small weight on which a scorer is tried comes before them.
@@ -81,7 +81,7 @@ def test_the_statistics_are_the_weighted_sum_of_the_means_of_the_sets(sets, pool
 def test_weights_by_share_change_nothing(sets):
     models = []
     for weights in (None, [3, 1]):
-        model = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model", dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
         pruning = BlockwisePruning(scorer=WandaScorer(), sparsity=0.6)
         lvlm_prune.prune(model, MixtureSource(sets, list(SIZES), weights=weights), pruning)
         models.append(model.state_dict())
@@ -95,7 +95,7 @@ def test_two_processes_give_the_bytes_of_one(sets, run_cli, tmp_path):
     mixture = {"sources": parts, "ratios": list(SIZES), "weights": list(ALPHAS)}
     data = {"num_samples": 7, "source": {"class_path": "lvlm_prune.data.MixtureSource", "init_args": mixture}}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"model": {"path": str(GOLDEN / "model")}, "data": data, "report": False}))
+    config.write_text(yaml.safe_dump({"model": {"path": str(MODEL)}, "data": data, "report": False}))
     assert main(["prune", f"--config={config}", f"--output={tmp_path / 'one'}"]) == 0
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     finished = run_cli("prune", f"--config={config}", *devices, f"--output={tmp_path / 'two'}")

@@ -17,7 +17,7 @@ from lvlm_prune.evaluation.scores import Scores
 from lvlm_prune.loop import catching
 from lvlm_prune.output.locking import FolderLock
 from lvlm_prune.runs.prune.run import PruneRun
-from tests.conftest import GOLDEN, GOLDEN_MODEL, REPOSITORY
+from tests.conftest import GOLDEN, GOLDEN_MODEL, MODEL, REPOSITORY
 
 RECIPES = REPOSITORY / "configs" / "prune"
 BASE = ["sweep", *GOLDEN_MODEL, "--data.num_samples=3", "--engine=tests.engines.ShareLeft"]
@@ -295,7 +295,7 @@ def test_classes_are_swept_with_their_import_paths_and_options(tmp_path):
 
 def test_nothing_is_written_into_the_model(tmp_path, capsys):
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     before = sorted(path.name for path in model.iterdir())
     assert main([*BASE, f"--model.path={model}", f"--output={model / 'sweep'}"]) == 2
     assert "lies inside the input checkpoint" in capsys.readouterr().err

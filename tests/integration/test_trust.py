@@ -12,7 +12,7 @@ import pytest
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.evaluation.scores import Scores, retention
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN_ARGUMENTS, MODEL
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -33,7 +33,7 @@ def interrupted(tmp_path_factory) -> Path:
     """An output that is pruned up to block 1."""
     folder = tmp_path_factory.mktemp("interrupted") / "out"
     model = tmp_path_factory.mktemp("model") / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     with pytest.MonkeyPatch.context() as patched:
         really = CheckpointFolder.write
         calls = []
@@ -71,7 +71,7 @@ def test_an_input_is_never_written_through_a_link(kind, name, interrupted, tmp_p
     """Tools that remove duplicates put links in the place of files that are equal."""
     folder, model = tmp_path / "out", tmp_path / "model"
     shutil.copytree(interrupted, folder)
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     name = CheckpointFolder(model).shards[-1] if name == "shard" else name
     source = model
     if kind == "hard to a third checkpoint":

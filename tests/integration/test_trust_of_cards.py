@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_prune.cli import main
 from lvlm_prune.report.card import DENSE_CARD
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, GOLDEN_MODEL
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, GOLDEN_MODEL, MODEL
 from tests.integration.test_sweep import grid, recipes
 
 DENSE = "---\nlicense: mit\ntags:\n- vision\n---\n# The dense model\n\nIt sees.\n"
@@ -20,7 +20,7 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
     """Every command that writes a card, finished; in the order in which one goes on from the other."""
     folder = tmp_path_factory.mktemp("cards")
     model = folder / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     (model / "README.md").write_text(DENSE)
     (model / "NOTES.md").write_text("Of the model.\n")
     samples = load_file(GOLDEN / "calib.safetensors")

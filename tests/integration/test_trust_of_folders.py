@@ -17,7 +17,7 @@ from lvlm_prune.output.folder import named_folder
 from lvlm_prune.output.locking import FolderLock, claim
 from lvlm_prune.runs.prune.quality import SampleQuality
 from lvlm_prune.runs.sweep.run import WAY_ON
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, GOLDEN_MODEL
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, GOLDEN_MODEL, MODEL
 from tests.engines import ShareLeft
 from tests.integration.test_reproduce import arguments as reproduce
 from tests.integration.test_sweep import BASE, grid, recipes
@@ -133,7 +133,7 @@ def test_a_folder_that_a_run_has_taken_meanwhile_is_not_added_to(verb, is_done, 
     command = {
         "sweep": [*BASE, recipes("magnitude"), grid(pruning__sparsity=[0.5])],
         "evaluate": ["evaluate", GOLDEN_MODEL[0], "--engine=tests.engines.ShareLeft"],
-        "compare": ["compare", str(GOLDEN / "model"), str(GOLDEN / "model")],
+        "compare": ["compare", str(MODEL), str(MODEL)],
         "reproduce": reproduce("atv/table_3", out),
     }[verb]
     monkeypatch.setattr("lvlm_prune.runs.compare.run.ComparedFolder", lambda path: path)
@@ -200,7 +200,7 @@ def test_a_sweep_or_search_that_another_process_is_at_is_refused(kind, no_pages,
 
 def test_an_input_that_is_written_while_it_is_read_is_one_line(tmp_path, monkeypatch, capsys):
     """Where tensors lie was read from the header: with another file under its name they lie elsewhere."""
-    model = shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    model = shutil.copytree(MODEL, tmp_path / "model")
     weights = model / "model.safetensors"
     start = SparseCheckpointWriter.on_prune_start
 
@@ -231,7 +231,7 @@ def test_what_came_beside_the_weights_and_changes_what_is_loaded_is_refused(
             patched.setattr(SparseCheckpointWriter, "on_prune_end", interrupted)
         assert main(command) == (0 if finished else 130)
     if added == "model.safetensors":
-        save_file(load_file(GOLDEN / "model" / added), out / added)
+        save_file(load_file(MODEL / added), out / added)
     else:
         (out / added).write_text("{}")
     capsys.readouterr()

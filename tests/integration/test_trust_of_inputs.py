@@ -13,12 +13,12 @@ from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, TensorSource
 from lvlm_prune.recipes import with_recipe
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS, MODEL
 
 
 def test_other_copies_of_the_weights_are_left_out_and_that_is_said(tmp_path, capsys):
     model, folder = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     (model / "original").mkdir()
     for name in ("pytorch_model.bin", "original/consolidated.00.pth"):
         (model / name).write_bytes(b"dense")
@@ -31,8 +31,8 @@ def test_other_copies_of_the_weights_are_left_out_and_that_is_said(tmp_path, cap
 
 def test_every_command_that_copies_a_checkpoint_leaves_out_and_names_other_weights(tmp_path, capsys):
     """Whatever they are called, in whatever folder; what the model needs beside its weights goes along."""
-    model, (shard,) = tmp_path / "model", CheckpointFolder(GOLDEN / "model").shards
-    shutil.copytree(GOLDEN / "model", model)
+    model, (shard,) = tmp_path / "model", CheckpointFolder(MODEL).shards
+    shutil.copytree(MODEL, model)
     for name in ("sub/words.txt", "sub/code.py"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("needed")
@@ -43,8 +43,8 @@ def test_every_command_that_copies_a_checkpoint_leaves_out_and_names_other_weigh
 
     def copied(verb: str, source, *options: str):
         (source / "sub" / "old").mkdir(exist_ok=True)
-        shutil.copy(GOLDEN / "model" / shard, source / "sub" / "old" / "weights")
-        shutil.copy(GOLDEN / "model" / shard, source / f"{shard}.bak")
+        shutil.copy(MODEL / shard, source / "sub" / "old" / "weights")
+        shutil.copy(MODEL / shard, source / f"{shard}.bak")
         assert main([verb, f"--model.path={source}", f"--output={tmp_path / verb}", *options]) == 0
         assert f"left out: {shard}.bak, sub/old/weights (" in capsys.readouterr().out
         found = {str(file.relative_to(tmp_path / verb)) for file in (tmp_path / verb).rglob("*") if file.is_file()}
@@ -61,7 +61,7 @@ def test_every_command_that_copies_a_checkpoint_leaves_out_and_names_other_weigh
 def test_blocks_that_the_configuration_does_not_count_are_told_of(part, tmp_path, capsys):
     """transformers leaves them out in silence; some families keep there what predicts tokens further ahead."""
     model, folder = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     magnitude = ["--pruning.scorer=MagnitudeScorer", f"--model.path={model}"]
     assert main([*GOLDEN_ARGUMENTS, *magnitude, f"--output={tmp_path / 'whole'}"]) == 0
     assert "warning" not in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_blocks_that_the_configuration_does_not_count_are_told_of(part, tmp_path
 def test_what_quantization_left_beside_weights_is_told_of(beside, tmp_path, capsys):
     """Whether the weights are whole without it nobody can tell; transformers leaves it out in silence."""
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     (shard,) = CheckpointFolder(model).shards
     tensors = load_file(model / shard)
     name = next(key for key in tensors if key.endswith("q_proj.weight")).removesuffix("weight") + beside
@@ -108,7 +108,7 @@ REFUSED = {
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_what_changes_the_weights_is_refused_by_every_command(verb, name, content, problem, tmp_path, capsys):
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     earlier = json.loads((model / name).read_text()) if (model / name).exists() else {}
     (model / name).write_text(json.dumps(earlier | content))
     assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
@@ -122,7 +122,7 @@ def test_what_changes_the_weights_is_refused_by_every_command(verb, name, conten
 def test_what_no_model_could_be_loaded_with_is_refused(verb, content, tmp_path, capsys):
     """A pruned copy of it could not be loaded either."""
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     (model / "generation_config.json").write_text(content)
     assert main([verb, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -133,7 +133,7 @@ def test_what_no_model_could_be_loaded_with_is_refused(verb, content, tmp_path, 
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_missing_tensors_are_refused_by_every_command(verb, tmp_path, capsys):
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     checkpoint = CheckpointFolder(model)
     tensors = {key: tensor for shard in checkpoint.shards for key, tensor in load_file(model / shard).items()}
     for shard in checkpoint.shards:
@@ -150,7 +150,7 @@ def test_missing_tensors_are_refused_by_every_command(verb, tmp_path, capsys):
 @pytest.mark.parametrize(("pool", "kind"), [("TextOnlyPool", "visual"), ("AsymmetricPool", "visual")])
 def test_a_pool_that_selects_nothing_is_no_success(pool, kind, tmp_path, capsys):
     """Of a calibration set of images alone nothing is left for a pool of text."""
-    token = json.loads((GOLDEN / "model" / "config.json").read_text())["image_token_id"]
+    token = json.loads((MODEL / "config.json").read_text())["image_token_id"]
     samples = load_file(GOLDEN / "calib.safetensors")
     only = {}
     for number in range(2):
@@ -160,7 +160,7 @@ def test_a_pool_that_selects_nothing_is_no_success(pool, kind, tmp_path, capsys)
         only |= {key: one[keep][None] if one.shape == ids.shape else one for key, one in own.items()}
     save_file({key: one.contiguous() for key, one in only.items()}, tmp_path / "visual.safetensors")
     source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'visual.safetensors'}"]
-    options = [f"--model.path={GOLDEN / 'model'}", f"--pruning.pool={pool}", f"--output={tmp_path / 'out'}"]
+    options = [f"--model.path={MODEL}", f"--pruning.pool={pool}", f"--output={tmp_path / 'out'}"]
     assert main(["prune", *source, *options, "--report=false"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--pruning.pool {pool}: needs text tokens" in line
@@ -170,7 +170,7 @@ def test_a_pool_that_selects_nothing_is_no_success(pool, kind, tmp_path, capsys)
 def test_a_weight_under_two_names_is_refused(tmp_path, capsys):
     """An older and a newer spelling of a name: one would be pruned, the other may be loaded."""
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     (shard,) = CheckpointFolder(model).shards
     tensors = load_file(model / shard)
     old = "model.layers.0.self_attn.q_proj.weight"
@@ -184,7 +184,7 @@ def test_a_weight_under_two_names_is_refused(tmp_path, capsys):
 
 def test_a_pipe_deep_in_the_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "model", model)
+    shutil.copytree(MODEL, model)
     (model / "assets" / "more").mkdir(parents=True)
     os.mkfifo(model / "assets" / "more" / "pipe")
     assert main([*GOLDEN_ARGUMENTS, f"--model.path={model}", f"--output={tmp_path / 'out'}"]) == 2
@@ -197,12 +197,12 @@ def test_what_only_the_model_refuses_names_the_sample_and_can_be_skipped(tmp_pat
     """Image features that do not match the tokens for them."""
     samples = load_file(GOLDEN / "calib.safetensors")
     ids = samples["s1.input_ids"]
-    token = json.loads((GOLDEN / "model" / "config.json").read_text())["image_token_id"]
+    token = json.loads((MODEL / "config.json").read_text())["image_token_id"]
     assert (ids == token).any()
     samples["s1.input_ids"] = ids.masked_fill(ids == token, 5)
     save_file(samples, tmp_path / "samples.safetensors")
     source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'samples.safetensors'}"]
-    options = [f"--model.path={GOLDEN / 'model'}", "--report=false", "--data.batch_size=2"]
+    options = [f"--model.path={MODEL}", "--report=false", "--data.batch_size=2"]
     assert main(["prune", *source, *options, f"--output={tmp_path / 'out'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "sample 1: the model refuses it" in line
@@ -222,7 +222,7 @@ def test_a_sample_that_overflows_before_the_first_block_can_be_skipped(target, t
         samples[f"s{number}.pixel_values"][:] = float("nan")
     save_file(samples, tmp_path / "samples.safetensors")
     source = ["--data.source=TensorSource", f"--data.source.path={tmp_path / 'samples.safetensors'}"]
-    options = [f"--model.path={GOLDEN / 'model'}", "--report=false", "--data.batch_size=2", "--data.num_samples=5"]
+    options = [f"--model.path={MODEL}", "--report=false", "--data.batch_size=2", "--data.num_samples=5"]
     options += [f"--model.targets=[{target}]", "--held_back=3", f"--output={tmp_path / 'out'}"]
     verb = with_recipe(["prune", "--method", "wanda"])
     assert main([*verb, *source, *options]) == 2
@@ -246,7 +246,7 @@ def test_in_the_place_of_a_held_back_sample_that_is_broken_comes_another(broken,
     assert len({first, *others, *data.select()}) == 8, "all that the source has stand by"
     samples[f"s{first}.{broken}"] = torch.full_like(samples[f"s{first}.{broken}"], value)
     save_file(samples, tmp_path / "samples.safetensors")
-    command = ["prune", f"--model.path={GOLDEN / 'model'}", "--data.source=TensorSource", "--data.num_samples=2"]
+    command = ["prune", f"--model.path={MODEL}", "--data.source=TensorSource", "--data.num_samples=2"]
     command += [f"--data.source.path={tmp_path / 'samples.safetensors'}", "--held_back=3", "--report=false"]
     assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())

@@ -8,14 +8,14 @@ from transformers import AutoModelForImageTextToText
 
 from lvlm_prune.checkpoints import CheckpointFolder
 from lvlm_prune.cli import main
-from tests.conftest import GOLDEN, GOLDEN_ARGUMENTS
+from tests.conftest import GOLDEN_ARGUMENTS, MODEL
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> tuple[list[str], Path]:
     """A command, and what it wrote."""
     folder = tmp_path_factory.mktemp("packed")
-    model = AutoModelForImageTextToText.from_pretrained(GOLDEN / "model")
+    model = AutoModelForImageTextToText.from_pretrained(MODEL)
     model.save_pretrained(folder / "model", max_shard_size="300KB")
     options = ["--pruning.scorer=MagnitudeScorer", "--pruning.sparsity=0.6", "--packed=true"]
     command = [*GOLDEN_ARGUMENTS, f"--model.path={folder / 'model'}", *options]

@@ -17,7 +17,7 @@ from lvlm_prune.checkpoints import CheckpointFolder, skeleton
 from lvlm_prune.checkpoints.sizes import refuse_absurd_sizes
 from lvlm_prune.errors import LVLMPruneError
 from lvlm_prune.module import LVLMModule
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 from tests.families import tiny_model
 
 WRONG: list[Any] = [-1, 0, 10**6, 10**9, 10**20, 1.5, "abc", None, []]
@@ -133,7 +133,7 @@ def test_what_sizes_make_of_each_other_is_refused_before_there_is_memory_for_it(
 def test_a_model_of_which_every_number_is_a_length_on_disk_is_built_once(monkeypatch):
     asked = []
     monkeypatch.setattr(skeleton, "refuse_larger_tensors", lambda *_: asked.append(1))
-    skeleton.build_skeleton(CheckpointFolder(GOLDEN / "model"))
+    skeleton.build_skeleton(CheckpointFolder(MODEL))
     assert not asked
 
 

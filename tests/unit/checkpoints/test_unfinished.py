@@ -10,12 +10,12 @@ from lvlm_prune.cli import main
 from lvlm_prune.errors import InputError
 from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.runs.pack.record import read_record
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    return shutil.copytree(MODEL, tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.data import CalibrationDataModule, MixtureSource
 from lvlm_prune.data.source import CalibrationSource
 from lvlm_prune.errors import InputError, RunError
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, MODEL
 
 
 class Numbers(CalibrationSource):
@@ -134,7 +134,7 @@ def test_a_mixture_from_a_configuration_file(tmp_path, capsys):
     config = tmp_path / "mixture.yaml"
     config.write_text(
         f"""
-model: {{path: {GOLDEN / "model"}}}
+model: {{path: {MODEL}}}
 data:
   num_samples: 4
   source:

@@ -11,7 +11,7 @@ from lvlm_prune.checkpoints.headers import read_header
 from lvlm_prune.errors import InputError, RunError
 from lvlm_prune.output.folder import choose_folder, refuse_other_content, refuse_shared_files, refuse_unusable
 from lvlm_prune.output.names import PRIVATE_SUFFIX, PRUNING_RECORD
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 
 
 def under_a_file(place: Path) -> Path:
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_is_refused_by_every_command(made, problem, tmp_
 @pytest.mark.parametrize("kind", ["prune", "pack"])
 def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(kind, tmp_path):
     """Whether a run goes on with a copy of the layout (`prune`), or reads the header again (`pack`, `unpack`)."""
-    source, folder = CheckpointFolder(GOLDEN / "model"), tmp_path / "out"
+    source, folder = CheckpointFolder(MODEL), tmp_path / "out"
     shutil.copytree(source.path, folder)
     twin = source.at(folder)
     (folder / "model.safetensors").unlink()

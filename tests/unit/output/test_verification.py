@@ -14,10 +14,10 @@ from lvlm_prune.checkpoints import CheckpointFolder, build_skeleton
 from lvlm_prune.errors import RunError
 from lvlm_prune.methods.patterns import SemiStructured, Unstructured, ZeroCount
 from lvlm_prune.output.verification import Expectation, refuse_other_findings, verify_checkpoint
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 
 PRUNED = "layers.1.mlp.up_proj.weight"
-OTHER = "layers.2.mlp.up_proj.weight"
+OTHER = "layers.0.mlp.up_proj.weight"
 
 
 class Checkpoints:
@@ -26,7 +26,7 @@ class Checkpoints:
     def __init__(self, folder) -> None:
         self.dense, self.sparse = folder / "dense", folder / "sparse"
         for copy in (self.dense, self.sparse):
-            shutil.copytree(GOLDEN / "model", copy)
+            shutil.copytree(MODEL, copy)
         checkpoint = CheckpointFolder(self.dense)
         runner = BlockRunner(build_skeleton(checkpoint))
         self.weights = StreamedWeights(runner.model, runner.decoder, checkpoint)

@@ -5,7 +5,7 @@ import torch
 
 from lvlm_prune.cli import main
 from lvlm_prune.runs import session
-from tests.conftest import GOLDEN
+from tests.conftest import MODEL
 
 LINE = "products of bfloat16 are slow on this processor: with --model.dtype float32"
 
@@ -15,7 +15,7 @@ LINE = "products of bfloat16 are slow on this processor: with --model.dtype floa
 )
 def test_a_slow_dtype_is_said(dtype, fast, is_said, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(session, "multiplies", lambda asked: fast or asked == torch.float32)
-    arguments = ["prune", f"--model.path={GOLDEN / 'model'}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
+    arguments = ["prune", f"--model.path={MODEL}", "--method=magnitude", f"--output={tmp_path / 'out'}"]
     arguments += ["--trainer.accelerator=cpu", "--evaluate=false", "--report=false", f"--model.dtype={dtype}"]
     assert main(arguments) == 0
     assert (LINE in capsys.readouterr().out) == is_said
