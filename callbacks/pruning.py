@@ -343,7 +343,7 @@ class BlockwisePruning(PruneCallback):
         # Later blocks may be left dense one by one, which is said at the end; with the first goes the whole model.
         first = not trainer.run.record.get("linears") and not block.masks
         if calibration is not None and first and (why := calibration.why_nothing()):
-            problem = f"{why}: nothing would be pruned at block {block.index}"
+            problem = f"{why}: nothing would be pruned at block {block.name}"
             raise InputError("pruning.pool", plugin_class(self.pool).__name__, problem)
         targets = {name: self.targets[self._targets[name]] for name in names}
         self._pruner.prune(block, targets, calibration, trainer.run.processes)

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from lvlm_prune.output.markdown import short_digest
 from lvlm_prune.output.summaries import DENSE_MODEL, compared_with
+from lvlm_prune.report.block_names import kind_of_blocks
 from lvlm_prune.report.figures.blocks import curves, heat_map
 from lvlm_prune.report.page import PageFigure, Table, render_page, show
 from lvlm_prune.report.sparsity import table_by_kind
@@ -131,10 +132,9 @@ def _sparsity(record: Mapping[str, Any], names: list[str]) -> PageFigure:
         ]
         for block in blocks
     ]
-    caption = "Sparsity of each block, over all its Linears that were to be pruned."
-    return PageFigure(
-        "sparsity", curves({"sparsity (%)": lines}, least_span=10), caption, Table(["block", *names], rows)
-    )
+    kind = kind_of_blocks(record["sparsity"])
+    caption = f"Sparsity of each {kind}, over all its Linears that were to be pruned."
+    return PageFigure("sparsity", curves({"sparsity (%)": lines}, least_span=10), caption, Table([kind, *names], rows))
 
 
 def _overlap(record: Mapping[str, Any], names: list[str], number: int, span: tuple[float, float]) -> PageFigure:

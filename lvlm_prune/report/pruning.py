@@ -12,6 +12,7 @@ from lvlm_prune.output.manifest import Manifest
 from lvlm_prune.output.private import is_left_out
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.pruning.effects import BINS_PER_DECADE
+from lvlm_prune.report.block_names import block_names, numbers_in_parts
 from lvlm_prune.report.evaluation import (
     evaluated_facts,
     evaluated_figure,
@@ -108,9 +109,9 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Sums and means of a manifest's numbers that the page shows.
 
     Returns:
-        `sparsity` and `error`: kind of Linear (last part of its name, after `vision` in a vision tower) -> block ->
-        share of zeros, and mean relative reconstruction error; `sparsity_range`: the lowest and the highest share of
-        zeros; `visual_tokens`: block -> mean per sample; `pool`:
+        `sparsity` and `error`: kind of Linear (last part of its name, after `vision` in a vision tower) -> block, by
+        its number in tower or decoder -> share of zeros, and mean relative reconstruction error; `sparsity_range`: the
+        lowest and the highest share of zeros; `visual_tokens`: block -> mean per sample; `pool`:
         modality -> block -> share of the pool's tokens; `seconds`: phase -> seconds; `worst`, `worst_experts`: names of
         the Linears, and of the experts' matrices, of largest error; `experts`: matrix of all routed experts of a block
         -> means over them; `patterns`: N:M pattern, or `dense` -> number of Linears; `num_linears`, `num_blocks`,
@@ -120,14 +121,16 @@ def summarise(manifest: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     errors: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     in_tower = {block["index"] for block in manifest["blocks"] if block.get("target") == "vision"}
+    numbers = numbers_in_parts(manifest)
     for name, entry in manifest["linears"].items():
         kind, size = name.rpartition(".")[2], entry["shape"][0] * entry["shape"][1]
         if entry["block"] in in_tower:
             kind = f"vision {kind}"
-        zeros[kind][entry["block"]] += entry["achieved"] * size
-        sizes[kind][entry["block"]] += size
+        block = numbers.get(entry["block"], entry["block"])
+        zeros[kind][block] += entry["achieved"] * size
+        sizes[kind][block] += size
         if "error" in entry:
-            errors[kind][entry["block"]].append(entry["error"])
+            errors[kind][block].append(entry["error"])
     blocks = manifest["blocks"]
     seconds = {"catching block inputs": manifest["catch_seconds"]}
     if "seconds" in manifest.get("search", {}):
@@ -300,8 +303,9 @@ def _saliency(run: dict[str, Any]) -> PageFigure | None:
         panels["visual tokens\nper sample"] = {"": tokens}
     if not panels:
         return None
+    names = block_names(run)
     rows = [
-        [block["index"]]
+        [names[block["index"]]]
         + [show(run, "blocks", place, key) if key in block else "–" for key in means]
         + ([show(run, "summary", "visual_tokens", block["index"], unit="number")] if tokens else [])
         for place, block in enumerate(blocks)
@@ -311,15 +315,16 @@ def _saliency(run: dict[str, Any]) -> PageFigure | None:
         "How salient visual tokens are at each block, and how many of them calibrate it: the mean over samples of the "
         "number selected."
     )
-    return PageFigure("saliency", curves(panels), caption, Table(columns, rows))
+    return PageFigure("saliency", curves(panels, names=names), caption, Table(columns, rows))
 
 
 def _pool(run: dict[str, Any]) -> PageFigure | None:
     parts = run["summary"]["pool"]
     if not parts:
         return None
+    names = block_names(run)
     rows = [
-        [block["index"]]
+        [names[block["index"]]]
         + [
             cell
             for name in parts
@@ -333,15 +338,16 @@ def _pool(run: dict[str, Any]) -> PageFigure | None:
     ]
     caption = "Which tokens calibrate each block, by modality; tokens with a weight count as much as their weight."
     columns = ["block", *(column for name in parts for column in (f"{name} tokens", f"{name} share"))]
-    return PageFigure("pool", shares(parts, "tokens of the pool"), caption, Table(columns, rows))
+    return PageFigure("pool", shares(parts, "tokens of the pool", names), caption, Table(columns, rows))
 
 
 def _score_distribution(run: dict[str, Any]) -> PageFigure | None:
     found = {block["index"]: block["scores"] for block in run["blocks"] if "scores" in block}
     if not found:
         return None
+    names = block_names(run)
     rows = [
-        [block["index"], *(show(run, "blocks", place, "scores", "threshold", quantile) for quantile in range(3))]
+        [names[block["index"]], *(show(run, "blocks", place, "scores", "threshold", quantile) for quantile in range(3))]
         for place, block in enumerate(run["blocks"])
         if "scores" in block
     ]
@@ -350,7 +356,7 @@ def _score_distribution(run: dict[str, Any]) -> PageFigure | None:
         "of each row the largest score that went. Of large Linears evenly spaced rows are shown."
     )
     table = Table(["block", "lowest tenth of thresholds", "median", "highest tenth"], rows)
-    return PageFigure("scores", score_distribution(found, BINS_PER_DECADE), caption, table)
+    return PageFigure("scores", score_distribution(found, BINS_PER_DECADE, names), caption, table)
 
 
 def _seconds(run: dict[str, Any]) -> PageFigure:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from lvlm_prune.output.names import EXAMPLE, FIGURE_FOLDER, PICTURE_FIGURE, PICTURE_NAME, STATISTICS_NAME
 from lvlm_prune.output.private import public_folder
+from lvlm_prune.report.block_names import block_names
 from lvlm_prune.report.figures.blocks import tokens_on_picture
 from lvlm_prune.report.page import PageFigure, show
 
@@ -58,5 +59,5 @@ def picture_figure(run: dict[str, Any], folder: Path | None) -> PageFigure | Non
     if everything or nothing:
         on_grid = dict([next(iter(on_grid.items()))])  # all others are the same
     with Image.open(path) as picture:
-        drawing = tokens_on_picture(picture, (rows, columns), on_grid)
+        drawing = tokens_on_picture(picture, (rows, columns), on_grid, block_names(run))
     return PageFigure(PICTURE_FIGURE, drawing, caption)

@@ -1,6 +1,7 @@
 """The vision tower is a target of its own: pruned block by block as its own full forward says, before the decoder."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lvlm_prune.cli import main
 from lvlm_prune.methods.pools import MixedPool
 from lvlm_prune.module import LVLMModule
 from lvlm_prune.report.pruning import summarise
+from lvlm_prune.runs.compare.folders import ComparedFolder
 from tests.families import FAMILIES, Sample, make_inputs, tiny_model
 from tests.full_forward import prune_by_full_forwards, prune_towers_by_full_forwards
 from tests.pages import Page, refuse_other_numbers
@@ -176,7 +178,20 @@ def test_the_page_tells_the_tower_from_the_decoder(tmp_path: Path, blank_figures
     refuse_other_numbers(page, manifest | {"summary": summary})
     assert summary["num_vision_blocks"] == 3
     assert set(summary["sparsity"]["vision q_proj"]) == {0, 1, 2}
-    assert set(summary["sparsity"]["q_proj"]) == set(range(3, summary["num_blocks"]))
+    decoder = range(summary["num_blocks"] - 3)
+    assert set(summary["sparsity"]["q_proj"]) == set(decoder)
+    # Also where a row is a block of either: named so that it is no other, on pages and where runs are compared.
+    names = [*(f"vision {number}" for number in range(3)), *(f"language {number}" for number in decoder)]
+    written = re.findall(r">\s*((?:vision|language) \d+)\s*</t", (tmp_path / "out" / "report.html").read_text())
+    assert written == 2 * names  # tables of the pool and of the scores
+    folder = ComparedFolder(tmp_path / "out")
+    places = {name: folder.place_of(name) for name in manifest["linears"]}
+    assert {f"{'vision' if kind.startswith('vision ') else 'language'} {block}" for kind, block in places.values()} == {
+        *names
+    }
+    assert {kind: set(blocks) for kind, blocks in summary["sparsity"].items()} == {
+        kind: {block for other, block in places.values() if other == kind} for kind, _ in places.values()
+    }
     assert all(value == pytest.approx(0.25) for value in summary["sparsity"]["vision q_proj"].values())
     assert {"sparsity/parts/vision/achieved", "summary/num_vision_blocks"} <= {path for path, *_ in page.numbers}
 

@@ -79,12 +79,17 @@ def _widened(low: float, high: float, span: float, most: float) -> tuple[float, 
 
 
 @house_style()
-def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]], least_span: float | None = None) -> Figure:
+def curves(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    least_span: float | None = None,
+    names: Mapping[int, str] = {},
+) -> Figure:
     """Lines over blocks, one panel under the other.
 
     Args:
         panels: Label of a vertical axis, with its unit -> name of a line -> block -> value.
         least_span: Least height of an axis that shows only the range of its values; None: axes start at zero.
+        names: What blocks are called, where that is not their number.
     """
     figure = Figure(figsize=(WIDTH, 0.5 + 1.45 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -101,6 +106,9 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]], least_span: 
             axes.set_ylim(middle - span / 2, middle + span / 2)
         axes.margins(x=0.03)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    blocks = sorted({block for lines in panels.values() for points in lines.values() for block in points})
+    if any(names.get(block, str(block)) != str(block) for block in blocks):
+        _block_ticks(rows[-1], blocks, names, blocks)
     rows[-1].set_xlabel("block")
     figure.align_ylabels()
     if max(len(lines) for lines in panels.values()) > 1:
@@ -109,12 +117,13 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]], least_span: 
 
 
 @house_style()
-def shares(parts: Mapping[str, Mapping[int, float]], label: str) -> Figure:
+def shares(parts: Mapping[str, Mapping[int, float]], label: str, names: Mapping[int, str] = {}) -> Figure:
     """Stacked bars over blocks.
 
     Args:
         parts: Name of a part -> block -> its share, between 0 and 1.
         label: What the shares are of.
+        names: As for `curves`.
     """
     figure, axes = new_figure()
     blocks = sorted({block for part in parts.values() for block in part})
@@ -126,20 +135,23 @@ def shares(parts: Mapping[str, Mapping[int, float]], label: str) -> Figure:
         bottom += height
     axes.set_ylim(0, 100)
     axes.set_ylabel(f"{label} (%)")
-    _block_ticks(axes, blocks)
+    _block_ticks(axes, blocks, names)
     axes.grid(axis="x", visible=False)
     legend_above(figure, axes, columns=4)
     return figure
 
 
 @house_style()
-def score_distribution(histograms: Mapping[int, Mapping[str, Sequence[float]]], bins_per_decade: int) -> Figure:
+def score_distribution(
+    histograms: Mapping[int, Mapping[str, Sequence[float]]], bins_per_decade: int, names: Mapping[int, str] = {}
+) -> Figure:
     """Where the scores of each block lie, and where the threshold runs between what went and what stayed.
 
     Args:
         histograms: Block -> `first` (lower edge of the first bin, in parts of a decade), `pruned` and `kept` (weights
             per bin), `threshold` (10%, 50%, 90% quantile over rows).
         bins_per_decade: Number of bins in a factor of ten.
+        names: As for `curves`.
     """
     blocks = sorted(histograms)
     spans = {block: (int(h["first"]), int(h["first"]) + len(h["kept"])) for block, h in histograms.items()}  # type: ignore[call-overload]
@@ -174,7 +186,7 @@ def score_distribution(histograms: Mapping[int, Mapping[str, Sequence[float]]], 
     )
     axes.set_ylabel("score of a weight (log scale)")
     axes.set_ylim(edges[0], edges[-1])
-    _block_ticks(axes, blocks)
+    _block_ticks(axes, blocks, names)
     figure.colorbar(mesh, ax=axes, label="weights of the block (%)", aspect=30, pad=0.02).outline.set_linewidth(0)
     legend_above(figure, axes)
     return figure
@@ -201,13 +213,16 @@ def bars(values: Mapping[str, float], label: str) -> Figure:
 
 
 @house_style()
-def tokens_on_picture(picture: Image.Image, grid: tuple[int, int], weights: Mapping[int, Sequence[float]]) -> Figure:
+def tokens_on_picture(
+    picture: Image.Image, grid: tuple[int, int], weights: Mapping[int, Sequence[float]], names: Mapping[int, str] = {}
+) -> Figure:
     """Which visual tokens count in which block, over the picture: what does not count is faded.
 
     Args:
         picture: The picture.
         grid: Rows and columns of its visual tokens, which cover it evenly in reading order.
         weights: Block -> weight of each visual token, between 0 and 1.
+        names: As for `curves`.
     """
     blocks = sorted(weights)
     if len(blocks) > _MOST_PICTURES:
@@ -224,12 +239,20 @@ def tokens_on_picture(picture: Image.Image, grid: tuple[int, int], weights: Mapp
         share = np.asarray(counts.resize(small.size, Image.Resampling.NEAREST), dtype=float)[..., None] / 255
         colours = np.asarray(small, dtype=float)
         axes.imshow((colours * share + (0.3 * colours + _FADED) * (1 - share)).astype(np.uint8))
-        axes.set_title(f"block {block}", pad=2, fontsize=9)
+        axes.set_title(f"block {names.get(block, block)}", pad=2, fontsize=9)
         axes.set_axis_off()
     return figure
 
 
-def _block_ticks(axes: Axes, blocks: Sequence[int]) -> None:
+def _block_ticks(
+    axes: Axes, blocks: Sequence[int], names: Mapping[int, str] = {}, places: Sequence[int] | None = None
+) -> None:
+    """Name some of the blocks under an axis, at their places; by default one stands beside the other from 0 on."""
     step = -(-len(blocks) // 12)
-    axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
+    written = [names.get(block, str(block)) for block in blocks[::step]]
+    axes.set_xticks((range(len(blocks)) if places is None else places)[::step], written)
+    if any(map(str.isalpha, "".join(written))):  # longer than a number
+        axes.tick_params(axis="x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axes.set_xlabel("block")

@@ -22,6 +22,7 @@ from lvlm_prune.output.private import public_tasks
 from lvlm_prune.output.summaries import measured_on
 from lvlm_prune.output.units import plain_number
 from lvlm_prune.packed.folder import open_checkpoint
+from lvlm_prune.report.block_names import numbers_in_parts
 
 _OPTION = ""  # folders are given without one
 # Options that say nothing about the checkpoint; how long a recovery trained does.
@@ -138,7 +139,8 @@ class ComparedFolder:
         kind, block = name.rpartition(".")[2], self.linears[name].get("block")
         if block is None:
             return kind, next((int(part) for part in name.split(".") if part.isdecimal()), 0)
-        return (f"vision {kind}", block) if block in self._in_tower else (kind, block - len(self._in_tower))
+        kind = f"vision {kind}" if block in self._in_tower else kind
+        return kind, self._numbers.get(block, block)
 
     def sparsity(self) -> dict[str, dict[int, float]]:
         """Kind of Linear -> block -> share of zeros; `all` over all kinds, of the decoder where that was pruned."""
@@ -182,6 +184,10 @@ class ComparedFolder:
     @cached_property
     def _in_tower(self) -> set[int]:
         return {block["index"] for block in self.record.get("blocks", []) if block.get("target") == "vision"}
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        return numbers_in_parts(self.record)
 
     @cached_property
     def _module(self) -> LVLMModule:

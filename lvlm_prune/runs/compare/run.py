@@ -17,6 +17,7 @@ from lvlm_prune.output.names import COMPARISON_RECORD, COMPARISON_TABLE, PRIVATE
 from lvlm_prune.output.questions import is_of_names
 from lvlm_prune.output.summaries import DENSE_MODEL, compared_with, measure_text
 from lvlm_prune.output.units import readable_percent
+from lvlm_prune.report.block_names import kind_of_blocks
 from lvlm_prune.report.uniform import EQUAL, has_flat_sparsities, is_uniform
 from lvlm_prune.runs.compare.folders import ComparedFolder
 
@@ -206,7 +207,7 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     if has_flat_sparsities(record):
         parts.append("Each folder is about as sparse in each of its blocks as on the whole.")
     else:
-        parts.append(markdown_table(["sparsity of block", *names], rows))
+        parts.append(markdown_table([f"sparsity of {kind_of_blocks(record['sparsity'])}", *names], rows))
     for pair in record["overlap"]:
         title = f"{names[pair['first']]} and {names[pair['second']]}"
         if pair["mean"] is None:
