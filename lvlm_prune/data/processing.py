@@ -11,6 +11,7 @@ on the batch size nor on its neighbours.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -25,6 +26,8 @@ from lvlm_prune.data.media import library_needed, load_sound, refuse_without_vid
 from lvlm_prune.data.processor_sizes import absurd_size
 from lvlm_prune.data.templates import calculates_powers, coming_to_an_end, refuse_unread, refuse_unusable
 from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line, shortened
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -69,6 +72,8 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     if any(calculates_powers(getattr(part, "chat_template", None)) for part in (processor, tokenizer_of(processor))):
         problem = "its chat template calculates powers (`**`), which may take for ever"
         raise InputError("model.path", folder, problem)
+    if getattr(tokenizer_of(processor), "chat_template", None) == "":
+        log.warning("the chat template of %s is empty: as without one, the turns of a sample are lines of text", folder)
     _forget_saved_lengths(tokenizer_of(processor))
     return processor
 

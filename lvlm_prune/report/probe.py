@@ -14,7 +14,7 @@ from lvlm_prune.report.figures.probe import contribution_curves, token_map
 from lvlm_prune.report.page import PageFigure, Table, draw_all, model_name, render_page, repeat_command, show
 from lvlm_prune.report.sparsity import table_by_kind
 
-_TERMS = {"text": "within text", "visual": "within visual", "between": "between the modalities"}
+_TERMS = {"text": "within text tokens", "visual": "within visual tokens", "between": "between the modalities"}
 
 
 def probe_page(record: Mapping[str, Any], drawn: Callable[[], None] | None = None) -> tuple[str, dict[str, PageFigure]]:

@@ -144,6 +144,22 @@ def test_base_models_without_a_template(processor, monkeypatch):
     assert text == "<image>" * 16 + "What?\nA cat."
 
 
+def test_an_empty_template_counts_as_none_as_transformers_own_processor_has_it(tmp_path: Path, processor, caplog):
+    sample = Conversation([{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}])
+    texts = []
+    for folder in (tmp_path / "empty", tmp_path / "none"):
+        processor.save_pretrained(folder)
+        (folder / "chat_template.jinja").unlink()
+        if folder.name == "empty":
+            (folder / "chat_template.jinja").write_text("")
+        loaded = load_processor(folder)
+        texts.append(text_of(loaded, encode(loaded, sample)))
+    assert texts[0] == texts[1]
+    assert "Hi?" in texts[0]
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said.startswith(f"the chat template of {tmp_path / 'empty'} is empty")
+
+
 def test_a_template_that_lies_with_the_tokenizer(processor, monkeypatch):
     conversation = Conversation([QUESTION, ANSWER], [picture()])
     expected = text_of(processor, encode(processor, conversation))
