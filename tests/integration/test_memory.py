@@ -1,8 +1,6 @@
 """Memory of a run: where samples wait, what was predicted, what was measured."""
 
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import weakref
@@ -21,10 +19,9 @@ from tests.conftest import ALL_SAMPLES, REPOSITORY
 from tests.families import Sample, make_inputs, tiny_model
 
 RECIPES = REPOSITORY / "configs" / "prune"
-# The pruned model is not held against the dense one: that takes longer than pruning, and the same memory each time.
-UNMEASURED = "--evaluate=false"
-# Figures take seconds, and less memory than the factorisation of a block.
-NO_PAGE = "--report=false"
+# The pruned model is not held against the dense one, which takes longer than pruning and the same memory each time; and
+# figures take seconds, and less memory than the factorisation of a block.
+SHORT = ["--evaluate=false", "--report=false"]
 
 
 @pytest.mark.parametrize("recipe", ["atv", "tamp"])
@@ -100,7 +97,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
             0.06,
             3,
             40,
-            {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": [UNMEASURED, NO_PAGE], "tamp": [UNMEASURED]},
+            {"atv": ["--trainer.hidden_states=disk"], "sparsegpt": SHORT, "tamp": SHORT},
         ),
         pytest.param(0.6, 6, 200, {"atv": []}, marks=pytest.mark.slow),
         # Where plugins try changed weights, the survey takes the most.
@@ -108,7 +105,7 @@ def test_tower_and_embeddings_are_gone_once_samples_are_caught(tmp_path):
             0.06,
             3,
             40,
-            {name: [UNMEASURED, NO_PAGE] for name in ("best", "ecoflap", "alps_dense_target")},
+            dict.fromkeys(("best", "ecoflap", "alps_dense_target"), SHORT),
             marks=pytest.mark.slow,
         ),
     ],
@@ -154,14 +151,17 @@ for shape in sys.argv[1:]:
 """
 
 
-def test_sparsegpt_takes_what_it_says():
+def test_sparsegpt_takes_what_it_says(tmp_path):
     """Of a tall layer the weight takes most; of a wide one the factorisation, gigabytes in a large model.
 
     Shapes large enough that buffers of the linear algebra library, up to 30 MB, decide nothing; the tall one
     first, before the allocator has memory of another one to give again.
     """
     shapes = ["12288x1024", "256x3072"]
-    printed = subprocess.check_output([sys.executable, "-c", _SPARSEGPT, *shapes], cwd=REPOSITORY, text=True)
+    (tmp_path / "measured.py").write_text(_SPARSEGPT)
+    measuring = warm.start(*shapes, cwd=tmp_path, module="measured")
+    printed, errors = measuring.communicate(timeout=600)
+    assert measuring.returncode == 0, errors
     for shape, line in zip(shapes, printed.splitlines(), strict=True):
         said, taken = map(int, line.split())
         assert said == pytest.approx(taken, rel=0.2), shape

@@ -10,6 +10,7 @@ import pytest
 from lvlm_prune.cli import main
 from lvlm_prune.cli_errors import ALONE, VERBS
 from lvlm_prune.cli_help import misspelt, stored_help
+from tests import warm
 from tests.conftest import REPOSITORY
 
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
@@ -120,9 +121,9 @@ def test_the_shell_completes_commands_options_and_classes(tmp_path):
 
 def test_the_stored_help_is_what_the_parser_says():
     """`python -m tests.help_texts` stores it anew. In a process of its own, which knows no other plugins."""
-    command = [sys.executable, "-m", "tests.help_texts", "--check"]
-    checked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert checked.returncode == 0, f"other help is stored of: {checked.stdout}{checked.stderr[-2000:]}"
+    checking = warm.start("--check", cwd=REPOSITORY, module="tests.help_texts")
+    others, errors = checking.communicate(timeout=600)
+    assert checking.returncode == 0, f"other help is stored of: {others}{errors[-2000:]}"
 
 
 def test_where_the_environment_sets_options_the_parser_is_asked(monkeypatch):
