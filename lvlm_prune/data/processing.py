@@ -24,7 +24,7 @@ from torch import Tensor
 from lvlm_prune.data.conversation import MEDIA, Conversation, Document, Message, load_image, shrink
 from lvlm_prune.data.media import library_needed, load_sound, refuse_without_videos
 from lvlm_prune.data.processor_sizes import absurd_size
-from lvlm_prune.data.templates import calculates_powers, coming_to_an_end, refuse_unread, refuse_unusable
+from lvlm_prune.data.templates import coming_to_an_end, refuse_unread, refuse_unusable
 from lvlm_prune.errors import InputError, LVLMPruneError, RunError, first_line, shortened
 
 log = logging.getLogger(__name__)
@@ -69,9 +69,6 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     if not isinstance(processor, (PreTrainedTokenizerBase, ProcessorMixin)):
         raise InputError("model.path", folder, f"holds a {type(processor).__name__} but no processor; {_WAY_OUT}")
     _refuse_absurd_sizes(processor, folder)
-    if any(calculates_powers(getattr(part, "chat_template", None)) for part in (processor, tokenizer_of(processor))):
-        problem = "its chat template calculates powers (`**`), which may take for ever"
-        raise InputError("model.path", folder, problem)
     if getattr(tokenizer_of(processor), "chat_template", None) == "":
         log.warning("the chat template of %s is empty: as without one, the turns of a sample are lines of text", folder)
     _forget_saved_lengths(tokenizer_of(processor))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -17,45 +16,65 @@ from lvlm_prune.errors import InputError, RunError
 _SECONDS = 10.0  # of this process; a conversation takes milliseconds
 _WORD = re.compile(r"\w+")
 _LONGEST = 2**26  # characters; no context holds so many
-
-
-def calculates_powers(template: Any) -> bool:
-    """Whether a chat template has the operator `**`: one such step may take for ever, and nothing can interrupt it.
-
-    Args:
-        template: Of a tokenizer or a processor: a text, several by name, or None.
-
-    Example:
-        >>> calculates_powers("{{ 10**(10**9) }}"), calculates_powers("{{ '**' }} {{ f(a, **b) }} **bold** {# 2**3 #}")
-        (True, False)
-    """
-    from jinja2 import Environment, TemplateSyntaxError
-
-    texts = template.values() if isinstance(template, dict) else [template]
-    try:
-        return any(_has_power(Environment().lex(text)) for text in texts if isinstance(text, str))
-    except TemplateSyntaxError:  # said of the first sample
-        return False
-
-
-def _has_power(tokens: Iterable[tuple[int, str, str]]) -> bool:
-    """Whether `**` stands between two values, and not before the arguments of a call."""
-    values = [value for _, kind, value in tokens if kind != "whitespace"]
-    return any(value == "**" and before not in ("(", ",") for before, value in pairwise(values))
+_MOST_BITS = 2**17  # of a whole number; products of larger ones take milliseconds and more
 
 
 @contextmanager
 def coming_to_an_end(name: str) -> Iterator[None]:
-    """Within, a chat template that loops on and on is ended.
+    """Within, a chat template that loops on and on is ended, and so is one that calculates with immense numbers.
 
     Seconds of this process are counted, not those of the clock, and only on its main thread: samples are read there.
+    Nothing interrupts a single step, so that no step may be long.
 
     Args:
         name: Whose template it is.
 
     Raises:
-        InputError: It took too long.
+        InputError: It took too long, or would.
     """
+    with _short_steps(name), _timed(name):
+        yield
+
+
+@contextmanager
+def _short_steps(name: str) -> Iterator[None]:
+    """Within, templates are compiled so that they ask before they add, multiply or raise to a power."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    def calculate(environment: SandboxedEnvironment, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _size_of_result(operator, left, right) > _MOST_BITS:
+            raise InputError("", name, "its chat template calculates with immense numbers, which may take for ever")
+        return environment.binop_table[operator](left, right)
+
+    sandbox: Any = SandboxedEnvironment  # transformers' own, which keeps what it has compiled
+    kept = sandbox.intercepted_binops, sandbox.call_binop
+    sandbox.intercepted_binops, sandbox.call_binop = frozenset(("+", "*", "**")), calculate
+    try:
+        yield
+    finally:
+        sandbox.intercepted_binops, sandbox.call_binop = kept
+
+
+def _size_of_result(operator: str, left: Any, right: Any) -> float:
+    """Bits of the whole number that an operation makes, at most, or entries of the text or list over a thousand.
+
+    Example:
+        >>> [_size_of_result(*of) for of in (("**", 10, 10**9), ("*", 2**70, 2**70), ("*", "ab", 10**6), ("+", 1.5, 2))]
+        [4000000000, 142, 2000.0, 0.0]
+    """
+    numbers = [one for one in (left, right) if isinstance(one, int)]
+    lengths = [len(one) for one in (left, right) if isinstance(one, (str, list, tuple))]
+    if len(numbers) == 2 and operator == "**":
+        return abs(left).bit_length() * abs(right)
+    if len(numbers) == 2:
+        return sum(abs(number).bit_length() for number in numbers)
+    if operator == "*" and numbers and lengths:
+        return lengths[0] * abs(numbers[0]) / 1000
+    return sum(lengths) / 1000
+
+
+@contextmanager
+def _timed(name: str) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "ITIMER_VIRTUAL") or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
         yield

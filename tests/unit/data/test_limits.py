@@ -1,11 +1,11 @@
 """What the model would refuse in the middle of a run is found when a sample is encoded."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from jinja2.sandbox import SandboxedEnvironment
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -21,6 +21,7 @@ from lvlm_prune.data import (
 )
 from lvlm_prune.data.conversation import load_image
 from lvlm_prune.data.limits import ModelLimits
+from lvlm_prune.data.processing import render
 from lvlm_prune.errors import InputError, RunError
 from tests.families import tiny_model
 from tests.family_configs import IMAGE_TOKEN
@@ -142,14 +143,38 @@ def test_a_template_that_loops_on_and_on_ends_the_run(on_error, folder, monkeypa
         list(data.calibration_batches(processor))
 
 
-@pytest.mark.parametrize("template", ["{{ 10**(10**9) }}", "{% set x = 2 ** messages|length %}"])
-def test_a_template_with_a_step_that_nothing_interrupts_is_refused(template, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "model")
-    for name in folder.glob("chat_template*"):
-        (tmp_path / "model" / name.name).unlink()
-    (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    with pytest.raises(InputError, match="its chat template calculates powers"):
-        load_processor(tmp_path / "model")
+DOUBLED = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = n.x STEP %}{% endfor %}"
+IMMENSE = {
+    "a power": "{{ 10**(10**9) }}",
+    "powers of powers": DOUBLED.replace("START", "9").replace("STEP", "** n.x"),
+    "squares": DOUBLED.replace("START", "99").replace("STEP", "* n.x"),
+    "lists": DOUBLED.replace("START", "[0]").replace("STEP", "+ n.x"),
+    "lists at once": "{{ ([0] * 10**9)|length }}",
+    "text": DOUBLED.replace("START", "'a'").replace("STEP", "* 99"),
+}
+
+
+@pytest.mark.parametrize("template", IMMENSE.values(), ids=IMMENSE.keys())
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_template_with_a_step_that_nothing_interrupts_is_refused_before_it(template, on_error, folder):
+    processor = load_processor(folder)
+    processor.chat_template = processor.tokenizer.chat_template = template
+    with pytest.raises(InputError, match="its chat template calculates with immense numbers"):
+        list(CalibrationDataModule(Turns(GOOD), on_error=on_error).calibration_batches(processor))
+
+
+def test_a_template_may_calculate(folder):
+    """With what numbers conversations have; and others calculate as before."""
+    processor = load_processor(folder)
+    asked = "{{ messages|length * 2**10 }} {{ '-' * 3 }} {{ ([1] + [2])|length + 1.5 * 2 ** -1 }} {{ f(**{'a': 2}) }}"
+    asked = (
+        "{% macro f(a) %}{{ a }}{% endmacro %}"
+        + asked
+        + "{{ messages[0].content[0].text }}{{ messages[1].content[0].text }}"
+    )
+    processor.chat_template = processor.tokenizer.chat_template = asked
+    assert render(processor, Turns(GOOD)[0].messages).startswith(f"{len(GOOD) * 2**10} --- 2.75 2")
+    assert SandboxedEnvironment().from_string("{{ 2**(2**18) > 1 }}").render() == "True"
 
 
 @pytest.mark.parametrize(("images", "context", "least"), [(5000, 4096, 5000), (300, 4096, 300 * 16)])
