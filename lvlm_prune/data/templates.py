@@ -16,6 +16,7 @@ from lvlm_prune.errors import InputError, RunError
 _SECONDS = 10.0  # of this process; a conversation takes milliseconds
 _WORD = re.compile(r"\w+")
 _LONGEST = 2**26  # characters; no context holds so many
+_MANY_WORDS = 8
 _MOST_BITS = 2**17  # of a whole number; products of larger ones take milliseconds and more
 
 
@@ -95,7 +96,7 @@ def _timed(name: str) -> Iterator[None]:
 
 
 def refuse_unusable(text: str, said: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a conversation of which a template made more than any context holds, or nothing of what one side says.
+    """Refuse a conversation of which a template made more than any context holds, or little of what one side says.
 
     Args:
         text: The conversation as the template writes it.
@@ -103,6 +104,7 @@ def refuse_unusable(text: str, said: Mapping[str, Sequence[str]]) -> None:
 
     Raises:
         RunError: It did. Tokenizers take a hundredfold of a text's memory; role words alone calibrate for nothing.
+            Words are compared, not letters: templates strip, indent, and may write all in capitals.
 
     Example:
         >>> refuse_unusable("USER: IS THIS A CAT?", {"user": ["is this a cat?"]})
@@ -119,6 +121,12 @@ def refuse_unusable(text: str, said: Mapping[str, Sequence[str]]) -> None:
         words = [word for word in words if len(word) > 2] or words  # short ones stand in role words too
         if words and not any(word in written for word in words):
             raise RunError(f"its chat template leaves out all that the {role} says")
+        # Of earlier turns templates may leave out some; of the last one no more than what was only thought.
+        last = _WORD.findall("".join(said.get(role, ())[-1:]).casefold().rpartition("</think>")[2])
+        last = [word for word in last if len(word) > 2]
+        kept = len(last) if len(last) < _MANY_WORDS else sum(map(set(_WORD.findall(written)).__contains__, last))
+        if kept < len(last) / 2:
+            raise RunError(f"its chat template keeps {kept} of the {len(last)} words that the {role} says last")
 
 
 def refuse_unread(tokenizer: Any, input_ids: Tensor, said: Sequence[str]) -> None:

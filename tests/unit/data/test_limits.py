@@ -163,6 +163,48 @@ def test_a_template_with_a_step_that_nothing_interrupts_is_refused_before_it(tem
         list(CalibrationDataModule(Turns(GOOD), on_error=on_error).calibration_batches(processor))
 
 
+ASKED = "What colour is the door of the small house behind the old mill, and who painted it?"
+ANSWERED = "It is green; the miller's daughter painted it twice, in spring and once more before the winter came."
+TURNS = "{% for m in messages %}{{ m['role'] }}: TEXT\n{% endfor %}"
+CONTENT = "m['content'][0]['text']"
+
+
+@pytest.mark.parametrize(
+    ("text", "whose"),
+    [
+        (f"{{{{ {CONTENT}[:12] }}}}", "user"),
+        (f"{{{{ {CONTENT}[:12] if m['role'] == 'assistant' else {CONTENT} }}}}", "assistant"),
+        (f"{{{{ {CONTENT}.split(',')[0].split(' ')[:4]|join(' ') }}}}", "user"),
+    ],
+)
+def test_a_template_that_keeps_a_small_part_of_the_last_turns_is_refused(text, whose, folder):
+    processor = load_processor(folder)
+    processor.chat_template = processor.tokenizer.chat_template = TURNS.replace("TEXT", text)
+    with pytest.raises(RunError, match=rf"keeps \d of the \d+ words that the {whose} says last"):
+        render(processor, Turns([("user", ASKED), ("assistant", ANSWERED)])[0].messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURNS.replace("TEXT", f"{{{{ {CONTENT}|upper|trim }}}}"),
+        TURNS.replace("TEXT", f"{{{{ {CONTENT}.split('</think>')|last }}}}"),  # what was only thought
+        TURNS.replace("messages", "messages[-2:]").replace("TEXT", f"{{{{ {CONTENT} }}}}"),  # earlier turns
+        TURNS.replace("messages", "messages[1:]").replace("TEXT", f"{{{{ {CONTENT} }}}}"),  # the system
+    ],
+)
+def test_a_template_may_leave_out_what_is_not_said_last(template, folder):
+    processor = load_processor(folder)
+    processor.chat_template = processor.tokenizer.chat_template = template
+    thought = f"<think>{' '.join(map(str, range(100, 200)))}</think>{ANSWERED}"
+    first = [
+        ("system", "Be kind."),
+        ("user", "A first question of so many words that it counts."),
+        ("assistant", "Yes."),
+    ]
+    assert render(processor, Turns([*first, ("user", ASKED), ("assistant", thought)])[0].messages)
+
+
 def test_a_template_may_calculate(folder):
     """With what numbers conversations have; and others calculate as before."""
     processor = load_processor(folder)
