@@ -10,11 +10,11 @@ import pytest
 
 from lvlm_prune.cli import main
 from tests import warm
-from tests.conftest import GOLDEN_ARGUMENTS
+from tests.conftest import ALL_BLOCKS, GOLDEN_ARGUMENTS
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = [*GOLDEN_ARGUMENTS, "--pruning.record=true"]
+ARGUMENTS = [*GOLDEN_ARGUMENTS, ALL_BLOCKS, "--pruning.record=true"]
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 
 KILLER = '''
