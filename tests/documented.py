@@ -42,10 +42,17 @@ def undocumented(record: Path) -> list[str]:
 
 
 def _is_new(record: Path) -> bool:
-    """Whether no record of an unfinished run with these entries was written before; those of finished runs always."""
-    found = json.loads(record.read_text(encoding="utf-8"))
-    key = (record.name, found.get("status"), *found)
-    return found.get("status") == "complete" or not (key in _held or _held.add(key))
+    """Whether no record of an unfinished run with these entries was written before; those of finished runs always.
+
+    Not where a run copied what somebody had spoilt.
+    """
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        status = found["status"] if record.name in manifest._KINDS else "complete"
+        key = (record.name, status, *found)
+    except (ValueError, TypeError, KeyError):
+        return False
+    return status == "complete" or not (key in _held or _held.add(key))
 
 
 def unnamed_tensors(statistics: Path) -> set[str]:
