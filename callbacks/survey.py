@@ -21,6 +21,7 @@ from lvlm_prune.callbacks.pruning import BlockwisePruning
 from lvlm_prune.loop import Block
 from lvlm_prune.loop.activations import Activations
 from lvlm_prune.memory.measuring import Stopwatch
+from lvlm_prune.methods.contract import name_of, only_looks, tensors_of
 from lvlm_prune.methods.survey import SurveyCost, Surveyor, surveyed_samples
 from lvlm_prune.output.progress import readable_time
 from lvlm_prune.output.units import readable_percent
@@ -168,7 +169,8 @@ class PluginSurvey(PruneCallback):
             if sample.sample not in self._samples[option]:
                 continue
             tokens = sample.tokens(self.pruning.visual, plugin.survey_needs, asked_by=plugin_class(plugin).__name__)
-            plugin.survey_sample(block.name, tokens, inputs)
+            with only_looks(f"{name_of(plugin)}.survey_sample", inputs=inputs.values(), **tensors_of(tokens)):
+                plugin.survey_sample(block.name, tokens, inputs)
 
     def on_survey_block_end(self, trainer: "RunTrainer", pl_module: "LVLMModule", block: Block) -> None:
         """Let the plugins sum over processes, and note what an interrupted run can go on from."""

@@ -21,7 +21,7 @@ from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.embedded import EmbeddedSource
 from lvlm_prune.data.limits import NO_LIMITS, ModelLimits
 from lvlm_prune.data.processing import encode, pad_token_of, padding_side_of, refusals
-from lvlm_prune.data.source import CalibrationSource, Sample
+from lvlm_prune.data.source import CalibrationSource, Sample, sample_of
 from lvlm_prune.errors import InputError, RunError, one_line, refuse_huge
 from lvlm_prune.plugins import lazy_default, mounted, own_instance
 
@@ -238,7 +238,7 @@ class CalibrationDataModule(L.LightningDataModule):
         """Model inputs of sample `index` of the source; None if it is left out."""
         name = f"sample {index}"
         try:
-            sample = self.source[index]
+            sample = sample_of(self.source, index)
             name = getattr(sample, "id", "") or name
             limits.refuse_media(processor, sample)
             inputs = self._encode(sample, processor)

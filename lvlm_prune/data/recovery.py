@@ -23,7 +23,7 @@ from lvlm_prune.data.labels import IGNORED, encode_with_labels
 from lvlm_prune.data.limits import NO_LIMITS, ModelLimits
 from lvlm_prune.data.processing import pad_token_of, refusals
 from lvlm_prune.data.selection import choose
-from lvlm_prune.data.source import CalibrationSource
+from lvlm_prune.data.source import CalibrationSource, sample_of
 from lvlm_prune.errors import InputError, RunError, refuse_huge
 from lvlm_prune.plugins import lazy_default, mounted, own_instance, plugin_class
 
@@ -173,7 +173,7 @@ class RecoveryDataModule(L.LightningDataModule):
         """
         name = f"sample {number}"
         try:
-            sample = self.source[number]
+            sample = sample_of(self.source, number)
             name = getattr(sample, "id", "") or name
             self._refuse_unlabelled(sample)
             self._limits.refuse_media(self._processor, sample)

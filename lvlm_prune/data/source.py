@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import exists, isfile
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor
 from lvlm_prune.data.conversation import Conversation, Document
 from lvlm_prune.data.selection import choose
 from lvlm_prune.errors import RunError, shortened, why_no_file
+from lvlm_prune.plugins import plugin_class
 
 Sample = Conversation | Document | dict[str, Tensor]
 """A conversation or a document for the model's processor, or ready-made model inputs."""
@@ -99,6 +100,19 @@ class CalibrationSource(ABC):
             RunError: This one sample is broken; the message names it. With `data.on_error: skip` it is left out.
                 Any other exception ends the run with its traceback.
         """
+
+
+def sample_of(source: CalibrationSource, index: int) -> Sample:
+    """Sample number `index` of a source.
+
+    Raises:
+        RunError: It is broken, or is none.
+    """
+    sample = source[index]
+    if not isinstance(sample, (Conversation, Document, Mapping)):
+        problem = f"{plugin_class(source).__name__} gives {type(sample).__name__}"
+        raise RunError(f"{problem}, expected a Conversation, a Document or model inputs")
+    return sample
 
 
 class SampleError(RunError):

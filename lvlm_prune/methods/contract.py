@@ -1,7 +1,9 @@
 """What a plugin answers is what its kind promises: looked at in every run, and in small by `methods.testing`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, get_args
 
 import torch
@@ -78,6 +80,21 @@ def checked_score(scorer: Any, score: Any, weight: Tensor, dtypes: tuple[torch.d
     return score
 
 
+def scored(scorer: Any, weight: Tensor, statistic: Statistic | None) -> Tensor:
+    """A scorer's scores, as they are promised; it only looked at what it was given.
+
+    Raises:
+        PluginFault: See `checked_score` and `only_looks`.
+    """
+    with only_looks(f"{name_of(scorer)}.score", weight=weight, statistic=sums_of(statistic)):
+        return checked_score(scorer, scorer.score(weight, statistic), weight)
+
+
+def sums_of(statistic: Statistic | None) -> list[Tensor]:
+    """The tensors of a statistic; none where there is none."""
+    return [] if statistic is None else statistic.tensors()
+
+
 def checked_solution(solver: Any, solution: Any, weight: Tensor) -> Any:
     """The same solution, with a weight and a mask of the shape of what was to be pruned.
 
@@ -116,6 +133,39 @@ def checked_selection(pool: Any, selection: Any, tokens: Tokens) -> Selection:
     if selection.candidates is not None and selection.candidates.dtype != torch.int64:
         raise PluginFault(f"{where}, candidates: {said(selection.candidates)}, expected int64 indices of tokens")
     return selection
+
+
+def tensors_of(tokens: Tokens) -> dict[str, Any]:
+    """Name of each field of a sample's tokens that is filled -> its tensors."""
+    filled = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    single = {name: value for name, value in filled.items() if isinstance(value, Tensor)}
+    return single | {"outputs": tokens.outputs.values()}
+
+
+@contextmanager
+def only_looks(where: str, **given: Tensor | Iterable[Tensor]) -> Iterator[None]:
+    """Within, a plugin looks at tensors that others look at after it.
+
+    Told by their version counters, which costs nothing: what is written past them (`weight.data`, NumPy) is found by
+    `check_plugin` alone.
+
+    Args:
+        where: The method that gets them.
+        given: Name -> tensor, or some.
+
+    Raises:
+        PluginFault: One was written to.
+    """
+    held = [
+        (name, tensor, tensor._version)
+        for name, value in given.items()
+        for tensor in ([value] if isinstance(value, Tensor) else value)
+        if not tensor.is_inference()  # these have no counter
+    ]
+    yield
+    for name, tensor, version in held:
+        if tensor._version != version:
+            raise PluginFault(f"{where}: changes `{name}`, which others still need")
 
 
 def checked_cutoffs(pool: Any, found: Any, samples: int, is_held: bool) -> list[int]:
@@ -230,7 +280,7 @@ def try_scorer(scorer: Any) -> None:
         if statistic is not None:
             checked_sums(statistic, _CHANNELS)
             statistic.add(inputs, torch.ones(len(inputs), dtype=torch.bool))
-        checked_score(scorer, scorer.score(weight, statistic), weight)
+        scored(scorer, weight, statistic)
     except PluginFault:
         raise
     except Exception:

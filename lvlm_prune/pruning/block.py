@@ -18,7 +18,7 @@ from lvlm_prune.distributed.processes import Processes, deal
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop import Block
 from lvlm_prune.memory.measuring import Stopwatch
-from lvlm_prune.methods.contract import checked_solution
+from lvlm_prune.methods.contract import checked_solution, name_of, only_looks, sums_of
 from lvlm_prune.methods.masking import zero_
 from lvlm_prune.methods.patterns import Pattern
 from lvlm_prune.methods.scorers import MagnitudeScorer
@@ -177,7 +177,9 @@ class BlockPruner:
         weight, bias, pattern = matrix.weight, getattr(matrix, "bias", None), self.pattern.at(target)
         problem = LinearProblem(weight, statistic, target, pattern, full_name, block.index, bias, siblings)
         clock = Stopwatch(weight.device)
-        solution = checked_solution(solver, solver.solve(problem), weight)
+        given = {"weight": weight, "statistic": sums_of(statistic), "siblings": siblings.values()}
+        with only_looks(f"{name_of(solver)}.solve", **given):
+            solution = checked_solution(solver, solver.solve(problem), weight)
         block.masks[name] = solution.mask
         if solver.updates_weights:
             block.solve_seconds += clock.lap()

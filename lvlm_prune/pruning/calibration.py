@@ -17,7 +17,14 @@ from torch import Tensor
 from lvlm_prune.distributed.processes import Processes
 from lvlm_prune.errors import RunError
 from lvlm_prune.loop.activations import Activations, SampleRow, SiteInput
-from lvlm_prune.methods.contract import checked_cutoffs, checked_selection, checked_sums
+from lvlm_prune.methods.contract import (
+    checked_cutoffs,
+    checked_selection,
+    checked_sums,
+    name_of,
+    only_looks,
+    tensors_of,
+)
 from lvlm_prune.methods.pools import Pool
 from lvlm_prune.methods.statistics import Statistic
 from lvlm_prune.methods.tokens import Selection, Tokens
@@ -127,10 +134,12 @@ class BlockCalibration:
         if self.pool.per_linear:
             called = (site.name for site in sample.site_inputs() if site.repeats > 0)
             names = [name for site in called for name in sample.sites[site] if name in self.targets]
-            answers = self.pool.select_each(tokens, names)
+            with only_looks(f"{name_of(self.pool)}.select_each", **tensors_of(tokens)):
+                answers = self.pool.select_each(tokens, names)
             own = {name: checked_selection(self.pool, answers.get(name), tokens) for name in names}
         else:
-            shared = checked_selection(self.pool, self.pool.select(tokens), tokens)
+            with only_looks(f"{name_of(self.pool)}.select", **tensors_of(tokens)):
+                shared = checked_selection(self.pool, self.pool.select(tokens), tokens)
         for selection in own.values() if shared is None else [shared]:
             self._composition.add(tokens, selection, order)
         if self.record:
@@ -219,7 +228,8 @@ class BlockCalibration:
 
     def _sum_up(self, key: str, tokens: _Counted, order: int) -> None:
         statistic = self._statistics[key]
-        statistic.add(tokens.inputs, tokens.weights, **tokens.taken_by(statistic))
+        with only_looks(f"{name_of(statistic)}.add", inputs=tokens.inputs, weights=tokens.weights):
+            statistic.add(tokens.inputs, tokens.weights, **tokens.taken_by(statistic))
         if (norms := statistic.squared_norms()) is not None:
             # Looked at only where the sums turn out to be broken: to look at once would make a GPU wait.
             self._totals.setdefault(key, []).append((self._samples[order], norms.sum()))

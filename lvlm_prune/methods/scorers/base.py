@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lvlm_prune.methods.contract import checked_score
+from lvlm_prune.methods.contract import scored
 from lvlm_prune.methods.masking import zeroed
 from lvlm_prune.methods.patterns import IN_CACHES, Group, Pattern, ZeroCount
 from lvlm_prune.methods.solvers.base import LinearProblem, Solution, Solver
@@ -57,9 +57,7 @@ class Scorer(ABC):
         rows = max(self._scores_at_once(weight.numel(), weight.is_cuda) // weight.shape[1], 1)
         for start in range(0, len(weight), rows):
             here = slice(start, start + rows)
-            mask[here] = pattern.mask(
-                checked_score(self, self.score(weight[here], statistic), weight[here]), sparsity, self.group
-            )
+            mask[here] = pattern.mask(scored(self, weight[here], statistic), sparsity, self.group)
         return zeroed(weight, mask), mask
 
     def solver(self) -> Solver:
@@ -139,7 +137,7 @@ class MaskSolver(Solver):
         """The scorer's importance of each weight of some rows, float32 of shape (rows, C_in)."""
         in_part = self.scorer.by_row and self.scorer.group == "row"
         seen = problem.weight[rows] if in_part else problem.weight
-        score = checked_score(self.scorer, self.scorer.score(seen, problem.statistic), seen)
+        score = scored(self.scorer, seen, problem.statistic)
         return score if in_part else score[rows]
 
     def working_bytes(self, shape: tuple[int, int], itemsize: int, on_gpu: bool = False) -> int:

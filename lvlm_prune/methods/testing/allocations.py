@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lvlm_prune.methods.allocation.base import Allocation
-from lvlm_prune.methods.contract import PluginFault, checked_targets, name_of, refuse_misdeclared
+from lvlm_prune.methods.contract import PluginFault, checked_targets, name_of, refuse_misdeclared, tensors_of
 from lvlm_prune.methods.patterns import SemiStructured, SemiStructuredChoice
 from lvlm_prune.methods.scorers import MagnitudeScorer
 from lvlm_prune.methods.statistics import Gram
 from lvlm_prune.methods.survey import SumOverProcesses, Surveyor
-from lvlm_prune.methods.testing.promises import check_refusal, tensors_of, unchanged
+from lvlm_prune.methods.testing.promises import check_refusal, unchanged
 from lvlm_prune.methods.testing.samples import (
     CHANNELS,
     LINEAR,

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from lvlm_prune.methods.contract import PluginFault, name_of, refuse_no_plain_data
 from lvlm_prune.methods.patterns import ZeroCount
-from lvlm_prune.methods.tokens import Tokens
 
 
 @contextmanager
@@ -34,13 +32,6 @@ def unchanged(where: str, **given: Tensor | Iterable[Tensor]) -> Iterator[None]:
     for name, tensors in held.items():
         if not all(map(torch.equal, tensors, before[name])):
             raise PluginFault(f"{where}: changes `{name}`, which others still need")
-
-
-def tensors_of(tokens: Tokens) -> dict[str, Any]:
-    """Name of each field of a sample's tokens that is filled -> its tensors."""
-    filled = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
-    single = {name: value for name, value in filled.items() if isinstance(value, Tensor)}
-    return single | {"outputs": tokens.outputs.values()}
 
 
 def check_zeros(where: str, weight: Tensor, counts: Sequence[ZeroCount], under: str) -> None:

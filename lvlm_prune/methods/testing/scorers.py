@@ -17,6 +17,7 @@ from lvlm_prune.methods.contract import (
     name_of,
     refuse_misdeclared,
     said,
+    sums_of,
 )
 from lvlm_prune.methods.patterns import Pattern, SemiStructured, ZeroCount
 from lvlm_prune.methods.scorers.base import Scorer
@@ -83,7 +84,7 @@ def filled(kind: type[Statistic] | None) -> Statistic | None:
 @contextmanager
 def left_alone(where: str, weight: Tensor, statistic: Statistic | None) -> Iterator[None]:
     """Within, a plugin looks at a weight of the model, and at sums that other Linears of the site share."""
-    with unchanged(where, weight=weight, statistic=[] if statistic is None else statistic.tensors()):
+    with unchanged(where, weight=weight, statistic=sums_of(statistic)):
         yield
 
 

@@ -16,12 +16,13 @@ from lvlm_prune.methods.contract import (
     checked_selection,
     name_of,
     refuse_misdeclared,
+    tensors_of,
 )
 from lvlm_prune.methods.pools.base import Pool
 from lvlm_prune.methods.saliency.base import Saliency
 from lvlm_prune.methods.survey import SumOverProcesses
 from lvlm_prune.methods.testing.allocations import check_survey, survey_of
-from lvlm_prune.methods.testing.promises import check_numbers, tensors_of, unchanged
+from lvlm_prune.methods.testing.promises import check_numbers, unchanged
 from lvlm_prune.methods.testing.samples import CHANNELS, LINEAR, WIDTH, alone, make_tokens, on_two_processes
 from lvlm_prune.methods.tokens import Selection, Tokens
 
