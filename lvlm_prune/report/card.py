@@ -35,6 +35,9 @@ from lvlm_prune.report.linears import patterns_of
 DENSE_CARD = "<!-- The card of the dense model follows, as it was. -->"
 """Line of a card above that of the dense model."""
 
+Records = Mapping[str, Mapping[str, Any] | None]
+"""File name -> what stands in the record; see `records_in`."""
+
 _PROJECT = "lvlm-prune"
 _EMBEDDED = {
     DEMO: "The embedded model of lvlm-prune",
@@ -74,10 +77,10 @@ def refresh_card(folder: Path) -> bool:
     Returns:
         Whether there was one, and records that can be read: without them it would say less than it did.
     """
-    names = [name for name in (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD) if (folder / name).is_file()]
-    if not has_own_card(folder) or not all(read_run(folder / name) for name in names):
+    records = records_in(folder)
+    if not has_own_card(folder) or not all(records.values()):
         return False
-    write_card(folder)
+    write_card(folder, record=maker_of(records), packing=packing_of(records))
     return True
 
 
@@ -103,8 +106,9 @@ def card_of(
     is_scored: bool = True,
 ) -> str:
     """The text of a card; see `write_card`. Of one that is not scored yet, without what is known by now."""
-    made_by = _record_in(folder) if record is None else record
-    packing = _complete(folder, PACKING_RECORD) if packing is None else packing
+    records = records_in(folder) if record is None or packing is None else {}
+    made_by = maker_of(records) if record is None else record
+    packing = packing_of(records) if packing is None else packing
     text = (read_card(folder) if earlier is None else earlier) if dense_card is None else dense_card
     metadata, body = split_card(text)
     is_ours = DENSE_CARD in body
@@ -179,16 +183,24 @@ def adapter_card_of(record: Mapping[str, Any]) -> str:
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
-def _record_in(folder: Path) -> Mapping[str, Any]:
-    """What the run that made the checkpoint wrote; empty where it was made by other tools."""
-    for name in (RECOVERY_RECORD, PRUNING_RECORD):
-        if record := _complete(folder, name):
-            return record
-    return {}
+def records_in(folder: Path) -> Records:
+    """What runs wrote into a folder, by file name; None where that cannot be read."""
+    names = (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD)
+    return {name: read_run(folder / name) for name in names if (folder / name).is_file()}
 
 
-def _complete(folder: Path, name: str) -> Mapping[str, Any]:
-    record = read_run(folder / name) or {}
+def maker_of(records: Records) -> Mapping[str, Any]:
+    """Of the run that made the checkpoint; empty where it was made by other tools."""
+    return _complete(records, RECOVERY_RECORD) or _complete(records, PRUNING_RECORD)
+
+
+def packing_of(records: Records) -> Mapping[str, Any]:
+    """Of the run that packed it; empty where none did."""
+    return _complete(records, PACKING_RECORD)
+
+
+def _complete(records: Records, name: str) -> Mapping[str, Any]:
+    record = records.get(name) or {}
     return record if record.get("status") == "complete" else {}
 
 

@@ -6,24 +6,34 @@ user changed stays as it is, and that is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from lvlm_prune.errors import shortened
-from lvlm_prune.output.manifest import Manifest, read_run, replace_durably
+from lvlm_prune.output.manifest import Manifest, replace_durably
 from lvlm_prune.output.names import MODEL_CARD, PACKING_RECORD, PRUNING_RECORD, RECOVERY_RECORD
 from lvlm_prune.output.private import private_folder
-from lvlm_prune.report.card import DENSE_CARD, adapter_card_of, card_of, read_card, refresh_card, write_card
+from lvlm_prune.report.card import (
+    DENSE_CARD,
+    Records,
+    adapter_card_of,
+    card_of,
+    maker_of,
+    packing_of,
+    read_card,
+    records_in,
+    refresh_card,
+    write_card,
+)
 from lvlm_prune.report.card_metadata import split_card
 
 # What a run writes into the head of every card.
 _OWN_METADATA = ("tags", "library_name", "base_model", "base_model_relation")
 _LONGEST_LINE = 60
 CARD_CAME_BACK = f"{MODEL_CARD} was missing; it is written again"
-_RECORDS = (RECOVERY_RECORD, PRUNING_RECORD, PACKING_RECORD)
 
 
 def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
@@ -37,15 +47,16 @@ def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
     Returns:
         What there is to say of it: that it was missing, and is there again; where it is another one; else nothing.
     """
-    adapter, recovery = folder / "adapter", read_run(folder / RECOVERY_RECORD)
-    if not _is_of_this_version(folder):  # other versions have other words for the same
+    adapter, records = folder / "adapter", records_in(folder)
+    recovery, given = records.get(RECOVERY_RECORD), {"record": maker_of(records), "packing": packing_of(records)}
+    if not _is_of_this_version(records):  # other versions have other words for the same
         return ""
     if missing := not (folder / MODEL_CARD).is_file():
-        write_card(folder, earlier) if is_dense else write_card(folder, earlier=earlier)
+        write_card(folder, earlier, **given) if is_dense else write_card(folder, earlier=earlier, **given)
     text = read_card(folder)
-    written = card_of(folder)
-    if DENSE_CARD in text and text != written and text in _known_cards(folder):
-        write_card(folder)
+    written = card_of(folder, **given)
+    if DENSE_CARD in text and text != written and text in _known_cards(folder, records):
+        write_card(folder, **given)
         text = written
     said = [CARD_CAME_BACK] if missing else []
     problem = _difference_of_earlier(text, earlier, is_dense) or _difference(text, written)
@@ -79,11 +90,10 @@ def is_edited(folder: Path) -> bool:
 
     What stands in its head, and below the line of the dense model's card, is kept in any case.
     """
-    text = read_card(folder)
-    known = DENSE_CARD in text and all(read_run(folder / name) for name in _RECORDS if (folder / name).is_file())
-    if not known or not _is_of_this_version(folder):
+    text, records = read_card(folder), records_in(folder)
+    if DENSE_CARD not in text or not all(records.values()) or not _is_of_this_version(records):
         return False
-    return text not in _known_cards(folder)
+    return text not in _known_cards(folder, records)
 
 
 @contextmanager
@@ -98,32 +108,30 @@ def card_follows(folder: Path) -> Iterator[None]:
         refresh_card(folder)
 
 
-def _known_cards(folder: Path) -> Iterator[str]:
+def _known_cards(folder: Path, records: Records) -> Iterator[str]:
     """The card as it is to be, and as it was before the folder was scored, or what is private was taken out of it.
 
     The likeliest first: each takes its time.
     """
 
-    def of_run(place: Path) -> dict[str, Any] | None:
-        return read_run(place / RECOVERY_RECORD) or read_run(place / PRUNING_RECORD)
-
-    def with_private(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    def with_private(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None if record is None else {name: value for name, value in record.items() if name != "private_data"}
 
-    packing = with_private(read_run(folder / PACKING_RECORD))
-    yield card_of(folder)
-    yield card_of(folder, is_scored=False)
-    records = [None, with_private(of_run(folder)), of_run(private_folder(folder))]
-    for record in records:
+    record, packing = maker_of(records), packing_of(records)
+    yield card_of(folder, record=record, packing=packing)
+    yield card_of(folder, record=record, packing=packing, is_scored=False)
+    beside, packing = records_in(private_folder(folder)), with_private(records.get(PACKING_RECORD)) or packing
+    own, whole = (each.get(RECOVERY_RECORD) or each.get(PRUNING_RECORD) for each in (records, beside))
+    for one in (record, with_private(own) or record, whole or record):
         for is_scored in (True, False):
-            yield card_of(folder, record=record, packing=packing, is_scored=is_scored)
+            yield card_of(folder, record=one, packing=packing, is_scored=is_scored)
 
 
-def _is_of_this_version(folder: Path) -> bool:
+def _is_of_this_version(records: Records) -> bool:
     from lvlm_prune import __version__
 
-    records = [read_run(folder / name) for name in _RECORDS]
-    return all(one.get("versions", {}).get("lvlm_prune") == __version__ for one in records if one is not None)
+    told = (one.get("versions", {}).get("lvlm_prune") for one in records.values() if one is not None)
+    return all(version == __version__ for version in told)
 
 
 def _difference(found: str, expected: str) -> str:
