@@ -177,7 +177,7 @@ class BlockPruner:
         weight, bias, pattern = matrix.weight, getattr(matrix, "bias", None), self.pattern.at(target)
         problem = LinearProblem(weight, statistic, target, pattern, full_name, block.index, bias, siblings)
         clock = Stopwatch(weight.device)
-        given = {"weight": weight, "statistic": sums_of(statistic), "siblings": siblings.values()}
+        given: dict[str, Any] = {"weight": weight, "statistic": sums_of(statistic), "siblings": siblings.values()}
         with only_looks(f"{name_of(solver)}.solve", **given):
             solution = checked_solution(solver, solver.solve(problem), weight)
         block.masks[name] = solution.mask

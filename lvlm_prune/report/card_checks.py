@@ -48,20 +48,20 @@ def verify_card(folder: Path, earlier: str, is_dense: bool) -> str:
         What there is to say of it: that it was missing, and is there again; where it is another one; else nothing.
     """
     adapter, records = folder / "adapter", records_in(folder)
-    recovery, given = records.get(RECOVERY_RECORD), {"record": maker_of(records), "packing": packing_of(records)}
+    record, packing = maker_of(records), packing_of(records)
     if not _is_of_this_version(records):  # other versions have other words for the same
         return ""
     if missing := not (folder / MODEL_CARD).is_file():
-        write_card(folder, earlier, **given) if is_dense else write_card(folder, earlier=earlier, **given)
+        write_card(folder, earlier if is_dense else None, record, packing, earlier)
     text = read_card(folder)
-    written = card_of(folder, **given)
+    written = card_of(folder, record=record, packing=packing)
     if DENSE_CARD in text and text != written and text in _known_cards(folder, records):
-        write_card(folder, **given)
+        write_card(folder, record=record, packing=packing)
         text = written
     said = [CARD_CAME_BACK] if missing else []
     problem = _difference_of_earlier(text, earlier, is_dense) or _difference(text, written)
     said += [_said_of(MODEL_CARD, problem)] if problem else []
-    if adapter.is_dir() and recovery is not None:
+    if adapter.is_dir() and (recovery := records.get(RECOVERY_RECORD)) is not None:
         problem = _difference(read_card(adapter), adapter_card_of(Manifest(recovery)))
         said += [_said_of(f"adapter/{MODEL_CARD}", problem)] if problem else []
     return "\n".join(said)
