@@ -38,7 +38,7 @@ def tokens_of(pathway: Pathway, modality: Tensor) -> Tensor:
     return torch.isin(modality, torch.tensor(_CODES[pathway], dtype=modality.dtype, device=modality.device))
 
 
-def route(linear: nn.Linear, pruned: Tensor, taken: Callable[[], Tensor], name: str = "Linear") -> RemovableHandle:
+def route(linear: nn.Linear, pruned: Tensor, taken: Callable[[], Tensor], name: str) -> RemovableHandle:
     """Give a Linear a second pathway, until the handle is removed.
 
     Args:

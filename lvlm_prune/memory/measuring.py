@@ -11,6 +11,7 @@ from threading import Event, Thread
 import psutil
 import torch
 
+_INTERVAL = 0.01  # seconds
 _STATUS = Path("/proc/self/status")
 
 
@@ -37,7 +38,7 @@ class Stopwatch:
         return elapsed
 
 
-def peak_memory(device: torch.device | str = "cpu") -> int:
+def peak_memory(device: torch.device | str) -> int:
     """Largest memory of this process so far in bytes: that of the device where it is a GPU, else resident memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -74,8 +75,7 @@ class MemorySampler:
         peak: The most bytes seen so far.
     """
 
-    def __init__(self, interval: float = 0.01) -> None:
-        self._interval = interval
+    def __init__(self) -> None:
         self._stop = Event()
         self.start = self.peak = anonymous_memory()
         self._thread = Thread(target=self._run, name="memory sampler", daemon=True)
@@ -84,7 +84,7 @@ class MemorySampler:
     def _run(self) -> None:
         descriptor = os.open(_STATUS, os.O_RDONLY) if _STATUS.exists() else None
         try:
-            while not self._stop.wait(self._interval):
+            while not self._stop.wait(_INTERVAL):
                 self.peak = max(self.peak, anonymous_memory() if descriptor is None else _anonymous_of(descriptor))
         finally:
             if descriptor is not None:

@@ -104,7 +104,7 @@ def make_plan(
     shapes: Mapping[str, tuple[int, int]],
     footprints: Sequence[tuple[Footprint, Place]],
     free_bytes: int,
-    surveys: Sequence[str] = (),
+    surveys: Sequence[str],
 ) -> Plan:
     """Look at a model on the meta device; no weights are read.
 

@@ -22,7 +22,7 @@ class PoolCounts:
         example: Number of the sample whose visual tokens are noted one by one; None for none.
     """
 
-    def __init__(self, example: int | None = None) -> None:
+    def __init__(self, example: int | None) -> None:
         self.example = example
         self._counted: Tensor | None = None
         self._candidates: dict[int, Tensor] = {}

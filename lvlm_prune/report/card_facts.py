@@ -21,7 +21,7 @@ _RECOVERIES = {
 
 
 def card_facts(
-    record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[str, Any], was_sparse: bool = False
+    record: Mapping[str, Any], how: Mapping[str, Any], packing: Mapping[str, Any], was_sparse: bool
 ) -> Iterator[tuple[str, str]]:
     """Rows of the card's table.
 

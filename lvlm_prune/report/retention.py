@@ -26,4 +26,4 @@ def retained_figure(name: str, retained: Mapping[str, Mapping[str, float | None]
         for checkpoint, of in retained.items()
     }
     caption = "What is left of the dense model's score in each task; the line is all of it."
-    return PageFigure(name, task_bars(percent, "retained (%)", whole=100.0), caption)
+    return PageFigure(name, task_bars(percent, "retained (%)"), caption)

@@ -8,18 +8,19 @@ from matplotlib.figure import Figure
 
 from lvlm_prune.report.figures.style import SERIES, house_style, legend_above, new_figure
 
+_WHOLE = 100.0  # where a line is drawn, and how far the axis reaches at least
+
 
 @house_style()
-def task_bars(values: Mapping[str, Mapping[str, float]], label: str, whole: float) -> Figure:
+def task_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figure:
     """Horizontal bars, one group for each task, first task on top.
 
     Args:
         values: Checkpoint -> task -> value; tasks may be missing.
         label: What the values are, with their unit.
-        whole: Where a line is drawn, and how far the axis reaches at least.
 
     Example:
-        >>> figure = task_bars({"pruned": {"colour": 98.0, "count": 51.5}}, "retained (%)", 100.0)
+        >>> figure = task_bars({"pruned": {"colour": 98.0, "count": 51.5}}, "retained (%)")
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['colour', 'count']
     """
@@ -33,12 +34,12 @@ def task_bars(values: Mapping[str, Mapping[str, float]], label: str, whole: floa
         shown = [of[task] for task in tasks if task in of]
         axes.barh(places, shown, thickness, label=name, color=SERIES[number % len(SERIES)])
         for place, value in zip(places, shown, strict=True):
-            end = whole if 0.88 * whole < value < whole else value  # the line does not go through the number
+            end = _WHOLE if 0.88 * _WHOLE < value < _WHOLE else value  # the line does not go through the number
             axes.annotate(f"{value:.1f}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.axvline(whole, color=axes.spines["left"].get_edgecolor(), linewidth=0.8)
+    axes.axvline(_WHOLE, color=axes.spines["left"].get_edgecolor(), linewidth=0.8)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
-    largest = max([whole, *(value for of in values.values() for value in of.values())])
+    largest = max([_WHOLE, *(value for of in values.values() for value in of.values())])
     axes.set_xlim(0, 1.12 * largest)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)

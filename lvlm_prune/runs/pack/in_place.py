@@ -31,7 +31,7 @@ def resumes_packing(output: str, packed: bool, resume: bool) -> bool:
     return packed and resume and bool(output) and (Path(output) / PACKING_RECORD).is_file()
 
 
-def pack_output(run: Run, model: LVLMModule, dense: str = "") -> None:
+def pack_output(run: Run, model: LVLMModule, dense: str) -> None:
     """Pack the folder that a run has written, on one process.
 
     Args:

@@ -186,15 +186,14 @@ class PackRun(Packing):
         output: str,
         form: Format,
         resume: bool,
-        quiet: bool = False,
-        publishable: bool | None = None,
+        publishable: bool | None,
     ) -> None:
         model.open()
         folder = choose_folder(output, f"{model.label}-packed", resume)
         assert model.folder is not None
         private = keeps_own_private(model.folder.path, publishable) or has_private(model.folder.path)
         refuse_unusable(folder, model.folder, PACKING_RECORD, resume, copies=False, private=private)
-        super().__init__(model, folder, form, quiet)
+        super().__init__(model, folder, form, quiet=False)
         self.resume = resume
         if (folder / PACKING_RECORD).is_file():
             Manifest.read(folder, PACKING_RECORD).refuse_other(self.record, folder, PACKING_RECORD)

@@ -46,9 +46,8 @@ if TYPE_CHECKING:
 class UnpackRun:
     """See `LVLMTrainer.unpack` for the arguments."""
 
-    def __init__(self, model: LVLMModule, output: str, resume: bool, quiet: bool = False) -> None:
+    def __init__(self, model: LVLMModule, output: str, resume: bool) -> None:
         self.started = command_began()
-        self.quiet = quiet
         path = resolve(model.path, None if model.revision == "main" else model.revision)
         self.packed = PackedFolder.open(path)
         self.folder = choose_folder(output, f"{model.label}-unpacked", resume)
@@ -77,13 +76,12 @@ class UnpackRun:
         packed = self.packed
         sizes = {"packed": packed.weight_bytes, "dense": CheckpointFolder(self.folder, "output").weight_bytes}
         seconds = time.perf_counter() - self.started
-        if not self.quiet:
-            change = f"all weights: {readable_size(sizes['packed'])} → {readable_size(sizes['dense'])}"
-            if self.is_complete:
-                text = f"{self.folder} is complete already\nverified: every file is as it was packed · {change}"
-            else:
-                text = f"unpacked {len(packed.packed)} tensors · {change}\nwrote {self.folder} · {seconds:.0f} s"
-            print(text, flush=True)
+        change = f"all weights: {readable_size(sizes['packed'])} → {readable_size(sizes['dense'])}"
+        if self.is_complete:
+            text = f"{self.folder} is complete already\nverified: every file is as it was packed · {change}"
+        else:
+            text = f"unpacked {len(packed.packed)} tensors · {change}\nwrote {self.folder} · {seconds:.0f} s"
+        print(text, flush=True)
         return sizes | {"seconds": seconds}
 
     def _write(self) -> None:
@@ -92,10 +90,9 @@ class UnpackRun:
             self.record.write(self.folder, UNPACKING_RECORD)
             left_out = (PACKING_RECORD, UNPACKING_RECORD, INDEX_NAME, *shards)
             copy_checkpoint(packed.stored, self.folder, leave_out=left_out)
-            line = said_of_copies(packed.stored)
-            if line and not self.quiet:
+            if line := said_of_copies(packed.stored):
                 print(line, flush=True)
-            with Progress("Unpacking", len(shards), "shards", shown=not self.quiet) as progress:
+            with Progress("Unpacking", len(shards), "shards") as progress:
                 for shard in shards:
                     if (self.folder / shard).is_file():  # of an earlier run
                         self._verify(shard, shard)

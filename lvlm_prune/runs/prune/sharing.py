@@ -71,7 +71,7 @@ class SharedCalibration:
         return copy.deepcopy(self.surveys.get(key))
 
 
-def survey_key(pruning: Mapping[str, Any], plugins: Iterable[str], of_method: bool = False) -> str:
+def survey_key(pruning: Mapping[str, Any], plugins: Iterable[str], of_method: bool) -> str:
     """What a survey of the dense model depends on, besides model and samples.
 
     Args:

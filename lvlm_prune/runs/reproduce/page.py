@@ -18,7 +18,7 @@ TEMPLATE = "reproduction.html.j2"
 
 
 def write_table_page(
-    folder: Path, table: Table, outcomes: Sequence[PartOutcome], config: Mapping[str, Any] | None = None
+    folder: Path, table: Table, outcomes: Sequence[PartOutcome], config: Mapping[str, Any] | None
 ) -> None:
     """Write `report.html` and its figures.
 

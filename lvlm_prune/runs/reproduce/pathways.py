@@ -40,7 +40,7 @@ def probe_rows(
     points: Sequence[Point],
     engine: Engine,
     folder: Path,
-    check_dense: Callable[[Scores], None] | None = None,
+    check_dense: Callable[[Scores], None] | None,
 ) -> tuple[list[list[FinishedRun]], Scores]:
     """Probe once for each calibration seed, or go on where an earlier command stopped.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 from lvlm_prune.evaluation.scores import Scores
@@ -23,8 +22,8 @@ def write_sweep_page(
     runs: Sequence[FinishedRun],
     dense: Scores,
     across: str,
-    note: str = "",
-    config: Mapping[str, Any] = MappingProxyType({}),
+    note: str,
+    config: Mapping[str, Any],
 ) -> None:
     """Write `report.html` and the figure `report/retention.png`.
 
@@ -57,7 +56,7 @@ def write_sweep_page(
             where = f"{place}% sparsity" if across == SPARSITY else f"{label} {place}"
             means = {name: 100 * fmean(next(iter(points.values()))) for name, points in lines.items()}
             caption = f"Retained accuracy at {where}, mean over the calibration seeds; the line is all of it."
-            drawing = task_bars({"retained": means}, "retained accuracy (%)", 100.0)
+            drawing = task_bars({"retained": means}, "retained accuracy (%)")
         page_figures.append(PageFigure("retention", drawing, caption))
     page = render_page(
         TEMPLATE,

@@ -5,7 +5,7 @@ from lvlm_prune.report.figures.tasks import task_bars
 
 def test_a_bar_stands_at_its_task_and_its_number_beside_it():
     values = {"pruned": {"colour": 98.0, "count": 51.5}, "recovered": {"count": 80.0, "colour": 100.0}}
-    axes = task_bars(values, "retained (%)", 100.0).axes[0]
+    axes = task_bars(values, "retained (%)").axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     found = {}
     for (name, _), bars in zip(values.items(), axes.containers, strict=True):
