@@ -72,10 +72,10 @@ _ABOUT_TEXT = re.compile(
     "answers?|questions?|captions?|texts?|titles?|labels?|choices|options?|hints?|contexts?|instructions?|inputs?"
     "|outputs?|responses?|prompts?|tags?|keywords?|categor(y|ies)|tokens?|objects?|notes?|comments?"
 )
-_SAYS_WHICH = re.compile("(figure|fig|(image|img|picture|photo|video|audio)_?ref(erence)?)s?", re.IGNORECASE)
-_WHICH = re.compile(
-    r"(?=.*\d)(?=.*[^\d\W])[\w.-]{5,}|(?!https?:)[^\s\d]*[/\\]\S+"
-)  # a name without its suffix; no number, no `2a`
+# Keys that say which medium is meant, and a name without its suffix: no number; `fig_12` is in the text itself.
+_SAYS_WHICH = re.compile("(image|img|picture|photo|video|audio)_?ref(erence)?s?", re.IGNORECASE)
+_SAYS_WHERE = re.compile("(figure|fig)s?", re.IGNORECASE)
+_WHICH = re.compile(r"(?!n/a|https?:)(?=.*\d)(?=.*[^\d\W])[\w./\\-]{5,}", re.IGNORECASE)
 _OF_OTHER_THINGS = {"clip", "clips", "frame", "sound", "sounds", "speech", "visual", "media"}
 _CONTENTS = ("path", "bytes", "data", "base64", "b64")
 _ENTRIES = (*_CONTENTS, "file", "file_name", "filename", "name", "url", "uri", "src")
@@ -306,12 +306,18 @@ def _values_within(value: Any, place: tuple[str, ...], key: str) -> Iterator[_Va
         yield _Value(place, value, key, kind)
 
 
+def _names_one(key: str, text: str) -> bool:
+    """Whether a key says which medium a record is about, by a name without its suffix."""
+    is_which = _SAYS_WHICH.fullmatch(key) or (_SAYS_WHERE.fullmatch(key) and re.search(r"[/\\]", text))
+    return bool(is_which and _WHICH.fullmatch(text))
+
+
 def _overlooked(one: _Value, found: Mapping[str, Sequence[Any]]) -> str | None:
     """The kind of a medium that would be overlooked; None for what is none, or describes one that is read."""
     held = kind_of_value(one.value)
     kind = one.kind if one.kind in ("video", "audio") else held or one.kind  # frames are images of a video
     text = one.value.strip() if isinstance(one.value, str) else ""
-    if kind is None and not any(found.values()) and _SAYS_WHICH.fullmatch(one.key) and _WHICH.fullmatch(text):
+    if kind is None and not any(found.values()) and _names_one(one.key, text):
         return kind_of_key(re.sub("_?ref(erence)?s?$", "", one.key, flags=re.IGNORECASE)) or "image"
     if kind is None or not one.value or text.lower() in _NOTHING or _is_read(one.value, found):
         return None

@@ -17,6 +17,8 @@ _SECONDS = 10.0  # of this process; a conversation takes milliseconds
 _WORD = re.compile(r"\w+")
 _LONGEST = 2**26  # characters; no context holds so many
 _MANY_WORDS = 8
+# What was thought ends so: `</think>`, `</reasoning>`, `◁/think▷`.
+_THOUGHT = re.compile(r".*[<◁]/\w*(think|thought|reason)\w*[>▷]", re.DOTALL)
 _MOST_BITS = 2**17  # of a whole number; products of larger ones take milliseconds and more
 
 
@@ -122,7 +124,7 @@ def refuse_unusable(text: str, said: Mapping[str, Sequence[str]]) -> None:
         if words and not any(word in written for word in words):
             raise RunError(f"its chat template leaves out all that the {role} says")
         # Of earlier turns templates may leave out some; of the last one no more than what was only thought.
-        last = _WORD.findall("".join(said.get(role, ())[-1:]).casefold().rpartition("</think>")[2])
+        last = _WORD.findall(_THOUGHT.sub("", "".join(said.get(role, ())[-1:]).casefold()))
         last = [word for word in last if len(word) > 2]
         kept = len(last) if len(last) < _MANY_WORDS else sum(map(set(_WORD.findall(written)).__contains__, last))
         if kept < len(last) / 2:

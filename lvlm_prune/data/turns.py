@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 _SPEAKERS = ("system", "user", "assistant")
 _SAID_BY_OTHERS = ("tool", "tools", "tool_calls", "function", "function_call", "observation", "developer")
-_OF_SYSTEM = ("system", "system_prompt")
+# Kana, Chinese characters, Hangul, Thai; a name has fewer of them.
+_WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]{6}")
 
 
 def plain_turns(turns: Sequence[Any]) -> list[Any]:
@@ -36,12 +38,15 @@ def plain_turns(turns: Sequence[Any]) -> list[Any]:
         if not isinstance(turn, Mapping):
             plain.append(turn)
             continue
-        if others := _given(turn, *_SAID_BY_OTHERS):
+        are_two = speaker_of(turn) is None and text_of(turn) is None
+        # Beside a text, one word under such a key describes the turn.
+        others = [one for one in _given(turn, *_SAID_BY_OTHERS) if are_two or not isinstance(one, str)]
+        if others:
             named = next(key for key in _SAID_BY_OTHERS if turn.get(key) is others[0])
             raise ValueError(
                 f"turn {number} has `{named}`, which is not understood: there are user, assistant and system"
             )
-        if {"user", "assistant"} <= turn.keys() and speaker_of(turn) is None and text_of(turn) is None:
+        if {"user", "assistant"} <= turn.keys() and are_two:
             said = [{"role": role, "content": turn[role]} for role in _SPEAKERS if turn.get(role)]
             beside = {key: value for key, value in turn.items() if key not in _SPEAKERS}
             plain += [{**beside, **said[0]}, *said[1:]] if said else [turn]
@@ -59,11 +64,20 @@ def system_text(record: Mapping[str, Any]) -> str:
     """What a record says to the system beside its turns; empty where it says nothing, or only names one.
 
     Example:
-        >>> system_text({"system": "You are an expert."}), system_text({"system": "android"})
-        ('You are an expert.', '')
+        >>> [system_text({"system": text}) for text in ("You are an expert.", "android", "Ubuntu 22.04 LTS")]
+        ['You are an expert.', '', '']
     """
-    given = (text for text in _given(record, *_OF_SYSTEM) if isinstance(text, str))
-    return next((text for text in given if " " in text.strip()), "")
+    prompt = record.get("system_prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    text = record.get("system")
+    return text if isinstance(text, str) and _is_said(text.strip()) else ""
+
+
+def _is_said(text: str) -> bool:
+    """Whether this is said to a system, and does not name one (`Windows 11`): words, or a script without spaces."""
+    words = [word for word in text.split() if word.strip(".,;:!?").isalpha()]
+    return bool(_WITHOUT_SPACES.search(text)) or (len(text.split()) > 1 and any(word.islower() for word in words))
 
 
 def with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -193,10 +193,11 @@ def test_a_template_that_keeps_a_small_part_of_the_last_turns_is_refused(text, w
         TURNS.replace("messages", "messages[1:]").replace("TEXT", f"{{{{ {CONTENT} }}}}"),  # the system
     ],
 )
-def test_a_template_may_leave_out_what_is_not_said_last(template, folder):
+@pytest.mark.parametrize("ended", ["</think>", "◁/think▷", "</reasoning>"])
+def test_a_template_may_leave_out_what_is_not_said_last(template, ended, folder):
     processor = load_processor(folder)
-    processor.chat_template = processor.tokenizer.chat_template = template
-    thought = f"<think>{' '.join(map(str, range(100, 200)))}</think>{ANSWERED}"
+    processor.chat_template = processor.tokenizer.chat_template = template.replace("</think>", ended)
+    thought = f"<think>{' '.join(map(str, range(100, 200)))}{ended}{ANSWERED}"
     first = [
         ("system", "Be kind."),
         ("user", "A first question of so many words that it counts."),

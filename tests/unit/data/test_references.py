@@ -96,8 +96,21 @@ def test_what_is_said_to_the_system_beside_the_turns_comes_first(key: str, tmp_p
         messages = read(tmp_path, {key: "Answer in <image> or two words.", **turns}).messages
         assert messages[0] == system
         assert [message["role"] for message in messages] == ["system", "user", "assistant"]
-        for nothing in ("", None, "android", {"os": "a b"}, 3):
+        for nothing in ("", None, {"os": "a b"}, 3, "android" if key == "system" else ""):
             assert read(tmp_path, {key: nothing, **turns}).messages[-2:] == messages[-2:]
+
+
+@pytest.mark.parametrize("said", ["你是一个有用的助手", "Be\nbrief.", "You are helpful"])
+def test_a_system_is_told_from_the_name_of_one(said: str, tmp_path: Path):
+    assert read(tmp_path, {"system": said, "conversations": ASKED}).messages[0]["content"][0]["text"] == said
+    assert read(tmp_path, {"system_prompt": "Short.", "conversations": ASKED}).messages[0]["role"] == "system"
+    for name in ("Windows 11", "Ubuntu 22.04 LTS", "鸿蒙"):
+        assert read(tmp_path, {"system": name, "conversations": ASKED}).messages[0]["role"] == "user"
+
+
+def test_one_word_beside_a_text_describes_the_turn(tmp_path: Path):
+    described = [{**ASKED[0], "developer": "acme", "observation": "none"}, {**ASKED[1], "function": "caption"}]
+    assert len(read(tmp_path, {"conversations": described}).messages) == 2
 
 
 @pytest.mark.parametrize("kind", ["video", "audio"])
@@ -251,6 +264,7 @@ def test_text_may_speak_of_images(text: str, tmp_path: Path):
     record |= {"avatar": "https://x.org/av.png", "clip": "ViT-L/14", "speech": "hello world", "orig": "/data/zzz.tif"}
     record |= {"url": "https://commons.wikimedia.org/wiki/File:Foo.jpg", "instruction": "photo.jpg"}
     record |= {"figure": "2a", "fig": "17", "figures": ["3", "Figure 4"], "image_ref": "COCO", "video_ref": "17"}
+    record |= {"photo_reference": "n/a", "imageref": "none/unknown", "meta": {"figure": "Fig.3", "fig": "table2"}}
     record |= {"source": "set.json", "metadata": {"note": "shown in a.png on page 3 of the book", "media": "print"}}
     assert read(tmp_path, record).images == []
 
