@@ -12,6 +12,7 @@ import ast
 import inspect
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -214,9 +215,10 @@ def _classes(hint: Any) -> list[str]:
 
 
 def classes_below(kind: Any) -> Iterator[Any]:
-    """Every subclass of a class that is loaded, and theirs."""
+    """Every subclass of a class that is loaded, and theirs; not one in whose place a notebook has defined another."""
     for one in kind.__subclasses__():
-        yield one
+        if getattr(sys.modules.get(one.__module__), one.__name__, None) is one:
+            yield one
         yield from classes_below(one)
 
 

@@ -63,6 +63,7 @@ def pytest_runtestloop(session):
     _split_keys_once()
     _read_signatures_once()
     _read_entry_points_once()
+    _forget_classes_of_other_tests()
     hold_records_against_types()
     os.fsync = lambda descriptor: None  # no test has a power cut, and each run would wait for the disk forty times
     gc.freeze()  # millions of objects of libraries, none of which is ever garbage
@@ -189,6 +190,18 @@ def _read_entry_points_once() -> None:
         return read[key]
 
     plugins.entry_points = registry.entry_points = remembered
+
+
+def _forget_classes_of_other_tests() -> None:
+    """A class is found by its bare name as long as the process lives, also when the module of its test is gone."""
+    from jsonargparse import _typehints
+
+    really = _typehints.get_all_subclass_paths
+
+    def of_modules_that_are_there(*arguments, **options) -> list[str]:
+        return [path for path in really(*arguments, **options) if path.rpartition(".")[0] in sys.modules]
+
+    _typehints.get_all_subclass_paths = of_modules_that_are_there
 
 
 @pytest.fixture(autouse=True)

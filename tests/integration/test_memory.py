@@ -137,7 +137,7 @@ def measured(rows, columns):
     small.add(inputs[:, :64], torch.ones(64))
     scorer = SparseGPTScorer()
     scorer.prune(weight[:64, :64], small, 0.5, Unstructured())  # what libraries set up
-    sampler = MemorySampler(0.001)
+    sampler = MemorySampler()
     gram = Gram(columns)
     gram.add(inputs, torch.ones(64))
     scorer.prune(weight, gram, 0.5, Unstructured())

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ class MySolver(SparseGPTSolver):
 """
 
 
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """The working folder, where a module `mine` is looked for; no other test sees it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("mine", None)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -62,17 +73,12 @@ class MySolver(SparseGPTSolver):
     ],
     ids=["scorer", "statistic", "saliency", "pool", "solver"],
 )
-def test_what_is_written_to_ends_the_run_in_one_line(
-    options, said, golden_arguments, tmp_path: Path, monkeypatch, capsys
-):
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("mine", None)
+def test_what_is_written_to_ends_the_run_in_one_line(options, said, golden_arguments, place: Path, capsys):
+    (place / "mine.py").write_text(MINE)
     assert main([*golden_arguments, *options, "--output=out"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(re.escape(said), line)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (place / "out" / "config.json").exists()
 
 
 NO_SAMPLE = """
@@ -86,11 +92,8 @@ class NoSource(TensorSource):
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover"])
-def test_what_is_no_sample_is_one_line(verb, golden_arguments, labelled, tmp_path: Path, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text(NO_SAMPLE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("mine", None)
+def test_what_is_no_sample_is_one_line(verb, golden_arguments, labelled, place: Path, capsys):
+    (place / "mine.py").write_text(NO_SAMPLE)
     if verb == "recover":
         assert main([*golden_arguments, "--output=sparse"]) == 0
     arguments = golden_arguments if verb == "prune" else ["recover", "--model.path=sparse"]
@@ -98,4 +101,4 @@ def test_what_is_no_sample_is_one_line(verb, golden_arguments, labelled, tmp_pat
     assert main([*arguments, *data, "--output=out"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "sample 0: NoSource gives NoneType, expected a Conversation, a Document or model inputs" in line
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (place / "out" / "config.json").exists()
