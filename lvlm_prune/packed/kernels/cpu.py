@@ -1,5 +1,8 @@
 """The C++ kernels as functions of tensors on the CPU. Each trusts its arguments except where it says `Raises`."""
 
+import ctypes
+import sys
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ HEIGHT = 8
 
 SMALL = 2**16
 """Products of fewer weights and tokens are done by one thread: waking the others takes longer."""
+
+_HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
 
 
 def usable(tensor: Tensor) -> bool:
@@ -73,9 +78,9 @@ def tile(values: Tensor, mask: Tensor, offset: Tensor, columns: int) -> tuple[Te
     """
     values, mask, rows = values.contiguous(), mask.contiguous(), len(mask)
     groups, words = -(-rows // HEIGHT), -(-columns // WIDTH)
-    tile_values = values.new_empty(len(values) + _library().lvlm_slack())
+    tile_values = _in_huge_pages(values.new_empty(len(values) + _library().lvlm_slack()))
     tile_values[len(values) :].zero_()
-    tile_mask = torch.empty(groups, words, HEIGHT, dtype=torch.int64)
+    tile_mask = _in_huge_pages(torch.empty(groups, words, HEIGHT, dtype=torch.int64))
     start = torch.empty(groups + 1, dtype=torch.int64)
     pointers = [pointer(tensor) for tensor in (values, mask, offset, tile_mask, tile_values, start)]
     _library().lvlm_tile(*pointers, rows, columns, values.element_size(), torch.get_num_threads())
@@ -167,6 +172,19 @@ def _library():
     native = library()
     assert native is not None, "callers ask `usable` first"
     return native
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """The same tensor, not yet written to, in pages of 2 MiB as far as it fills them, where Linux has some.
+
+    A product reads a matrix once from end to end: in pages of 4 KiB the processor waits for their addresses, a seventh
+    of the time.
+    """
+    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    length = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
+    if sys.platform == "linux" and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # a wish only
+    return tensor
 
 
 def _bytes(columns: int) -> int:
