@@ -40,12 +40,10 @@ def plain_turns(turns: Sequence[Any]) -> list[Any]:
             continue
         are_two = speaker_of(turn) is None and text_of(turn) is None
         # Beside a text, one word under such a key describes the turn.
-        others = [one for one in _given(turn, *_SAID_BY_OTHERS) if are_two or not isinstance(one, str)]
-        if others:
-            named = next(key for key in _SAID_BY_OTHERS if turn.get(key) is others[0])
-            raise ValueError(
-                f"turn {number} has `{named}`, which is not understood: there are user, assistant and system"
-            )
+        for name in _SAID_BY_OTHERS:
+            if any(are_two or not isinstance(one, str) for one in _given(turn, name)):
+                problem = f"turn {number} has `{name}`, which is not understood"
+                raise ValueError(f"{problem}: there are user, assistant and system")
         if {"user", "assistant"} <= turn.keys() and are_two:
             said = [{"role": role, "content": turn[role]} for role in _SPEAKERS if turn.get(role)]
             beside = {key: value for key, value in turn.items() if key not in _SPEAKERS}
